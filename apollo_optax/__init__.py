@@ -1,0 +1,24 @@
+"""APOLLO: SGD-like memory, AdamW-level performance, as Optax gradient transformations."""
+
+from apollo_optax._alias import apollo, apollo_mini
+from apollo_optax._dimension_numbers import ApolloDimensionNumbers, dimension_numbers_by_path
+from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
+from apollo_optax._sharding import state_sharding
+from apollo_optax._tabulate import tabulate
+from apollo_optax._transform import STATIC_ARGS, ScaleByApolloState, scale_by_apollo
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "STATIC_ARGS",
+    "ApolloDimensionNumbers",
+    "LimitNormGrowthState",
+    "ScaleByApolloState",
+    "apollo",
+    "apollo_mini",
+    "dimension_numbers_by_path",
+    "limit_norm_growth",
+    "scale_by_apollo",
+    "state_sharding",
+    "tabulate",
+]

@@ -1,0 +1,187 @@
+"""The whole optimizers: :func:`scale_by_apollo`, decoupled weight decay, learning rate."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+
+from apollo_optax import _projection
+from apollo_optax._dimension_numbers import WeightDimensionNumbers
+from apollo_optax._transform import scale_by_apollo
+
+
+def apollo(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 256,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    scale_type: Literal["channel", "tensor"] = "channel",
+    scale: jax.typing.ArrayLike = 1.0,
+    update_proj_gap: int = 200,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
+    scale_front: bool = False,
+    projection: Literal["random", "rademacher", "svd"] | _projection.Draw = "random",
+    key: jax.typing.ArrayLike = 0,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moment_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""APOLLO: AdamW-level training at a fraction of AdamW's memory.
+
+    A matrix of sizes :math:`m \le n` takes :math:`2nr` numbers of state, against AdamW's
+    :math:`2mn`; see :func:`scale_by_apollo` for the algorithm.
+
+    Args:
+      learning_rate: a fixed value or a schedule. In pre-training start near 0.01, not at AdamW's
+        rate; in fine-tuning near AdamW's.
+      rank: rank of the projection. The paper takes a quarter of the model's width.
+      weight_decay: strength of the decoupled weight decay, multiplied with the learning rate; a fixed
+        value or a schedule.
+      mask: which leaves decay: a tree (or prefix) of booleans, or a callable that returns one for
+        the parameters.
+      scale_type: see :func:`scale_by_apollo`, as all that follow.
+      scale: see there.
+      update_proj_gap: see there.
+      b1: see there.
+      b2: see there.
+      eps: see there.
+      norm_growth_limit: see there.
+      scale_front: see there.
+      projection: see there.
+      key: see there.
+      weight_dimension_numbers: see there.
+      moment_dtype: see there.
+
+    Returns:
+      The corresponding ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as :func:`scale_by_apollo`.
+
+    Examples:
+      >>> import apollo_optax, jax, jax.numpy as jnp, optax
+      >>> def f(x): return jnp.sum(x ** 2)  # simple quadratic function
+      >>> solver = apollo_optax.apollo(learning_rate=0.1, rank=2)
+      >>> params = jnp.array([[1., 2., 3.], [4., 5., 6.]])
+      >>> print('Objective function: ', f(params))
+      Objective function:  91.0
+      >>> opt_state = solver.init(params)
+      >>> for _ in range(20):
+      ...  grad = jax.grad(f)(params)
+      ...  updates, opt_state = solver.update(grad, opt_state, params)
+      ...  params = optax.apply_updates(params, updates)
+      >>> bool(f(params) < 60)
+      True
+
+      Under ``inject_hyperparams``:
+
+      >>> tx = optax.inject_hyperparams(
+      ...     apollo_optax.apollo, static_args=apollo_optax.STATIC_ARGS, hyperparam_dtype=jnp.float32
+      ... )(learning_rate=optax.cosine_decay_schedule(0.01, 1000))
+
+    References:
+      Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
+      <https://arxiv.org/abs/2412.05270>`_, 2025
+
+    .. seealso:: :func:`apollo_mini`, :func:`optax.adamw`, :func:`optax.contrib.galore`
+    """
+    return optax.chain(
+        scale_by_apollo(
+            rank,
+            scale_type=scale_type,
+            scale=scale,
+            update_proj_gap=update_proj_gap,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            norm_growth_limit=norm_growth_limit,
+            scale_front=scale_front,
+            projection=projection,
+            key=key,
+            weight_dimension_numbers=weight_dimension_numbers,
+            moment_dtype=moment_dtype,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def apollo_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    scale: jax.typing.ArrayLike = 128.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    update_proj_gap: int = 200,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
+    scale_front: bool = False,
+    projection: Literal["random", "rademacher", "svd"] | _projection.Draw = "random",
+    key: jax.typing.ArrayLike = 0,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moment_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""APOLLO-Mini: AdamW-level training at the memory of SGD.
+
+    :func:`apollo` of rank 1 with one scaling factor per matrix, :math:`2n` numbers of state for
+    :math:`m \times n`, :math:`m \le n`.
+
+    Args:
+      learning_rate: a fixed value or a schedule. In pre-training start near 0.01.
+      scale: the update is multiplied by its square root, to make up for the small factors of rank 1.
+      weight_decay: see :func:`apollo`.
+      mask: see :func:`apollo`.
+      update_proj_gap: see :func:`scale_by_apollo`, as all that follow.
+      b1: see there.
+      b2: see there.
+      eps: see there.
+      norm_growth_limit: see there.
+      scale_front: see there; the paper sets it for models of 60 and 130 million parameters.
+      projection: see there.
+      key: see there.
+      weight_dimension_numbers: see there.
+      moment_dtype: see there.
+
+    Returns:
+      The corresponding ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as :func:`scale_by_apollo`.
+
+    Examples:
+      >>> import apollo_optax, jax, jax.numpy as jnp
+      >>> tx = apollo_optax.apollo_mini(0.01, weight_decay=0.1)
+      >>> state = tx.init({"kernel": jnp.ones((512, 1376))})
+      >>> state[0].mu["kernel"].shape
+      (1, 1376)
+
+    References:
+      Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
+      <https://arxiv.org/abs/2412.05270>`_, 2025
+
+    .. seealso:: :func:`apollo`
+    """
+    return apollo(
+        learning_rate,
+        rank=1,
+        scale_type="tensor",
+        scale=scale,
+        weight_decay=weight_decay,
+        mask=mask,
+        update_proj_gap=update_proj_gap,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        norm_growth_limit=norm_growth_limit,
+        scale_front=scale_front,
+        projection=projection,
+        key=key,
+        weight_dimension_numbers=weight_dimension_numbers,
+        moment_dtype=moment_dtype,
+    )

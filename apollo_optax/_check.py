@@ -1,0 +1,131 @@
+"""Checks of arguments, leaves and states: every complaint names the value and the remedy.
+
+Ranges are checked on Python and NumPy numbers only. An array may be traced, as under
+``optax.inject_hyperparams``, and reading it would wait for the device.
+"""
+
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apollo_optax import _tree
+
+_STATIC = (
+    "it decides shapes or code and must be known when the step is compiled; under "
+    "optax.inject_hyperparams pass static_args=apollo_optax.STATIC_ARGS"
+)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray))
+
+
+def positive_int(name: str, value: Any) -> None:
+    if _is_array(value):
+        raise TypeError(f"{name} must be a Python int, got an array ({value!r}): {_STATIC}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> None:
+    if not isinstance(value, str) or value not in known:
+        names = ", ".join(f'"{choice}"' for choice in known)
+        raise ValueError(f"{name} must be {names}{otherwise}, got {value!r}")
+
+
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}: {_STATIC}")
+
+
+def _number(name: str, value: Any, ok: Any, range_: str) -> None:
+    if _is_array(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number {range_}, got {value!r}")
+    if not ok(value):
+        raise ValueError(f"{name} must be {range_}, got {value!r}")
+
+
+def decay(name: str, value: Any) -> None:
+    _number(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+def non_negative(name: str, value: Any) -> None:
+    _number(name, value, lambda x: 0 <= x < float("inf"), "finite and at least 0")
+
+
+def norm_growth_limit(value: Any) -> None:
+    if value is not None:
+        _number("norm_growth_limit", value, lambda x: x >= 1, "at least 1 (None: no limiter)")
+
+
+def moment_dtype(value: Any) -> None:
+    if value is not None and not jnp.issubdtype(jnp.dtype(value), jnp.floating):
+        raise TypeError(f"moment_dtype must be a real floating-point dtype, got {value!r}")
+
+
+def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
+    """The dtype that norms, factors and moments of this leaf are computed in."""
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"'{_tree.show(path)}' has dtype {dtype}; APOLLO trains real floating-point leaves only: "
+            "keep integer and complex leaves out of it with optax.masked or optax.partition"
+        )
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def not_varying(path: _tree.Path, leaf: Any) -> None:
+    """Inside shard_map, refuses a leaf of which each device holds another part."""
+    varying = getattr(jax.typeof(leaf), "vma", frozenset())
+    if varying:
+        raise ValueError(
+            f"'{_tree.show(path)}' varies over the manual axes {sorted(varying)} inside shard_map, so "
+            "norms taken here would be local to a device; average the gradient first "
+            "(jax.lax.pmean), or update outside shard_map, where jit shards the computation"
+        )
+
+
+def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path, Any]:
+    """The leaves of a state's field by path, which must be those of the updates."""
+    stored = _tree.leaves_by_path(field)
+    missing, unexpected = leaves.keys() - stored.keys(), stored.keys() - leaves.keys()
+    if missing or unexpected:
+        shown = ", ".join(f"'{_tree.show(path)}'" for path in sorted(missing or unexpected)[:5])
+        what = "has leaves that the state lacks" if missing else "lacks leaves that the state has"
+        raise ValueError(
+            f"the tree of updates has another structure than the parameters given to init: it {what}: "
+            f"{shown}; call init with the parameters that these are the gradients of"
+        )
+    return stored
+
+
+def rebuild(field: Any, leaves: Mapping[_tree.Path, Any]) -> Any:
+    """New leaves in the structure of a state's field."""
+    order = _tree.leaves_by_path(field)
+    return jax.tree.unflatten(jax.tree.structure(field), [leaves[path] for path in order])
+
+
+def svd_state(is_svd: bool, stored: Any) -> None:
+    if is_svd != (stored is not None):
+        holds = "no projections" if stored is None else "projections"
+        raise ValueError(
+            f"the state holds {holds}, and projection is {'' if is_svd else 'not '}'svd'; the state comes "
+            "from another setting: use the projection it was made with, or call init again"
+        )
+
+
+def state_shape(path: _tree.Path, field: str, array: Any, expected: tuple[int, ...]) -> None:
+    if jnp.shape(array) != expected:
+        raise ValueError(
+            f"the state's {field} for '{_tree.show(path)}' has shape {jnp.shape(array)}, but this rank "
+            f"and these dimension numbers give {expected}; the state comes from another setting: "
+            "use the rank and weight_dimension_numbers it was made with, or call init again"
+        )

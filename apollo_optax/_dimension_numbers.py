@@ -1,0 +1,308 @@
+"""Which axes of a tensor are its matrix and which are batch: the only place that knows axes.
+
+The algorithm speaks of a matrix with a *contracted* side, projected away, and a *channel* side,
+along which scaling factors live. Tensors are never reshaped into that form: a reshape that merges
+a sharded axis would make XLA gather it. :class:`MatrixAxes` contracts, reduces and broadcasts over
+the axes where they are.
+"""
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from apollo_optax import _tree
+
+
+class ApolloDimensionNumbers(NamedTuple):
+    """Which axes of a tensor form the two sides of its matrix; all other axes are batch axes.
+
+    For a kernel applied as ``x @ kernel``, the reduction axis is the input side and the output axis
+    the output side. Which of the two APOLLO projects away follows from their sizes: the smaller one,
+    and on a tie the reduction side. Elements of the batch axes are independent matrices.
+
+    Attributes:
+      reduction_axis: axis or axes of the input side; negative values count from the end.
+      output_axis: axis or axes of the output side, disjoint from `reduction_axis`.
+
+    Examples:
+      >>> stacked = ApolloDimensionNumbers(1, 2)            # (layers, in, out)
+      >>> heads = ApolloDimensionNumbers(0, (1, 2))         # (in, heads, head_dim)
+    """
+
+    reduction_axis: Sequence[int] | int = 0
+    output_axis: Sequence[int] | int = 1
+
+
+WeightDimensionNumbers = ApolloDimensionNumbers | Any | Callable[[Any], Any] | None
+
+EMBEDDING_AND_HEAD_NAMES = (
+    # Linen's and NNX's Embed call their weight "embedding"; the modules around it are:
+    *("embedding", "embeddings", "embed", "embedder", "embed_tokens", "input_embedding"),
+    *("token_embedder", "token_embedding", "tok_embeddings", "shared_embedding", "wte"),
+    *("position_embedder", "position_embedding", "pos_embedding", "pos_embed", "wpe"),
+    # Output heads of language models and classifiers:
+    *("lm_head", "logits_dense", "logits", "output_head", "head", "unembed", "unembedding"),
+    *("classifier",),
+)
+"""Path components that mark an embedding or an output head, which the default rule gives to Adam.
+
+Whole components count, so ``MultiHeadDotProductAttention_0`` is not a head.
+"""
+
+_VECTOR_NAMES = ("bias", "scale")  # Also when stacked, or in the shape of a DenseGeneral's output.
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixAxes:
+    """A tensor seen as a batch of matrices, contracted side and channel side.
+
+    Shapes below: ``batch``, ``contracted`` and ``channel`` stand for the sizes of those axes, in
+    this order of axes; ``m`` and ``n`` are the products of the latter two; ``r`` is the rank.
+    """
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    contracted: tuple[int, ...]
+    channel: tuple[int, ...]
+
+    def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in axes)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.sizes(self.batch)
+
+    @property
+    def batch_size(self) -> int:
+        return math.prod(self.batch_shape)
+
+    @property
+    def contracted_shape(self) -> tuple[int, ...]:
+        return self.sizes(self.contracted)
+
+    @property
+    def contracted_size(self) -> int:
+        return math.prod(self.contracted_shape)
+
+    def clip_rank(self, rank: int) -> int:
+        return min(rank, self.contracted_size)
+
+    def moment_shape(self, rank: int) -> tuple[int, ...]:
+        """``(*batch, r, *channel)``, the shape of a projected gradient."""
+        return (*self.batch_shape, self.clip_rank(rank), *self.sizes(self.channel))
+
+    def projection_shape(self, rank: int) -> tuple[int, ...]:
+        """``(*batch, r, *contracted)``, the shape of a projection."""
+        return (*self.batch_shape, self.clip_rank(rank), *self.contracted_shape)
+
+    def project(self, projection: jax.Array, tensor: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """``R = P G``: ``(*batch, r, *contracted)`` and a tensor to ``(*batch, r, *channel)``."""
+        rank_axis = len(self.shape)
+        return jnp.einsum(
+            projection,
+            (*self.batch, rank_axis, *self.contracted),
+            tensor,
+            tuple(range(len(self.shape))),
+            (*self.batch, rank_axis, *self.channel),
+            # Anything less multiplies in bfloat16 on TPUs and in TF32 on GPUs.
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=out_sharding,
+        )
+
+    def channel_norms(self, tensor: jax.Array) -> jax.Array:
+        """Euclidean norm of each channel of a tensor, ``(*batch, *channel)``."""
+        squares = jnp.sum(jnp.square(tensor), axis=self.contracted)
+        return jnp.sqrt(jnp.transpose(squares, _argsort(_argsort((*self.batch, *self.channel)))))
+
+    def spread(self, factors: jax.Array) -> jax.Array:
+        """Factors ``(*batch, *channel)`` with size-1 axes added, to multiply the tensor with."""
+        in_place = jnp.transpose(factors, _argsort((*self.batch, *self.channel)))
+        return jnp.expand_dims(in_place, self.contracted)
+
+    def per_batch(self, values: jax.Array, ndim: int) -> jax.Array:
+        """Values ``(*batch,)`` with size-1 axes appended up to `ndim` axes."""
+        return jnp.expand_dims(values, tuple(range(len(self.batch), ndim)))
+
+    def norm(self, array: jax.Array) -> jax.Array:
+        """Euclidean norm over all but the batch axes of an array whose leading axes those are."""
+        return jnp.sqrt(jnp.sum(jnp.square(array), axis=tuple(range(len(self.batch), array.ndim))))
+
+    def to_matrix(self, tensor: jax.Array) -> jax.Array:
+        """The tensor as ``(*batch, m, n)``; merges axes, so only for what is replicated anyway."""
+        ordered = jnp.transpose(tensor, (*self.batch, *self.contracted, *self.channel))
+        return ordered.reshape(*self.batch_shape, self.contracted_size, -1)
+
+
+def _argsort(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
+
+
+def matrix_axes(path: _tree.Path, shape: tuple[int, ...], numbers: ApolloDimensionNumbers) -> MatrixAxes:
+    """Checks `numbers` against the `shape` of the leaf at `path` and chooses the contracted side."""
+
+    def side(axes: Sequence[int] | int) -> tuple[int, ...]:
+        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        if not axes or any(not -len(shape) <= axis < len(shape) for axis in axes):
+            raise ValueError(
+                f"{numbers} names an axis that '{_tree.show(path)}' of shape {shape} is missing "
+                "(or none at all); both sides need axes of the leaf, and a leaf that is not a "
+                "matrix gets None in weight_dimension_numbers"
+            )
+        return tuple(axis % len(shape) for axis in axes)
+
+    reduction, output = side(numbers.reduction_axis), side(numbers.output_axis)
+    if len({*reduction, *output}) < len(reduction) + len(output):
+        raise ValueError(
+            f"the axes of {numbers} overlap for '{_tree.show(path)}' of shape {shape}; an axis "
+            "belongs to one side only, once"
+        )
+    reduction_size = math.prod(shape[axis] for axis in reduction)
+    output_size = math.prod(shape[axis] for axis in output)
+    # The smaller side is projected away; the tie goes to the input side, so channels are outputs.
+    contracted, channel = (reduction, output) if reduction_size <= output_size else (output, reduction)
+    batch = tuple(axis for axis in range(len(shape)) if axis not in {*reduction, *output})
+    return MatrixAxes(shape, batch, contracted, channel)
+
+
+def is_embedding_or_head(path: _tree.Path) -> bool:
+    return any(component in EMBEDDING_AND_HEAD_NAMES for component in path)
+
+
+def _may_be_matrix(path: _tree.Path) -> bool:
+    return not (path and path[-1] in _VECTOR_NAMES) and not is_embedding_or_head(path)
+
+
+def _default(path: _tree.Path, shape: tuple[int, ...]) -> ApolloDimensionNumbers | None:
+    return ApolloDimensionNumbers() if len(shape) == 2 and _may_be_matrix(path) else None
+
+
+def dimension_numbers_by_path(
+    rules: Sequence[tuple[str, ApolloDimensionNumbers | None]],
+) -> Callable[[Any], Any]:
+    """Dimension numbers from regular expressions over parameter paths.
+
+    Args:
+      rules: pairs of a regular expression and the :class:`ApolloDimensionNumbers` (or None, for Adam)
+        of the leaves it is found in (``re.search``). Paths read ``decoder/layers/mlp/wi/kernel``,
+        without the names of Flax's boxes. The first match counts; leaves that no rule matches get
+        the default rule of :func:`scale_by_apollo`.
+
+    Returns:
+      A callable for the argument `weight_dimension_numbers`.
+
+    Raises:
+      ValueError: for an invalid regular expression, and when called, for a kernel of three or more
+        axes that no rule matches, since the default rule can't know its axes.
+
+    Examples:
+      >>> from apollo_optax import apollo, ApolloDimensionNumbers
+      >>> tx = apollo(0.01, weight_dimension_numbers=dimension_numbers_by_path([
+      ...     (r"layers/.*/kernel$", ApolloDimensionNumbers(1, 2)),   # (layers, in, out)
+      ...     (r"router/kernel$", None),                              # Adam
+      ... ]))
+    """
+    compiled = []
+    for pattern, numbers in rules:
+        _check_entry(numbers, f"the rule {pattern!r}")
+        try:
+            compiled.append((re.compile(pattern), numbers))
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+
+    def of_leaf(path: _tree.Path, shape: tuple[int, ...]) -> ApolloDimensionNumbers | None:
+        for pattern, numbers in compiled:
+            if pattern.search(_tree.show(path)):
+                return numbers
+        if len(shape) > 2 and _may_be_matrix(path):
+            raise ValueError(
+                f"no rule matches '{_tree.show(path)}' of shape {shape}; its matrix axes can't be "
+                "guessed: add a rule for it, with None to give it to Adam"
+            )
+        return _default(path, shape)
+
+    def weight_dimension_numbers(params: Any) -> Any:
+        leaves = _tree.leaves_by_path(params)
+        numbers = [of_leaf(path, jnp.shape(leaf)) for path, leaf in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(_tree.unbox(params)), numbers)
+
+    return weight_dimension_numbers
+
+
+def _check_entry(numbers: Any, where: str) -> None:
+    if numbers is not None and not isinstance(numbers, ApolloDimensionNumbers):
+        raise TypeError(
+            f"weight_dimension_numbers holds {numbers!r} for {where}; it must be an "
+            "ApolloDimensionNumbers, or None for Adam"
+        )
+
+
+def _entries(weight_dimension_numbers: Any, tree: Any) -> dict[_tree.Path, ApolloDimensionNumbers | None]:
+    """The caller's dimension numbers by path, or path of the subtree they stand for."""
+    if callable(weight_dimension_numbers):
+        weight_dimension_numbers = weight_dimension_numbers(tree)
+    entries = _tree.leaves_by_path(
+        weight_dimension_numbers,
+        is_leaf=lambda x: x is None or isinstance(x, ApolloDimensionNumbers),
+    )
+    for path, numbers in entries.items():
+        _check_entry(numbers, f"'{_tree.show(path)}'")
+    return entries
+
+
+def resolve(
+    weight_dimension_numbers: WeightDimensionNumbers, tree: Any
+) -> dict[_tree.Path, MatrixAxes | None]:
+    """The :class:`MatrixAxes` of every leaf of `tree` by path; None for a leaf that is no matrix."""
+    leaves = _tree.leaves_by_path(tree)
+    if not leaves:  # Nothing to name; and Optax's placeholder trees are no trees for a callable.
+        return {}
+    if weight_dimension_numbers is None:
+        numbers = {path: _default(path, jnp.shape(leaf)) for path, leaf in leaves.items()}
+    else:
+        entries = _entries(weight_dimension_numbers, tree)
+        numbers = {path: _entry_for(path, entries) for path in leaves}
+    axes = {}
+    for path, leaf in leaves.items():
+        given = numbers[path]
+        axes[path] = None if given is None else matrix_axes(path, jnp.shape(leaf), given)
+    return axes
+
+
+def _entry_for(
+    path: _tree.Path, entries: dict[_tree.Path, ApolloDimensionNumbers | None]
+) -> ApolloDimensionNumbers | None:
+    prefixes = (path[:i] for i in range(len(path), -1, -1))
+    entry = next((prefix for prefix in prefixes if prefix in entries), None)
+    if entry is None:
+        raise ValueError(
+            f"weight_dimension_numbers has no entry for '{_tree.show(path)}'; add its "
+            "ApolloDimensionNumbers, or None for Adam"
+        )
+    return entries[entry]
+
+
+def warn_if_unguessable(tree: Any) -> None:
+    """Warns of kernels of three or more axes, which the default rule leaves to Adam."""
+    leaves = _tree.leaves_by_path(tree)
+    sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
+    unknown = [path for path, leaf in leaves.items() if jnp.ndim(leaf) > 2 and _may_be_matrix(path)]
+    if not unknown:
+        return
+    share = sum(sizes[path] for path in unknown) / max(sum(sizes.values()), 1)
+    largest = sorted(unknown, key=lambda path: -sizes[path])[:3]
+    named = ", ".join(f"'{_tree.show(path)}' {jnp.shape(leaves[path])}" for path in largest)
+    warnings.warn(
+        f"{len(unknown)} leaves of three or more axes, {share:.0%} of the parameters, are trained "
+        f"with Adam at Adam's memory, because which of their axes form a matrix can't be guessed. "
+        f"The largest: {named}. Pass weight_dimension_numbers, for example "
+        "dimension_numbers_by_path([(r'kernel$', ApolloDimensionNumbers(1, 2))]) for layer-stacked "
+        "(layers, in, out) kernels, with None for what Adam should have.",
+        UserWarning,
+        stacklevel=3,
+    )

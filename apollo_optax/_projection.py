@@ -1,0 +1,134 @@
+"""What the projection P is: drawn from a key, taken from the gradient, or the caller's own.
+
+Step 1 of the algorithm. ``P`` has shape ``(r, m)`` for each matrix, ``m`` the contracted size, and is a
+pure function of the key, the leaf, the refresh and the batch element, so it is never stored and is
+the same on any mesh. The exception is the SVD, which needs the gradient of the refresh step.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apollo_optax import _sharding, _tree
+from apollo_optax._dimension_numbers import MatrixAxes
+
+Shape = tuple[int, ...]
+Draw = Callable[[jax.Array, Shape], jax.Array]
+NAMES = ("random", "rademacher", "svd")
+
+
+def key_impl(key: Any) -> Any:
+    """The generator behind `key`, as ``jax.random.wrap_key_data`` takes it; checks the key."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape == ():
+            return jax.random.key_impl(key)
+    elif isinstance(key, (int, np.integer, jax.Array, np.ndarray)) and not isinstance(key, bool):
+        if jnp.shape(key) == () and jnp.issubdtype(jnp.result_type(key), jnp.integer):
+            return "threefry2x32"  # A seed means the same run whatever JAX's default generator.
+        if jnp.ndim(key) == 1 and jnp.result_type(key) == jnp.uint32:
+            return jax.random.key_impl(jax.random.wrap_key_data(jnp.asarray(key)))
+    raise TypeError(
+        "key must be an int seed (or an integer scalar array), one JAX key from jax.random.key, or the "
+        f"raw data of one, got {key!r}"
+    )
+
+
+def key_data(key: Any) -> jax.Array:
+    """The raw data of `key`: a uint32 vector, ``(2,)`` for a seed."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(key)
+    if jnp.ndim(key) == 1:
+        return jnp.asarray(key)
+    return jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+
+
+def leaf_id(path: _tree.Path) -> np.uint32:
+    """A 32-bit hash of a leaf's path: its draws depend on its name, not on its place among others."""
+    return np.uint32(int.from_bytes(hashlib.sha256(_tree.show(path).encode()).digest()[:4], "big"))
+
+
+def batch_keys(key: jax.Array, leaf: jax.typing.ArrayLike, refresh: jax.Array, size: int) -> jax.Array:
+    """One key for each of `size` batch elements of a leaf at a refresh (counted from 0)."""
+    drawn = jax.random.fold_in(jax.random.fold_in(key, leaf), refresh)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(drawn, jnp.arange(size))
+
+
+def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) / jnp.sqrt(jnp.asarray(shape[0], dtype))
+
+
+def _rademacher(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
+    """Entries +-1/sqrt(r), each from one bit of the generator rather than a word."""
+    rows, columns = shape
+    words = jax.random.bits(key, (rows, math.ceil(columns / 32)), jnp.uint32)
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    signs = 1 - 2 * bits.reshape(rows, -1)[:, :columns].astype(dtype)
+    return signs / jnp.sqrt(jnp.asarray(rows, dtype))
+
+
+def draw(projection: str | Draw, keys: jax.Array, axes: MatrixAxes, rank: int, dtype: jnp.dtype) -> jax.Array:
+    """The projections of all matrices of a leaf.
+
+    Args:
+      projection: ``"random"``, ``"rademacher"`` or a callable ``(key, (r, m)) -> P``.
+      keys: a key for each batch element.
+      axes: the leaf's axes.
+      rank: the rank asked for; clipped to the contracted size.
+      dtype: float32 or float64.
+
+    Returns:
+      An array of shape ``(*batch, r, *contracted)``.
+    """
+    shape = (axes.clip_rank(rank), axes.contracted_size)
+
+    def draw_one(key: jax.Array) -> jax.Array:
+        if callable(projection):
+            return jnp.asarray(projection(key, shape), dtype)
+        return {"random": _normal, "rademacher": _rademacher}[projection](key, shape, dtype)
+
+    return jax.vmap(draw_one)(keys).reshape(axes.projection_shape(rank))
+
+
+def check_callable(projection: Draw, path: _tree.Path, axes: MatrixAxes, rank: int) -> None:
+    """Refuses a callable whose result is no real ``(r, m)`` array, before any step is taken."""
+    expected = (axes.clip_rank(rank), axes.contracted_size)
+    result = jax.eval_shape(lambda key: jnp.asarray(projection(key, expected)), jax.random.key(0))
+    if result.shape != expected or not jnp.issubdtype(result.dtype, jnp.floating):
+        raise ValueError(
+            f"projection(key, {expected}) returned shape {result.shape} and dtype {result.dtype} for "
+            f"'{_tree.show(path)}'; it must return a real floating-point array of the shape it is given"
+        )
+
+
+def from_svd(gradient: jax.Array, previous: jax.Array, axes: MatrixAxes, rank: int) -> jax.Array:
+    """The top singular vectors of a gradient on its contracted side, as rows, signs settled.
+
+    Moments outlive a refresh, and the SVD leaves signs open. A row takes the sign that makes its inner
+    product with the row it replaces non-negative; where it replaces nothing, at the first refresh,
+    its largest entry is positive.
+
+    Args:
+      gradient: a tensor of the leaf's shape.
+      previous: the projections so far, ``(*batch, r, *contracted)``; zero before the first refresh.
+      axes: the leaf's axes.
+      rank: the rank asked for; clipped to the contracted size.
+
+    Returns:
+      An array like `previous`.
+    """
+    # One matrix is small; its SVD is not worth distributing.
+    matrix = axes.to_matrix(_sharding.place(gradient, _sharding.replicated(_sharding.of(gradient))))
+    before = _sharding.place(previous, _sharding.replicated(_sharding.of(previous)))
+    u, _, _ = jnp.linalg.svd(matrix, full_matrices=False)
+    rows = jnp.swapaxes(u[..., : axes.clip_rank(rank)], -1, -2)
+    before = before.reshape(rows.shape)
+    largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), -1, keepdims=True), -1)[..., 0]
+    is_first = jnp.all(before == 0, axis=-1)
+    agreement = jnp.where(is_first, largest, jnp.sum(rows * before, axis=-1))
+    signed = jnp.where(agreement < 0, -1, 1)[..., None] * rows
+    return _sharding.place(signed.astype(previous.dtype).reshape(previous.shape), _sharding.of(previous))

@@ -1,0 +1,215 @@
+"""Where the optimizer's state lives on a mesh.
+
+A moment of a matrix is cut over the same devices as its parameter. Mesh axes that cut the batch or
+the channel side stay where they are. Those that cut the contracted side, which a moment does not
+have, move to the channel side, so that the sum of partial projections can be a reduce-scatter; to
+the rank axis where the channel size does not divide; and are dropped, the moment replicated over
+them, where neither does.
+
+Under automatic sharding that is a choice made once, at ``init`` or by :func:`state_sharding`. Under
+explicit sharding, where types carry shardings, ``init`` and ``update`` both name them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from apollo_optax import _tree
+from apollo_optax._dimension_numbers import MatrixAxes, WeightDimensionNumbers, resolve
+
+
+def of(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array, concrete, abstract or traced; None where there is none to know."""
+    if isinstance(leaf, Tracer):
+        sharding = jax.typeof(leaf).sharding
+        return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def zeros(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None) -> jax.Array:
+    return jnp.zeros(shape, dtype, device=sharding)
+
+
+def put(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """Moves a concrete array; a traced one stays, as its sharding is the enclosing jit's to choose."""
+    if sharding is None or isinstance(array, Tracer):
+        return array
+    return jax.device_put(array, sharding)
+
+
+def place(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """Under explicit sharding, moves `array` where the next operation's type rules want it."""
+    return array if sharding is None else jax.sharding.reshard(array, sharding)
+
+
+def _mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
+    """The mesh axes that cut tensor axis `axis`; a spec may be shorter than the tensor's rank."""
+    entry = sharding.spec[axis] if axis < len(sharding.spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _named(mesh: Any, cuts: Sequence[tuple[str, ...]]) -> NamedSharding:
+    entries = [cut[0] if len(cut) == 1 else cut or None for cut in cuts]
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def _pick(sharding: NamedSharding | None, axes: Sequence[int | None]) -> NamedSharding | None:
+    """The sharding of an array made of these axes of a tensor; None stands for an axis of its own."""
+    if sharding is None:
+        return None
+    cuts = [() if axis is None else _mesh_axes(sharding, axis) for axis in axes]
+    return _named(sharding.mesh, cuts)
+
+
+def moments(axes: MatrixAxes, rank: int, sharding: NamedSharding | None) -> NamedSharding | None:
+    """For ``(*batch, r, *channel)``, by the rule in this module's docstring."""
+    if sharding is None:
+        return None
+    shape = axes.moment_shape(rank)
+    cuts = [
+        *(_mesh_axes(sharding, axis) for axis in axes.batch),
+        (),
+        *(_mesh_axes(sharding, axis) for axis in axes.channel),
+    ]
+    rank_axis = len(axes.batch)
+    candidates = [*range(rank_axis + 1, len(cuts)), rank_axis]
+    sizes = dict(sharding.mesh.shape)
+    for name in (name for axis in axes.contracted for name in _mesh_axes(sharding, axis)):
+        for axis in candidates:
+            if shape[axis] % math.prod(sizes[cut] for cut in (*cuts[axis], name)) == 0:
+                cuts[axis] = (*cuts[axis], name)
+                break
+    return _named(sharding.mesh, cuts)
+
+
+def projections(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding | None:
+    """For ``(*batch, r, *contracted)``: each device holds the part it multiplies with."""
+    return _pick(sharding, (*axes.batch, None, *axes.contracted))
+
+
+def channels(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding | None:
+    """For ``(*batch, *channel)``."""
+    return _pick(sharding, (*axes.batch, *axes.channel))
+
+
+def norms(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding | None:
+    """For ``(*batch,)``."""
+    return _pick(sharding, axes.batch)
+
+
+def replicated(sharding: NamedSharding | None) -> NamedSharding | None:
+    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def state_sharding(
+    state: Any,
+    params: Any,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> Any:
+    """The place of every leaf of an optimizer state on its parameters' mesh.
+
+    Works on the state of any Optax pipeline that holds this library's states among others: inside
+    ``chain``, ``masked``, ``partition``, ``MultiSteps``, ``inject_hyperparams``, a Linen
+    ``TrainState``'s ``opt_state`` or ``nnx.state(optimizer)``.
+
+    * A state leaf whose path ends with a parameter's path and which has its shape takes the
+      parameter's sharding.
+    * Moments, projections and norms of a matrix go by their role, known from the names of their
+      fields: moments are cut over the same devices as the parameter (along the channel side first,
+      then along the rank axis, replicated where neither divides).
+    * All else (counts, keys, hyperparameters) is replicated.
+
+    Args:
+      state: an optimizer state, of arrays or ``jax.ShapeDtypeStruct`` (from
+        ``jax.eval_shape(tx.init, params)``).
+      params: the parameters, of arrays or ``jax.ShapeDtypeStruct`` with ``NamedSharding`` on one mesh;
+        leaves without one count as replicated.
+      weight_dimension_numbers: what the optimizer was given.
+
+    Returns:
+      A tree of the structure of `state` with a ``NamedSharding`` for every leaf, as ``jax.jit``'s
+      ``out_shardings`` and ``jax.device_put`` take it.
+
+    Raises:
+      ValueError: if no parameter has a ``NamedSharding``, or if moments have shapes that do not follow
+        from `weight_dimension_numbers`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, apollo_optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
+      >>> params = {"kernel": jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("fsdp")))}
+      >>> tx = apollo_optax.apollo(0.01, rank=4)
+      >>> shardings = state_sharding(jax.eval_shape(tx.init, params), params)
+      >>> tuple(shardings[0].mu["kernel"].spec)
+      (None, 'fsdp')
+    """
+    leaves = _tree.leaves_by_path(params)
+    shardings = {path: of(leaf) for path, leaf in leaves.items()}
+    on_mesh = next((sharding for sharding in shardings.values() if sharding is not None), None)
+    everywhere = replicated(on_mesh)
+    if everywhere is None:
+        raise ValueError(
+            "no parameter has a NamedSharding, so there is no mesh to place the state on; give "
+            "params as arrays on a mesh, or as jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
+        )
+    axes = resolve(weight_dimension_numbers, params)
+    states = _tree.leaves_by_path(state)
+    ours = _apollo_prefixes(states)
+
+    def place_of(path: _tree.Path, leaf: Any) -> NamedSharding:
+        param = _tree.owner(path, leaves)
+        if param is None or (path[:-1] in ours and path[-1] in ("count", "key")):
+            return everywhere
+        sharding = shardings[param] or everywhere
+        prefix, role = path[: len(path) - len(param)][:-1], path[: len(path) - len(param)][-1:]
+        matrix = axes[param]
+        if matrix is None or (role != ("norm",) and prefix not in ours):
+            return sharding if jnp.shape(leaf) == jnp.shape(leaves[param]) else everywhere
+        return _by_role(matrix, role[0], path, jnp.shape(leaf), sharding)
+
+    placed = [place_of(path, leaf) for path, leaf in states.items()]
+    return jax.tree.unflatten(jax.tree.structure(state), placed)
+
+
+def _apollo_prefixes(states: dict[_tree.Path, Any]) -> set[_tree.Path]:
+    """Paths of the ScaleByApolloState among these leaves, by their fields: NNX loses the type."""
+    named = {path[:-1] for path in states if path[-1:] == ("key",)}
+    named &= {path[:-1] for path in states if path[-1:] == ("count",)}
+    return {
+        prefix
+        for prefix in named
+        if all(
+            any(path[: len(prefix) + 1] == (*prefix, field) for path in states)
+            for field in ("mu", "nu", "norm")
+        )
+    }
+
+
+def _by_role(
+    axes: MatrixAxes,
+    role: str,
+    path: _tree.Path,
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+) -> NamedSharding:
+    rank = shape[len(axes.batch)] if role != "norm" and len(shape) > len(axes.batch) else 0
+    expected, placed = {
+        "mu": (axes.moment_shape(rank), moments(axes, rank, sharding)),
+        "nu": (axes.moment_shape(rank), moments(axes, rank, sharding)),
+        "projection": (axes.projection_shape(rank), projections(axes, sharding)),
+        "norm": (axes.batch_shape, norms(axes, sharding)),
+    }[role]
+    if shape != expected or placed is None:
+        raise ValueError(
+            f"the state's '{_tree.show(path)}' has shape {shape}, where these dimension numbers "
+            f"give {expected}; pass the weight_dimension_numbers that the optimizer was given"
+        )
+    return placed

@@ -1,0 +1,454 @@
+"""APOLLO: SGD-like memory, AdamW-level performance.
+
+Implementation of "APOLLO: SGD-like Memory, AdamW-level Performance"
+(https://arxiv.org/abs/2412.05270) by Zhu et al. The matrices' moments are those of a random
+low-rank projection of the gradient; they serve to scale the channels of the gradient itself.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from apollo_optax import _check, _projection, _sharding, _tree
+from apollo_optax._dimension_numbers import (
+    MatrixAxes,
+    WeightDimensionNumbers,
+    resolve,
+    warn_if_unguessable,
+)
+from apollo_optax._limiter import limit_norm
+
+STATIC_ARGS = frozenset(
+    {
+        "rank",
+        "scale_type",
+        "update_proj_gap",
+        "scale_front",
+        "projection",
+        "key",
+        "weight_dimension_numbers",
+        "moment_dtype",
+        "mask",
+    }
+)
+"""Arguments of :func:`apollo` that ``optax.inject_hyperparams`` must leave as they are.
+
+It would otherwise turn integers into arrays and take callables and dtypes for schedules. A factory
+that lacks some of them takes ``STATIC_ARGS & inspect.signature(factory).parameters.keys()``.
+"""
+
+
+class ScaleByApolloState(NamedTuple):
+    """State of :func:`scale_by_apollo`; plain arrays, in trees of the parameters' structure.
+
+    Shapes: for a matrix ``batch`` are the sizes of its batch axes, ``channel`` those of its channel
+    side and ``contracted`` those of the other; ``r`` is the rank, clipped to the contracted size.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), int32: steps taken.
+    key: jax.Array  # raw key data, uint32; shape=(2,) for an int seed.
+    mu: optax.Updates  # matrix: (*batch, r, *channel); any other leaf: the leaf's shape.
+    nu: optax.Updates  # as mu.
+    norm: optax.Updates  # matrix: batch, the limiter's remembered norms, 0: none; other leaves: ().
+    projection: optax.Updates | None = None  # SVD only: (*batch, r, *contracted); other leaves: ().
+
+
+_ARRAYS = (jax.Array, np.ndarray)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Hyperparameters, as an argument of jitted functions.
+
+    Arrays (from ``inject_hyperparams``) are traced. Python numbers stay constants of the compiled
+    code, since ``1 - b2`` of a float32 array has lost four digits.
+    """
+
+    rank: int
+    scale_type: str
+    scale: Any
+    b1: Any
+    b2: Any
+    eps: Any
+    norm_growth_limit: Any
+    scale_front: bool
+    projection: str | _projection.Draw
+
+    def tree_flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        arrays = [value for value in values if isinstance(value, _ARRAYS)]
+        return arrays, tuple(_ARRAYS if isinstance(v, _ARRAYS) else v for v in values)
+
+    @classmethod
+    def tree_unflatten(cls, constants: tuple[Any, ...], arrays: list[Any]) -> "_Settings":
+        remaining = iter(arrays)
+        return cls(*(next(remaining) if c is _ARRAYS else c for c in constants))
+
+
+class _LeafState(NamedTuple):
+    """What the fields of ScaleByApolloState hold for one leaf."""
+
+    mu: jax.Array
+    nu: jax.Array
+    norm: jax.Array
+    projection: jax.Array | None
+
+
+class _Step(NamedTuple):
+    """What all leaves share at one step; arrays, so that no leaf is compiled for a step."""
+
+    key: jax.Array  # Typed.
+    refresh: jax.Array  # Which draw of the projection is in use, counted from 0.
+    is_refresh: jax.Array  # Whether this step is the first to use it.
+    correction: jax.Array  # Adam's bias correction as one factor: sqrt(1 - b2^t) / (1 - b1^t).
+
+
+def scale_by_apollo(
+    rank: int = 256,
+    *,
+    scale_type: Literal["channel", "tensor"] = "channel",
+    scale: jax.typing.ArrayLike = 1.0,
+    update_proj_gap: int = 200,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
+    scale_front: bool = False,
+    projection: Literal["random", "rademacher", "svd"] | _projection.Draw = "random",
+    key: jax.typing.ArrayLike = 0,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moment_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescale updates according to the APOLLO algorithm.
+
+    For a matrix :math:`G_t \in \mathbb{R}^{m \times n}`, with the smaller side, of size :math:`m`,
+    contracted and channels along the other, rank :math:`r` and :math:`a = \sqrt{\text{scale}}`:
+
+    .. math::
+
+      \begin{align*}
+        P_t &\in \mathbb{R}^{r \times m}, \quad (P_t)_{ij} \sim \mathcal{N}(0, 1/r),
+          \quad \text{drawn anew every update\_proj\_gap steps} \\
+        R_t &= P_t G_t \\
+        M_t &= \beta_1 M_{t-1} + (1-\beta_1) R_t, \quad
+        V_t = \beta_2 V_{t-1} + (1-\beta_2) R_t^2, \quad
+        N_t = M_t / (\sqrt{V_t} + \varepsilon) \\
+        s_j &= \|N_{t,:,j}\| / (\|R_{t,:,j}\| + 10^{-8}) \quad \text{(channel)}, \qquad
+        s = \|N_t\| / (\|R_t\| + 10^{-8}) \quad \text{(tensor)} \\
+        U_t &= a\, \mathrm{limit}(G_t\, \mathrm{diag}(s)) \\
+        \text{update} &= \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\, U_t
+      \end{align*}
+
+    where :math:`\mathrm{limit}` is the norm-growth limiter, :func:`limit_norm_growth`. All other leaves
+    (vectors, scalars, embeddings, the output head) get :func:`optax.scale_by_adam`'s update, so this
+    is a drop-in replacement for it: no learning rate, same sign as the gradient.
+
+    Args:
+      rank: rank of the projection, clipped to the contracted size of each matrix. Moments take
+        ``2 * n * rank`` numbers.
+      scale_type: ``"channel"``, a factor per channel, or ``"tensor"``, one for the matrix.
+      scale: the update is multiplied by its square root. The lower the rank, the smaller the factors
+        (about ``sqrt(rank / m)`` of the full-rank ones), so rank 1 goes with 128.
+      update_proj_gap: steps between draws of the projection.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the denominator, for matrices and for Adam's leaves.
+      norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at least 1; None
+        switches the limiter off.
+      scale_front: multiply by ``sqrt(scale)`` before the limiter instead of after it.
+      projection: ``"random"``, normal entries; ``"rademacher"``, entries of random sign; ``"svd"``, the
+        gradient's top singular vectors, which the state then holds; or a callable
+        ``(key, (r, m)) -> P``, vmapped over batch elements. Random projections are functions of
+        `key` and take no memory in the state.
+      key: an int seed, which may be a traced scalar, or a JAX key, typed or raw.
+      weight_dimension_numbers: which axes of a leaf form a matrix: a pytree (or prefix) of
+        :class:`ApolloDimensionNumbers` or None (Adam), matched by path, or a callable that returns
+        one for the parameters (the updates, at update time), as :func:`dimension_numbers_by_path`
+        makes. Axes named by neither field are batch axes. The default takes 2-D leaves, except
+        ``bias`` and ``scale`` and those under a known name of an embedding or output head; of kernels
+        with more axes it warns.
+      moment_dtype: dtype of both moments of all leaves. The default is float32, or float64 for float64
+        leaves, whatever the gradients: ``(1 - b2) * R**2`` is lost when added to a bfloat16 number.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByApolloState`. Updates keep the
+      gradients' dtypes.
+
+    Raises:
+      TypeError: for an argument of the wrong type, such as an array where the value must be static.
+      ValueError: for an argument out of range; from ``init`` and ``update``, for a leaf that is not
+        real floating-point, dimension numbers that do not fit, a projection callable that returns
+        the wrong shape, updates of another structure than the parameters, a state made for another
+        rank, or, inside ``shard_map``, a matrix that varies over a manual axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from apollo_optax import scale_by_apollo
+      >>> tx = optax.chain(scale_by_apollo(rank=4), optax.scale_by_learning_rate(0.01))
+      >>> params = {"kernel": jnp.ones((8, 16)), "bias": jnp.zeros(16)}
+      >>> state = tx.init(params)
+      >>> jax.tree.map(jnp.shape, state[0].mu)
+      {'bias': (16,), 'kernel': (4, 16)}
+      >>> grads = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
+      <https://arxiv.org/abs/2412.05270>`_, 2025
+
+      Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?
+      <https://arxiv.org/abs/2410.01623>`_, 2024
+    """
+    _check.positive_int("rank", rank)
+    _check.one_of("scale_type", scale_type, ("channel", "tensor"))
+    _check.non_negative("scale", scale)
+    _check.positive_int("update_proj_gap", update_proj_gap)
+    _check.decay("b1", b1)
+    _check.decay("b2", b2)
+    _check.non_negative("eps", eps)
+    _check.norm_growth_limit(norm_growth_limit)
+    _check.boolean("scale_front", scale_front)
+    if not callable(projection):
+        _check.one_of("projection", projection, _projection.NAMES, " or a callable (key, (r, m)) -> P")
+    _check.moment_dtype(moment_dtype)
+    key_impl = _projection.key_impl(key)
+    settings = _Settings(rank, scale_type, scale, b1, b2, eps, norm_growth_limit, scale_front, projection)
+
+    def init_fn(params: optax.Params) -> Any:
+        if weight_dimension_numbers is None:
+            warn_if_unguessable(params)
+        axes = resolve(weight_dimension_numbers, params)
+        leaves = _tree.leaves_by_path(params)
+        states = [_init_leaf(settings, moment_dtype, path, leaf, axes[path]) for path, leaf in leaves.items()]
+        structure = jax.tree.structure(_tree.unbox(params))
+        fields = {
+            name: structure.unflatten([getattr(leaf, name) for leaf in states])
+            for name in ("mu", "nu", "norm", *(("projection",) if projection == "svd" else ()))
+        }
+        on_mesh = next((s for s in map(_sharding.of, leaves.values()) if s is not None), None)
+        everywhere = _sharding.replicated(on_mesh)
+        return ScaleByApolloState(
+            count=_sharding.zeros((), jnp.int32, everywhere),
+            key=_sharding.put(_projection.key_data(key), everywhere),
+            **fields,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        axes = resolve(weight_dimension_numbers, updates)
+        leaves = _tree.leaves_by_path(updates)
+        _check.svd_state(projection == "svd", state.projection)
+        fields = {
+            name: _check.same_paths(leaves, getattr(state, name))
+            for name in _LeafState._fields
+            if getattr(state, name) is not None
+        }
+        count = jnp.asarray(optax.safe_increment(state.count))
+        step = _Step(
+            key=jax.random.wrap_key_data(state.key, impl=key_impl),
+            refresh=state.count // update_proj_gap,
+            is_refresh=state.count % update_proj_gap == 0,
+            correction=jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count),
+        )
+        new_updates, new_states = [], {}
+        for path, leaf in leaves.items():
+            dtype = _check.accumulator_dtype(path, leaf)
+            old = _LeafState(
+                mu=fields["mu"][path],
+                nu=fields["nu"][path],
+                norm=fields["norm"][path],
+                projection=fields["projection"][path] if "projection" in fields else None,
+            )
+            _check_leaf_state(path, leaf, old, axes[path], rank)
+            if axes[path] is None:
+                update, new = _update_adam_leaf(settings, jnp.asarray(leaf), old, count, dtype)
+            else:
+                _check.not_varying(path, leaf)
+                update, new = _update_matrix_leaf(
+                    settings, jnp.asarray(leaf), old, _projection.leaf_id(path), step, axes[path]
+                )
+            new_updates.append(update)
+            new_states[path] = new
+        new_fields = {
+            name: _check.rebuild(
+                getattr(state, name), {path: getattr(s, name) for path, s in new_states.items()}
+            )
+            for name in fields
+        }
+        return (
+            jax.tree.unflatten(jax.tree.structure(updates), new_updates),
+            state._replace(count=count, **new_fields),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _init_leaf(
+    settings: _Settings, moment_dtype: Any, path: _tree.Path, leaf: Any, axes: MatrixAxes | None
+) -> _LeafState:
+    accumulator = _check.accumulator_dtype(path, leaf)
+    dtype = moment_dtype or accumulator
+    sharding = _sharding.of(leaf)
+    stored = None
+    if axes is None:
+        moments = [_sharding.zeros(jnp.shape(leaf), dtype, sharding) for _ in range(2)]
+        norm = _sharding.zeros((), accumulator, _sharding.replicated(sharding))
+        if settings.projection == "svd":
+            stored = jnp.zeros_like(norm)
+        return _LeafState(moments[0], moments[1], norm, stored)
+    rank = settings.rank
+    if not isinstance(settings.projection, str):
+        _projection.check_callable(settings.projection, path, axes, rank)
+    place = _sharding.moments(axes, rank, sharding)
+    moments = [_sharding.zeros(axes.moment_shape(rank), dtype, place) for _ in range(2)]
+    norm = _sharding.zeros(axes.batch_shape, accumulator, _sharding.norms(axes, sharding))
+    if settings.projection == "svd":
+        place = _sharding.projections(axes, sharding)
+        stored = _sharding.zeros(axes.projection_shape(rank), accumulator, place)
+    return _LeafState(moments[0], moments[1], norm, stored)
+
+
+def _check_leaf_state(
+    path: _tree.Path, leaf: Any, state: _LeafState, axes: MatrixAxes | None, rank: int
+) -> None:
+    moment_shape = jnp.shape(leaf) if axes is None else axes.moment_shape(rank)
+    _check.state_shape(path, "mu", state.mu, moment_shape)
+    _check.state_shape(path, "nu", state.nu, moment_shape)
+    _check.state_shape(path, "norm", state.norm, () if axes is None else axes.batch_shape)
+    if state.projection is not None:
+        expected = () if axes is None else axes.projection_shape(rank)
+        _check.state_shape(path, "projection", state.projection, expected)
+
+
+def _update_adam_leaf(
+    settings: _Settings, gradient: jax.Array, state: _LeafState, count: jax.Array, dtype: Any
+) -> tuple[jax.Array, _LeafState]:
+    """The update of :func:`optax.scale_by_adam`, by its own formulas, for one leaf."""
+    mu, nu = _update_moments(settings, gradient.astype(dtype), state)
+    mu_hat = optax.tree.bias_correction(mu, settings.b1, count)
+    nu_hat = optax.tree.bias_correction(nu, settings.b2, count)
+    update = mu_hat / (jnp.sqrt(nu_hat) + settings.eps)
+    return _narrow(update, gradient.dtype), _store(state, mu=mu, nu=nu)
+
+
+# Jitted for itself, so that a step costs one compilation for each distinct shape and an eager step
+# computes what a jitted one does.
+@functools.partial(jax.jit, static_argnames=("axes",))
+def _update_matrix_leaf(
+    settings: _Settings,
+    gradient: jax.Array,
+    state: _LeafState,
+    leaf_id: jax.typing.ArrayLike,
+    step: _Step,
+    axes: MatrixAxes,
+) -> tuple[jax.Array, _LeafState]:
+    """Steps 1 to 8 of the algorithm for one leaf; `state` and result as in ScaleByApolloState."""
+    sharding = _sharding.of(gradient)
+    wide = gradient.astype(_check.accumulator_dtype((), gradient))
+    scale = jnp.sqrt(jnp.asarray(settings.scale, wide.dtype))
+
+    projection = _projections(settings, wide, state, leaf_id, step, axes)
+    projected = axes.project(projection, wide, _sharding.moments(axes, settings.rank, sharding))
+    mu, nu = _update_moments(settings, projected, state)
+    normalized = mu / (jnp.sqrt(nu) + settings.eps)
+    factors = _scaling_factors(settings, normalized, projected, axes, sharding)
+
+    if settings.scale_front:
+        factors = scale * factors
+    norm = state.norm
+    if settings.norm_growth_limit is not None:
+        # |U| without a pass over the gradient: |U|^2 = sum_j s_j^2 |G_j|^2.
+        update_norm = axes.norm(factors * axes.channel_norms(wide))
+        limit, norm = limit_norm(update_norm, state.norm, settings.norm_growth_limit)
+        factors = axes.per_batch(limit, factors.ndim) * factors
+    if not settings.scale_front:
+        factors = scale * factors
+    factors = step.correction.astype(wide.dtype) * factors
+
+    stored = None if state.projection is None else projection
+    update = _narrow(wide * axes.spread(factors), gradient.dtype)
+    return update, _store(state, mu=mu, nu=nu, norm=norm, projection=stored)
+
+
+def _projections(
+    settings: _Settings,
+    gradient: jax.Array,
+    state: _LeafState,
+    leaf_id: jax.typing.ArrayLike,
+    step: _Step,
+    axes: MatrixAxes,
+) -> jax.Array:
+    """Step 1: ``(*batch, r, *contracted)``, placed where it is multiplied with the gradient."""
+    if state.projection is not None:
+        return jax.lax.cond(
+            step.is_refresh,
+            lambda previous: _projection.from_svd(gradient, previous, axes, settings.rank),
+            lambda previous: previous,
+            state.projection,
+        )
+    keys = _projection.batch_keys(step.key, leaf_id, step.refresh, axes.batch_size)
+    drawn = _projection.draw(settings.projection, keys, axes, settings.rank, gradient.dtype)
+    return _sharding.place(drawn, _sharding.projections(axes, _sharding.of(gradient)))
+
+
+def _update_moments(
+    settings: _Settings, gradient: jax.Array, state: _LeafState
+) -> tuple[jax.Array, jax.Array]:
+    """Step 3, in the gradient's dtype whatever the stored one."""
+    mu, nu = state.mu.astype(gradient.dtype), state.nu.astype(gradient.dtype)
+    mu = optax.tree.update_moment(gradient, mu, settings.b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(gradient, nu, settings.b2, 2)
+    return mu, nu
+
+
+def _scaling_factors(
+    settings: _Settings,
+    normalized: jax.Array,
+    projected: jax.Array,
+    axes: MatrixAxes,
+    sharding: Any,
+) -> jax.Array:
+    """Step 4: ``(*batch, *channel)``, or size 1 on the channel axes for the tensor-wise factor."""
+    if settings.scale_type == "tensor":
+        ratio = axes.norm(normalized) / (axes.norm(projected) + 1e-8)
+        return axes.per_batch(ratio, projected.ndim - 1)
+    rank_axis = len(axes.batch)
+
+    def norms(moment: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.sum(jnp.square(moment), axis=rank_axis))
+
+    ratios = norms(normalized) / (norms(projected) + 1e-8)
+    return _sharding.place(ratios, _sharding.channels(axes, sharding))
+
+
+def _one_minus_power(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
+    """``1 - decay**count`` without the cancellation that costs float32 four digits at first."""
+    if isinstance(decay, _ARRAYS):
+        return -jnp.expm1(count * jnp.log(decay))
+    return -jnp.expm1(count * (math.log(cast(float, decay)) if decay else -math.inf))
+
+
+def _store(state: _LeafState, **new: jax.Array | None) -> _LeafState:
+    """The new state of a leaf in the dtypes of the old one."""
+    changed = {n: v.astype(getattr(state, n).dtype) for n, v in new.items() if v is not None}
+    return state._replace(**changed)
+
+
+def _narrow(update: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Casts to the gradient's dtype; what is finite stays so, as float16 ends at 65504."""
+    if jnp.finfo(dtype).max < jnp.finfo(update.dtype).max:
+        update = jnp.clip(update, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
+    return update.astype(dtype)
