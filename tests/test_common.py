@@ -1,0 +1,299 @@
+"""What Optax demands of every optimizer in ``optax.contrib`` (its ``_common_test.py``), of ours."""
+
+import functools
+import inspect
+import logging
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import apollo_optax
+from apollo_optax import ApolloDimensionNumbers
+
+OPTIMIZERS = {
+    "apollo": functools.partial(apollo_optax.apollo, rank=2),
+    "apollo_mini": apollo_optax.apollo_mini,
+    "rademacher": functools.partial(apollo_optax.apollo, rank=2, projection="rademacher"),
+    "svd": functools.partial(apollo_optax.apollo, rank=2, projection="svd"),
+}
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiles with less care: nearly all the time goes to compiling what runs for a moment."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def make_tree(seed, dtype=jnp.float32):
+    """A leaf for each treatment: a matrix, a vector and a scalar."""
+    shapes = {"matrix": (4, 6), "vector": (5,), "scalar": ()}
+    return {name: normal(seed + i, shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def static_args(factory):
+    return apollo_optax.STATIC_ARGS & inspect.signature(factory).parameters.keys()
+
+
+@every_optimizer
+def test_unexpected_extra_arguments_change_nothing(name):
+    tx = OPTIMIZERS[name](0.1)
+    params, grads = make_tree(0), make_tree(10)
+    state = tx.init(params)
+    expected = tx.update(grads, state, params)
+    chex.assert_trees_all_equal(tx.update(grads, state, params, value=1.0, unexpected=object()), expected)
+    # Also those that jit traces, and a wrapper that looks at the type passes them on.
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    assert isinstance(optax.chain(tx), optax.GradientTransformationExtraArgs)
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@every_optimizer
+def test_second_call_does_not_compile(name, jit, caplog):
+    # A setting of its own, else the eager step may have been compiled by another test.
+    tx = OPTIMIZERS[name](0.1, eps=1e-7)
+    traces = []
+
+    def step(params, state):
+        traces.append(None)
+        updates, state = tx.update(jax.tree.map(lambda x: 2 * x, params), state, params, unexpected=1)
+        return optax.apply_updates(params, updates), state
+
+    def compilations():
+        return [r for r in caplog.records if "compilation" in r.getMessage()]
+
+    step = jax.jit(step) if jit else step
+    params = make_tree(0)
+    state = tx.init(params)
+    caplog.set_level(logging.DEBUG, logger="jax")
+    with jax.log_compiles():
+        params, state = step(params, state)
+        assert compilations(), "JAX no longer logs what this test looks for"
+        params, state = jax.block_until_ready((params, state))
+        caplog.clear()
+        step(params, state)
+    assert not compilations()
+    assert len(traces) == (1 if jit else 2)
+
+
+TARGETS = {
+    "parabola": [1.0, -1.0, 1.0],
+    "rosenbrock": [1.0, 1.0],
+    "matrix_parabola": [[3.0, -2.0], [1.0, 4.0]],
+    "mixed": {"vector": [1.0, -1.0, 2.0], "matrix": [[1.0, 0.0], [-1.0, 1.0]]},
+    "wide": [[1.0, -2.0, 0.5, 3.0, -1.0], [2.0, 1.0, -1.5, 0.0, 1.0], [-1.0, 3.0, 2.0, 0.5, -0.5]],
+    "tall": [[1.0, -2.0], [0.5, 3.0], [-1.0, 2.0], [1.5, -0.5]],
+}
+
+
+@every_optimizer
+def test_converges_in_scan(name):
+    # Each leaf is trained by itself, so one run is as many runs as there are leaves.
+    final = jax.tree.map(jnp.array, TARGETS, is_leaf=lambda x: isinstance(x, list))
+    initial = jax.tree.map(jnp.zeros_like, final) | {"parabola": jnp.array([-1.0, 10.0, 1.0])}
+
+    def objective(params):
+        x, y = params["rosenbrock"]
+        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, final) | {"rosenbrock": 0.0}
+        return optax.tree.sum(squares) + (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+    tx = OPTIMIZERS[name](0.02)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(objective)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda: jax.lax.scan(step, (initial, tx.init(initial)), length=4000)[0][0])
+    chex.assert_trees_all_close(run(), final, rtol=3e-2, atol=3e-2)
+
+
+@every_optimizer
+def test_inject_hyperparams_gives_equal_updates_and_states(name):
+    factory, settings = OPTIMIZERS[name], {}
+    if isinstance(factory, functools.partial):
+        factory, settings = factory.func, factory.keywords
+    settings = settings | {"learning_rate": 0.1, "weight_decay": 0.01}
+    # As in Optax's test, lists with a leaf of three axes, of which the last two are a matrix here.
+    settings["weight_dimension_numbers"] = [ApolloDimensionNumbers(), ApolloDimensionNumbers(1, 2), None]
+    params = [normal(0, (2, 3)), normal(1, (2, 5, 2)), normal(2, (3,))]
+    grads = [normal(3, (2, 3)), normal(4, (2, 5, 2)), normal(5, (3,))]
+
+    tx = factory(**settings)
+    injected = optax.inject_hyperparams(
+        factory, static_args=static_args(factory), hyperparam_dtype=jnp.float32
+    )(**settings)
+    state, state_injected = tx.init(params), injected.init(params)
+    numbers = {"learning_rate", "weight_decay", "scale", "b1", "b2", "eps", "norm_growth_limit"}
+    assert state_injected.hyperparams.keys() == numbers
+    update_injected = jax.jit(injected.update)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        updates_injected, state_injected = update_injected(grads, state_injected, params)
+        # 1 - b2 of a float32 b2 = 0.999 is off by 1.3e-5.
+        chex.assert_trees_all_close(updates_injected, updates, rtol=3e-5, atol=1e-7)
+        chex.assert_trees_all_close(state_injected.inner_state, state, rtol=3e-5, atol=1e-7)
+
+
+def test_static_args_are_the_arguments_that_cannot_be_injected():
+    parameters = inspect.signature(apollo_optax.apollo).parameters
+    assert parameters.keys() > apollo_optax.STATIC_ARGS
+    assert static_args(apollo_optax.apollo_mini) == apollo_optax.STATIC_ARGS - {"rank", "scale_type"}
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_updates_keep_the_dtype(name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params, grads = make_tree(0, dtype), make_tree(10, dtype)
+        tx = OPTIMIZERS[name](0.1, weight_decay=0.1)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+            chex.assert_tree_all_finite(updates)
+            params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize("name", ["apollo", "svd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_state_is_float32_unless_parameters_are_float64(name, dtype):
+    expected = jnp.float64 if dtype == "float64" else jnp.float32
+    with jax.enable_x64(dtype == "float64"):
+        params = make_tree(0, dtype)
+        tx = OPTIMIZERS[name](0.1)
+        states = [tx.init(params)]
+        states.append(tx.update(make_tree(10, dtype), states[0], params)[1])
+        for state in states:
+            floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+            assert len(floats) == (4 if name == "svd" else 3) * len(params)
+            assert {x.dtype for x in floats} == {jnp.dtype(expected)}
+
+
+@pytest.mark.parametrize("moment_dtype", ["float16", "bfloat16", "float32", jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_moment_dtype_holds_for_both_moments_of_all_leaves(dtype, moment_dtype):
+    params, grads = make_tree(0, dtype), make_tree(10, dtype)
+    tx = apollo_optax.scale_by_apollo(2, moment_dtype=moment_dtype)
+    state = tx.init(params)
+    updates, new_state = tx.update(grads, state, params)
+    for moments in (state.mu, state.nu, new_state.mu, new_state.nu):
+        assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype(moment_dtype)}
+    assert {x.dtype for x in jax.tree.leaves((state.norm, new_state.norm))} == {jnp.dtype("float32")}
+
+    # Only what is kept is rounded: the first step, which starts from zeros, is that of wide moments.
+    wide = apollo_optax.scale_by_apollo(2, moment_dtype=jnp.float32)
+    wide_updates, wide_state = wide.update(grads, wide.init(params), params)
+    chex.assert_trees_all_close(updates, wide_updates, rtol=1e-2 if dtype == "bfloat16" else 1e-6)
+    rounded = jax.tree.map(lambda x: x.astype(moment_dtype), (wide_state.mu, wide_state.nu))
+    chex.assert_trees_all_close((new_state.mu, new_state.nu), rounded, rtol=1e-6)
+
+
+def replace_params_leaves(tx, state):
+    """Sevens wherever `map_params` sees a leaf of the parameters' tree."""
+    return optax.tree.map_params(tx, lambda x: jnp.full_like(x, 7), state)
+
+
+def assert_sevens_in(apollo_state, before):
+    """In all of the state's trees of the parameters' structure, and nowhere else."""
+    fields = ["mu", "nu", "norm"] + (["projection"] if before.projection is not None else [])
+    for field in fields:
+        tree = getattr(apollo_state, field)
+        chex.assert_trees_all_equal(tree, jax.tree.map(lambda x: jnp.full_like(x, 7), getattr(before, field)))
+        assert jax.tree.leaves(tree)
+    chex.assert_trees_all_equal(apollo_state.count, before.count)
+    chex.assert_trees_all_equal(apollo_state.key, before.key)
+
+
+@every_optimizer
+def test_map_params(name):
+    tx = OPTIMIZERS[name](0.1)
+    state = tx.init(make_tree(0))
+    mapped = replace_params_leaves(tx, state)
+    chex.assert_trees_all_equal_structs(mapped, state)
+    assert_sevens_in(mapped[0], state[0])
+
+
+def test_map_params_with_a_tree_beside_the_state():
+    tx = apollo_optax.apollo(0.1, rank=2)
+    params = make_tree(0)
+    names = {name: name for name in params}
+    mapped = optax.tree.map_params(
+        tx, lambda _, name: name, tx.init(params), names, transform_non_params=lambda _: None
+    )
+    assert mapped[0].mu == mapped[0].nu == mapped[0].norm == names
+    assert mapped[0].count is mapped[0].key is None
+
+
+@pytest.mark.parametrize("name", ["apollo", "svd"])
+def test_map_params_under_masked(name):
+    tx = optax.masked(OPTIMIZERS[name](0.1), {"matrix": True, "vector": False, "scalar": True})
+    state = tx.init(make_tree(0))
+    mapped = replace_params_leaves(tx, state)
+    chex.assert_trees_all_equal_structs(mapped, state)
+    assert isinstance(mapped.inner_state[0].mu["vector"], optax.MaskedNode)
+    assert_sevens_in(mapped.inner_state[0], state.inner_state[0])
+
+
+@pytest.mark.parametrize("name", ["apollo", "svd"])
+def test_map_params_under_partition(name):
+    transforms = {"matrices": OPTIMIZERS[name](0.1), "others": optax.adam(0.1)}
+    labels = {"matrix": "matrices", "vector": "others", "scalar": "others"}
+    tx = optax.partition(transforms, labels)
+    state = tx.init(make_tree(0))
+    mapped = replace_params_leaves(tx, state)
+    chex.assert_trees_all_equal_structs(mapped, state)
+    after, before = (s.inner_states["matrices"].inner_state[0] for s in (mapped, state))
+    assert isinstance(after.mu["vector"], optax.MaskedNode)
+    assert_sevens_in(after, before)
+
+
+@every_optimizer
+def test_map_params_under_inject_hyperparams(name):
+    factory, settings = OPTIMIZERS[name], {}
+    if isinstance(factory, functools.partial):
+        factory, settings = factory.func, factory.keywords
+    tx = optax.inject_hyperparams(factory, static_args=static_args(factory), hyperparam_dtype=jnp.float32)(
+        learning_rate=0.1, **settings
+    )
+    state = tx.init(make_tree(0))
+    mapped = replace_params_leaves(tx, state)
+    chex.assert_trees_all_equal_structs(mapped, state)
+    chex.assert_trees_all_equal(mapped.hyperparams, state.hyperparams)
+    assert_sevens_in(mapped.inner_state[0], state.inner_state[0])
+
+
+def test_map_params_under_multi_steps():
+    tx = optax.MultiSteps(apollo_optax.apollo(0.1, rank=2), 2)
+    state = tx.init(make_tree(0))
+    mapped = replace_params_leaves(tx, state)
+    assert_sevens_in(mapped.inner_opt_state[0], state.inner_opt_state[0])
+    assert int(mapped.mini_step) == 0
+
+
+@every_optimizer
+def test_constant_schedule_is_the_constant(name):
+    params, grads = make_tree(0), make_tree(10)
+    runs = []
+    for rate in (1e-3, optax.constant_schedule(1e-3)):
+        tx = OPTIMIZERS[name](rate)
+        trained, state = params, tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, trained)
+            trained = optax.apply_updates(trained, updates)
+        runs.append(trained)
+    chex.assert_trees_all_close(*runs, rtol=1e-6)

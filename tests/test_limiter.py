@@ -1,0 +1,84 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apollo_optax import ApolloDimensionNumbers, LimitNormGrowthState, limit_norm_growth, scale_by_apollo
+from apollo_optax._limiter import limit_norm
+
+LIMIT = 1.01
+
+
+def test_growth_is_limited_and_shrinking_is_not():
+    norm, remembered = jnp.array([2.0, 1.005, 0.5]), jnp.ones(3)
+    factor, new = limit_norm(norm, remembered, LIMIT)
+    np.testing.assert_allclose(norm * factor, [LIMIT, 1.005, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(new, norm * factor)
+
+
+def test_a_zero_is_not_remembered():
+    # Before the first non-zero norm nothing is limited, and a zero changes nothing afterwards.
+    factor, remembered = limit_norm(jnp.array(0.0), jnp.array(0.0), LIMIT)
+    assert (factor, remembered) == (1, 0)
+    factor, remembered = limit_norm(jnp.array(3.0), remembered, LIMIT)
+    assert (factor, remembered) == (1, 3)
+    factor, remembered = limit_norm(jnp.array(0.0), remembered, LIMIT)
+    assert remembered == 3
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_broken_norm_is_not_remembered(bad):
+    factor, remembered = limit_norm(jnp.array(bad), jnp.array(2.0), LIMIT)
+    assert remembered == 2
+
+
+def test_transformation_limits_each_leaf_by_itself():
+    tx = limit_norm_growth(LIMIT)
+    first = {"kernel": jnp.full((2, 2), 0.5), "bias": jnp.full(4, 2.0), "scalar": jnp.array(3.0)}
+    state = tx.init(first)
+    chex.assert_trees_all_equal(state, LimitNormGrowthState(jax.tree.map(lambda _: jnp.array(0.0), first)))
+    updates, state = tx.update(first, state)
+    chex.assert_trees_all_equal(updates, first)
+    chex.assert_trees_all_close(state.norm, {"kernel": 1.0, "bias": 4.0, "scalar": 3.0})
+    larger = {"kernel": first["kernel"] * 10, "bias": first["bias"], "scalar": first["scalar"] / 2}
+    updates, state = jax.jit(tx.update)(larger, state)
+    chex.assert_trees_all_close(state.norm, {"kernel": LIMIT, "bias": 4.0, "scalar": 1.5})
+    chex.assert_trees_all_close(updates["kernel"], first["kernel"] * LIMIT)
+
+
+def test_batch_elements_are_limited_apart():
+    # The batch axis is the last one, as in MaxText's scanned layers.
+    numbers = ApolloDimensionNumbers(0, 1)
+    tx = limit_norm_growth(LIMIT, weight_dimension_numbers=numbers)
+    gradient = jnp.ones((2, 2, 3))
+    _, state = tx.update(gradient, tx.init(gradient))
+    updates, state = tx.update(gradient * jnp.array([1.0, 5.0, 0.1]), state)
+    np.testing.assert_allclose(state.norm, [2.0, 2 * LIMIT, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(updates[0, 0], [1.0, LIMIT, 0.1], rtol=1e-6)
+
+
+def test_it_is_the_limiter_of_scale_by_apollo():
+    sizes = jnp.array([1, 9, 2, 0.1, 30])[:, None, None]
+    grads = sizes * jax.random.normal(jax.random.key(0), (5, 8, 16))
+    whole, unlimited = scale_by_apollo(4, norm_growth_limit=LIMIT), scale_by_apollo(4, norm_growth_limit=None)
+    alone = limit_norm_growth(LIMIT)
+    states = [tx.init(grads[0]) for tx in (whole, unlimited, alone)]
+    for t, gradient in enumerate(grads, start=1):
+        expected, states[0] = whole.update(gradient, states[0])
+        direction, states[1] = unlimited.update(gradient, states[1])
+        # The bias correction comes after the limiter: take it off for the one outside.
+        correction = np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        limited, states[2] = alone.update(direction / correction, states[2])
+        np.testing.assert_allclose(limited * correction, expected, rtol=1e-5)
+        np.testing.assert_allclose(states[2].norm, states[0].norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtypes(dtype):
+    tx = limit_norm_growth(LIMIT)
+    gradient = jnp.ones((4, 4), dtype)
+    state = tx.init(gradient)
+    updates, new = tx.update(gradient, state, params=None, value=1.0)
+    assert updates.dtype == dtype
+    assert state.norm.dtype == new.norm.dtype == jnp.float32

@@ -1,0 +1,104 @@
+"""Golden trajectories from the paper authors' release; tests/data/README.md says what each array is."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apollo_optax import scale_by_apollo
+
+DATA = pathlib.Path(__file__).parent / "data"
+CASES = json.loads((DATA / "index.json").read_text())
+ARGUMENTS = (
+    *("rank", "scale_type", "scale", "update_proj_gap", "scale_front", "norm_growth_limit"),
+    *("b1", "b2", "eps"),
+)
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
+
+
+@pytest.fixture(params=["float64", "float32"])
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+def arguments(case, **changed):
+    return {name: CASES[case][name] for name in ARGUMENTS} | changed
+
+
+def relative_error(actual, expected):
+    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
+
+
+def replay(case, dtype):
+    """Runs a case with its recorded projections, a stretch at a time; returns errors and final state."""
+    golden = np.load(DATA / f"{case}.npz")
+    gap, steps = CASES[case]["update_proj_gap"], CASES[case]["steps"]
+    state, errors, norms = None, [], []
+    for stretch, projection in enumerate(golden["projections"]):
+        fixed = jnp.asarray(projection, dtype)
+        tx = scale_by_apollo(**arguments(case, projection=lambda key, shape, fixed=fixed: fixed))
+        update = jax.jit(tx.update)
+        if state is None:
+            state = tx.init(jnp.zeros(CASES[case]["shape"], dtype))
+        for t in range(stretch * gap, min((stretch + 1) * gap, steps)):
+            direction, state = update(jnp.asarray(golden["grads"][t], dtype), state)
+            assert direction.dtype == dtype
+            errors.append(relative_error(direction, golden["directions"][t]))
+            norms.append(float(state.norm))
+    assert len(errors) == steps
+    return errors, np.array(norms), state, golden
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trajectory(case, dtype):
+    errors, norms, state, golden = replay(case, dtype)
+    tolerance = TOLERANCES[dtype]
+    assert max(errors) <= tolerance
+    assert relative_error(state.mu, golden["mu"]) <= tolerance
+    assert relative_error(state.nu, golden["nu"]) <= tolerance
+    if CASES[case]["norm_growth_limit"] is None:
+        np.testing.assert_array_equal(norms, 0)
+    else:
+        np.testing.assert_allclose(norms, golden["norms"], rtol=tolerance)
+
+
+def test_all_cases_are_here():
+    assert len(CASES) == 11
+    assert sorted(path.stem for path in DATA.glob("*.npz")) == sorted(CASES)
+
+
+@pytest.mark.parametrize("case", ["svd_wide", "svd_tall"])
+def test_own_svd_gives_the_first_stretch(case, dtype):
+    # Only the first: signs in the recorded run are those of its own SVD, and moments remember them.
+    golden = np.load(DATA / f"{case}.npz")
+    tx = scale_by_apollo(**arguments(case, projection="svd"))
+    state = tx.init(jnp.zeros(CASES[case]["shape"], dtype))
+    for t in range(CASES[case]["update_proj_gap"]):
+        direction, state = tx.update(jnp.asarray(golden["grads"][t], dtype), state)
+        # The release computes its SVD in float32.
+        assert relative_error(direction, golden["directions"][t]) <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["svd_wide", "svd_tall"])
+def test_own_svd_spans_the_recorded_subspaces(case, dtype):
+    golden = np.load(DATA / f"{case}.npz")
+    tx = scale_by_apollo(**arguments(case, projection="svd"))
+    state = tx.init(jnp.zeros(CASES[case]["shape"], dtype))
+    gap = CASES[case]["update_proj_gap"]
+    for t in range(CASES[case]["steps"]):
+        before = state.projection
+        _, state = tx.update(jnp.asarray(golden["grads"][t], dtype), state)
+        if t % gap:
+            np.testing.assert_array_equal(state.projection, before)
+            continue
+        rows, recorded = np.asarray(state.projection, np.float64), golden["projections"][t // gap]
+        np.testing.assert_allclose(rows @ rows.T, np.eye(len(rows)), atol=1e-5)
+        np.testing.assert_allclose(rows.T @ rows, recorded.T @ recorded, atol=1e-5)
+        if t == 0:
+            assert all(row[np.abs(row).argmax()] > 0 for row in rows)
+        else:
+            assert np.all(np.sum(rows * np.asarray(before), axis=1) >= 0)
