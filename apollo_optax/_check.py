@@ -62,12 +62,17 @@ def non_negative(name: str, value: Any) -> None:
 
 
 def norm_growth_limit(value: Any) -> None:
-    if value is not None:
-        _number("norm_growth_limit", value, lambda x: x >= 1, "at least 1 (None: no limiter)")
+    _number("norm_growth_limit", value, lambda x: x >= 1, "at least 1")
 
 
 def moment_dtype(value: Any) -> None:
-    if value is not None and not jnp.issubdtype(jnp.dtype(value), jnp.floating):
+    if value is None:
+        return
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"moment_dtype must be a floating-point dtype, got {value!r}") from error
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"moment_dtype must be a real floating-point dtype, got {value!r}")
 
 
@@ -84,7 +89,7 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
 
 def not_varying(path: _tree.Path, leaf: Any) -> None:
     """Inside shard_map, refuses a leaf of which each device holds another part."""
-    varying = getattr(jax.typeof(leaf), "vma", frozenset())
+    varying = jax.typeof(leaf).manual_axis_type.varying
     if varying:
         raise ValueError(
             f"'{_tree.show(path)}' varies over the manual axes {sorted(varying)} inside shard_map, so "

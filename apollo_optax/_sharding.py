@@ -162,7 +162,7 @@ def state_sharding(
         )
     axes = resolve(weight_dimension_numbers, params)
     states = _tree.leaves_by_path(state)
-    ours = _apollo_prefixes(states)
+    ours = _tree.apollo_prefixes(states)
 
     def place_of(path: _tree.Path, leaf: Any) -> NamedSharding:
         param = _tree.owner(path, leaves)
@@ -177,20 +177,6 @@ def state_sharding(
 
     placed = [place_of(path, leaf) for path, leaf in states.items()]
     return jax.tree.unflatten(jax.tree.structure(state), placed)
-
-
-def _apollo_prefixes(states: dict[_tree.Path, Any]) -> set[_tree.Path]:
-    """Paths of the ScaleByApolloState among these leaves, by their fields: NNX loses the type."""
-    named = {path[:-1] for path in states if path[-1:] == ("key",)}
-    named &= {path[:-1] for path in states if path[-1:] == ("count",)}
-    return {
-        prefix
-        for prefix in named
-        if all(
-            any(path[: len(prefix) + 1] == (*prefix, field) for path in states)
-            for field in ("mu", "nu", "norm")
-        )
-    }
 
 
 def _by_role(

@@ -56,8 +56,9 @@ def tabulate(
     """
     leaves = _tree.leaves_by_path(params)
     axes = resolve(weight_dimension_numbers, params)
-    ours = _by_owner(jax.eval_shape(tx.init, params), leaves)
-    adamw = _by_owner(jax.eval_shape(optax.adamw(1e-3).init, params), leaves)
+    state = _tree.leaves_by_path(jax.eval_shape(tx.init, params))
+    ours, prefixes = _by_owner(state, leaves), _tree.apollo_prefixes(state)
+    adamw = _by_owner(_tree.leaves_by_path(jax.eval_shape(optax.adamw(1e-3).init, params)), leaves)
 
     rows = []
     totals = {kind: [0, 0] for kind in _KINDS}
@@ -67,8 +68,9 @@ def tabulate(
             totals[_kind(path, leaves)][i] += cost
         if path is not None:
             shape = jnp.shape(leaves[path])
-            treatment = _treatment(path, shape, owned, axes[path])
-            rows.append((_tree.show(path), str(shape), treatment, _shapes(owned), *costs))
+            fields = {field[: len(field) - len(path)]: x.shape for field, x in owned.items()}
+            treatment = _treatment(shape, fields, prefixes, axes[path])
+            rows.append((_tree.show(path), str(shape), treatment, _shapes(fields), *costs))
     blank = ("",) * 3
     rows.append(("", *blank, "", ""))
     rows += [(kind, *blank, *costs) for kind, costs in totals.items()]
@@ -97,33 +99,31 @@ def _kind(path: _tree.Path | None, leaves: dict[_tree.Path, Any]) -> str:
 
 
 def _treatment(
-    path: _tree.Path,
     shape: tuple[int, ...],
-    owned: dict[_tree.Path, Any],
+    fields: dict[_tree.Path, tuple[int, ...]],
+    prefixes: set[_tree.Path],
     axes: MatrixAxes | None,
 ) -> str:
-    """What the state's fields say an optimizer does with a parameter."""
-    fields = {state_path[: len(state_path) - len(path)][-1:]: x for state_path, x in owned.items()}
-    moments = {fields[name,].shape for name in ("mu", "nu") if (name,) in fields}
-    if not any(leaf.shape for leaf in owned.values()) and shape:
-        return "no state"
-    if moments == {shape} and (axes is None or ("norm",) not in fields):
-        return "Adam" if ("nu",) in fields else "momentum"
-    if axes is not None and len(moments) == 1:
-        rank = next(iter(moments))[len(axes.batch)]
-        return f"APOLLO rank {rank}, {axes.contracted_size} contracted"
-    return "other"
+    """What the shapes of a parameter's state, by field, say an optimizer does with it."""
+    moments = [moment for field, moment in fields.items() if field[-1] in ("mu", "nu")]
+    if axes is not None and any(field[:-1] in prefixes for field in fields):
+        return f"APOLLO rank {moments[0][len(axes.batch)]}, {axes.contracted_size} contracted"
+    if moments == [shape, shape]:
+        return "Adam"
+    return "other" if fields else "no state"
 
 
-def _shapes(owned: dict[_tree.Path, Any]) -> str:
-    counts = collections.Counter(leaf.shape for leaf in owned.values() if leaf.shape)
+def _shapes(fields: dict[_tree.Path, tuple[int, ...]]) -> str:
+    counts = collections.Counter(shape for shape in fields.values() if shape)
     return ", ".join(f"{shape} x {count}" for shape, count in counts.items())
 
 
-def _by_owner(state: Any, leaves: dict[_tree.Path, Any]) -> dict[Any, dict[_tree.Path, Any]]:
+def _by_owner(
+    state: dict[_tree.Path, Any], leaves: dict[_tree.Path, Any]
+) -> dict[Any, dict[_tree.Path, Any]]:
     """State leaves by the parameter they belong to; None for those that belong to none."""
     owned: dict[Any, dict[_tree.Path, Any]] = {path: {} for path in [*leaves, None]}
-    for path, leaf in _tree.leaves_by_path(state).items():
+    for path, leaf in state.items():
         owned[_tree.owner(path, leaves)][path] = leaf
     return owned
 

@@ -214,7 +214,8 @@ def scale_by_apollo(
     _check.decay("b1", b1)
     _check.decay("b2", b2)
     _check.non_negative("eps", eps)
-    _check.norm_growth_limit(norm_growth_limit)
+    if norm_growth_limit is not None:
+        _check.norm_growth_limit(norm_growth_limit)
     _check.boolean("scale_front", scale_front)
     if not callable(projection):
         _check.one_of("projection", projection, _projection.NAMES, " or a callable (key, (r, m)) -> P")

@@ -63,3 +63,17 @@ def show(path: Path) -> str:
 def owner(path: Path, parameters: Container[Path]) -> Path | None:
     """The parameter that a state leaf at `path` belongs to: the longest suffix that is one."""
     return next((path[i:] for i in range(len(path) + 1) if path[i:] in parameters), None)
+
+
+def apollo_prefixes(states: dict[Path, Any]) -> set[Path]:
+    """Where the ScaleByApolloStates are in a flattened state, by their fields: NNX loses the type."""
+    named = {path[:-1] for path in states if path[-1:] == ("key",)}
+    named &= {path[:-1] for path in states if path[-1:] == ("count",)}
+    return {
+        prefix
+        for prefix in named
+        if all(
+            any(path[: len(prefix) + 1] == (*prefix, field) for path in states)
+            for field in ("mu", "nu", "norm")
+        )
+    }

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+from typing import Any
 
 import chex
 import jax
@@ -14,7 +15,7 @@ import pytest
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Any] = {
     "apollo": functools.partial(apollo_optax.apollo, rank=2),
     "apollo_mini": apollo_optax.apollo_mini,
     "rademacher": functools.partial(apollo_optax.apollo, rank=2, projection="rademacher"),
@@ -35,11 +36,11 @@ def quick_compilation():
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
-def normal(seed, shape, dtype=jnp.float32):
+def normal(seed, shape, dtype: Any = jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def make_tree(seed, dtype=jnp.float32):
+def make_tree(seed, dtype: Any = jnp.float32) -> Any:
     """A leaf for each treatment: a matrix, a vector and a scalar."""
     shapes = {"matrix": (4, 6), "vector": (5,), "scalar": ()}
     return {name: normal(seed + i, shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
@@ -203,7 +204,7 @@ def test_moment_dtype_holds_for_both_moments_of_all_leaves(dtype, moment_dtype):
     chex.assert_trees_all_close((new_state.mu, new_state.nu), rounded, rtol=1e-6)
 
 
-def replace_params_leaves(tx, state):
+def replace_params_leaves(tx, state) -> Any:
     """Sevens wherever `map_params` sees a leaf of the parameters' tree."""
     return optax.tree.map_params(tx, lambda x: jnp.full_like(x, 7), state)
 

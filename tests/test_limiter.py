@@ -29,7 +29,7 @@ def test_a_zero_is_not_remembered():
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_broken_norm_is_not_remembered(bad):
-    factor, remembered = limit_norm(jnp.array(bad), jnp.array(2.0), LIMIT)
+    _, remembered = limit_norm(jnp.array(bad), jnp.array(2.0), LIMIT)
     assert remembered == 2
 
 

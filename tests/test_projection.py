@@ -78,7 +78,7 @@ def test_several_contracted_axes_are_one_side(kind):
 def test_leaf_ids_are_stable_and_apart():
     # The numbers are part of the format: a checkpoint resumes with the projections it left with.
     # This one is the first eight digits of `printf layers/mlp/kernel | sha256sum`.
-    assert _projection.leaf_id(("layers", "mlp", "kernel")) == 0xe1c30666
+    assert _projection.leaf_id(("layers", "mlp", "kernel")) == 0xE1C30666
     ids = {int(_projection.leaf_id(("layers", str(i), "kernel"))) for i in range(1000)}
     assert len(ids) == 1000
 

@@ -133,9 +133,7 @@ def test_the_limiter_bound_on_norms_alone(norm, remembered, limit):
 def test_with_the_identity_it_is_channel_wise_adam(shape, seed):
     """P = I, eps = 0, no limiter: each channel of the gradient takes the norm of Adam's update."""
     grads = gradients(shape, seed)
-    updates, _ = trajectory(
-        grads, rank=min(shape), eps=0.0, norm_growth_limit=None, projection=identity
-    )
+    updates, _ = trajectory(grads, rank=min(shape), eps=0.0, norm_growth_limit=None, projection=identity)
     adam = optax.scale_by_adam(eps=0.0)
 
     def step(state, gradient):
@@ -144,9 +142,7 @@ def test_with_the_identity_it_is_channel_wise_adam(shape, seed):
 
     _, adams = jax.lax.scan(step, adam.init(grads[0]), grads)
     contracted = 2 - channel_axis(shape)
-    adam_norms, grad_norms = (
-        jnp.linalg.norm(x, axis=contracted, keepdims=True) for x in (adams, grads)
-    )
+    adam_norms, grad_norms = (jnp.linalg.norm(x, axis=contracted, keepdims=True) for x in (adams, grads))
     expected = grads * adam_norms / (grad_norms + 1e-8)
     np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-6)
 

@@ -143,7 +143,7 @@ def test_a_stack_is_many_leaves_in_distribution():
 def test_state_bytes_are_exactly_the_moments(model, stacked, moment_dtype, mini):
     hidden, intermediate, layers, rank = PAPER_SHAPES[model]
     rank = 1 if mini else rank
-    kernels = {name: (hidden, hidden) for name in "qkvo"}
+    kernels = dict.fromkeys("qkvo", (hidden, hidden))
     kernels |= {"gate": (hidden, intermediate), "up": (hidden, intermediate)}
     kernels["down"] = (intermediate, hidden)
 
@@ -178,9 +178,7 @@ def test_svd_keeps_its_projections():
     params = {"stack": jnp.ones((3, 6, 10)), "bias": jnp.ones(4)}
     numbers = {"stack": ApolloDimensionNumbers(1, 2), "bias": None}
     state = scale_by_apollo(2, projection="svd", weight_dimension_numbers=numbers).init(params)
-    chex.assert_trees_all_equal_shapes(
-        state.projection, {"stack": jnp.ones((3, 2, 6)), "bias": jnp.ones(())}
-    )
+    chex.assert_trees_all_equal_shapes(state.projection, {"stack": jnp.ones((3, 2, 6)), "bias": jnp.ones(())})
 
 
 # ---------------------------------------------------------------- magnitudes

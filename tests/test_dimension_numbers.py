@@ -1,0 +1,184 @@
+"""Which leaves are matrices: the default rule on real models' names, and what users pass."""
+
+import re
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from apollo_optax import ApolloDimensionNumbers, dimension_numbers_by_path, scale_by_apollo
+from apollo_optax._dimension_numbers import resolve
+
+STACKED = ApolloDimensionNumbers(1, 2)
+
+
+def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def matrices(params, weight_dimension_numbers=None):
+    """Paths of the leaves that are matrices, with their contracted axes."""
+    axes = resolve(weight_dimension_numbers, params)
+    return {"/".join(path): found.contracted for path, found in axes.items() if found is not None}
+
+
+class LinenModel(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(32, 8)(tokens)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+        x = x + nn.Dense(8)(nn.Dense(12)(nn.RMSNorm()(x)))
+        return nn.Dense(32, name="lm_head")(x)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(32, 8, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, rngs=rngs)
+        self.lm_head = nnx.Linear(8, 32, rngs=rngs)
+
+
+def test_linen_names():
+    params = jax.eval_shape(LinenModel().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    assert matrices(params) == {"Dense_0/kernel": (1,), "Dense_1/kernel": (0,)}
+    with pytest.warns(UserWarning, match=r"MultiHeadDotProductAttention_0/\w+/kernel"):
+        scale_by_apollo(4).init(params)
+
+
+def test_nnx_names():
+    params = nnx.state(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))), nnx.Param)
+    assert matrices(params) == {"layers/0/kernel": (0,), "layers/1/kernel": (0,)}
+
+
+def test_maxtext_names():
+    # As in MaxText's checkpoints; with scan_layers the layer axis is axis 1.
+    attention = {
+        "query": {"kernel": leaf(8, 2, 4, 4)},
+        "out": {"kernel": leaf(4, 2, 4, 8)},
+        "qkv_bias": {"bias": leaf(2, 4, 4)},
+    }
+    params = {
+        "token_embedder": {"embedding": leaf(32, 8)},
+        "position_embedder": {"embedding": leaf(16, 8)},
+        "decoder": {
+            "decoder_norm": {"scale": leaf(8)},
+            "layers": {
+                "pre_self_attention_layer_norm": {"scale": leaf(8, 2)},
+                "self_attention": attention,
+                "mlp": {"wi_0": {"kernel": leaf(8, 2, 12)}, "wo": {"kernel": leaf(12, 2, 8)}},
+            },
+            "logits_dense": {"kernel": leaf(8, 32)},
+        },
+    }
+    assert matrices(params) == {}
+    with pytest.warns(UserWarning, match="three or more axes") as caught:
+        scale_by_apollo(4).init(params)
+    (warning,) = caught
+    message = str(warning.message)
+    assert message.startswith("4 leaves of three or more axes, ")
+    total = 32 * 8 + 16 * 8 + 8 + 16 + 8 * 32 + 256 + 256 + 32 + 192 + 192
+    assert f"{(256 + 256 + 192 + 192) / total:.0%} of the parameters" in message
+    assert "'decoder/layers/self_attention/out/kernel' (4, 2, 4, 8)" in message
+    assert "weight_dimension_numbers" in message
+    rules = dimension_numbers_by_path(
+        [
+            (r"self_attention/(query|key|value)/kernel", ApolloDimensionNumbers(0, (2, 3))),
+            (r"self_attention/out/kernel", ApolloDimensionNumbers((0, 2), 3)),
+            (r"mlp/.*/kernel", ApolloDimensionNumbers(0, 2)),
+        ]
+    )
+    prefix = "decoder/layers/"
+    assert matrices(params, rules) == {
+        prefix + "self_attention/query/kernel": (0,),
+        prefix + "self_attention/out/kernel": (3,),
+        prefix + "mlp/wi_0/kernel": (0,),
+        prefix + "mlp/wo/kernel": (2,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "is_matrix"),
+    [
+        ("Dense_0/kernel", True),
+        ("MultiHeadDotProductAttention_0/kernel", True),  # Not an output head.
+        ("Heads_3/kernel", True),
+        ("head_norm/kernel", True),
+        ("w", True),
+        ("scale/kernel", True),  # A module called scale.
+        ("norm/scale", False),
+        ("dense/bias", False),
+        ("embedder/input_embedding", False),
+        ("wte/embedding", False),
+        ("model/embed_tokens/weight", False),
+        ("lm_head/kernel", False),
+        ("head/kernel", False),
+    ],
+)
+def test_the_default_rule_by_name(path, is_matrix):
+    tree = leaf(4, 6)
+    for name in reversed(path.split("/")):
+        tree = {name: tree}
+    assert bool(matrices(tree)) == is_matrix
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4), (2, 3, 4, 5)])
+def test_the_default_rule_by_shape(shape):
+    assert not matrices({"kernel": leaf(*shape)})
+
+
+def test_no_warning_where_nothing_is_unknown():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scale_by_apollo(2).init({"embed": {"table": leaf(2, 3, 4)}, "x": {"bias": leaf(2, 3, 4)}})
+        scale_by_apollo(2, weight_dimension_numbers=STACKED).init({"kernel": leaf(2, 3, 4)})
+        scale_by_apollo(2, weight_dimension_numbers={"kernel": None}).init({"kernel": leaf(2, 3, 4)})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"a": {"kernel": STACKED, "bias": None}, "b": STACKED},
+        {"a": {"kernel": STACKED, "bias": None}, "b": {"c": STACKED, "d": [STACKED, STACKED]}},
+        {"a": {"kernel": STACKED, "bias": None}, "b": STACKED, "of another model": STACKED},
+        lambda params: jax.tree.map(lambda x: STACKED if x.ndim == 3 else None, params),
+    ],
+)
+def test_prefixes_and_callables(given):
+    kernel = leaf(3, 4, 6)
+    params = {"a": {"kernel": kernel, "bias": leaf(6)}, "b": {"c": kernel, "d": (kernel, kernel)}}
+    assert matrices(params, given) == dict.fromkeys(("a/kernel", "b/c", "b/d/0", "b/d/1"), (1,))
+
+
+def test_matched_by_path_not_by_node_type():
+    model = NnxModel(nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    given = {"layers": [ApolloDimensionNumbers(1, 0), None], "norm": None, "attention": None}
+    given |= {"embed": None, "lm_head": {"kernel": ApolloDimensionNumbers(), "bias": None}}
+    given["layers"][0] = {"kernel": ApolloDimensionNumbers(1, 0), "bias": None}
+    expected = {"layers/0/kernel": (1,), "lm_head/kernel": (0,)}
+    assert matrices(state, given) == matrices(nnx.as_pure(state), given) == expected
+    # A callable may return boxes around its answers, as jax.tree.map over an nnx.State does.
+    boxed = jax.tree.map(lambda x: ApolloDimensionNumbers() if x.ndim == 2 else None, state)
+    assert "embed/embedding" in matrices(state, boxed)
+
+
+def test_ties_contract_the_reduction_side():
+    assert matrices({"w": leaf(5, 5)}, {"w": ApolloDimensionNumbers(0, 1)}) == {"w": (0,)}
+    assert matrices({"w": leaf(5, 5)}, {"w": ApolloDimensionNumbers(1, 0)}) == {"w": (1,)}
+    assert matrices({"w": leaf(6, 2, 3)}, {"w": ApolloDimensionNumbers((1, 2), 0)}) == {"w": (1, 2)}
+
+
+def test_by_path_falls_back_to_the_default_rule():
+    params = {"a": {"kernel": leaf(3, 4, 5), "bias": leaf(3, 5)}, "b": {"kernel": leaf(4, 5)}}
+    params["embed"] = {"embedding": leaf(9, 4)}
+    given = dimension_numbers_by_path([(r"^a/kernel$", STACKED), (r"kernel", None)])
+    assert matrices(params, given) == {"a/kernel": (1,)}  # The first match counts.
+    given = dimension_numbers_by_path([(r"a/.*kernel", STACKED)])
+    assert matrices(params, given) == {"a/kernel": (1,), "b/kernel": (0,)}
+    with pytest.raises(ValueError, match=re.escape("no rule matches 'a/kernel' of shape (3, 4, 5)")):
+        dimension_numbers_by_path([])(params)

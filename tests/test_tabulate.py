@@ -1,0 +1,87 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from apollo_optax import ApolloDimensionNumbers, apollo, apollo_mini, limit_norm_growth, tabulate
+
+NUMBERS = {"layers": ApolloDimensionNumbers(1, 2), "norm": None, "embed": None, "lm_head": None}
+
+
+def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+PARAMS = {
+    "layers": {"kernel": leaf(3, 8, 16)},
+    "norm": {"scale": leaf(3, 8)},
+    "embed": {"embedding": leaf(100, 8)},
+    "lm_head": {"kernel": leaf(8, 100)},
+}
+
+
+def rows(text):
+    """The table's cells by the first column."""
+    return {line[0]: line[1:] for line in (re.split(r"\s{2,}", x) for x in text.splitlines()) if line[0]}
+
+
+def number(text):
+    return int(text.replace(",", ""))
+
+
+def test_each_tensor_and_the_totals():
+    tx = apollo(0.01, rank=4, weight_dimension_numbers=NUMBERS)
+    table = rows(tabulate(tx, PARAMS, weight_dimension_numbers=NUMBERS))
+    moments = 2 * 3 * 4 * 16 * 4
+    assert table["layers/kernel"] == [
+        "(3, 8, 16)",
+        "APOLLO rank 4, 8 contracted",
+        "(3, 4, 16) x 2, (3,) x 1",
+        f"{moments + 12:,}",
+        f"{2 * 3 * 8 * 16 * 4:,}",
+    ]
+    assert table["norm/scale"][1:3] == ["Adam", "(3, 8) x 2"]
+    assert table["embed/embedding"][1] == table["lm_head/kernel"][1] == "Adam"
+    assert [number(x) for x in table["kernels"]] == [moments + 12, 2 * 3 * 8 * 16 * 4]
+    # Adam's leaves keep a scalar each: the limiter's norm, unused.
+    assert [number(x) for x in table["embeddings and head"]] == [2 * 1600 * 4 + 8, 2 * 1600 * 4]
+    # The norm's moments, a scalar for it, the count, the key.
+    assert [number(x) for x in table["other"]] == [2 * 24 * 4 + 4 + 4 + 8, 2 * 24 * 4 + 4]
+
+
+@pytest.mark.parametrize("make", [apollo, apollo_mini, optax.adamw, optax.sgd, optax.lion])
+def test_totals_are_the_whole_state(make):
+    arguments = {} if make.__module__.startswith("optax") else {"weight_dimension_numbers": NUMBERS}
+    tx = make(0.01, **arguments)
+    table = rows(tabulate(tx, PARAMS, weight_dimension_numbers=NUMBERS))
+    for column, optimizer in enumerate([tx, optax.adamw(0.01)]):
+        state = jax.eval_shape(optimizer.init, PARAMS)
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        assert number(table["total"][column]) == whole
+        assert (
+            sum(number(table[kind][column]) for kind in ("kernels", "embeddings and head", "other")) == whole
+        )
+
+
+@pytest.mark.parametrize(
+    ("tx", "treatment"),
+    [
+        (optax.adam(0.1), "Adam"),
+        (optax.sgd(0.1), "no state"),
+        (optax.sgd(0.1, momentum=0.9), "other"),
+        (optax.lion(0.1), "other"),
+        (optax.chain(optax.adam(0.1), limit_norm_growth()), "Adam"),
+        (optax.masked(apollo(0.1), {"kernel": False}), "no state"),
+        (apollo(0.1, rank=64), "APOLLO rank 4, 4 contracted"),
+        (apollo(0.1, rank=2, projection="svd"), "APOLLO rank 2, 4 contracted"),
+    ],
+)
+def test_treatments(tx, treatment):
+    assert rows(tabulate(tx, {"kernel": leaf(4, 6)}))["kernel"][1] == treatment
+
+
+def test_scalars_and_the_empty_tree():
+    assert rows(tabulate(apollo(0.1), {"t": leaf()}))["t"][:2] == ["()", "Adam"]
+    assert rows(tabulate(apollo(0.1), {}))["total"] == ["12", "4"]
