@@ -1,0 +1,50 @@
+# `make train` and `make test` need Python 3.11 or newer with venv, and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint format bench clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+		"apollo-optax needs Python 3.11 or newer, %s is %d.%d: make PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.examples: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[examples]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW and APOLLO-Mini side by side
+	$(BIN)/python -m examples.llama.compare --out runs/train
+
+test: $(VENV)/.test  ## all tests that take seconds
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.test  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.test  ## write the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.examples  ## the tables that README and docs quote
+	$(BIN)/python -m benchmarks.state_bytes
+	$(BIN)/python -m benchmarks.import_time
+
+clean:  ## remove the virtual environment and what runs wrote
+	rm -rf $(VENV) runs

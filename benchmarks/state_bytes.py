@@ -1,0 +1,83 @@
+"""Optimizer-state bytes of the paper's models, from shapes alone: python -m benchmarks.state_bytes.
+
+Nothing is allocated: every number is read off ``jax.eval_shape`` of the optimizer's own ``init``.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import apollo_optax
+
+# name: hidden, intermediate, layers, rank, as in the paper's tables; vocabulary 32000, untied head.
+MODELS = {
+    "60M": (512, 1376, 8, 128),
+    "130M": (768, 2048, 12, 192),
+    "350M": (1024, 2736, 24, 256),
+    "1B": (2048, 5461, 24, 512),
+    "7B": (4096, 11008, 32, 256),
+    "13B": (5120, 13824, 40, 256),
+}
+VOCABULARY = 32000
+
+
+def llama(hidden: int, intermediate: int, layers: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """A LLaMA's parameters in bfloat16, unstacked: kernels, then embedding, head and norms."""
+    kernels = dict.fromkeys("qkvo", (hidden, hidden))
+    kernels |= {"gate": (hidden, intermediate), "up": (hidden, intermediate)}
+    kernels |= {"down": (intermediate, hidden)}
+    shapes = {
+        f"layer_{i}": kernels | {"attention_norm": (hidden,), "mlp_norm": (hidden,)} for i in range(layers)
+    }
+    shapes |= {"embed": {"embedding": (VOCABULARY, hidden)}, "lm_head": {"kernel": (hidden, VOCABULARY)}}
+    shapes |= {"norm": {"scale": (hidden,)}}
+    return {
+        module: {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in leaves.items()}
+        for module, leaves in shapes.items()
+    }
+
+
+def state_bytes(tx: optax.GradientTransformation, params: object) -> int:
+    state = jax.eval_shape(tx.init, params)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def optimizers(rank: int, dtype: str) -> dict[str, Callable[[], optax.GradientTransformation]]:
+    return {
+        "AdamW": lambda: optax.adamw(1e-3),  # Moments of the parameters' dtype.
+        "GaLore": lambda: optax.contrib.galore(1e-2, rank),
+        "APOLLO": lambda: apollo_optax.apollo(1e-2, rank, moment_dtype=dtype),
+        "APOLLO-Mini": lambda: apollo_optax.apollo_mini(1e-2, moment_dtype=dtype),
+    }
+
+
+def table(only_kernels: bool, dtype: str) -> str:
+    names = list(optimizers(1, dtype))
+    lines = ["| model | rank | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for model, (hidden, intermediate, layers, rank) in MODELS.items():
+        params = llama(hidden, intermediate, layers)
+        if only_kernels:
+            params = {
+                name: {k: v for k, v in layer.items() if len(v.shape) == 2}
+                for name, layer in params.items()
+                if name.startswith("layer_")
+            }
+        costs = [state_bytes(make(), params) for make in optimizers(rank, dtype).values()]
+        lines.append(f"| {model} | {rank} | " + " | ".join(f"{cost:,}" for cost in costs) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(f"jax {jax.__version__}, optax {optax.__version__}, apollo-optax {apollo_optax.__version__}")
+    print("bytes of optimizer state, bfloat16 parameters and moments\n")
+    print("attention and MLP kernels:\n")
+    print(table(only_kernels=True, dtype="bfloat16"))
+    print("\nwhole model, embeddings, head and norms with Adam:\n")
+    print(table(only_kernels=False, dtype="bfloat16"))
+
+
+if __name__ == "__main__":
+    main()
