@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OUT ?= runs/train-$(shell date +%Y%m%d-%H%M%S)
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -25,7 +26,7 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW and APOLLO-Mini side by side
-	$(BIN)/python -m examples.llama.compare --out runs/train
+	$(BIN)/python -m examples.llama.compare --out $(OUT)
 
 test: $(VENV)/.test  ## all tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -263,3 +263,19 @@ def test_state_made_on_the_mesh_by_jit():
     state = jax.jit(tx.init, out_shardings=places)(params)
     chex.assert_trees_all_equal(state, tx.init(params))
     assert state[0].mu["kernel"].sharding.spec == P(None, ("model", "data"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_limiter_alone(kind):
+    mesh = mesh_of(kind)
+    tx = apollo_optax.limit_norm_growth(weight_dimension_numbers={"stack": STACKED, "bias": None})
+    gradient = {"stack": put(mesh, (2, 8, 16), P("data", "model")), "bias": put(mesh, (8,), P("model"))}
+    state = tx.init(gradient)
+    _, state = tx.update(gradient, state)
+    larger = jax.tree.map(lambda x: 3 * x, gradient)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, new = update(larger, state)
+        chex.assert_trees_all_close(updates, jax.tree.map(lambda x: 1.01 * x, gradient), rtol=1e-5)
+        for leaf, before in zip(*map(jax.tree.leaves, ((updates, new), (gradient, state))), strict=True):
+            assert jax.typeof(leaf) == jax.typeof(before)
+            assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
