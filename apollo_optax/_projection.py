@@ -39,12 +39,13 @@ def key_impl(key: Any) -> Any:
 
 
 def key_data(key: Any) -> jax.Array:
-    """The raw data of `key`: a uint32 vector, ``(2,)`` for a seed."""
+    """The raw data of `key`, copied: a uint32 vector, ``(2,)`` for a seed."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(key)
-    if jnp.ndim(key) == 1:
-        return jnp.asarray(key)
-    return jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+        key = jax.random.key_data(key)
+    elif jnp.ndim(key) == 0:
+        key = jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+    # A copy, since a step that is given its state donates it, and the key is the caller's.
+    return jnp.array(key, copy=True)
 
 
 def leaf_id(path: _tree.Path) -> np.uint32:

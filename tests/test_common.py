@@ -135,7 +135,7 @@ def test_inject_hyperparams_gives_equal_updates_and_states(name):
     grads = [normal(3, (2, 3)), normal(4, (2, 5, 2)), normal(5, (3,))]
 
     tx = factory(**settings)
-    injected = optax.inject_hyperparams(
+    injected: Any = optax.inject_hyperparams(
         factory, static_args=static_args(factory), hyperparam_dtype=jnp.float32
     )(**settings)
     state, state_injected = tx.init(params), injected.init(params)
@@ -189,7 +189,7 @@ def test_state_is_float32_unless_parameters_are_float64(name, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_moment_dtype_holds_for_both_moments_of_all_leaves(dtype, moment_dtype):
     params, grads = make_tree(0, dtype), make_tree(10, dtype)
-    tx = apollo_optax.scale_by_apollo(2, moment_dtype=moment_dtype)
+    tx: Any = apollo_optax.scale_by_apollo(2, moment_dtype=moment_dtype)
     state = tx.init(params)
     updates, new_state = tx.update(grads, state, params)
     for moments in (state.mu, state.nu, new_state.mu, new_state.nu):
@@ -197,7 +197,7 @@ def test_moment_dtype_holds_for_both_moments_of_all_leaves(dtype, moment_dtype):
     assert {x.dtype for x in jax.tree.leaves((state.norm, new_state.norm))} == {jnp.dtype("float32")}
 
     # Only what is kept is rounded: the first step, which starts from zeros, is that of wide moments.
-    wide = apollo_optax.scale_by_apollo(2, moment_dtype=jnp.float32)
+    wide: Any = apollo_optax.scale_by_apollo(2, moment_dtype=jnp.float32)
     wide_updates, wide_state = wide.update(grads, wide.init(params), params)
     chex.assert_trees_all_close(updates, wide_updates, rtol=1e-2 if dtype == "bfloat16" else 1e-6)
     rounded = jax.tree.map(lambda x: x.astype(moment_dtype), (wide_state.mu, wide_state.nu))
@@ -230,10 +230,10 @@ def test_map_params(name):
 
 
 def test_map_params_with_a_tree_beside_the_state():
-    tx = apollo_optax.apollo(0.1, rank=2)
+    tx: Any = apollo_optax.apollo(0.1, rank=2)
     params = make_tree(0)
     names = {name: name for name in params}
-    mapped = optax.tree.map_params(
+    mapped: Any = optax.tree.map_params(
         tx, lambda _, name: name, tx.init(params), names, transform_non_params=lambda _: None
     )
     assert mapped[0].mu == mapped[0].nu == mapped[0].norm == names
@@ -242,7 +242,7 @@ def test_map_params_with_a_tree_beside_the_state():
 
 @pytest.mark.parametrize("name", ["apollo", "svd"])
 def test_map_params_under_masked(name):
-    tx = optax.masked(OPTIMIZERS[name](0.1), {"matrix": True, "vector": False, "scalar": True})
+    tx: Any = optax.masked(OPTIMIZERS[name](0.1), {"matrix": True, "vector": False, "scalar": True})
     state = tx.init(make_tree(0))
     mapped = replace_params_leaves(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)
@@ -252,9 +252,9 @@ def test_map_params_under_masked(name):
 
 @pytest.mark.parametrize("name", ["apollo", "svd"])
 def test_map_params_under_partition(name):
-    transforms = {"matrices": OPTIMIZERS[name](0.1), "others": optax.adam(0.1)}
+    transforms: Any = {"matrices": OPTIMIZERS[name](0.1), "others": optax.adam(0.1)}
     labels = {"matrix": "matrices", "vector": "others", "scalar": "others"}
-    tx = optax.partition(transforms, labels)
+    tx: Any = optax.partition(transforms, labels)
     state = tx.init(make_tree(0))
     mapped = replace_params_leaves(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)
@@ -268,9 +268,9 @@ def test_map_params_under_inject_hyperparams(name):
     factory, settings = OPTIMIZERS[name], {}
     if isinstance(factory, functools.partial):
         factory, settings = factory.func, factory.keywords
-    tx = optax.inject_hyperparams(factory, static_args=static_args(factory), hyperparam_dtype=jnp.float32)(
-        learning_rate=0.1, **settings
-    )
+    tx: Any = optax.inject_hyperparams(
+        factory, static_args=static_args(factory), hyperparam_dtype=jnp.float32
+    )(learning_rate=0.1, **settings)
     state = tx.init(make_tree(0))
     mapped = replace_params_leaves(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)
@@ -279,7 +279,7 @@ def test_map_params_under_inject_hyperparams(name):
 
 
 def test_map_params_under_multi_steps():
-    tx = optax.MultiSteps(apollo_optax.apollo(0.1, rank=2), 2)
+    tx: Any = optax.MultiSteps(apollo_optax.apollo(0.1, rank=2), 2)
     state = tx.init(make_tree(0))
     mapped = replace_params_leaves(tx, state)
     assert_sevens_in(mapped.inner_opt_state[0], state.inner_opt_state[0])

@@ -119,6 +119,20 @@ def test_vmap_over_seeds():
     chex.assert_trees_all_equal(biases[0], biases[1])
 
 
+def test_vmap_over_an_ensemble():
+    tx = apollo(0.1)
+    scales = jnp.array([1.0, 2.0, -1.0])
+    params, grads = (
+        jax.tree.map(lambda x: jax.vmap(jnp.multiply, (0, None))(scales, x), tree)
+        for tree in (make_params(), make_grads(0))
+    )
+    updates, state = jax.vmap(tx.update)(grads, jax.vmap(tx.init)(params), params)
+    for member in range(3):
+        own_params, own_grads = jax.tree.map(lambda x: x[member], (params, grads))  # noqa: B023
+        expected = tx.update(own_grads, tx.init(own_params), own_params)
+        assert_close(jax.tree.map(lambda x: x[member], (updates, state)), expected)  # noqa: B023
+
+
 @pytest.mark.parametrize(
     "make_key",
     [lambda: 1, lambda: jax.random.PRNGKey(1), lambda: jax.random.key(1)],
@@ -147,7 +161,7 @@ def test_state_can_be_donated_and_init_called_again(make_key):
 @pytest.mark.parametrize("make_key", [jax.random.PRNGKey, jax.random.key], ids=["raw key", "typed key"])
 def test_states_made_with_one_key_can_be_donated_together(make_key):
     key = make_key(1)
-    tx = optax.partition(
+    tx: Any = optax.partition(
         {"kernel": apollo(0.1, key=key), "rest": apollo(0.01, key=key)},
         {"dense": {"kernel": "kernel", "bias": "rest"}, "scale": "rest"},
     )
@@ -162,8 +176,9 @@ def test_states_made_with_one_key_can_be_donated_together(make_key):
 
 
 def test_chain():
-    clip = optax.clip_by_global_norm(1.0)
-    alone, chained = apollo(0.1), optax.chain(clip, apollo(0.1))
+    clip: Any = optax.clip_by_global_norm(1.0)
+    alone = apollo(0.1)
+    chained: Any = optax.chain(clip, alone)
     params = make_params()
     state, state_alone = chained.init(params), alone.init(params)
     for step in range(2):
@@ -176,7 +191,7 @@ def test_chain():
 
 
 def test_apollo_is_its_parts():
-    parts = optax.chain(
+    parts: Any = optax.chain(
         apollo_optax.scale_by_apollo(2, update_proj_gap=2),
         optax.add_decayed_weights(0.1),
         optax.scale_by_learning_rate(0.01),
@@ -186,7 +201,7 @@ def test_apollo_is_its_parts():
 
 def test_partition():
     labels = {"dense": {"kernel": "apollo", "bias": "sgd"}, "scale": "sgd"}
-    tx = optax.partition({"apollo": apollo(0.1), "sgd": optax.sgd(0.5)}, labels)
+    tx: Any = optax.partition({"apollo": apollo(0.1), "sgd": optax.sgd(0.5)}, labels)
     updates, state = run(tx, make_params())
     expected, _ = run(apollo(0.1), make_params())
     for step in range(3):
@@ -208,7 +223,7 @@ def test_partition():
 )
 def test_masked(numbers):
     mask = {"dense": {"kernel": True, "bias": False}, "scale": True}
-    tx = optax.masked(apollo(0.1, weight_dimension_numbers=numbers), mask)
+    tx: Any = optax.masked(apollo(0.1, weight_dimension_numbers=numbers), mask)
     updates, state = run(tx, make_params())
     expected, _ = run(apollo(0.1), make_params())
     for step in range(3):
@@ -218,11 +233,12 @@ def test_masked(numbers):
     assert isinstance(state.inner_state[0].mu["dense"]["bias"], optax.MaskedNode)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@every_optimizer
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in OPTIMIZERS), ("apollo", "bfloat16")]
+)
 def test_multi_steps(name, dtype):
     tx = OPTIMIZERS[name](0.1)
-    accumulating = optax.MultiSteps(tx, every_k_schedule=2)
+    accumulating: Any = optax.MultiSteps(tx, every_k_schedule=2)
     params = make_params(0, dtype)
     grads = [make_grads(step, dtype) for step in range(2)]
     state = accumulating.init(params)
@@ -235,13 +251,13 @@ def test_multi_steps(name, dtype):
     mean = jax.tree.map(lambda a, b: (a + (b - a) / 2).astype(dtype), *grads)
     expected, _ = tx.update(mean, tx.init(params), params)
     chex.assert_trees_all_equal_dtypes(updates, params)
-    chex.assert_trees_all_close(updates, expected, rtol=1e-5 if dtype == jnp.float32 else 3e-2, atol=1e-6)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5 if dtype == "float32" else 3e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @every_optimizer
 def test_apply_if_finite_leaves_the_state_untouched(name, bad):
-    tx = optax.apply_if_finite(OPTIMIZERS[name](0.1), max_consecutive_errors=3)
+    tx: Any = optax.apply_if_finite(OPTIMIZERS[name](0.1), max_consecutive_errors=3)
     params = make_params()
     update = jax.jit(tx.update)
     _, state = update(make_grads(0), tx.init(params), params)
@@ -372,6 +388,14 @@ class Model(nnx.Module):
         self.merged = nnx.Param(jnp.asarray(VALUES["merged"]), **names)
 
 
+def assert_moments_are_placed(mu, nu):
+    for moments in (mu, nu):
+        assert jax.tree.map(jnp.shape, moments) == MOMENT_SHAPES
+        # Cut over all eight devices, the contracted side's axis of the mesh along the channels too.
+        shards = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), moments)
+        assert shards == {"dense": {"kernel": (4, 2), "bias": (4,)}, "merged": (4, 2)}
+
+
 def nnx_step(model, optimizer):
     grads = nnx.grad(lambda model: objective(nnx.state(model, nnx.Param)))(model)
     optimizer.update(model, grads)
@@ -384,16 +408,14 @@ def test_nnx_optimizer_on_a_mesh(axis_type, projection):
         model = nnx.jit(Model)()
         optimizer = nnx.Optimizer(model, flax_tx(projection=projection), wrt=nnx.Param)
         step = nnx.jit(nnx_step)
+        state: Any = None
         for number in range(3):
             # The parameters' metadata names axes that moments do not have.
             for leaf in jax.tree.leaves(optimizer.opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
                 assert isinstance(leaf, nnx.OptArray)
                 assert "out_sharding" not in leaf.get_metadata()
             state = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"][0]
-            for moments in (state["mu"], state["nu"]):
-                assert jax.tree.map(jnp.shape, moments) == MOMENT_SHAPES
-                for moment in jax.tree.leaves(moments):
-                    assert moment.sharding.num_devices == 8
+            assert_moments_are_placed(state["mu"], state["nu"])
             if number < 2:
                 step(model, optimizer)
     params, expected = plain_run(projection)
@@ -418,7 +440,7 @@ class LinenModel(nn.Module):
 @every_mesh
 def test_linen_train_state_on_a_mesh(axis_type, projection):
     mesh = make_mesh(axis_type)
-    boxed = LinenModel().init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+    boxed: Any = LinenModel().init(jax.random.key(0), jnp.ones((1, 8)))["params"]
     specs = nn.get_partition_spec(boxed)
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
@@ -426,18 +448,16 @@ def test_linen_train_state_on_a_mesh(axis_type, projection):
     boxed = jax.device_put(boxed, shardings)
     assert isinstance(boxed["dense"]["kernel"], nn.Partitioned)
     with jax.set_mesh(mesh):
-        state = TrainState.create(
+        state: Any = TrainState.create(
             apply_fn=LinenModel().apply, params=boxed, tx=flax_tx(projection=projection)
         )
+        inner: Any = None
         step = jax.jit(lambda state: state.apply_gradients(grads=jax.grad(objective)(state.params)))
         for number in range(3):
             inner = state.opt_state[0]
             for leaf in jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
                 assert isinstance(leaf, jax.Array)
-            for moments in (inner.mu, inner.nu):
-                assert jax.tree.map(jnp.shape, moments) == MOMENT_SHAPES
-                for moment in jax.tree.leaves(moments):
-                    assert moment.sharding.num_devices == 8
+            assert_moments_are_placed(inner.mu, inner.nu)
             if number < 2:
                 state = step(state)
     assert isinstance(state.params["dense"]["kernel"], nn.Partitioned)
@@ -470,7 +490,7 @@ MATRIX = ApolloDimensionNumbers()
 def test_dimension_numbers_of_an_nnx_state(pure, numbers, moment_shapes):
     params = nnx.state(Model(partitioned=False), nnx.Param)
     params = nnx.as_pure(params) if pure else params
-    tx = apollo_optax.scale_by_apollo(4, weight_dimension_numbers=numbers)
+    tx: Any = apollo_optax.scale_by_apollo(4, weight_dimension_numbers=numbers)
     state = tx.init(params)
     assert nnx.to_pure_dict(jax.tree.map(jnp.shape, state.mu)) == moment_shapes
     updates, state = tx.update(params, state)
@@ -484,7 +504,8 @@ def test_one_dimension_numbers_for_all_of_an_nnx_state():
             self.wide, self.tall = nnx.Param(normal(0, (4, 6))), nnx.Param(normal(1, (6, 4)))
 
     params = nnx.state(Matrices())
-    state = apollo_optax.scale_by_apollo(2, weight_dimension_numbers=MATRIX).init(params)
+    tx: Any = apollo_optax.scale_by_apollo(2, weight_dimension_numbers=MATRIX)
+    state = tx.init(params)
     assert nnx.to_pure_dict(jax.tree.map(jnp.shape, state.mu)) == {"wide": (2, 6), "tall": (2, 6)}
 
 
@@ -496,7 +517,7 @@ def test_one_dimension_numbers_for_all_of_an_nnx_state():
 def test_flax_serialization_continues_bit_for_bit(projection, dtype):
     tx = apollo(0.1, projection=projection, moment_dtype=dtype)
     _, state = run(tx, make_params())
-    restored = flax.serialization.from_bytes(tx.init(make_params()), flax.serialization.to_bytes(state))
+    restored: Any = flax.serialization.from_bytes(tx.init(make_params()), flax.serialization.to_bytes(state))
     chex.assert_trees_all_equal(restored, state)
     chex.assert_trees_all_equal_dtypes(restored, state)
     # What comes back are NumPy arrays, which an eager and a jitted step have to take.
@@ -541,7 +562,8 @@ def test_init_on_shapes(name):
 def test_init_on_shapes_with_shardings():
     mesh = make_mesh(AxisType.Auto)
     shape = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("data", "model")))
-    state = apollo_optax.scale_by_apollo(4).init({"kernel": shape})
+    tx: Any = apollo_optax.scale_by_apollo(4)
+    state = tx.init({"kernel": shape})
     assert state.mu["kernel"].sharding.spec == P(None, ("model", "data"))
     assert state.count.sharding.is_equivalent_to(NamedSharding(mesh, P()), 0)
 
@@ -647,7 +669,7 @@ def test_shardings_of_the_state_never_change(axis_type, projection, jit):
         "kernel": jax.device_put(VALUES["kernel"], NamedSharding(mesh, P(*SPECS["kernel"]))),
         "bias": jax.device_put(VALUES["bias"], NamedSharding(mesh, P(*SPECS["bias"]))),
     }
-    tx = apollo_optax.apollo(0.1, rank=4, projection=projection)
+    tx: Any = apollo_optax.apollo(0.1, rank=4, projection=projection)
     traces = []
 
     def update(grads, state):

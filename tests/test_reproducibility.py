@@ -176,17 +176,21 @@ def test_jit_equals_eager():
 
 
 @pytest.mark.parametrize(
-    ("projection", "axis_type"), [("random", AxisType.Auto), ("rademacher", AxisType.Explicit)], ids=str
-)
-@pytest.mark.parametrize(
-    ("shape", "spec", "stack_spec"),
+    ("shape", "spec", "stack_spec", "projection", "axis_type"),
     [
-        ((8, 16), P("x"), P("x")),
-        ((8, 16), P(None, "x"), P(None, "x")),
-        ((16, 8), P("x"), P(None, None, "x")),
-        ((16, 8), P(None, "x"), P()),
+        ((8, 16), P("x"), P("x"), "random", AxisType.Auto),
+        ((8, 16), P("x"), P("x"), "rademacher", AxisType.Explicit),
+        ((8, 16), P(None, "x"), P(None, "x"), "random", AxisType.Explicit),
+        ((16, 8), P("x"), P(None, None, "x"), "rademacher", AxisType.Auto),
+        ((16, 8), P(None, "x"), P(), "random", AxisType.Auto),
     ],
-    ids=["contracted, layers", "channels, rows", "tall channels, columns", "tall contracted, replicated"],
+    ids=[
+        "contracted, layers",
+        "contracted, layers, explicit",
+        "channels, rows, explicit",
+        "tall channels, columns",
+        "tall contracted, replicated",
+    ],
 )
 def test_eight_devices_draw_what_one_draws(shape, spec, stack_spec, projection, axis_type):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
@@ -278,10 +282,10 @@ def test_order_of_leaves_does_not_matter():
 def test_leaves_taken_away_do_not_matter(kind):
     if kind == "masked":
         mask = {"attention": False, "mlp": {"kernel": True}}
-        tx = optax.masked(make(), mask)
+        tx: Any = optax.masked(make(), mask)
     else:
         labels = {"attention": {"kernel": "sgd", "bias": "sgd"}, "mlp": {"kernel": "apollo"}}
-        tx = optax.partition({"apollo": make(), "sgd": optax.sgd(1.0)}, labels)
+        tx: Any = optax.partition({"apollo": make(), "sgd": optax.sgd(1.0)}, labels)
     for (updates, _), (expected, _) in zip(run(tx), run(make()), strict=True):
         chex.assert_trees_all_equal(updates["mlp"], expected["mlp"])
         assert differ(updates["attention"]["kernel"], expected["attention"]["kernel"])

@@ -1,0 +1,59 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from examples.llama import config, corpus
+
+SMALL = config.LlamaConfig(
+    vocab_size=384, hidden_size=16, intermediate_size=24, num_heads=2, num_layers=3, max_seq_len=128
+)
+
+
+@pytest.fixture(scope="session")
+def programs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(programs_folder: Path) -> Iterator[None]:
+    """Compiles with less care, and each program once: these tests run each for a few steps."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(programs_folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def small() -> config.LlamaConfig:
+    """A shape that compiles in a moment; its sides differ, so that swapped axes show."""
+    return SMALL
+
+
+@pytest.fixture
+def tiny_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.PRESETS, "tiny", SMALL)
+
+
+@pytest.fixture
+def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A standard library of 40 short files, and a cache of its own; returns the library."""
+    folder = tmp_path / "stdlib"
+    (folder / "test").mkdir(parents=True)
+    (folder / "test" / "skipped.py").write_text("skipped = True\n")
+    for number in range(40):
+        lines = [f"def f{line}(x):\n    return x + {number * line}\n" for line in range(20)]
+        (folder / f"module{number}.py").write_text("\n".join(lines))
+    monkeypatch.setattr(corpus, "stdlib_folder", lambda: folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder

@@ -1,0 +1,142 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples.llama.config import LlamaConfig
+from examples.llama.model import Params, init_model
+from examples.llama.optimizers import (
+    RECIPES,
+    lr_group,
+    make_optimizer,
+    make_schedule,
+    path_name,
+    with_defaults,
+)
+from examples.llama.options import RunOptions
+from examples.llama.state_size import StateBytes, state_bytes
+from examples.llama.usage import UsageError
+
+pytestmark = pytest.mark.usefixtures("tiny_is_small")
+
+KERNELS = 3 * (4 * 16 * 16 + 3 * 16 * 24)  # Elements in the layers' kernels of the small model.
+TABLES = 2 * 384 * 16  # In the embeddings and the head.
+NORMS = 7 * 16
+
+
+def options_for(optimizer: str, **changes: Any) -> RunOptions:
+    return with_defaults(RunOptions(out=Path("unused"), optimizer=optimizer, **changes))
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return init_model(LlamaConfig(384, 16, 24, 2, 3), seed=0)[1]
+
+
+def moments(options: RunOptions, config: LlamaConfig, params: Params) -> dict[str, set[Any]]:
+    """Returns the shapes of the state's leaves by the name of the parameter they belong to."""
+    tx, _ = make_optimizer(options, config)
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    shapes: dict[str, set[Any]] = {name: set() for name in names}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params)):
+        for name in names:
+            if f"/{name}/" in f"/{path_name(path)}/":
+                shapes[name].add(leaf.shape)
+    return shapes
+
+
+def test_adamw_keeps_two_moments_of_everything(small: LlamaConfig, params: Params) -> None:
+    tx, _ = make_optimizer(options_for("adamw"), small)
+    size = state_bytes(tx, params)
+    assert size.kernels == 8 * KERNELS
+    assert size.embeddings == 8 * TABLES
+    assert 8 * NORMS <= size.rest < 8 * NORMS + 100
+
+
+@pytest.mark.parametrize("name", ["apollo", "apollo-mini", "apollo-svd"])
+def test_apollo_projects_the_kernels_and_nothing_else(name: str, small: LlamaConfig, params: Params) -> None:
+    rank = 1 if name == "apollo-mini" else 4
+    shapes = moments(options_for(name), small, params)
+    assert (3, rank, 24) in shapes["layers/mlp/gate_proj/kernel"]
+    assert (3, rank, 24) in shapes["layers/mlp/down_proj/kernel"]
+    assert (3, rank, 16) in shapes["layers/attention/q_proj/kernel"]
+    assert (3, 16, 24) not in shapes["layers/mlp/gate_proj/kernel"]
+    assert shapes["embed/embedding"] - {()} == {(384, 16)}
+    assert shapes["lm_head/kernel"] - {()} == {(16, 384)}
+    assert shapes["layers/mlp_norm/scale"] - {()} == {(3, 16)}
+
+
+def test_embeddings_and_head_can_be_given_to_apollo(small: LlamaConfig, params: Params) -> None:
+    shapes = moments(options_for("apollo-mini", embeddings="apollo"), small, params)
+    assert (1, 384) in shapes["embed/embedding"]
+    assert (384, 16) not in shapes["embed/embedding"]
+    assert (1, 384) in shapes["lm_head/kernel"]
+    assert (16, 384) not in shapes["lm_head/kernel"]
+
+
+def test_state_bytes_tell_the_groups_apart(small: LlamaConfig, params: Params) -> None:
+    def size(name: str, **changes: Any) -> StateBytes:
+        return state_bytes(make_optimizer(options_for(name, **changes), small)[0], params)
+
+    adamw, apollo, mini = size("adamw"), size("apollo"), size("apollo-mini")
+    assert mini.kernels < apollo.kernels < adamw.kernels
+    for apollos in (mini, apollo):  # A scalar each comes on top of Adam's moments.
+        assert 0 <= apollos.embeddings - adamw.embeddings <= 8
+    assert size("apollo-mini", embeddings="apollo").embeddings < mini.embeddings / 4
+    half = size("apollo-mini", moment_dtype="bfloat16")
+    assert half.embeddings == pytest.approx(mini.embeddings / 2, rel=0.01)
+    assert size("apollo-mini", rank=8).kernels > mini.kernels
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_learning_rates_reach_their_groups(name: str, small: LlamaConfig, params: Params) -> None:
+    grads = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+
+    options = dataclasses.replace(options_for(name), steps=10)
+
+    def updates(**rates: float) -> dict[str, np.ndarray]:
+        tx, _ = make_optimizer(dataclasses.replace(options, **rates), small)
+        state = tx.init(params)
+        _, state = tx.update(grads, state, params)  # Its learning rate is 0, from the warm-up.
+        update, _ = tx.update(grads, state, params)
+        leaves = jax.tree_util.tree_leaves_with_path(update)
+        return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+    base = updates(lr=1.0, lr_embeddings=1.0)
+    changed = updates(lr=2.0, lr_embeddings=3.0)
+    for path, update in base.items():
+        factor = 2.0 if "layers" in path and path.endswith("kernel") else 3.0
+        assert np.abs(update).max() > 0
+        np.testing.assert_allclose(changed[path], factor * update, rtol=1e-5)
+
+
+def test_groups() -> None:
+    assert lr_group("layers/mlp/up_proj/kernel") == "kernels"
+    for path in ("lm_head/kernel", "embed/embedding", "layers/mlp_norm/scale"):
+        assert lr_group(path) == "rest"
+
+
+def test_schedule_warms_up_over_a_tenth_and_ends_at_a_tenth() -> None:
+    schedule = make_schedule(0.5, 100)
+    rates = [float(np.asarray(schedule(step))) for step in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.275, 0.05])
+    assert np.isfinite(np.asarray(make_schedule(0.5, 1)(0)))
+
+
+def test_defaults_come_from_the_recipe_unless_set() -> None:
+    mini = options_for("apollo-mini")
+    assert (mini.rank, mini.scale) == (1, 128.0)
+    assert (mini.lr, mini.lr_embeddings) == RECIPES["apollo-mini"][1:3]
+    assert options_for("apollo").rank == 4
+    assert options_for("apollo", rank=2, lr=0.5).rank == 2
+    assert options_for("apollo", rank=2, lr=0.5).lr == 0.5
+    assert options_for("adamw").rank is None
+
+
+def test_unknown_optimizer_lists_the_nearest_first() -> None:
+    with pytest.raises(UsageError, match="'apolo' is unknown; choose one of: apollo, "):
+        options_for("apolo")
