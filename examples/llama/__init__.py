@@ -1,0 +1,1 @@
+"""Pre-training LLaMA models with AdamW and APOLLO, side by side."""
