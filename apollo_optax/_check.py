@@ -112,12 +112,6 @@ def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path,
     return stored
 
 
-def rebuild(field: Any, leaves: Mapping[_tree.Path, Any]) -> Any:
-    """New leaves in the structure of a state's field."""
-    order = _tree.leaves_by_path(field)
-    return jax.tree.unflatten(jax.tree.structure(field), [leaves[path] for path in order])
-
-
 def svd_state(is_svd: bool, stored: Any) -> None:
     if is_svd != (stored is not None):
         holds = "no projections" if stored is None else "projections"

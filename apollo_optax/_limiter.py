@@ -119,7 +119,7 @@ def limit_norm_growth(
             )
         return (
             jax.tree.unflatten(jax.tree.structure(updates), list(limited.values())),
-            LimitNormGrowthState(_check.rebuild(state.norm, norms)),
+            LimitNormGrowthState(_tree.rebuild(state.norm, norms)),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -252,11 +252,7 @@ def scale_by_apollo(
         axes = resolve(weight_dimension_numbers, updates)
         leaves = _tree.leaves_by_path(updates)
         _check.svd_state(projection == "svd", state.projection)
-        fields = {
-            name: _check.same_paths(leaves, getattr(state, name))
-            for name in _LeafState._fields
-            if getattr(state, name) is not None
-        }
+        states = _leaf_states(state, leaves)
         count = jnp.asarray(optax.safe_increment(state.count))
         step = _Step(
             key=jax.random.wrap_key_data(state.key, impl=key_impl),
@@ -264,34 +260,22 @@ def scale_by_apollo(
             is_refresh=state.count % update_proj_gap == 0,
             correction=jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count),
         )
-        new_updates, new_states = [], {}
+        new_updates = []
         for path, leaf in leaves.items():
-            dtype = _check.accumulator_dtype(path, leaf)
-            old = _LeafState(
-                mu=fields["mu"][path],
-                nu=fields["nu"][path],
-                norm=fields["norm"][path],
-                projection=fields["projection"][path] if "projection" in fields else None,
-            )
-            _check_leaf_state(path, leaf, old, axes[path], rank)
-            if axes[path] is None:
-                update, new = _update_adam_leaf(settings, jnp.asarray(leaf), old, count, dtype)
+            accumulator = _check.accumulator_dtype(path, leaf)
+            gradient, matrix, old = jnp.asarray(leaf), axes[path], states[path]
+            _check_leaf_state(path, leaf, old, matrix, rank)
+            if matrix is None:
+                update, new = _update_adam_leaf(settings, gradient, old, count, accumulator)
             else:
                 _check.not_varying(path, leaf)
-                update, new = _update_matrix_leaf(
-                    settings, jnp.asarray(leaf), old, _projection.leaf_id(path), step, axes[path]
-                )
+                leaf_id = _projection.leaf_id(path)
+                update, new = _update_matrix_leaf(settings, gradient, old, leaf_id, step, matrix)
             new_updates.append(update)
-            new_states[path] = new
-        new_fields = {
-            name: _check.rebuild(
-                getattr(state, name), {path: getattr(s, name) for path, s in new_states.items()}
-            )
-            for name in fields
-        }
+            states[path] = new
         return (
             jax.tree.unflatten(jax.tree.structure(updates), new_updates),
-            state._replace(count=count, **new_fields),
+            _with_leaf_states(state._replace(count=count), states),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -320,6 +304,25 @@ def _init_leaf(
         place = _sharding.projections(axes, sharding)
         stored = _sharding.zeros(axes.projection_shape(rank), accumulator, place)
     return _LeafState(moments[0], moments[1], norm, stored)
+
+
+def _leaf_states(state: ScaleByApolloState, leaves: dict[_tree.Path, Any]) -> dict[_tree.Path, _LeafState]:
+    """The state by leaf, which must be the leaves of the updates."""
+    fields: list[Any] = [getattr(state, name) for name in _LeafState._fields]
+    nothing: dict[_tree.Path, Any] = dict.fromkeys(leaves)
+    by_path = [nothing if field is None else _check.same_paths(leaves, field) for field in fields]
+    return {path: _LeafState(*(field[path] for field in by_path)) for path in leaves}
+
+
+def _with_leaf_states(state: ScaleByApolloState, states: dict[_tree.Path, _LeafState]) -> ScaleByApolloState:
+    """`state` with new leaves, in trees of the structure it had."""
+    fields = {name: getattr(state, name) for name in _LeafState._fields}
+    new = {
+        name: _tree.rebuild(field, {path: getattr(leaf, name) for path, leaf in states.items()})
+        for name, field in fields.items()
+        if field is not None
+    }
+    return state._replace(**new)
 
 
 def _check_leaf_state(

@@ -5,7 +5,7 @@ pure ``nnx.State`` without them, or as what a checkpoint restored. Paths of stri
 have in common, so everything here that must agree between two trees goes by path.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -53,6 +53,12 @@ def leaves_by_path(tree: Any, is_leaf: Any = None) -> dict[Path, Any]:
             f"(as 1 and '1' do): {[jax.tree_util.keystr(path) for path, _ in pairs]}; rename one"
         )
     return leaves
+
+
+def rebuild(tree: Any, leaves: Mapping[Path, Any]) -> Any:
+    """New leaves, given by path, in the structure of `tree`."""
+    order = leaves_by_path(tree)
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[path] for path in order])
 
 
 def show(path: Path) -> str:
