@@ -32,7 +32,7 @@ test: $(VENV)/.test  ## all tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.test  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Where the state lives on meshes of eight devices, automatic and explicit."""
 
+import itertools
+
 import chex
 import flax.linen as nn
 import jax
@@ -92,6 +94,40 @@ def test_places(shape, how, spec, mu, norm, projection):
         # And every leaf can be put there.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
         jax.device_put(zeros, places)
+
+
+SHAPES = [
+    ((8, 16), None),
+    ((16, 8), None),
+    ((8, 8), None),
+    ((8, 43), None),
+    ((2, 8, 16), STACKED),
+    ((8, 4, 6), ApolloDimensionNumbers(0, (1, 2))),
+]
+
+
+def every_spec(shape):
+    """All ways to cut a tensor of this shape over the mesh of two and four."""
+    cuts = [None, "data", "model", ("data", "model"), ("model", "data")]
+    sizes = {None: 1, "data": 2, "model": 4, ("data", "model"): 8, ("model", "data"): 8}
+    for entries in itertools.product(cuts, repeat=len(shape)):
+        used = [
+            name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)
+        ]
+        divides = all(size % sizes[entry] == 0 for size, entry in zip(shape, entries, strict=True))
+        if divides and len(used) == len(set(used)):
+            yield P(*(cut or None for cut in entries))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("projection", ["random", "svd"])
+@pytest.mark.parametrize(
+    ("shape", "spec", "numbers"),
+    [(shape, spec, numbers) for shape, numbers in SHAPES for spec in every_spec(shape)],
+)
+def test_types_never_change_whatever_is_cut(kind, projection, shape, spec, numbers):
+    test_types_never_change(kind, projection, shape, spec, numbers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
