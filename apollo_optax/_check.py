@@ -84,6 +84,11 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
             f"'{_tree.show(path)}' has dtype {dtype}; APOLLO trains real floating-point leaves only: "
             "keep integer and complex leaves out of it with optax.masked or optax.partition"
         )
+    if jnp.finfo(dtype).bits < 16:
+        raise ValueError(
+            f"'{_tree.show(path)}' has dtype {dtype}, of too few bits to add an update to; keep the "
+            "parameter in bfloat16 or wider"
+        )
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -110,6 +115,14 @@ def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path,
             f"{shown}; call init with the parameters that these are the gradients of"
         )
     return stored
+
+
+def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
+    if jnp.shape(stored) != expected:
+        raise ValueError(
+            f"the state's key has shape {jnp.shape(stored)}, but the generator of this key takes {expected}; "
+            "the state comes from another setting: use the kind of key it was made with, or call init again"
+        )
 
 
 def svd_state(is_svd: bool, stored: Any) -> None:

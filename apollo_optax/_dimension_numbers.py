@@ -10,11 +10,12 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from apollo_optax import _tree
 
@@ -146,15 +147,20 @@ def _argsort(axes: tuple[int, ...]) -> tuple[int, ...]:
 def matrix_axes(path: _tree.Path, shape: tuple[int, ...], numbers: ApolloDimensionNumbers) -> MatrixAxes:
     """Checks `numbers` against the `shape` of the leaf at `path` and chooses the contracted side."""
 
-    def side(axes: Sequence[int] | int) -> tuple[int, ...]:
-        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    def side(given: Sequence[int] | int) -> tuple[int, ...]:
+        axes = tuple(given) if isinstance(given, Iterable) else (given,)
+        if not all(isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) for axis in axes):
+            raise TypeError(
+                f"{numbers} for '{_tree.show(path)}' must name axes by ints or sequences of ints, got "
+                f"{given!r}"
+            )
         if not axes or any(not -len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(
                 f"{numbers} names an axis that '{_tree.show(path)}' of shape {shape} is missing "
                 "(or none at all); both sides need axes of the leaf, and a leaf that is not a "
                 "matrix gets None in weight_dimension_numbers"
             )
-        return tuple(axis % len(shape) for axis in axes)
+        return tuple(int(axis) % len(shape) for axis in axes)
 
     reduction, output = side(numbers.reduction_axis), side(numbers.output_axis)
     if len({*reduction, *output}) < len(reduction) + len(output):
@@ -208,7 +214,13 @@ def dimension_numbers_by_path(
       ... ]))
     """
     compiled = []
-    for pattern, numbers in rules:
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise TypeError(
+                "rules must be a sequence of pairs (regular expression, ApolloDimensionNumbers or None), got "
+                f"{rule!r} in it"
+            )
+        pattern, numbers = rule
         _check_entry(numbers, f"the rule {pattern!r}")
         try:
             compiled.append((re.compile(pattern), numbers))
@@ -248,7 +260,8 @@ def _entries(weight_dimension_numbers: Any, tree: Any) -> dict[_tree.Path, Apoll
         weight_dimension_numbers = weight_dimension_numbers(tree)
     entries = _tree.leaves_by_path(
         weight_dimension_numbers,
-        is_leaf=lambda x: x is None or isinstance(x, ApolloDimensionNumbers),
+        # Muon's and GaLore's dimension numbers are leaves too, to be named in the error.
+        is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"),
     )
     for path, numbers in entries.items():
         _check_entry(numbers, f"'{_tree.show(path)}'")
@@ -269,9 +282,28 @@ def resolve(
         numbers = {path: _entry_for(path, entries) for path in leaves}
     axes = {}
     for path, leaf in leaves.items():
-        given = numbers[path]
-        axes[path] = None if given is None else matrix_axes(path, jnp.shape(leaf), given)
+        given, shape = numbers[path], jnp.shape(leaf)
+        # A leaf of no elements has no channels to scale.
+        axes[path] = None if given is None or 0 in shape else matrix_axes(path, shape, given)
     return axes
+
+
+def state_shapes(axes: MatrixAxes | None, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a leaf's fields in ScaleByApolloState; `axes` is None for a leaf that is no matrix."""
+    if axes is None:
+        return {"mu": shape, "nu": shape, "norm": (), "projection": ()}
+    moments = axes.moment_shape(rank)
+    return {
+        "mu": moments,
+        "nu": moments,
+        "norm": axes.batch_shape,
+        "projection": axes.projection_shape(rank),
+    }
+
+
+def rank_in(axes: MatrixAxes | None, moment: tuple[int, ...]) -> int:
+    """The rank that a moment's shape says it was made with; 0 where it says none."""
+    return moment[len(axes.batch)] if axes is not None and len(moment) > len(axes.batch) else 0
 
 
 def _entry_for(

@@ -34,8 +34,9 @@ def limit_norm(
     Returns:
       The factor to multiply the update with, and the norm to remember.
     """
-    growth = jnp.maximum(norm / (remembered + 1e-8), norm_growth_limit)
-    factor = jnp.where(remembered > 0, norm_growth_limit / growth, 1.0).astype(norm.dtype)
+    # Divided before the maximum rather than after it, so that a limit of infinity is none.
+    excess = jnp.maximum(norm / (remembered + 1e-8) / norm_growth_limit, 1.0)
+    factor = jnp.where(remembered > 0, 1 / excess, 1.0).astype(norm.dtype)
     limited = norm * factor
     return factor, jnp.where(limited > 0, limited, remembered).astype(norm.dtype)
 
@@ -59,7 +60,7 @@ def limit_norm_growth(
     whose output it limits.
 
     Args:
-      norm_growth_limit: largest ratio of two successive norms, at least 1.
+      norm_growth_limit: largest ratio of two successive norms, at least 1; infinity limits nothing.
       weight_dimension_numbers: as in :func:`scale_by_apollo`; only the batch axes matter here. A leaf
         that is no matrix is limited by the norm of the whole leaf.
 

@@ -21,21 +21,33 @@ Shape = tuple[int, ...]
 Draw = Callable[[jax.Array, Shape], jax.Array]
 NAMES = ("random", "rademacher", "svd")
 
+_SEED_IMPL = "threefry2x32"  # A seed means the same run whatever JAX's default generator.
+
 
 def key_impl(key: Any) -> Any:
     """The generator behind `key`, as ``jax.random.wrap_key_data`` takes it; checks the key."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.shape == ():
             return jax.random.key_impl(key)
-    elif isinstance(key, (int, np.integer, jax.Array, np.ndarray)) and not isinstance(key, bool):
-        if jnp.shape(key) == () and jnp.issubdtype(jnp.result_type(key), jnp.integer):
-            return "threefry2x32"  # A seed means the same run whatever JAX's default generator.
-        if jnp.ndim(key) == 1 and jnp.result_type(key) == jnp.uint32:
-            return jax.random.key_impl(jax.random.wrap_key_data(jnp.asarray(key)))
+    elif isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        if not 0 <= key < 2**32:  # JAX would cut it to 32 bits, or not, as its settings are.
+            raise ValueError(f"key must be a seed from 0 to 2**32 - 1, got {key!r}")
+        return _SEED_IMPL
+    elif isinstance(key, (jax.Array, np.ndarray)):
+        if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
+            return _SEED_IMPL
+        if key.ndim == 1 and key.dtype == jnp.uint32:
+            impl = jax.random.key_impl(jax.random.key(0))
+            if key.shape == key_data_shape(impl):
+                return impl
     raise TypeError(
-        "key must be an int seed (or an integer scalar array), one JAX key from jax.random.key, or the "
-        f"raw data of one, got {key!r}"
+        "key must be an int seed (or an integer scalar array), one JAX key from jax.random.key, or the raw "
+        f"data of one of JAX's default generator, got {key!r}"
     )
+
+
+def key_data_shape(impl: Any) -> Shape:
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
 
 
 def key_data(key: Any) -> jax.Array:
@@ -43,7 +55,7 @@ def key_data(key: Any) -> jax.Array:
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     elif jnp.ndim(key) == 0:
-        key = jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+        key = jax.random.key_data(jax.random.key(key, impl=_SEED_IMPL))
     # A copy, since a step that is given its state donates it, and the key is the caller's.
     return jnp.array(key, copy=True)
 
@@ -59,20 +71,28 @@ def batch_keys(key: jax.Array, leaf: jax.typing.ArrayLike, refresh: jax.Array, s
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(drawn, jnp.arange(size))
 
 
-def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) / jnp.sqrt(jnp.asarray(shape[0], dtype))
+def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype, out_sharding: Any) -> jax.Array:
+    normal = jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+    return normal / jnp.sqrt(jnp.asarray(shape[0], dtype))
 
 
 def _rademacher(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
     """Entries +-1/sqrt(r), each from one bit of the generator rather than a word."""
-    rows, columns = shape
+    rows, columns = shape[0], math.prod(shape[1:])
     words = jax.random.bits(key, (rows, math.ceil(columns / 32)), jnp.uint32)
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     signs = 1 - 2 * bits.reshape(rows, -1)[:, :columns].astype(dtype)
-    return signs / jnp.sqrt(jnp.asarray(rows, dtype))
+    return (signs / jnp.sqrt(jnp.asarray(rows, dtype))).reshape(shape)
 
 
-def draw(projection: str | Draw, keys: jax.Array, axes: MatrixAxes, rank: int, dtype: jnp.dtype) -> jax.Array:
+def draw(
+    projection: str | Draw,
+    keys: jax.Array,
+    axes: MatrixAxes,
+    rank: int,
+    dtype: jnp.dtype,
+    sharding: Any = None,
+) -> jax.Array:
     """The projections of all matrices of a leaf.
 
     Args:
@@ -81,18 +101,31 @@ def draw(projection: str | Draw, keys: jax.Array, axes: MatrixAxes, rank: int, d
       axes: the leaf's axes.
       rank: the rank asked for; clipped to the contracted size.
       dtype: float32 or float64.
+      sharding: under explicit sharding, that of the result; normal entries are then drawn where they are
+        used. (Under automatic sharding XLA sees to that.)
 
     Returns:
       An array of shape ``(*batch, r, *contracted)``.
     """
-    shape = (axes.clip_rank(rank), axes.contracted_size)
+    batch = len(axes.batch)
+    keys = keys.reshape(axes.batch_shape)
+    one_sharding = None
+    if sharding is not None:
+        keys = _sharding.place(keys, _sharding.pick(sharding, range(batch)))
+        one_sharding = _sharding.pick(sharding, range(batch, batch + 1 + len(axes.contracted)))
+    one_shape = axes.projection_shape(rank)[batch:]
 
     def draw_one(key: jax.Array) -> jax.Array:
-        if callable(projection):
-            return jnp.asarray(projection(key, shape), dtype)
-        return {"random": _normal, "rademacher": _rademacher}[projection](key, shape, dtype)
+        if not isinstance(projection, str):
+            matrix = projection(key, (axes.clip_rank(rank), axes.contracted_size))
+            return jnp.asarray(matrix, dtype).reshape(one_shape)
+        if projection == "rademacher":
+            return _rademacher(key, one_shape, dtype)
+        return _normal(key, one_shape, dtype, one_sharding)
 
-    return jax.vmap(draw_one)(keys).reshape(axes.projection_shape(rank))
+    for _ in axes.batch:
+        draw_one = jax.vmap(draw_one)
+    return _sharding.place(draw_one(keys), sharding)
 
 
 def check_callable(projection: Draw, path: _tree.Path, axes: MatrixAxes, rank: int) -> None:

@@ -11,7 +11,7 @@ explicit sharding, where types carry shardings, ``init`` and ``update`` both nam
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from apollo_optax import _tree
-from apollo_optax._dimension_numbers import MatrixAxes, WeightDimensionNumbers, resolve
+from apollo_optax import _check, _tree
+from apollo_optax._dimension_numbers import (
+    MatrixAxes,
+    WeightDimensionNumbers,
+    rank_in,
+    resolve,
+    state_shapes,
+)
 
 
 def of(leaf: Any) -> NamedSharding | None:
@@ -51,20 +57,22 @@ def place(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 def _mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
     """The mesh axes that cut tensor axis `axis`; a spec may be shorter than the tensor's rank."""
     entry = sharding.spec[axis] if axis < len(sharding.spec) else None
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _named(mesh: Any, cuts: Sequence[tuple[str, ...]]) -> NamedSharding:
-    entries = [cut[0] if len(cut) == 1 else cut or None for cut in cuts]
-    return NamedSharding(mesh, PartitionSpec(*entries))
+def _named(sharding: NamedSharding, cuts: Sequence[tuple[str, ...]]) -> NamedSharding:
+    """Cuts by tensor axis, on the mesh and in the kind of memory of `sharding`."""
+    spec = PartitionSpec(*(cut[0] if len(cut) == 1 else cut or None for cut in cuts))
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
-def _pick(sharding: NamedSharding | None, axes: Sequence[int | None]) -> NamedSharding | None:
+def pick(sharding: NamedSharding | None, axes: Iterable[int | None]) -> NamedSharding | None:
     """The sharding of an array made of these axes of a tensor; None stands for an axis of its own."""
     if sharding is None:
         return None
-    cuts = [() if axis is None else _mesh_axes(sharding, axis) for axis in axes]
-    return _named(sharding.mesh, cuts)
+    return _named(sharding, [() if axis is None else _mesh_axes(sharding, axis) for axis in axes])
 
 
 def moments(axes: MatrixAxes, rank: int, sharding: NamedSharding | None) -> NamedSharding | None:
@@ -85,22 +93,22 @@ def moments(axes: MatrixAxes, rank: int, sharding: NamedSharding | None) -> Name
             if shape[axis] % math.prod(sizes[cut] for cut in (*cuts[axis], name)) == 0:
                 cuts[axis] = (*cuts[axis], name)
                 break
-    return _named(sharding.mesh, cuts)
+    return _named(sharding, cuts)
 
 
 def projections(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding | None:
     """For ``(*batch, r, *contracted)``: each device holds the part it multiplies with."""
-    return _pick(sharding, (*axes.batch, None, *axes.contracted))
+    return pick(sharding, (*axes.batch, None, *axes.contracted))
 
 
 def channels(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding | None:
     """For ``(*batch, *channel)``."""
-    return _pick(sharding, (*axes.batch, *axes.channel))
+    return pick(sharding, (*axes.batch, *axes.channel))
 
 
 def norms(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding | None:
     """For ``(*batch,)``."""
-    return _pick(sharding, axes.batch)
+    return pick(sharding, axes.batch)
 
 
 def replicated(sharding: NamedSharding | None) -> NamedSharding | None:
@@ -125,6 +133,8 @@ def state_sharding(
       fields: moments are cut over the same devices as the parameter (along the channel side first,
       then along the rank axis, replicated where neither divides).
     * All else (counts, keys, hyperparameters) is replicated.
+
+    What belongs to a parameter is in the kind of memory that the parameter is in.
 
     Args:
       state: an optimizer state, of arrays or ``jax.ShapeDtypeStruct`` (from
@@ -162,40 +172,34 @@ def state_sharding(
         )
     axes = resolve(weight_dimension_numbers, params)
     states = _tree.leaves_by_path(state)
-    ours = _tree.apollo_prefixes(states)
+    owners = _tree.owners(states, leaves)
 
     def place_of(path: _tree.Path, leaf: Any) -> NamedSharding:
-        param = _tree.owner(path, leaves)
-        if param is None or (path[:-1] in ours and path[-1] in ("count", "key")):
+        param, field = owners[path]
+        if param is None:
             return everywhere
-        sharding = shardings[param] or everywhere
-        prefix, role = path[: len(path) - len(param)][:-1], path[: len(path) - len(param)][-1:]
-        matrix = axes[param]
-        if matrix is None or (role != ("norm",) and prefix not in ours):
-            return sharding if jnp.shape(leaf) == jnp.shape(leaves[param]) else everywhere
-        return _by_role(matrix, role[0], path, jnp.shape(leaf), sharding)
+        sharding, matrix, shape = shardings[param] or everywhere, axes[param], jnp.shape(leaf)
+        if field is not None:
+            rank = rank_in(matrix, shape) if field in ("mu", "nu", "projection") else 0
+            expected = state_shapes(matrix, jnp.shape(leaves[param]), rank)[field]
+            _check.state_shape(param, field, leaf, expected)
+            return of_field(field, matrix, rank, sharding) or everywhere
+        if shape == jnp.shape(leaves[param]):
+            return sharding
+        if matrix is not None and path[-len(param) - 1 :][:1] == ("norm",) and shape == matrix.batch_shape:
+            return norms(matrix, sharding) or everywhere  # Of a LimitNormGrowthState.
+        return everywhere
 
     placed = [place_of(path, leaf) for path, leaf in states.items()]
     return jax.tree.unflatten(jax.tree.structure(state), placed)
 
 
-def _by_role(
-    axes: MatrixAxes,
-    role: str,
-    path: _tree.Path,
-    shape: tuple[int, ...],
-    sharding: NamedSharding,
-) -> NamedSharding:
-    rank = shape[len(axes.batch)] if role != "norm" and len(shape) > len(axes.batch) else 0
-    expected, placed = {
-        "mu": (axes.moment_shape(rank), moments(axes, rank, sharding)),
-        "nu": (axes.moment_shape(rank), moments(axes, rank, sharding)),
-        "projection": (axes.projection_shape(rank), projections(axes, sharding)),
-        "norm": (axes.batch_shape, norms(axes, sharding)),
-    }[role]
-    if shape != expected or placed is None:
-        raise ValueError(
-            f"the state's '{_tree.show(path)}' has shape {shape}, where these dimension numbers "
-            f"give {expected}; pass the weight_dimension_numbers that the optimizer was given"
-        )
-    return placed
+def of_field(field: str, axes: MatrixAxes | None, rank: int, sharding: NamedSharding) -> NamedSharding | None:
+    """For a field of ScaleByApolloState; `axes` is None for a leaf that is no matrix."""
+    if axes is None:
+        return sharding if field in ("mu", "nu") else replicated(sharding)
+    if field == "norm":
+        return norms(axes, sharding)
+    if field == "projection":
+        return projections(axes, sharding)
+    return moments(axes, rank, sharding)

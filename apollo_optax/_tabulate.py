@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _tree
+from apollo_optax import _check, _tree
 from apollo_optax._dimension_numbers import (
     MatrixAxes,
     WeightDimensionNumbers,
     is_embedding_or_head,
+    rank_in,
     resolve,
+    state_shapes,
 )
 
+_Owned = list[tuple[str | None, Any]]
 _KINDS = ("kernels", "embeddings and head", "other")
 _HEADER = ("parameter", "shape", "treatment", "state", "bytes", "AdamW")
 
@@ -33,13 +36,16 @@ def tabulate(
     Args:
       tx: the optimizer.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      weight_dimension_numbers: what the optimizer was given, to name each matrix's contracted side.
+      weight_dimension_numbers: what the optimizer was given, to know each leaf's treatment.
 
     Returns:
       A line per parameter with its path, shape, treatment, the shapes and bytes of its state, and the
       bytes ``optax.adamw`` would keep; then totals for kernels, for embeddings and output head and
       for the rest (norms, biases, and state that belongs to no parameter). A kernel is a leaf of two
       or more axes that is neither embedding or head by name nor a ``bias`` or ``scale``.
+
+    Raises:
+      ValueError: if the state's shapes do not follow from `weight_dimension_numbers`.
 
     Examples:
       >>> import jax.numpy as jnp, apollo_optax
@@ -56,21 +62,19 @@ def tabulate(
     """
     leaves = _tree.leaves_by_path(params)
     axes = resolve(weight_dimension_numbers, params)
-    state = _tree.leaves_by_path(jax.eval_shape(tx.init, params))
-    ours, prefixes = _by_owner(state, leaves), _tree.apollo_prefixes(state)
-    adamw = _by_owner(_tree.leaves_by_path(jax.eval_shape(optax.adamw(1e-3).init, params)), leaves)
+    ours = _by_parameter(jax.eval_shape(tx.init, params), leaves)
+    adamw = _by_parameter(jax.eval_shape(optax.adamw(1e-3).init, params), leaves)
 
     rows = []
     totals = {kind: [0, 0] for kind in _KINDS}
     for path, owned in ours.items():
-        costs = [sum(map(_nbytes, state[path].values())) for state in (ours, adamw)]
+        costs = [sum(_nbytes(leaf) for _, leaf in state[path]) for state in (ours, adamw)]
         for i, cost in enumerate(costs):
             totals[_kind(path, leaves)][i] += cost
         if path is not None:
             shape = jnp.shape(leaves[path])
-            fields = {field[: len(field) - len(path)]: x.shape for field, x in owned.items()}
-            treatment = _treatment(shape, fields, prefixes, axes[path])
-            rows.append((_tree.show(path), str(shape), treatment, _shapes(fields), *costs))
+            treatment = _treatment(path, shape, owned, axes[path])
+            rows.append((_tree.show(path), str(shape), treatment, _shapes(owned), *costs))
     blank = ("",) * 3
     rows.append(("", *blank, "", ""))
     rows += [(kind, *blank, *costs) for kind, costs in totals.items()]
@@ -98,33 +102,29 @@ def _kind(path: _tree.Path | None, leaves: dict[_tree.Path, Any]) -> str:
     return "embeddings and head" if is_embedding_or_head(path) else "kernels"
 
 
-def _treatment(
-    shape: tuple[int, ...],
-    fields: dict[_tree.Path, tuple[int, ...]],
-    prefixes: set[_tree.Path],
-    axes: MatrixAxes | None,
-) -> str:
-    """What the shapes of a parameter's state, by field, say an optimizer does with it."""
-    moments = [moment for field, moment in fields.items() if field[-1] in ("mu", "nu")]
-    if axes is not None and any(field[:-1] in prefixes for field in fields):
-        return f"APOLLO rank {moments[0][len(axes.batch)]}, {axes.contracted_size} contracted"
-    if moments == [shape, shape]:
-        return "Adam"
-    return "other" if fields else "no state"
+def _treatment(path: _tree.Path, shape: tuple[int, ...], owned: _Owned, axes: MatrixAxes | None) -> str:
+    """What the shapes of a parameter's state say an optimizer does with it."""
+    fields = {field: leaf for field, leaf in owned if field is not None}
+    if not fields:
+        is_adam = [leaf.shape for _, leaf in owned if leaf.shape or not shape] == [shape, shape]
+        return "Adam" if is_adam else "other" if owned else "no state"
+    rank = rank_in(axes, fields["mu"].shape)
+    for field, leaf in fields.items():
+        _check.state_shape(path, field, leaf, state_shapes(axes, shape, rank)[field])
+    return "Adam" if axes is None else f"APOLLO rank {rank}, {axes.contracted_size} contracted"
 
 
-def _shapes(fields: dict[_tree.Path, tuple[int, ...]]) -> str:
-    counts = collections.Counter(shape for shape in fields.values() if shape)
+def _shapes(owned: _Owned) -> str:
+    counts = collections.Counter(leaf.shape for _, leaf in owned if leaf.shape)
     return ", ".join(f"{shape} x {count}" for shape, count in counts.items())
 
 
-def _by_owner(
-    state: dict[_tree.Path, Any], leaves: dict[_tree.Path, Any]
-) -> dict[Any, dict[_tree.Path, Any]]:
-    """State leaves by the parameter they belong to; None for those that belong to none."""
-    owned: dict[Any, dict[_tree.Path, Any]] = {path: {} for path in [*leaves, None]}
-    for path, leaf in state.items():
-        owned[_tree.owner(path, leaves)][path] = leaf
+def _by_parameter(state: Any, leaves: dict[_tree.Path, Any]) -> dict[_tree.Path | None, _Owned]:
+    """State leaves, with their field, by the parameter they belong to; None: to no parameter."""
+    by_path = _tree.leaves_by_path(state)
+    owned: dict[_tree.Path | None, _Owned] = {path: [] for path in [*leaves, None]}
+    for path, (param, field) in _tree.owners(by_path, leaves).items():
+        owned[param].append((field, by_path[path]))
     return owned
 
 

@@ -20,6 +20,7 @@ from apollo_optax._dimension_numbers import (
     MatrixAxes,
     WeightDimensionNumbers,
     resolve,
+    state_shapes,
     warn_if_unguessable,
 )
 from apollo_optax._limiter import limit_norm
@@ -62,6 +63,20 @@ class ScaleByApolloState(NamedTuple):
 _ARRAYS = (jax.Array, np.ndarray)
 
 
+class _Constant:
+    """A constant of the compiled code; callables are told apart by identity, not by their own ``==``."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._identity = id(value) if callable(value) else value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class _Settings:
@@ -84,12 +99,12 @@ class _Settings:
     def tree_flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
         arrays = [value for value in values if isinstance(value, _ARRAYS)]
-        return arrays, tuple(_ARRAYS if isinstance(v, _ARRAYS) else v for v in values)
+        return arrays, tuple(_ARRAYS if isinstance(v, _ARRAYS) else _Constant(v) for v in values)
 
     @classmethod
     def tree_unflatten(cls, constants: tuple[Any, ...], arrays: list[Any]) -> "_Settings":
         remaining = iter(arrays)
-        return cls(*(next(remaining) if c is _ARRAYS else c for c in constants))
+        return cls(*(next(remaining) if c is _ARRAYS else c.value for c in constants))
 
 
 class _LeafState(NamedTuple):
@@ -164,10 +179,10 @@ def scale_by_apollo(
         switches the limiter off.
       scale_front: multiply by ``sqrt(scale)`` before the limiter instead of after it.
       projection: ``"random"``, normal entries; ``"rademacher"``, entries of random sign; ``"svd"``, the
-        gradient's top singular vectors, which the state then holds; or a callable
-        ``(key, (r, m)) -> P``, vmapped over batch elements. Random projections are functions of
-        `key` and take no memory in the state.
-      key: an int seed, which may be a traced scalar, or a JAX key, typed or raw.
+        gradient's top singular vectors, which the state then holds; or a pure function
+        ``(key, (r, m)) -> P``, vmapped over batch elements. Random projections are functions of `key`
+        and take no memory in the state.
+      key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or raw.
       weight_dimension_numbers: which axes of a leaf form a matrix: a pytree (or prefix) of
         :class:`ApolloDimensionNumbers` or None (Adam), matched by path, or a callable that returns
         one for the parameters (the updates, at update time), as :func:`dimension_numbers_by_path`
@@ -221,6 +236,9 @@ def scale_by_apollo(
         _check.one_of("projection", projection, _projection.NAMES, " or a callable (key, (r, m)) -> P")
     _check.moment_dtype(moment_dtype)
     key_impl = _projection.key_impl(key)
+    key_shape = _projection.key_data_shape(key_impl)
+    # No count gets further, and it must fit an int32 beside it.
+    gap = min(int(update_proj_gap), jnp.iinfo(jnp.int32).max)
     settings = _Settings(rank, scale_type, scale, b1, b2, eps, norm_growth_limit, scale_front, projection)
 
     def init_fn(params: optax.Params) -> Any:
@@ -252,12 +270,13 @@ def scale_by_apollo(
         axes = resolve(weight_dimension_numbers, updates)
         leaves = _tree.leaves_by_path(updates)
         _check.svd_state(projection == "svd", state.projection)
+        _check.key_shape(state.key, key_shape)
         states = _leaf_states(state, leaves)
         count = jnp.asarray(optax.safe_increment(state.count))
         step = _Step(
             key=jax.random.wrap_key_data(state.key, impl=key_impl),
-            refresh=state.count // update_proj_gap,
-            is_refresh=state.count % update_proj_gap == 0,
+            refresh=state.count // gap,
+            is_refresh=state.count % gap == 0,
             correction=jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count),
         )
         new_updates = []
@@ -285,25 +304,18 @@ def _init_leaf(
     settings: _Settings, moment_dtype: Any, path: _tree.Path, leaf: Any, axes: MatrixAxes | None
 ) -> _LeafState:
     accumulator = _check.accumulator_dtype(path, leaf)
-    dtype = moment_dtype or accumulator
     sharding = _sharding.of(leaf)
-    stored = None
-    if axes is None:
-        moments = [_sharding.zeros(jnp.shape(leaf), dtype, sharding) for _ in range(2)]
-        norm = _sharding.zeros((), accumulator, _sharding.replicated(sharding))
-        if settings.projection == "svd":
-            stored = jnp.zeros_like(norm)
-        return _LeafState(moments[0], moments[1], norm, stored)
-    rank = settings.rank
-    if not isinstance(settings.projection, str):
-        _projection.check_callable(settings.projection, path, axes, rank)
-    place = _sharding.moments(axes, rank, sharding)
-    moments = [_sharding.zeros(axes.moment_shape(rank), dtype, place) for _ in range(2)]
-    norm = _sharding.zeros(axes.batch_shape, accumulator, _sharding.norms(axes, sharding))
-    if settings.projection == "svd":
-        place = _sharding.projections(axes, sharding)
-        stored = _sharding.zeros(axes.projection_shape(rank), accumulator, place)
-    return _LeafState(moments[0], moments[1], norm, stored)
+    shapes = state_shapes(axes, jnp.shape(leaf), settings.rank)
+    if axes is not None and not isinstance(settings.projection, str):
+        _projection.check_callable(settings.projection, path, axes, settings.rank)
+
+    def zeros(field: str, dtype: Any) -> jax.Array:
+        place = sharding and _sharding.of_field(field, axes, settings.rank, sharding)
+        return _sharding.zeros(shapes[field], dtype, place)
+
+    dtype = moment_dtype or accumulator
+    stored = zeros("projection", accumulator) if settings.projection == "svd" else None
+    return _LeafState(zeros("mu", dtype), zeros("nu", dtype), zeros("norm", accumulator), stored)
 
 
 def _leaf_states(state: ScaleByApolloState, leaves: dict[_tree.Path, Any]) -> dict[_tree.Path, _LeafState]:
@@ -328,13 +340,10 @@ def _with_leaf_states(state: ScaleByApolloState, states: dict[_tree.Path, _LeafS
 def _check_leaf_state(
     path: _tree.Path, leaf: Any, state: _LeafState, axes: MatrixAxes | None, rank: int
 ) -> None:
-    moment_shape = jnp.shape(leaf) if axes is None else axes.moment_shape(rank)
-    _check.state_shape(path, "mu", state.mu, moment_shape)
-    _check.state_shape(path, "nu", state.nu, moment_shape)
-    _check.state_shape(path, "norm", state.norm, () if axes is None else axes.batch_shape)
-    if state.projection is not None:
-        expected = () if axes is None else axes.projection_shape(rank)
-        _check.state_shape(path, "projection", state.projection, expected)
+    shapes = state_shapes(axes, jnp.shape(leaf), rank)
+    for field, stored in zip(_LeafState._fields, state, strict=True):
+        if stored is not None:
+            _check.state_shape(path, field, stored, shapes[field])
 
 
 def _update_adam_leaf(
@@ -364,8 +373,10 @@ def _update_matrix_leaf(
     wide = gradient.astype(_check.accumulator_dtype((), gradient))
     scale = jnp.sqrt(jnp.asarray(settings.scale, wide.dtype))
 
-    projection = _projections(settings, wide, state, leaf_id, step, axes)
-    projected = axes.project(projection, wide, _sharding.moments(axes, settings.rank, sharding))
+    projection, stored = _projections(settings, wide, state, leaf_id, step, axes)
+    # Where the moments are, which need not follow from the gradient's sharding but from the parameter's.
+    moments_sharding = _sharding.of(state.mu) or _sharding.moments(axes, settings.rank, sharding)
+    projected = axes.project(projection, wide, moments_sharding)
     mu, nu = _update_moments(settings, projected, state)
     normalized = mu / (jnp.sqrt(nu) + settings.eps)
     factors = _scaling_factors(settings, normalized, projected, axes, sharding)
@@ -376,13 +387,14 @@ def _update_matrix_leaf(
     if settings.norm_growth_limit is not None:
         # |U| without a pass over the gradient: |U|^2 = sum_j s_j^2 |G_j|^2.
         update_norm = axes.norm(factors * axes.channel_norms(wide))
+        update_norm = _sharding.place(update_norm, _sharding.of(state.norm))
         limit, norm = limit_norm(update_norm, state.norm, settings.norm_growth_limit)
+        limit = _sharding.place(limit, _sharding.norms(axes, sharding))
         factors = axes.per_batch(limit, factors.ndim) * factors
     if not settings.scale_front:
         factors = scale * factors
     factors = step.correction.astype(wide.dtype) * factors
 
-    stored = None if state.projection is None else projection
     update = _narrow(wide * axes.spread(factors), gradient.dtype)
     return update, _store(state, mu=mu, nu=nu, norm=norm, projection=stored)
 
@@ -394,18 +406,19 @@ def _projections(
     leaf_id: jax.typing.ArrayLike,
     step: _Step,
     axes: MatrixAxes,
-) -> jax.Array:
-    """Step 1: ``(*batch, r, *contracted)``, placed where it is multiplied with the gradient."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """Step 1: ``(*batch, r, *contracted)``, placed where the gradient is; and what of it is stored."""
+    sharding = _sharding.projections(axes, _sharding.of(gradient))
     if state.projection is not None:
-        return jax.lax.cond(
+        stored = jax.lax.cond(
             step.is_refresh,
             lambda previous: _projection.from_svd(gradient, previous, axes, settings.rank),
             lambda previous: previous,
             state.projection,
         )
+        return _sharding.place(stored, sharding), stored
     keys = _projection.batch_keys(step.key, leaf_id, step.refresh, axes.batch_size)
-    drawn = _projection.draw(settings.projection, keys, axes, settings.rank, gradient.dtype)
-    return _sharding.place(drawn, _sharding.projections(axes, _sharding.of(gradient)))
+    return _projection.draw(settings.projection, keys, axes, settings.rank, gradient.dtype, sharding), None
 
 
 def _update_moments(
@@ -428,6 +441,7 @@ def _scaling_factors(
     """Step 4: ``(*batch, *channel)``, or size 1 on the channel axes for the tensor-wise factor."""
     if settings.scale_type == "tensor":
         ratio = axes.norm(normalized) / (axes.norm(projected) + 1e-8)
+        ratio = _sharding.place(ratio, _sharding.norms(axes, sharding))
         return axes.per_batch(ratio, projected.ndim - 1)
     rank_axis = len(axes.batch)
 
@@ -447,12 +461,12 @@ def _one_minus_power(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array
 
 def _store(state: _LeafState, **new: jax.Array | None) -> _LeafState:
     """The new state of a leaf in the dtypes of the old one."""
-    changed = {n: v.astype(getattr(state, n).dtype) for n, v in new.items() if v is not None}
+    changed = {n: _narrow(v, getattr(state, n).dtype) for n, v in new.items() if v is not None}
     return state._replace(**changed)
 
 
-def _narrow(update: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Casts to the gradient's dtype; what is finite stays so, as float16 ends at 65504."""
-    if jnp.finfo(dtype).max < jnp.finfo(update.dtype).max:
-        update = jnp.clip(update, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
-    return update.astype(dtype)
+def _narrow(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Casts; what is finite stays so in a dtype that ends earlier, as float16 does at 65504."""
+    if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max:
+        array = jnp.clip(array, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
+    return array.astype(dtype)

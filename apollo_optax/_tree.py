@@ -6,29 +6,38 @@ have in common, so everything here that must agree between two trees goes by pat
 """
 
 from collections.abc import Container, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 Path = tuple[str, ...]
 
 
+def _children(node: Any) -> list[Any] | None:
+    """The children of a node of a pytree, None for a leaf."""
+    flattened = jax.tree_util.default_registry.flatten_one_level(node)
+    return None if flattened is None else list(flattened[0])
+
+
 def is_box(node: Any) -> bool:
     """Whether `node` is a container for one value with metadata, as Flax has them.
 
     Known by their methods, so that Flax is never imported: NNX ``Variable`` has ``get_value``,
-    Linen's ``AxisMetadata`` (``Partitioned`` and the like) has ``unbox``.
+    Linen's ``AxisMetadata`` (``Partitioned`` and the like) has ``unbox``. A node of several children is
+    something else that happens to have such a method.
     """
-    return hasattr(type(node), "get_value") or hasattr(type(node), "unbox")
+    if not (hasattr(type(node), "get_value") or hasattr(type(node), "unbox")):
+        return False
+    children = _children(node)
+    return children is None or len(children) == 1
 
 
 def _content(box: Any) -> Any:
     """The value in `box`, read without the hooks and sharding constraints its accessors may run."""
-    flattened = jax.tree_util.default_registry.flatten_one_level(box)
-    if flattened is None:  # A box that is a leaf itself, as NNX's mutable Variables are.
+    children = _children(box)
+    if children is None:  # A box that is a leaf itself, as NNX's mutable Variables are.
         return box.get_value() if hasattr(type(box), "get_value") else box.unbox()
-    (content,) = flattened[0]
-    return content
+    return children[0]
 
 
 def unbox(tree: Any) -> Any:
@@ -36,21 +45,21 @@ def unbox(tree: Any) -> Any:
     return jax.tree.map(lambda x: _content(x) if is_box(x) else x, tree, is_leaf=is_box)
 
 
-def _name(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+def _names(entry: Any) -> tuple[str, ...]:
+    """A key of a path as components: Haiku's ``a/~/b`` and flattened dicts' ``("a", "b")`` have several."""
+    key = next((getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)), entry)
+    parts = key if isinstance(key, tuple) else (key,)
+    return tuple(name for part in parts for name in str(part).split("/"))
 
 
 def leaves_by_path(tree: Any, is_leaf: Any = None) -> dict[Path, Any]:
     """The leaves of `tree` in flattening order, keyed by path without box names."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(unbox(tree), is_leaf=is_leaf)
-    leaves = {tuple(_name(entry) for entry in path): leaf for path, leaf in pairs}
+    leaves = {sum(map(_names, path), ()): leaf for path, leaf in pairs}
     if len(leaves) != len(pairs):
         raise ValueError(
-            "two leaves of the tree have the same path once its keys are written as strings "
-            f"(as 1 and '1' do): {[jax.tree_util.keystr(path) for path, _ in pairs]}; rename one"
+            "two leaves of the tree have the same path once its keys are written as strings (as 1 and "
+            f"'1' do, or 'a/b' and b in a): {[jax.tree_util.keystr(path) for path, _ in pairs]}; rename one"
         )
     return leaves
 
@@ -66,20 +75,41 @@ def show(path: Path) -> str:
     return "/".join(path)
 
 
-def owner(path: Path, parameters: Container[Path]) -> Path | None:
-    """The parameter that a state leaf at `path` belongs to: the longest suffix that is one."""
-    return next((path[i:] for i in range(len(path) + 1) if path[i:] in parameters), None)
+class Owner(NamedTuple):
+    """Whose a leaf of an optimizer's state is."""
+
+    parameter: Path | None  # None: no parameter's, as a count.
+    field: str | None  # The field of ScaleByApolloState that the leaf is in; None: in none.
 
 
-def apollo_prefixes(states: dict[Path, Any]) -> set[Path]:
+def owners(state: Mapping[Path, Any], parameters: Container[Path]) -> dict[Path, Owner]:
+    """The owner of each leaf of a state.
+
+    In a ScaleByApolloState the rest of the path after the field is the parameter's. Elsewhere it is the
+    longest end of the path that is one.
+    """
+    prefixes = _apollo_prefixes(state)
+
+    def owner(path: Path) -> Owner:
+        for end in range(len(path) - 1, -1, -1):
+            if path[:end] in prefixes:
+                rest = path[end + 1 :]
+                is_tree = path[end] in ("mu", "nu", "norm", "projection")
+                return Owner(rest if is_tree and rest in parameters else None, path[end])
+        ends = (path[i:] for i in range(len(path) + 1))
+        return Owner(next((end for end in ends if end in parameters), None), None)
+
+    return {path: owner(path) for path in state}
+
+
+def _apollo_prefixes(state: Mapping[Path, Any]) -> set[Path]:
     """Where the ScaleByApolloStates are in a flattened state, by their fields: NNX loses the type."""
-    named = {path[:-1] for path in states if path[-1:] == ("key",)}
-    named &= {path[:-1] for path in states if path[-1:] == ("count",)}
+    parents = {name: {path[:-1] for path in state if path[-1:] == (name,)} for name in ("count", "key")}
     return {
         prefix
-        for prefix in named
+        for prefix in parents["count"] & parents["key"]
         if all(
-            any(path[: len(prefix) + 1] == (*prefix, field) for path in states)
+            any(path[: len(prefix) + 1] == (*prefix, field) for path in state)
             for field in ("mu", "nu", "norm")
         )
     }

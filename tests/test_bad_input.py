@@ -41,6 +41,10 @@ PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
         ({"moment_dtype": jnp.int8}, TypeError, "moment_dtype must be a real floating-point dtype"),
         ({"moment_dtype": "flot32"}, TypeError, "moment_dtype must be .*got 'flot32'"),
         ({"key": 0.5}, TypeError, "key must be an int seed.*got 0.5"),
+        ({"key": True}, TypeError, "key must be an int seed.*got True"),
+        ({"key": -1}, ValueError, r"key must be a seed from 0 to 2\*\*32 - 1, got -1"),
+        ({"key": 2**32}, ValueError, r"key must be a seed from 0 to 2\*\*32 - 1, got 4294967296"),
+        ({"key": np.zeros(3, np.uint32)}, TypeError, "key must be .* raw data of one"),
         ({"key": jnp.zeros((3, 2), jnp.uint32)}, TypeError, "key must be an int seed"),
         ({"key": jax.random.split(jax.random.key(0))}, TypeError, "key must be .* one JAX key"),
     ],
@@ -96,6 +100,10 @@ def test_leaves_that_cannot_be_trained(make, dtype):
         ((6,), ApolloDimensionNumbers(), "missing"),
         ((), ApolloDimensionNumbers(), "missing"),
         ((4, 6), ApolloDimensionNumbers((), 1), "none at all"),
+        ((4, 6), ApolloDimensionNumbers(0.0, 1), "ints"),  # type: ignore[arg-type]
+        ((4, 6), ApolloDimensionNumbers(("0",), 1), "ints"),  # type: ignore[arg-type]
+        ((4, 6), ApolloDimensionNumbers(None, 1), "ints"),  # type: ignore[arg-type]
+        ((4, 6), ApolloDimensionNumbers(True, False), "ints"),
     ],
 )
 def test_dimension_numbers_that_do_not_fit(shape, numbers, message):
@@ -117,6 +125,7 @@ def test_dimension_numbers_that_do_not_fit(shape, numbers, message):
         ({"layer": {"kernel": (0, 1), "bias": None}}, TypeError, "holds 0 for 'layer/kernel/0'"),
         ({"layer": "kernel"}, TypeError, "holds 'kernel' for 'layer'"),
         (3, TypeError, "holds 3"),
+        (optax.contrib.MuonDimensionNumbers(), TypeError, "holds MuonDimensionNumbers.*must be an Apollo"),
     ],
 )
 def test_dimension_numbers_of_the_wrong_form(numbers, error, message):
@@ -127,6 +136,9 @@ def test_dimension_numbers_of_the_wrong_form(numbers, error, message):
 def test_rules_of_the_wrong_form():
     with pytest.raises(ValueError, match=re.escape("'(' is not a regular expression")):
         apollo_optax.dimension_numbers_by_path([("(", None)])
+    for rules in ({"kernel": None}, [("kernel",)], [(5, None)], ("kernel", None)):
+        with pytest.raises(TypeError, match="rules must be a sequence of pairs"):
+            apollo_optax.dimension_numbers_by_path(rules)
     with pytest.raises(TypeError, match="the rule 'kernel'"):
         apollo_optax.dimension_numbers_by_path([("kernel", (0, 1))])  # type: ignore[list-item]
 
@@ -176,6 +188,17 @@ def test_a_state_of_another_setting():
         scale_by_apollo(2).update(PARAMS, svd)
 
 
+def test_a_state_of_another_generator():
+    with pytest.raises(ValueError, match=r"key has shape \(2,\).*takes \(4,\)"):
+        scale_by_apollo(2, key=jax.random.key(0, impl="rbg")).update(PARAMS, scale_by_apollo(2).init(PARAMS))
+
+
+@pytest.mark.parametrize("make", [lambda: scale_by_apollo(2), limit_norm_growth])
+def test_leaves_of_eight_bits(make):
+    with pytest.raises(ValueError, match="'w' has dtype float8_e4m3fn.*bfloat16 or wider"):
+        make().init({"w": jnp.ones((2, 3), jnp.float8_e4m3fn)})
+
+
 @pytest.mark.parametrize("make", [lambda: scale_by_apollo(2), limit_norm_growth])
 def test_leaves_that_vary_over_a_manual_axis(make):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -212,6 +235,14 @@ def test_keys_that_are_two_names_for_one_path():
         scale_by_apollo(2).init({"a": Two(jnp.ones(2), jnp.ones(2))})
 
 
+def test_tabulate_needs_the_dimension_numbers():
+    params = {"kernel": jnp.ones((3, 4, 6))}
+    tx = scale_by_apollo(2, weight_dimension_numbers=ApolloDimensionNumbers(1, 2))
+    for wrong in ({"kernel": None}, ApolloDimensionNumbers(0, 1)):
+        with pytest.raises(ValueError, match="mu for 'kernel' has shape.*weight_dimension_numbers"):
+            apollo_optax.tabulate(tx, params, weight_dimension_numbers=wrong)
+
+
 def test_state_sharding_needs_a_mesh_and_the_dimension_numbers():
     tx = scale_by_apollo(2)
     with pytest.raises(ValueError, match="no parameter has a NamedSharding"):
@@ -219,7 +250,9 @@ def test_state_sharding_needs_a_mesh_and_the_dimension_numbers():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     params = jax.device_put({"kernel": jnp.ones((2, 4, 6))}, jax.NamedSharding(mesh, jax.P()))
     stacked = scale_by_apollo(2, weight_dimension_numbers=ApolloDimensionNumbers(1, 2))
-    with pytest.raises(ValueError, match=r"mu/kernel.*shape \(2, 2, 6\).*weight_dimension_numbers"):
+    with pytest.raises(ValueError, match="mu for 'kernel' has shape.*weight_dimension_numbers"):
+        apollo_optax.state_sharding(stacked.init(params), params, weight_dimension_numbers={"kernel": None})
+    with pytest.raises(ValueError, match=r"mu for 'kernel' has shape \(2, 2, 6\).*weight_dimension_numbers"):
         apollo_optax.state_sharding(
             stacked.init(params), params, weight_dimension_numbers=ApolloDimensionNumbers(0, 2)
         )

@@ -1,11 +1,14 @@
 """Which leaves are matrices: the default rule on real models' names, and what users pass."""
 
+import dataclasses
+import pathlib
 import re
 import warnings
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -165,6 +168,79 @@ def test_matched_by_path_not_by_node_type():
     # A callable may return boxes around its answers, as jax.tree.map over an nnx.State does.
     boxed = jax.tree.map(lambda x: ApolloDimensionNumbers() if x.ndim == 2 else None, state)
     assert "embed/embedding" in matrices(state, boxed)
+
+
+def test_numpy_axes_and_lists():
+    params = {"w": leaf(3, 4, 6)}
+    for numbers in (ApolloDimensionNumbers(np.int64(1), np.int32(2)), ApolloDimensionNumbers([1], [2])):
+        assert matrices(params, numbers) == {"w": (1,)}
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("projection", ["random", "rademacher", "svd"])
+def test_empty_leaves(shape, projection):
+    tx = scale_by_apollo(2, projection=projection)
+    params = {"empty": jnp.zeros(shape), "kernel": jnp.ones((2, 3))}
+    updates, state = tx.update(params, tx.init(params))
+    assert updates["empty"].shape == state.mu["empty"].shape == shape
+
+
+def test_names_inside_keys():
+    """Haiku joins its modules' names, and flattened dicts have tuples for keys."""
+    params = {"transformer/~/lm_head": {"w": leaf(4, 6)}, "mlp/~/linear": {"w": leaf(4, 6)}}
+    assert matrices(params) == {"mlp/~/linear/w": (0,)}
+    assert matrices({("embed", "embedding"): leaf(9, 4), ("mlp", "w"): leaf(4, 6)}) == {"mlp/w": (0,)}
+    with pytest.raises(ValueError, match="same path"):
+        matrices({"a/b": leaf(4, 6), "a": {"b": leaf(4, 6)}})
+
+
+def test_nodes_that_are_no_boxes():
+    """A user's node with a method called as Flax's boxes have it, but two children."""
+    params = {"layer": Pair(jnp.ones((2, 3)), jnp.ones((2, 4)))}
+    tx = scale_by_apollo(1)
+    updates, state = tx.update(params, tx.init(params))
+    assert isinstance(state.mu["layer"], Pair)
+    assert updates["layer"].first.shape == (2, 3)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Pair:
+    first: jax.Array
+    second: jax.Array
+
+    def get_value(self):
+        return self.first @ self.second
+
+
+def test_the_readmes_maxtext_rules():
+    """On the kernels' names and layouts in MaxText, layers unstacked and scanned over axis 1."""
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    recipe = readme[readme.index('opt_type == "apollo_mini"') :]
+    (block,) = re.findall(r"_by_path\((\[.*?\])\)\)", recipe, re.DOTALL)[:1]
+    rules = dimension_numbers_by_path(eval(block, {"ApolloDimensionNumbers": ApolloDimensionNumbers}))
+    kernels = {
+        "self_attention/query/kernel": (16, 4, 8),
+        "self_attention/out/kernel": (4, 8, 16),
+        "mlp/wi_0/kernel": (16, 24),
+        "mlp/wo/kernel": (24, 16),
+        "MoeBlock_0/gate/kernel": (16, 5),
+        "self_attention/query/bias": (4, 8),
+        "pre_self_attention_layer_norm/scale": (16,),
+    }
+    contracted = {"query/kernel": {0}, "out/kernel": {2}, "wi_0/kernel": {0}, "wo/kernel": {1}}
+    for scanned in (False, True):
+        params = {"params": {"decoder": {"layers": {}, "logits_dense": {"kernel": leaf(16, 99)}}}}
+        for name, shape in kernels.items():
+            module, part, last = name.split("/") if name.count("/") == 2 else (None, *name.split("/"))
+            layer = params["params"]["decoder"]["layers"]
+            layer = layer.setdefault(module, {}) if module else layer
+            layer.setdefault(part, {})[last] = leaf(*shape[:1], 3, *shape[1:]) if scanned else leaf(*shape)
+        found = matrices(params, rules)
+        assert len(found) == len(contracted)
+        for name, axes in found.items():
+            expected = contracted["/".join(name.split("/")[-2:])]
+            assert set(axes) == {axis + 1 if scanned and axis else axis for axis in expected}
 
 
 def test_ties_contract_the_reduction_side():

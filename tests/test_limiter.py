@@ -33,6 +33,17 @@ def test_a_broken_norm_is_not_remembered(bad):
     assert remembered == 2
 
 
+def test_a_limit_of_infinity_is_none():
+    # The way to say "no limit" where None can't be used, as in a schedule.
+    grads = jax.random.normal(jax.random.key(0), (4, 6, 8)) * jnp.array([1, 50, 2, 9])[:, None, None]
+    free, infinite = scale_by_apollo(2, norm_growth_limit=None), scale_by_apollo(2, norm_growth_limit=jnp.inf)
+    states = [tx.init(grads[0]) for tx in (free, infinite)]
+    for gradient in grads:
+        expected, states[0] = free.update(gradient, states[0])
+        actual, states[1] = infinite.update(gradient, states[1])
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
 def test_transformation_limits_each_leaf_by_itself():
     tx = limit_norm_growth(LIMIT)
     first = {"kernel": jnp.full((2, 2), 0.5), "bias": jnp.full(4, 2.0), "scalar": jnp.array(3.0)}

@@ -1,6 +1,8 @@
 """Where the state lives on meshes of eight devices, automatic and explicit."""
 
 import itertools
+import math
+import re
 
 import chex
 import flax.linen as nn
@@ -14,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import apollo_optax
-from apollo_optax import ApolloDimensionNumbers, scale_by_apollo, state_sharding
+from apollo_optax import ApolloDimensionNumbers, LimitNormGrowthState, scale_by_apollo, state_sharding
 
 STACKED = ApolloDimensionNumbers(1, 2)
 KINDS = [AxisType.Auto, AxisType.Explicit]
@@ -108,13 +110,12 @@ SHAPES = [
 
 def every_spec(shape):
     """All ways to cut a tensor of this shape over the mesh of two and four."""
-    cuts = [None, "data", "model", ("data", "model"), ("model", "data")]
-    sizes = {None: 1, "data": 2, "model": 4, ("data", "model"): 8, ("model", "data"): 8}
+    cuts = [(), ("data",), ("model",), ("data", "model"), ("model", "data")]
+    sizes = {"data": 2, "model": 4}
     for entries in itertools.product(cuts, repeat=len(shape)):
-        used = [
-            name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)
-        ]
-        divides = all(size % sizes[entry] == 0 for size, entry in zip(shape, entries, strict=True))
+        used = [name for cut in entries for name in cut]
+        pieces = [math.prod(sizes[name] for name in cut) for cut in entries]
+        divides = all(size % count == 0 for size, count in zip(shape, pieces, strict=True))
         if divides and len(used) == len(set(used)):
             yield P(*(cut or None for cut in entries))
 
@@ -262,6 +263,73 @@ def test_a_parameter_called_as_another_ends():
     places = state_sharding(optax.adam(0.1).init(params), params)
     assert places[0].mu["scale"].spec == P("data")
     assert places[0].mu["norm"]["scale"].spec == P("model")
+
+
+def test_modules_named_as_our_fields():
+    mesh = mesh_of()
+    names = ("mu", "nu", "norm", "projection")
+    params = {name: {"w": put(mesh, (8, 16), P("model"))} for name in names}
+    params["w"] = put(mesh, (8, 16), P("data"))
+    places = state_sharding(apollo_optax.apollo(0.1, rank=4, projection="svd").init(params), params)[0]
+    for field, spec in (("mu", P(None, "model")), ("norm", P()), ("projection", P(None, "model"))):
+        assert all(getattr(places, field)[name]["w"].spec == spec for name in names)
+    assert places.mu["w"].spec == P(None, "data")
+
+
+def test_a_field_called_norm_of_another_optimizer():
+    mesh = mesh_of()
+    params = {"w": put(mesh, (8, 16), P("model"))}
+    states = (LimitNormGrowthState(params), LimitNormGrowthState({"w": jnp.zeros(())}))
+    places = state_sharding(states, params)
+    assert places[0].norm["w"].spec == P("model")
+    assert places[1].norm["w"].spec == P()
+
+
+def test_the_kind_of_memory_follows_the_parameter():
+    host = NamedSharding(mesh_of(), P("model"), memory_kind="pinned_host")
+    params = {name: jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=host) for name in ("kernel", "bias")}
+    places = state_sharding(jax.eval_shape(scale_by_apollo(4).init, params), params)
+    assert places.mu["kernel"].memory_kind == places.mu["bias"].memory_kind == "pinned_host"
+
+
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("spec", [P(), P("data"), P(None, None, "model"), P("data", None, "model")])
+def test_gradients_cut_otherwise_than_the_parameters(spec, scale_type):
+    """As after a reduce-scatter over some of the mesh's axes only: the state stays where it is."""
+    mesh = mesh_of(AxisType.Explicit)
+    param = put(mesh, (2, 8, 16), P("data", "model"))
+    gradient = put(mesh, (2, 8, 16), spec)
+    for projection in ("random", "svd"):
+        tx = scale_by_apollo(
+            4, scale_type=scale_type, projection=projection, weight_dimension_numbers=STACKED
+        )
+        state = tx.init(param)
+        _, expected = tx.update(param, state)
+        updates, new = jax.jit(tx.update)(gradient, state)
+        assert jax.typeof(updates) == jax.typeof(gradient)
+        for leaf, before in zip(*map(jax.tree.leaves, (new, state)), strict=True):
+            assert jax.typeof(leaf).str_short() == jax.typeof(before).str_short()
+        chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("shape", "spec", "numbers"),
+    [
+        ((64, 512), P(("data", "model")), None),
+        ((8, 64, 128), P(("data", "model")), STACKED),
+        ((8, 8, 512), P("data", "model"), ApolloDimensionNumbers((0, 1), 2)),
+    ],
+)
+def test_each_device_draws_its_own_part(kind, shape, spec, numbers):
+    """The compiled step makes no more random words a device than its part of the projection has."""
+    mesh = mesh_of(kind)
+    tx = scale_by_apollo(32, weight_dimension_numbers=numbers)
+    gradient = put(mesh, shape, spec)
+    program = jax.jit(tx.update).lower(gradient, tx.init(gradient)).compile().as_text()
+    words = [math.prod(map(int, sizes.split(","))) for sizes in re.findall(r"u32\[([\d,]+)\]", program)]
+    matrices = shape[0] if numbers == STACKED else 1
+    assert max(words) <= matrices * 32 * 64 / 8
 
 
 def test_nnx_optimizer():

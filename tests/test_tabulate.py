@@ -82,6 +82,13 @@ def test_treatments(tx, treatment):
     assert rows(tabulate(tx, {"kernel": leaf(4, 6)}))["kernel"][1] == treatment
 
 
+def test_modules_named_as_our_fields():
+    params = {"mu": {"w": leaf(4, 8)}, "norm": {"w": leaf(4, 12)}, "w": leaf(4, 6)}
+    table = rows(tabulate(apollo(0.1, rank=2), params))
+    for name, n in (("mu/w", 8), ("norm/w", 12), ("w", 6)):
+        assert table[name][1:3] == ["APOLLO rank 2, 4 contracted", f"(2, {n}) x 2"]
+
+
 def test_scalars_and_the_empty_tree():
     assert rows(tabulate(apollo(0.1), {"t": leaf()}))["t"][:2] == ["()", "Adam"]
     assert rows(tabulate(apollo(0.1), {}))["total"] == ["12", "4"]

@@ -1,5 +1,8 @@
 """What scale_by_apollo does to tensors of every kind, size and magnitude."""
 
+import dataclasses
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -217,6 +220,35 @@ def test_float16_updates_saturate():
     (update,), state = run(tx, [gradient])
     assert update[0, 0] == jnp.finfo(jnp.float16).max
     assert state.norm > 65504
+
+
+def test_float16_moments_saturate():
+    _, state = run(scale_by_apollo(2, moment_dtype="float16"), [jnp.full((4, 6), 1e5)] * 3)
+    chex.assert_tree_all_finite(state)
+
+
+def test_projections_are_told_apart_by_identity():
+    """Not by an ``==`` of their own, which may compare arrays, or say that unlike things are alike."""
+
+    @dataclasses.dataclass
+    class Fixed:
+        value: jax.Array
+
+        def __call__(self, key, shape):
+            return self.value
+
+    gradient = normal((4, 6))
+    one, other = (scale_by_apollo(2, projection=Fixed(normal((2, 4), seed))) for seed in (1, 2))
+    (_, first), (_, second) = (tx.update(gradient, tx.init(gradient)) for tx in (one, other))
+    np.testing.assert_allclose(first.mu, 0.1 * normal((2, 4), 1) @ gradient, rtol=1e-4)
+    np.testing.assert_allclose(second.mu, 0.1 * normal((2, 4), 2) @ gradient, rtol=1e-4)
+
+
+def test_a_gap_beyond_all_counts():
+    tx = scale_by_apollo(2, update_proj_gap=sys.maxsize)
+    gradient = normal((4, 6))
+    expected, _ = scale_by_apollo(2).update(gradient, scale_by_apollo(2).init(gradient))
+    chex.assert_trees_all_equal(tx.update(gradient, tx.init(gradient))[0], expected)
 
 
 def test_bfloat16_gradients_are_not_lost_in_the_moments():
