@@ -151,8 +151,8 @@ def matrix_axes(path: _tree.Path, shape: tuple[int, ...], numbers: ApolloDimensi
         axes = tuple(given) if isinstance(given, Iterable) else (given,)
         if not all(isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) for axis in axes):
             raise TypeError(
-                f"{numbers} for '{_tree.show(path)}' must name axes by ints or sequences of ints, got "
-                f"{given!r}"
+                f"{numbers} for '{_tree.show(path)}' of shape {shape} must name axes by ints or sequences "
+                f"of ints, got {given!r}"
             )
         if not axes or any(not -len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(
