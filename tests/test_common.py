@@ -24,13 +24,7 @@ OPTIMIZERS: dict[str, Any] = {
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles with less care: nearly all the time goes to compiling what runs for a moment."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

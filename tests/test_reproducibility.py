@@ -19,15 +19,6 @@ from apollo_optax import ApolloDimensionNumbers, _projection, scale_by_apollo
 DRAWN = ["random", "rademacher"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles with less care: nearly all the time goes to compiling what runs for a moment."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def normal(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 

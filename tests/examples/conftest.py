@@ -18,10 +18,9 @@ def programs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(programs_folder: Path) -> Iterator[None]:
-    """Compiles with less care, and each program once: these tests run each for a few steps."""
+def one_compilation(quick_compilation: None, programs_folder: Path) -> Iterator[None]:
+    """Compiles each program once, though many tests start from none."""
     settings = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(programs_folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
