@@ -38,23 +38,26 @@ def apollo(
     Args:
       learning_rate: a fixed value or a schedule. In pre-training start near 0.01, not at AdamW's
         rate; in fine-tuning near AdamW's.
-      rank: rank of the projection. The paper takes a quarter of the model's width.
+      rank: rank of the projection; the paper takes a quarter of the model's width. It is clipped to the
+        smaller side of a matrix, where it saves nothing.
       weight_decay: strength of the decoupled weight decay, multiplied with the learning rate; a fixed
         value or a schedule.
       mask: which leaves decay: a tree (or prefix) of booleans, or a callable that returns one for
         the parameters.
-      scale_type: see :func:`scale_by_apollo`, as all that follow.
-      scale: see there.
-      update_proj_gap: see there.
-      b1: see there.
-      b2: see there.
-      eps: see there.
-      norm_growth_limit: see there.
-      scale_front: see there.
-      projection: see there.
-      key: see there.
-      weight_dimension_numbers: see there.
-      moment_dtype: see there.
+      scale_type: ``"channel"``, a scaling factor per channel, or ``"tensor"``, one for the matrix.
+      scale: the update is multiplied by its square root; 1 for a rank of a quarter of the width.
+      update_proj_gap: steps between draws of the projection.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator, for matrices and for Adam's leaves.
+      norm_growth_limit: largest ratio of the norms of a matrix's successive updates; None: unlimited.
+      scale_front: multiply by ``sqrt(scale)`` before the limiter instead of after it.
+      projection: ``"random"``, ``"rademacher"``, ``"svd"`` or a function ``(key, (r, m)) -> P``.
+      key: an int seed or a JAX key, for the random projections.
+      weight_dimension_numbers: which axes of a leaf form a matrix, where it is not a 2-D kernel.
+      moment_dtype: dtype of both moments of all leaves; by default float32 (float64 for float64).
+
+    Each is described in full at :func:`scale_by_apollo`.
 
     Returns:
       The corresponding ``optax.GradientTransformationExtraArgs``.
@@ -135,18 +138,23 @@ def apollo_mini(
     Args:
       learning_rate: a fixed value or a schedule. In pre-training start near 0.01.
       scale: the update is multiplied by its square root, to make up for the small factors of rank 1.
-      weight_decay: see :func:`apollo`.
-      mask: see :func:`apollo`.
-      update_proj_gap: see :func:`scale_by_apollo`, as all that follow.
-      b1: see there.
-      b2: see there.
-      eps: see there.
-      norm_growth_limit: see there.
-      scale_front: see there; the paper sets it for models of 60 and 130 million parameters.
-      projection: see there.
-      key: see there.
-      weight_dimension_numbers: see there.
-      moment_dtype: see there.
+      weight_decay: strength of the decoupled weight decay, multiplied with the learning rate; a fixed
+        value or a schedule.
+      mask: which leaves decay: a tree (or prefix) of booleans, or a callable that returns one for
+        the parameters.
+      update_proj_gap: steps between draws of the projection.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator, for matrices and for Adam's leaves.
+      norm_growth_limit: largest ratio of the norms of a matrix's successive updates; None: unlimited.
+      scale_front: multiply by ``sqrt(scale)`` before the limiter instead of after it;
+        the paper does for models of 60 and 130 million parameters.
+      projection: ``"random"``, ``"rademacher"``, ``"svd"`` or a function ``(key, (r, m)) -> P``.
+      key: an int seed or a JAX key, for the random projections.
+      weight_dimension_numbers: which axes of a leaf form a matrix, where it is not a 2-D kernel.
+      moment_dtype: dtype of both moments of all leaves; by default float32 (float64 for float64).
+
+    Each is described in full at :func:`scale_by_apollo`.
 
     Returns:
       The corresponding ``optax.GradientTransformationExtraArgs``.

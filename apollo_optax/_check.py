@@ -35,7 +35,7 @@ def positive_int(name: str, value: Any) -> None:
 
 def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> None:
     if not isinstance(value, str) or value not in known:
-        names = ", ".join(f'"{choice}"' for choice in known)
+        names = " or ".join(f'"{choice}"' for choice in known)
         raise ValueError(f"{name} must be {names}{otherwise}, got {value!r}")
 
 
@@ -134,10 +134,18 @@ def svd_state(is_svd: bool, stored: Any) -> None:
         )
 
 
-def state_shape(path: _tree.Path, field: str, array: Any, expected: tuple[int, ...]) -> None:
+_OTHER_STATE = (
+    "the state comes from another setting: use the rank and weight_dimension_numbers it was made with, or "
+    "call init again"
+)
+OTHER_NUMBERS = "pass the weight_dimension_numbers that the optimizer was given"
+
+
+def state_shape(
+    path: _tree.Path, field: str, array: Any, expected: tuple[int, ...], remedy: str = _OTHER_STATE
+) -> None:
     if jnp.shape(array) != expected:
         raise ValueError(
-            f"the state's {field} for '{_tree.show(path)}' has shape {jnp.shape(array)}, but this rank "
-            f"and these dimension numbers give {expected}; the state comes from another setting: "
-            "use the rank and weight_dimension_numbers it was made with, or call init again"
+            f"the state's {field} for '{_tree.show(path)}' has shape {jnp.shape(array)}, but the rank and "
+            f"dimension numbers here give {expected}; {remedy}"
         )

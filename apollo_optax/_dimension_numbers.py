@@ -156,9 +156,8 @@ def matrix_axes(path: _tree.Path, shape: tuple[int, ...], numbers: ApolloDimensi
             )
         if not axes or any(not -len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(
-                f"{numbers} names an axis that '{_tree.show(path)}' of shape {shape} is missing "
-                "(or none at all); both sides need axes of the leaf, and a leaf that is not a "
-                "matrix gets None in weight_dimension_numbers"
+                f"{numbers} does not fit '{_tree.show(path)}' of shape {shape}: axes {axes} are missing there, "
+                "or none at all; both sides need axes of the leaf, and a leaf that is no matrix gets None"
             )
         return tuple(int(axis) % len(shape) for axis in axes)
 
@@ -332,9 +331,9 @@ def warn_if_unguessable(tree: Any) -> None:
     warnings.warn(
         f"{len(unknown)} leaves of three or more axes, {share:.0%} of the parameters, are trained "
         f"with Adam at Adam's memory, because which of their axes form a matrix can't be guessed. "
-        f"The largest: {named}. Pass weight_dimension_numbers, for example "
-        "dimension_numbers_by_path([(r'kernel$', ApolloDimensionNumbers(1, 2))]) for layer-stacked "
-        "(layers, in, out) kernels, with None for what Adam should have.",
+        f"The largest: {named}. Say which with weight_dimension_numbers, for example "
+        "dimension_numbers_by_path([(r'layers/.*/kernel$', ApolloDimensionNumbers(1, 2))]) if they are "
+        "layer-stacked (layers, in, out); None leaves a kernel to Adam.",
         UserWarning,
         stacklevel=3,
     )

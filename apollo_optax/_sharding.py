@@ -182,7 +182,7 @@ def state_sharding(
         if field is not None:
             rank = rank_in(matrix, shape) if field in ("mu", "nu", "projection") else 0
             expected = state_shapes(matrix, jnp.shape(leaves[param]), rank)[field]
-            _check.state_shape(param, field, leaf, expected)
+            _check.state_shape(param, field, leaf, expected, _check.OTHER_NUMBERS)
             return of_field(field, matrix, rank, sharding) or everywhere
         if shape == jnp.shape(leaves[param]):
             return sharding

@@ -31,12 +31,14 @@ def tabulate(
 ) -> str:
     """A table of what `tx` keeps for each parameter, from shapes alone.
 
-    Works for any Optax pipeline; nothing is allocated.
+    Works for any Optax pipeline; nothing is allocated. "16 contracted" means that the side of size 16 is
+    projected away and channels lie along the other.
 
     Args:
       tx: the optimizer.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      weight_dimension_numbers: what the optimizer was given, to know each leaf's treatment.
+      weight_dimension_numbers: what the optimizer was given, which can't be read off it: without them a
+        full-rank matrix and a leaf under Adam look alike.
 
     Returns:
       A line per parameter with its path, shape, treatment, the shapes and bytes of its state, and the
@@ -110,7 +112,8 @@ def _treatment(path: _tree.Path, shape: tuple[int, ...], owned: _Owned, axes: Ma
         return "Adam" if is_adam else "other" if owned else "no state"
     rank = rank_in(axes, fields["mu"].shape)
     for field, leaf in fields.items():
-        _check.state_shape(path, field, leaf, state_shapes(axes, shape, rank)[field])
+        expected = state_shapes(axes, shape, rank)[field]
+        _check.state_shape(path, field, leaf, expected, _check.OTHER_NUMBERS)
     return "Adam" if axes is None else f"APOLLO rank {rank}, {axes.contracted_size} contracted"
 
 
