@@ -157,7 +157,7 @@ def matrix_axes(path: _tree.Path, shape: tuple[int, ...], numbers: ApolloDimensi
         if not axes or any(not -len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(
                 f"{numbers} does not fit '{_tree.show(path)}' of shape {shape}: axes {axes} are missing "
-                "there, or none at all; both sides need axes of the leaf, and a leaf that is no matrix gets None"
+                "there, or none at all; both sides need axes of the leaf; a leaf that is no matrix gets None"
             )
         return tuple(int(axis) % len(shape) for axis in axes)
 
