@@ -67,8 +67,8 @@ def apollo(
 class Recipe(NamedTuple):
     """An optimizer: what scales the gradients, and its default learning rates and APOLLO options.
 
-    The learning rates of adamw and apollo-mini are the best of a grid (each rate in factors of 3) with the
-    tiny model, one seed and 250 steps; apollo and apollo-svd have those of apollo-mini.
+    The learning rates are the best of the grids in docs/results.md, with the tiny model and one seed;
+    apollo-svd has those of apollo.
     """
 
     scaler: Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
@@ -83,24 +83,24 @@ def quarter_rank(config: LlamaConfig) -> int:
 
 
 RECIPES: dict[str, Recipe] = {
-    "adamw": Recipe(adamw, lr=1e-3, lr_embeddings=3e-2),
+    "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2),
     "apollo": Recipe(
         functools.partial(apollo, scale_type="channel", projection="random"),
-        lr=3e-3,
+        lr=1e-2,
         lr_embeddings=3e-2,
         rank_of=quarter_rank,
         scale=1.0,
     ),
     "apollo-mini": Recipe(
         functools.partial(apollo, scale_type="tensor", projection="random"),
-        lr=3e-3,
+        lr=7e-3,
         lr_embeddings=3e-2,
         rank_of=lambda config: 1,
         scale=128.0,
     ),
     "apollo-svd": Recipe(
         functools.partial(apollo, scale_type="channel", projection="svd"),
-        lr=3e-3,
+        lr=1e-2,
         lr_embeddings=3e-2,
         rank_of=quarter_rank,
         scale=1.0,
