@@ -24,7 +24,7 @@ def limit_norm(
     .. math:: 1 / (\max(|U| / (q + 10^{-8}),\, g) / g).
 
     A norm of zero is not remembered: before the first non-zero one nothing is limited, and a zero
-    update (an expert that saw no token) leaves :math:`q` as it is. Nor is a norm that is not a number.
+    update (an expert that saw no token) leaves :math:`q` as it is. Nor is a norm that is not finite.
 
     Args:
       norm: :math:`|U|`, of any shape.
@@ -38,7 +38,8 @@ def limit_norm(
     excess = jnp.maximum(norm / (remembered + 1e-8) / norm_growth_limit, 1.0)
     factor = jnp.where(remembered > 0, 1 / excess, 1.0).astype(norm.dtype)
     limited = norm * factor
-    return factor, jnp.where(limited > 0, limited, remembered).astype(norm.dtype)
+    is_remembered = (limited > 0) & (limited < jnp.inf)
+    return factor, jnp.where(is_remembered, limited, remembered).astype(norm.dtype)
 
 
 class LimitNormGrowthState(NamedTuple):

@@ -357,8 +357,8 @@ def _update_adam_leaf(
     return _narrow(update, gradient.dtype), _store(state, mu=mu, nu=nu)
 
 
-# Jitted for itself, so that a step costs one compilation for each distinct shape and an eager step
-# computes what a jitted one does.
+# Jitted for itself, so that leaves of one shape share a trace and an eager step computes what a jitted
+# one does.
 @functools.partial(jax.jit, static_argnames=("axes",))
 def _update_matrix_leaf(
     settings: _Settings,

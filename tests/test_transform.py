@@ -244,6 +244,21 @@ def test_projections_are_told_apart_by_identity():
     np.testing.assert_allclose(second.mu, 0.1 * normal((2, 4), 2) @ gradient, rtol=1e-4)
 
 
+def test_leaves_of_one_shape_share_a_trace():
+    calls = []
+
+    def projection(key, shape):
+        calls.append(shape)
+        return jnp.ones(shape)
+
+    params = {str(i): normal((4, 6), i) for i in range(5)} | {"wide": normal((4, 7))}
+    tx = scale_by_apollo(2, projection=projection)
+    state = tx.init(params)
+    calls.clear()
+    jax.jit(tx.update)(params, state)
+    assert len(calls) == 2
+
+
 def test_a_gap_beyond_all_counts():
     tx = scale_by_apollo(2, update_proj_gap=sys.maxsize)
     gradient = normal((4, 6))

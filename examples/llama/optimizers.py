@@ -78,19 +78,19 @@ class Recipe(NamedTuple):
     scale: float | None = None
 
 
-def quarter_rank(config: LlamaConfig) -> int:
-    return config.hidden_size // 4
+def channel_wise(projection: Literal["random", "svd"]) -> Recipe:
+    return Recipe(
+        functools.partial(apollo, scale_type="channel", projection=projection),
+        lr=1e-2,
+        lr_embeddings=3e-2,
+        rank_of=lambda config: config.hidden_size // 4,
+        scale=1.0,
+    )
 
 
 RECIPES: dict[str, Recipe] = {
     "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2),
-    "apollo": Recipe(
-        functools.partial(apollo, scale_type="channel", projection="random"),
-        lr=1e-2,
-        lr_embeddings=3e-2,
-        rank_of=quarter_rank,
-        scale=1.0,
-    ),
+    "apollo": channel_wise("random"),
     "apollo-mini": Recipe(
         functools.partial(apollo, scale_type="tensor", projection="random"),
         lr=7e-3,
@@ -98,13 +98,7 @@ RECIPES: dict[str, Recipe] = {
         rank_of=lambda config: 1,
         scale=128.0,
     ),
-    "apollo-svd": Recipe(
-        functools.partial(apollo, scale_type="channel", projection="svd"),
-        lr=1e-2,
-        lr_embeddings=3e-2,
-        rank_of=quarter_rank,
-        scale=1.0,
-    ),
+    "apollo-svd": channel_wise("svd"),
 }
 
 
