@@ -37,7 +37,7 @@ test-slow: $(VENV)/.test  ## the tests that take minutes
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.test  ## write the style
 	$(BIN)/ruff check --fix .

@@ -312,6 +312,19 @@ def test_gradients_cut_otherwise_than_the_parameters(spec, scale_type):
         chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [P("data"), P(None, "model")])
+def test_gradients_cut_by_one_axis_of_two(spec):
+    """Where the moments would be by the gradient's own cuts, their types would clash with the state's."""
+    mesh = mesh_of(AxisType.Explicit)
+    tx = scale_by_apollo(4)
+    param = put(mesh, (8, 16), P("data", "model"))
+    state = tx.init(param)
+    _, expected = tx.update(param, state)
+    _, new = jax.jit(tx.update)(put(mesh, (8, 16), spec), state)
+    assert new.mu.sharding.spec == P(None, ("model", "data"))
+    chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("shape", "spec", "numbers"),
