@@ -6,33 +6,60 @@ from examples.llama.usage import unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary embeddings to contexts longer than those first trained on.
+
+    Frequencies with fewer than `low_freq_factor` turns in the original context are divided by
+    `factor`, those with more than `high_freq_factor` are kept, those between are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a LLaMA model with untied embeddings and no biases."""
+    """The shape of a LLaMA model without biases."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_heads: int
     num_layers: int
+    num_kv_heads: int = 0
+    """Heads of keys and values, each shared by as many query heads; 0 means `num_heads`."""
+    head_size: int = 0
+    """0 means `hidden_size / num_heads`."""
     max_seq_len: int = 2048
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    tied_head: bool = False
+    """Whether the output head is the embedding, transposed."""
 
     def __post_init__(self) -> None:
-        if self.hidden_size % (2 * self.num_heads):
+        if not self.head_size and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of twice num_heads "
-                f"{self.num_heads}: rotary embeddings need heads of equal, even size"
+                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}, "
+                "unless head_size is given"
+            )
+        # Frozen, so that it can be a static argument: only here are the two defaults resolved.
+        object.__setattr__(self, "head_size", self.head_size or self.hidden_size // self.num_heads)
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        if self.head_size % 2:
+            raise ValueError(f"head_size {self.head_size} must be even for rotary embeddings")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
 
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
 
-
-# 60m to 7b are the shapes of the GaLore and APOLLO papers, 13b is LLaMA-13B. `tiny` is for CPUs:
-# two optimizers train for a few hundred steps in a few minutes on two cores.
+# 60m to 7b are the shapes of the GaLore and APOLLO papers, 13b is LLaMA-13B, the others are Meta's
+# Llama 3. `tiny` is for CPUs: two optimizers train for a few hundred steps in a few minutes on two
+# cores.
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(2048, 128, 344, 4, 4),
     "60m": LlamaConfig(32000, 512, 1376, 8, 8),
@@ -41,6 +68,30 @@ PRESETS: dict[str, LlamaConfig] = {
     "1b": LlamaConfig(32000, 2048, 5461, 32, 24),
     "7b": LlamaConfig(32000, 4096, 11008, 32, 32),
     "13b": LlamaConfig(32000, 5120, 13824, 40, 40),
+    "llama-3.2-1b": LlamaConfig(
+        128_256,
+        2048,
+        8192,
+        32,
+        16,
+        num_kv_heads=8,
+        max_seq_len=131_072,
+        rope_theta=500_000.0,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        rms_norm_eps=1e-5,
+        tied_head=True,
+    ),
+    "llama-3-8b": LlamaConfig(
+        128_256,
+        4096,
+        14336,
+        32,
+        32,
+        num_kv_heads=8,
+        max_seq_len=8192,
+        rope_theta=500_000.0,
+        rms_norm_eps=1e-5,
+    ),
 }
 
 
@@ -51,8 +102,15 @@ def preset(name: str) -> LlamaConfig:
     return PRESETS[name]
 
 
-def param_count(config: LlamaConfig) -> int:
-    """Returns the number of parameters, embeddings and head included."""
+def matmul_param_count(config: LlamaConfig) -> int:
+    """Returns the number of parameters a token is multiplied with: the layers' kernels and the head."""
     D, F = config.hidden_size, config.intermediate_size
-    block = 4 * D * D + 3 * D * F + 2 * D
-    return 2 * config.vocab_size * D + config.num_layers * block + D
+    attention = 2 * D * config.head_size * (config.num_heads + config.num_kv_heads)
+    return config.num_layers * (attention + 3 * D * F) + config.vocab_size * D
+
+
+def param_count(config: LlamaConfig) -> int:
+    """Returns the number of parameters, embeddings and head included, a tied head counted once."""
+    D = config.hidden_size
+    embedding = 0 if config.tied_head else config.vocab_size * D
+    return matmul_param_count(config) + embedding + (2 * config.num_layers + 1) * D

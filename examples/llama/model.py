@@ -1,29 +1,65 @@
 """LLaMA in Flax NNX: one block, stacked over the depth and scanned.
 
-Shapes: B batch, T tokens, D hidden size, N heads, H head size, F feed-forward size, L layers,
-V vocabulary. A stacked kernel is (L, in, out), so the layer is an axis of the weight and the time
-to compile does not grow with the depth.
+Shapes: B batch, T tokens, S = T + 1, D hidden size, N heads, K heads of keys and values, H head size,
+F feed-forward size, L layers, V vocabulary. A stacked kernel is (L, in, out), so the layer is an axis
+of the weight and the time to compile does not grow with the depth.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
 
 from examples.llama.config import LlamaConfig
+from examples.llama.loss import chunked_cross_entropy, num_chunks
 
 Params = dict[str, Any]  # Nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
 
+# What the backward pass finds of a layer's activations; it computes the others again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # All but attention's scores.
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
-def rotary(x_BxTxNxH: jax.Array, position_T: jax.Array, theta: float) -> jax.Array:
-    """Rotates each pair (h, h + H/2) of every head by an angle proportional to its position.
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is computed, which changes its speed and memory but not what it is."""
+
+    remat: str = "none"
+    """A key of `REMAT_POLICIES`."""
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    attention: str = "auto"
+    """xla, cudnn, or auto: cudnn where there is a GPU and the compute dtype is bfloat16."""
+
+    def attention_implementation(self) -> Any:
+        if self.attention != "auto":
+            return self.attention
+        return "cudnn" if jax.default_backend() == "gpu" and self.compute_dtype == "bfloat16" else "xla"
+
+
+def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Returns the angle, in radians a token, by which each pair of a head turns: (H / 2,) float32."""
+    H = config.head_size
+    frequency_h = config.rope_theta ** (-np.arange(0, H, 2) / H)
+    if scaling := config.rope_scaling:
+        turns_h = scaling.original_max_seq_len * frequency_h / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept_h = np.clip((turns_h - low) / (high - low), 0, 1)
+        frequency_h *= kept_h + (1 - kept_h) / scaling.factor
+    return frequency_h.astype(np.float32)
+
+
+def rotary(x_BxTxNxH: jax.Array, position_T: jax.Array, frequency_h: np.ndarray) -> jax.Array:
+    """Rotates each pair (h, h + H/2) of every head by its frequency times its position.
 
     Dot products of rotated vectors then depend on positions only through their difference.
     """
-    H = x_BxTxNxH.shape[-1]
-    frequency_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     angle_Tx1xh = position_T[:, None, None] * frequency_h
     cos, sin = jnp.cos(angle_Tx1xh), jnp.sin(angle_Tx1xh)
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
@@ -31,48 +67,77 @@ def rotary(x_BxTxNxH: jax.Array, position_T: jax.Array, theta: float) -> jax.Arr
     return rotated.astype(x_BxTxNxH.dtype)
 
 
-def linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(size_in, size_out, use_bias=False, kernel_init=init, rngs=rngs)
+def initializer(config: LlamaConfig) -> nnx.Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        # In float32 and rounded: drawn in bfloat16, a seed would give other weights, not rounder ones.
+        return (config.initializer_range * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return init
 
 
-def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+def linear(
+    config: LlamaConfig, execution: Execution, size_in: int, size_out: int, rngs: nnx.Rngs
+) -> nnx.Linear:
+    return nnx.Linear(
+        size_in,
+        size_out,
+        use_bias=False,
+        kernel_init=initializer(config),
+        dtype=execution.compute_dtype,
+        param_dtype=execution.param_dtype,
+        rngs=rngs,
+    )
+
+
+def rms_norm(config: LlamaConfig, execution: Execution, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden_size,
+        epsilon=config.rms_norm_eps,
+        dtype=execution.compute_dtype,
+        param_dtype=execution.param_dtype,
+        rngs=rngs,
+    )
 
 
 class Attention(nnx.Module):
-    """Causal multi-head attention with rotary position embeddings."""
+    """Causal grouped-query attention with rotary position embeddings."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        D = config.hidden_size
-        self.config = config
-        self.q_proj = linear(config, D, D, rngs)
-        self.k_proj = linear(config, D, D, rngs)
-        self.v_proj = linear(config, D, D, rngs)
-        self.o_proj = linear(config, D, D, rngs)
+    def __init__(self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        self.config, self.execution = config, execution
+        D, H = config.hidden_size, config.head_size
+        self.q_proj = linear(config, execution, D, config.num_heads * H, rngs)
+        self.k_proj = linear(config, execution, D, config.num_kv_heads * H, rngs)
+        self.v_proj = linear(config, execution, D, config.num_kv_heads * H, rngs)
+        self.o_proj = linear(config, execution, config.num_heads * H, D, rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        B, T, D = x_BxTxD.shape
-        theta, position_T = self.config.rope_theta, jnp.arange(T)
+        B, T, _ = x_BxTxD.shape
+        frequency_h, position_T = rotary_frequencies(self.config), jnp.arange(T)
 
-        def heads(y_BxTxD: jax.Array) -> jax.Array:
-            return y_BxTxD.reshape(B, T, self.config.num_heads, self.config.head_size)
+        def heads(y_BxTxE: jax.Array) -> jax.Array:
+            return y_BxTxE.reshape(B, T, -1, self.config.head_size)
 
-        q_BxTxNxH = rotary(heads(self.q_proj(x_BxTxD)), position_T, theta)
-        k_BxTxNxH = rotary(heads(self.k_proj(x_BxTxD)), position_T, theta)
-        v_BxTxNxH = heads(self.v_proj(x_BxTxD))
-        out_BxTxNxH = jax.nn.dot_product_attention(q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, is_causal=True)
-        return self.o_proj(out_BxTxNxH.reshape(B, T, D))
+        q_BxTxNxH = rotary(heads(self.q_proj(x_BxTxD)), position_T, frequency_h)
+        k_BxTxKxH = rotary(heads(self.k_proj(x_BxTxD)), position_T, frequency_h)
+        v_BxTxKxH = heads(self.v_proj(x_BxTxD))
+        out_BxTxNxH = jax.nn.dot_product_attention(
+            q_BxTxNxH,
+            k_BxTxKxH,
+            v_BxTxKxH,
+            is_causal=True,
+            implementation=self.execution.attention_implementation(),
+        )
+        return self.o_proj(out_BxTxNxH.reshape(B, T, -1))
 
 
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear(config, D, F, rngs)
-        self.up_proj = linear(config, D, F, rngs)
-        self.down_proj = linear(config, F, D, rngs)
+        self.gate_proj = linear(config, execution, D, F, rngs)
+        self.up_proj = linear(config, execution, D, F, rngs)
+        self.down_proj = linear(config, execution, F, D, rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD))
@@ -81,11 +146,11 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = rms_norm(config, rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = rms_norm(config, rngs)
-        self.mlp = Mlp(config, rngs=rngs)
+    def __init__(self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = rms_norm(config, execution, rngs)
+        self.attention = Attention(config, execution, rngs=rngs)
+        self.mlp_norm = rms_norm(config, execution, rngs)
+        self.mlp = Mlp(config, execution, rngs=rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
@@ -93,50 +158,71 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Maps tokens (B, T) to logits (B, T, V).
+    """Maps tokens (B, T) to float32 logits (B, T, V).
 
     Args:
         config: the shape.
-        remat: "none" keeps every activation for the backward pass; "full" keeps only the input of
-            each layer and computes the rest again, which trades time for memory.
+        execution: dtypes, attention kernel and what the backward pass computes again.
         rngs: the source of the initial weights.
     """
 
-    def __init__(self, config: LlamaConfig, *, remat: str = "none", rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, execution: Execution = Execution(), *, rngs: nnx.Rngs) -> None:
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stacked_block(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs)
+            return Block(config, execution, rngs=rngs)
 
-        self.remat = remat
-        init = nnx.initializers.normal(config.initializer_range)
-        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
+        self.execution = execution
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=initializer(config),
+            dtype=execution.compute_dtype,
+            param_dtype=execution.param_dtype,
+            rngs=rngs,
+        )
         self.layers = stacked_block(rngs)
-        self.final_norm = rms_norm(config, rngs)
-        self.lm_head = linear(config, config.hidden_size, config.vocab_size, rngs)
+        self.final_norm = rms_norm(config, execution, rngs)
+        if not config.tied_head:
+            self.lm_head = linear(config, execution, config.hidden_size, config.vocab_size, rngs)
 
-    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+    def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Returns what the head is applied to: (B, T, D) in the compute dtype."""
+
         def apply_block(x_BxTxD: jax.Array, block: Block) -> jax.Array:
             return block(x_BxTxD)
 
-        if self.remat == "full":
+        if self.execution.remat != "none":
+            policy = REMAT_POLICIES[self.execution.remat]
             # The scan already keeps XLA from merging the recomputation with the forward pass.
-            apply_block = nnx.remat(apply_block, prevent_cse=False)
+            apply_block = nnx.remat(apply_block, prevent_cse=False, policy=policy)
         scan = nnx.scan(apply_block, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        x_BxTxD = scan(self.embed(tokens_BxT), self.layers)
-        return self.lm_head(self.final_norm(x_BxTxD))
+        return self.final_norm(scan(self.embed(tokens_BxT), self.layers))
+
+    def head(self) -> jax.Array:
+        """Returns the output head: (D, V) in the parameters' dtype."""
+        return self.lm_head.kernel[...] if hasattr(self, "lm_head") else self.embed.embedding[...].T
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        x_BxTxD = self.hidden(tokens_BxT)
+        head_DxV = self.head().astype(x_BxTxD.dtype)
+        return jnp.einsum("btd,dv->btv", x_BxTxD, head_DxV, preferred_element_type=jnp.float32)
 
 
-def init_model(config: LlamaConfig, *, seed: int, remat: str = "none") -> tuple[nnx.GraphDef[Llama], Params]:
-    """Returns the model's structure and its float32 parameters as a nested dictionary."""
+def graphdef_of(config: LlamaConfig, execution: Execution = Execution()) -> nnx.GraphDef[Llama]:
+    """Returns the model's structure; allocates nothing."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, execution, rngs=nnx.Rngs(0))))
+
+
+def init_params(config: LlamaConfig, execution: Execution = Execution(), *, seed: int) -> Params:
+    """Returns new parameters as a nested dictionary; under `jax.eval_shape`, their shapes."""
 
     @jax.jit
     def params() -> Params:
-        model = Llama(config, remat=remat, rngs=nnx.Rngs(seed))
+        model = Llama(config, execution, rngs=nnx.Rngs(seed))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    abstract = nnx.eval_shape(lambda: Llama(config, remat=remat, rngs=nnx.Rngs(seed)))
-    return nnx.graphdef(abstract), params()
+    return params()
 
 
 def next_token_loss(graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: jax.Array) -> jax.Array:
@@ -150,6 +236,8 @@ def next_token_loss(graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: j
     Returns:
         A float32 scalar.
     """
-    logits_BxTxV = nnx.merge(graphdef, params)(tokens_BxS[:, :-1]).astype(jnp.float32)
-    targets_BxT = tokens_BxS[:, 1:]
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT).mean()
+    model = nnx.merge(graphdef, params)
+    x_BxTxD, head_DxV = model.hidden(tokens_BxS[:, :-1]), model.head()
+    B, T, _ = x_BxTxD.shape
+    chunks = num_chunks(B, T, head_DxV.shape[1])
+    return chunked_cross_entropy(x_BxTxD, head_DxV, tokens_BxS[:, 1:], chunks)

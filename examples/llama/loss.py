@@ -1,0 +1,120 @@
+"""Cross entropy of the next token, a chunk of the sequence at a time.
+
+Logits are the largest array of a language model: a batch of 131,072 tokens over a vocabulary of
+32,000 is 17 GB of float32. Here those of one chunk exist at a time. The gradient of a chunk is
+computed together with its loss, while its logits are there, so nothing is computed twice.
+
+B batch, T tokens, t tokens of a chunk, C chunks, D hidden size, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+LOGITS_BYTES = 2**28  # Of one chunk's float32 logits, over the whole batch.
+
+
+def num_chunks(batch: int, seq: int, vocab_size: int, logits_bytes: int = LOGITS_BYTES) -> int:
+    """Returns into how many chunks a sequence is cut: two or more, so never all logits exist."""
+    return min(seq, max(2, -(-4 * batch * seq * vocab_size // logits_bytes)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def chunked_cross_entropy(
+    x_BxTxD: jax.Array, head_DxV: jax.Array, targets_BxT: jax.Array, chunks: int
+) -> jax.Array:
+    """Returns the mean cross entropy, in nats, of `softmax(x @ head)` against the targets.
+
+    Args:
+        x_BxTxD: what the head is applied to.
+        head_DxV: the output head, used in the dtype of `x`; products are summed in float32, and in
+            float64 for float64.
+        targets_BxT: the tokens to predict.
+        chunks: the number of pieces the sequence is cut into; T need not be a multiple.
+
+    Returns:
+        A scalar. Differentiable once, in `x` and `head`, in reverse mode.
+    """
+    B, T, _ = x_BxTxD.shape
+    pieces = _pieces(x_BxTxD, targets_BxT, chunks)
+
+    def add_chunk(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x, targets, weights = piece
+        loss, _ = _chunk_loss(_logits(x, head_DxV), targets, weights)
+        return total + loss, None
+
+    zero = jnp.zeros((), _sum_dtype(x_BxTxD))
+    return jax.lax.scan(add_chunk, zero, pieces)[0] / (B * T)
+
+
+def _forward(
+    x_BxTxD: jax.Array, head_DxV: jax.Array, targets_BxT: jax.Array, chunks: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns the loss, and its gradients in `x` and `head` as what is kept for the backward pass."""
+    B, T, D = x_BxTxD.shape
+    dtype = _sum_dtype(x_BxTxD)
+    head = head_DxV.astype(x_BxTxD.dtype)
+
+    def add_chunk(
+        sums: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        total, head_grad_DxV = sums
+        x_BxtxD, targets_Bxt, weights_t = piece
+        logits_BxtxV = _logits(x_BxtxD, head)
+        loss, logsumexp_Bxt = _chunk_loss(logits_BxtxV, targets_Bxt, weights_t)
+        probabilities_BxtxV = jnp.exp(logits_BxtxV - logsumexp_Bxt[..., None])
+        hit_BxtxV = jnp.arange(head.shape[1]) == targets_Bxt[..., None]
+        grad_BxtxV = (probabilities_BxtxV - hit_BxtxV) * (weights_t / (B * T))[:, None]
+        grad_BxtxV = grad_BxtxV.astype(x_BxtxD.dtype)
+        head_grad_DxV += jnp.einsum("btd,btv->dv", x_BxtxD, grad_BxtxV, preferred_element_type=dtype)
+        x_grad_BxtxD = jnp.einsum("btv,dv->btd", grad_BxtxV, head)
+        return (total + loss, head_grad_DxV), x_grad_BxtxD
+
+    zeros = jnp.zeros((), dtype), jnp.zeros(head.shape, dtype)
+    (total, head_grad_DxV), grads_CxBxtxD = jax.lax.scan(
+        add_chunk, zeros, _pieces(x_BxTxD, targets_BxT, chunks)
+    )
+    x_grad_BxTxD = jnp.moveaxis(grads_CxBxtxD, 0, 1).reshape(B, -1, D)[:, :T]
+    return total / (B * T), (x_grad_BxTxD, head_grad_DxV.astype(head_DxV.dtype))
+
+
+def _backward(
+    chunks: int, grads: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    del chunks
+    x_grad_BxTxD, head_grad_DxV = (grad * cotangent.astype(grad.dtype) for grad in grads)
+    return x_grad_BxTxD, head_grad_DxV, None
+
+
+chunked_cross_entropy.defvjp(_forward, _backward)
+
+
+def _sum_dtype(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _pieces(x_BxTxD: jax.Array, targets_BxT: jax.Array, chunks: int) -> tuple[jax.Array, ...]:
+    """Returns x (C, B, t, D), targets (C, B, t) and weights (C, t), which are 0 for the padding."""
+    B, T, D = x_BxTxD.shape
+    t = -(-T // chunks)
+    padding = (0, t * chunks - T)
+    # Along the sequence, not the batch: the batch may be cut over devices.
+    x = jnp.pad(x_BxTxD, ((0, 0), padding, (0, 0))).reshape(B, chunks, t, D)
+    targets = jnp.pad(targets_BxT, ((0, 0), padding)).reshape(B, chunks, t)
+    weights_Cxt = jnp.pad(jnp.ones(T, _sum_dtype(x)), padding).reshape(chunks, t)
+    return jnp.moveaxis(x, 1, 0), jnp.moveaxis(targets, 1, 0), weights_Cxt
+
+
+def _logits(x_BxtxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
+    head = head_DxV.astype(x_BxtxD.dtype)
+    return jnp.einsum("btd,dv->btv", x_BxtxD, head, preferred_element_type=_sum_dtype(x_BxtxD))
+
+
+def _chunk_loss(
+    logits_BxtxV: jax.Array, targets_Bxt: jax.Array, weights_t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the weighted sum of the cross entropies and the log of each softmax's denominator."""
+    logsumexp_Bxt = jax.nn.logsumexp(logits_BxtxV, axis=-1)
+    target_Bxt = jnp.take_along_axis(logits_BxtxV, targets_Bxt[..., None], axis=-1)[..., 0]
+    return jnp.sum((logsumexp_Bxt - target_Bxt) * weights_t), logsumexp_Bxt

@@ -1,0 +1,45 @@
+"""A short text from the model, to look at while it trains."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import nnx
+
+from examples.llama.model import Llama, Params
+
+LENGTH = 64  # Tokens.
+TEMPERATURE = 0.8
+
+
+def make_sampler(
+    graphdef: nnx.GraphDef[Llama], tokenizer: tokenizers.Tokenizer, end_id: int, *, seed: int
+) -> Callable[[Params, int], str]:
+    """Returns a function of the parameters and the step: a text that begins a new document.
+
+    The step and the seed set the draws, so a run that is resumed writes what it would have written.
+    """
+    known = tokenizer.get_vocab_size()  # The model's vocabulary may be larger.
+
+    @jax.jit
+    def sampled_tokens(params: Params, step: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+
+        def extend(position: jax.Array, tokens_1xT: jax.Array) -> jax.Array:
+            model = nnx.merge(graphdef, params)
+            # The whole text again for each token: short, and no cache of keys and values to keep.
+            x_D = model.hidden(tokens_1xT)[0, position].astype(jnp.float32)
+            logits_V = (x_D @ model.head().astype(jnp.float32))[:known] / TEMPERATURE
+            token = jax.random.categorical(jax.random.fold_in(key, position), logits_V)
+            return tokens_1xT.at[0, position + 1].set(token)
+
+        return jax.lax.fori_loop(0, LENGTH, extend, jnp.full((1, LENGTH + 1), end_id))[0, 1:]
+
+    def sample(params: Params, step: int) -> str:
+        tokens_T = np.asarray(sampled_tokens(params, jnp.asarray(step)))
+        end = np.append(np.flatnonzero(tokens_T == end_id), LENGTH)[0]
+        return tokenizer.decode(tokens_T[:end].tolist())
+
+    return sample

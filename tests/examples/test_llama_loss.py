@@ -1,0 +1,97 @@
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from examples.llama.loss import chunked_cross_entropy, num_chunks
+
+B, T, D, V = 3, 11, 16, 37
+
+
+def inputs(dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x_key, head_key, target_key = jax.random.split(jax.random.key(0), 3)
+    x_BxTxD = jax.random.normal(x_key, (B, T, D), dtype)
+    head_DxV = jax.random.normal(head_key, (D, V), dtype) / 4
+    return x_BxTxD, head_DxV, jax.random.randint(target_key, (B, T), 0, V)
+
+
+def plain(x_BxTxD: jax.Array, head_DxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    logits = jnp.einsum("btd,dv->btv", x_BxTxD, head_DxV)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets_BxT).mean()
+
+
+def relative_error(value: jax.Array, expected: jax.Array) -> float:
+    return float(jnp.abs(value - expected).max() / jnp.abs(expected).max())
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 11])
+def test_loss_and_gradients_are_those_of_the_plain_one(chunks: int) -> None:
+    with jax.enable_x64(True):
+        x, head, targets = inputs(jnp.float64)
+
+        def scaled(loss: Any, x: jax.Array, head: jax.Array) -> jax.Array:
+            return 3 * loss(x, head) ** 2  # So that the cotangent is not one.
+
+        results = [
+            jax.value_and_grad(functools.partial(scaled, loss), argnums=(0, 1))(x, head)
+            for loss in (
+                lambda x, head: chunked_cross_entropy(x, head, targets, chunks),
+                lambda x, head: plain(x, head, targets),
+            )
+        ]
+        assert results[0][0].dtype == jnp.float64
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), *results)
+
+
+def test_without_a_gradient_the_loss_is_the_same() -> None:
+    x, head, targets = inputs(jnp.float32)
+    loss, _ = jax.value_and_grad(chunked_cross_entropy)(x, head, targets, 3)
+    assert float(chunked_cross_entropy(x, head, targets, 3)) == pytest.approx(float(loss), rel=1e-6)
+    assert float(loss) == pytest.approx(float(plain(x, head, targets)), rel=1e-6)
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    x, head, targets = inputs(jnp.bfloat16)
+    loss, grads = jax.value_and_grad(chunked_cross_entropy, argnums=(0, 1))(x, head, targets, 3)
+    assert loss.dtype == jnp.float32
+    assert [grad.dtype for grad in grads] == [jnp.bfloat16] * 2
+    wide = (x.astype(jnp.float32), head.astype(jnp.float32))
+    expected, expected_grads = jax.value_and_grad(plain, argnums=(0, 1))(*wide, targets)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad.astype(jnp.float32), expected_grad) < 1e-2
+
+
+def test_logits_of_the_whole_batch_never_exist() -> None:
+    batch, seq, hidden, vocab = 4, 64, 8, 512
+    chunks = num_chunks(batch, seq, vocab, logits_bytes=4 * batch * 16 * vocab)
+    assert chunks == 4
+    shapes = (
+        jax.ShapeDtypeStruct((batch, seq, hidden), jnp.float32),
+        jax.ShapeDtypeStruct((hidden, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((batch, seq), jnp.int32),
+    )
+
+    def compiled(loss: Any) -> Any:
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+
+    def largest(program: Any) -> int:
+        found = re.findall(r"f32\[([\d,]+)\]", program.as_text())
+        return max(int(np.prod([int(n) for n in dims.split(",")])) for dims in found)
+
+    chunked = compiled(lambda x, head, targets: chunked_cross_entropy(x, head, targets, chunks))
+    assert largest(chunked) == batch * seq * vocab // chunks
+    assert largest(compiled(plain)) == batch * seq * vocab  # What the check finds in the plain one.
+    assert chunked.memory_analysis().temp_size_in_bytes < compiled(plain).memory_analysis().temp_size_in_bytes
+
+
+def test_number_of_chunks() -> None:
+    assert num_chunks(8, 128, 2048) == 2  # Small as they are, never all of them.
+    assert num_chunks(512, 256, 32_000) == 63  # 16.8 GB of logits, 268 MB at a time.
+    assert num_chunks(4096, 2, 128_256) == 2  # No more than there are tokens in a sequence.
+    assert num_chunks(1, 1, 10) == 1

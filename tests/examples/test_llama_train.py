@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import apollo_optax
+from examples.llama.config import LlamaConfig
+from examples.llama.model import Execution, graphdef_of, init_params
+from examples.llama.train import StepMetrics, TrainState, make_train_step
+
+# Stacked kernels are (L, in, out); the head and the embedding go to Adam by name.
+MATRICES = apollo_optax.dimension_numbers_by_path(
+    [(r"^layers/.*/kernel$", apollo_optax.ApolloDimensionNumbers(1, 2))]
+)
+
+
+PLAIN = Execution()
+
+
+def tx_of(rate: float = 0.1) -> optax.GradientTransformation:
+    return apollo_optax.apollo(rate, rank=4, weight_dimension_numbers=MATRICES)
+
+
+def initial_state(config: LlamaConfig, execution: Execution = PLAIN) -> TrainState:
+    params = init_params(config, execution, seed=0)
+    return TrainState(params, tx_of().init(params))
+
+
+def tokens_of(config: LlamaConfig, batch: int, seq: int = 9) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (batch, seq + 1), 0, config.vocab_size)
+
+
+def stepped(
+    config: LlamaConfig,
+    state: TrainState,
+    execution: Execution = PLAIN,
+    batch: int = 8,
+    **arguments: int,
+) -> tuple[TrainState, StepMetrics]:
+    train_step = make_train_step(graphdef_of(config, execution), tx_of(), **arguments)
+    return train_step(jax.tree.map(jnp.copy, state), tokens_of(config, batch))  # It consumes the state.
+
+
+def test_micro_batches_make_the_step_of_the_whole_batch(small: LlamaConfig) -> None:
+    state = initial_state(small)
+    whole, whole_metrics = stepped(small, state)
+    for accumulate in (2, 8):
+        parts, metrics = stepped(small, state, accumulate=accumulate)
+        np.testing.assert_allclose(metrics, whole_metrics, rtol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), rtol=1e-4),
+            parts,
+            whole,
+        )
+    moved = jnp.abs(whole.params["lm_head"]["kernel"] - state.params["lm_head"]["kernel"]).max()
+    assert float(moved) > 0.01
+
+
+def test_micro_batches_keep_dtypes_and_save_memory(small: LlamaConfig) -> None:
+    half = Execution(param_dtype="bfloat16", compute_dtype="bfloat16")
+    state = initial_state(small, half)
+    after, _ = stepped(small, state, half, accumulate=4)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+
+    def temporaries(accumulate: int) -> int:
+        train_step = jax.jit(make_train_step(graphdef_of(small), tx_of(), accumulate=accumulate))
+        program = train_step.lower(initial_state(small), tokens_of(small, 32, seq=64)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16) < temporaries(1) / 4
+
+
+def test_gradient_norm_is_of_all_parameters(small: LlamaConfig) -> None:
+    state = initial_state(small)
+    _, metrics = stepped(small, state)
+    after, _ = make_train_step(graphdef_of(small), optax.sgd(1.0))(
+        TrainState(jax.tree.map(jnp.copy, state.params), optax.sgd(1.0).init(state.params)),
+        tokens_of(small, 8),
+    )
+    moved = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, after.params)
+    assert float(metrics.grad_norm) == pytest.approx(float(optax.tree.norm(moved)), rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_skipped_whole(small: LlamaConfig) -> None:
+    state = initial_state(small)
+    state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[3].set(jnp.nan)
+    skipped, metrics = stepped(small, state, skip_nonfinite=True)
+    assert not np.isfinite(metrics.grad_norm)
+    jax.tree.map(np.testing.assert_array_equal, skipped, state)
+    ruined, _ = stepped(small, state)  # What skipping saves from.
+    assert np.isnan(ruined.params["lm_head"]["kernel"]).any()
+
+
+def test_skipping_changes_no_step_that_is_finite(small: LlamaConfig) -> None:
+    state = initial_state(small)
+    for a, b in zip(
+        jax.tree.leaves(stepped(small, state, skip_nonfinite=True)),
+        jax.tree.leaves(stepped(small, state)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_is_updated_in_place(small: LlamaConfig) -> None:
+    state = initial_state(small)
+    train_step = make_train_step(graphdef_of(small), tx_of())
+    program = jax.jit(train_step, donate_argnums=0).lower(state, tokens_of(small, 8)).compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert program.memory_analysis().alias_size_in_bytes == size
