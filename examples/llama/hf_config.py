@@ -1,0 +1,168 @@
+"""config.json of a Hugging Face LLaMA, read and written."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.usage import UsageError
+
+CONFIG = "config.json"
+# What the model computes whatever config.json says, so any other value is refused.
+FIXED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+Number = TypeVar("Number", int, float)
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """Returns the shape that `folder/config.json` describes.
+
+    Rotary embeddings are read as transformers 5 writes them, `rope_parameters`, and as earlier
+    versions do, `rope_theta` beside `rope_scaling`.
+
+    Raises:
+        UsageError: where the file or a field of it is missing or unusable, or the model is not a
+            LLaMA that `model.py` computes.
+    """
+    fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
+    for name, supported in FIXED.items():
+        if fields.values.get(name, supported) != supported:
+            raise fields.unsupported(name, supported)
+    num_heads = fields.number("num_attention_heads", int)
+    max_seq_len = fields.number("max_position_embeddings", int)
+    rope_theta, rope_scaling = read_rope(fields, max_seq_len)
+    tied_head = fields.values.get("tie_word_embeddings", False)
+    if not isinstance(tied_head, bool):
+        raise UsageError(f"{fields.path}: tie_word_embeddings is {tied_head!r}; give true or false")
+    try:
+        return LlamaConfig(
+            vocab_size=fields.number("vocab_size", int),
+            hidden_size=fields.number("hidden_size", int),
+            intermediate_size=fields.number("intermediate_size", int),
+            num_heads=num_heads,
+            num_layers=fields.number("num_hidden_layers", int),
+            num_kv_heads=fields.number("num_key_value_heads", int, default=num_heads),
+            head_size=fields.number("head_dim", int, default=0),
+            max_seq_len=max_seq_len,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            rms_norm_eps=fields.number("rms_norm_eps", float),
+            initializer_range=fields.number("initializer_range", float, default=0.02),
+            tied_head=tied_head,
+        )
+    except ValueError as error:
+        raise UsageError(f"{fields.path}: {error}; correct it") from error
+
+
+def hf_config(config: LlamaConfig, dtype: str, end_id: int | None) -> dict[str, Any]:
+    """Returns the fields of config.json, spelled so that both transformers 4 and 5 read them."""
+    scaling = config.rope_scaling
+    return {
+        **FIXED,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling
+        and {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        },
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tied_head,
+        "torch_dtype": dtype,
+        # Written even where there is none: else transformers takes tokens 1 and 2.
+        "bos_token_id": None,
+        "eos_token_id": end_id,
+    }
+
+
+class Fields(NamedTuple):
+    """A JSON object; errors name its file, and by the prefix the field of that it is from."""
+
+    path: Path
+    values: dict[str, Any]
+    prefix: str = ""
+
+    def number(self, name: str, kind: type[Number], default: Number | None = None) -> Number:
+        """Returns a number above 0; null counts as missing, as in transformers."""
+        value = self.values.get(name)
+        if value is None:
+            if default is None:
+                raise UsageError(f"{self.path} lacks {self.prefix}{name}; add it")
+            return default
+        types = (int, float) if kind is float else int
+        if not isinstance(value, types) or isinstance(value, bool) or not 0 < value < math.inf:
+            noun = "number" if kind is float else "whole number"
+            raise UsageError(f"{self.path}: {self.prefix}{name} is {value!r}; give a {noun} above 0")
+        return kind(value)
+
+    def unsupported(self, name: str, *supported: object) -> UsageError:
+        values = " or ".join(map(repr, supported))
+        return UsageError(
+            f"{self.path}: {self.prefix}{name} {self.values[name]!r} is not supported; "
+            f"choose a model with {values}"
+        )
+
+
+def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | None]:
+    """Returns theta and the scaling; where fields contradict each other, what transformers 5 takes."""
+    name = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
+    values = fields.values.get(name) or {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{fields.path}: {name} is {values!r}; give an object or null")
+    rope = Fields(fields.path, values, f"{name}.")
+    theta = rope.number("rope_theta", float, default=fields.number("rope_theta", float, default=10_000.0))
+    key = "rope_type" if "rope_type" in values else "type"
+    if values.get(key, "default") == "default":
+        return theta, None
+    if values[key] != "llama3":
+        raise rope.unsupported(key, "default", "llama3")
+    scaling = RopeScaling(
+        factor=rope.number("factor", float),
+        low_freq_factor=rope.number("low_freq_factor", float),
+        high_freq_factor=rope.number("high_freq_factor", float),
+        original_max_seq_len=rope.number("original_max_position_embeddings", int, default=max_seq_len),
+    )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UsageError(
+            f"{fields.path}: {name}.low_freq_factor {scaling.low_freq_factor} is not below "
+            f"high_freq_factor {scaling.high_freq_factor}; correct them"
+        )
+    return theta, scaling
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object that a file holds; raises `UsageError` where it holds none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is not there; give a folder that save_pretrained wrote") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; give a file that can be read") from error
+    except ValueError as error:  # Of the encoding too.
+        raise UsageError(f"{path} is not JSON: {error}; download it again") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds no JSON object; download it again")
+    return value
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
