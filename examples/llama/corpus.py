@@ -1,149 +1,210 @@
-"""Real text without a network, as tokens: the source of Python's own standard library.
+"""Text as tokens on disk, split by document into training and validation, made once and kept.
 
-The documents of a corpus are split into training and validation by a hash of their name, a
-byte-level BPE is trained on the training documents, and the tokens are kept under the user's cache
-directory, so only the first run pays for them.
+The tokens are kept under the user's cache directory, with the tokenizer that made them, so only the
+first run on a text pays for reading it.
 """
 
+import functools
 import hashlib
-import os
-import shutil
-import sysconfig
+import json
+import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
+from tqdm import tqdm
 
-from examples.llama.usage import UsageError, unknown_name
-
-END = "<|end|>"  # Follows every document, so that no window mistakes one for its successor.
-VALIDATION_SHARE = 1 / 20
-# Installed packages differ between machines, tests and tables are copies of one another, and
-# pydoc_data is one English text so long that whichever split it falls into would be about it.
-SKIPPED_FOLDERS = frozenset(
-    (
-        *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"),
-        "pydoc_data",
-    )
+from examples.llama.cache import cache_folder, publish
+from examples.llama.hub import HubSource
+from examples.llama.readers import Document
+from examples.llama.shards import ShardWriter, read_shards, write_tokens
+from examples.llama.sources import Source, open_source
+from examples.llama.split import TRAIN, VALIDATION, Labelled, split
+from examples.llama.tokenizer import (
+    SMALLEST_VOCAB,
+    TOKENIZER_FILE,
+    Encoder,
+    load_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
 )
-CACHE_FORMAT = 1  # Part of the cache key: raise it when the files under a key change.
+from examples.llama.usage import UsageError
 
-
-class Document(NamedTuple):
-    name: str
-    text: str
+MANIFEST = "manifest.json"
+HUB_VALIDATION_TOKENS = 2**21  # Validation takes 128 windows of them; C4 has far more to offer.
+TOKENIZER_CHARS = 64 * 2**20  # A BPE barely changes with more text than this.
+CACHE_FORMAT = 2  # Part of the cache key: raise it when the files under a key change.
 
 
 class Corpus(NamedTuple):
-    """Token ids in reading order, documents ended by `END`, with the tokenizer that made them."""
+    """Token ids in reading order, documents ended by `end_id`, with the tokenizer that made them."""
 
     tokenizer: tokenizers.Tokenizer
-    train_tokens: np.ndarray
-    validation_tokens: np.ndarray
+    end_id: int
+    train: list[np.ndarray]  # Shards, 1-D and memory-mapped.
+    validation: list[np.ndarray]
+    key: str  # Changes when the tokens do.
 
 
-def stdlib_folder() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
+def load_corpus(
+    data: str,
+    *,
+    vocab_size: int,
+    tokenizer: str | None = None,
+    vocab: int | None = None,
+    max_tokens: int | None = None,
+    validation: str | None = None,
+) -> Corpus:
+    """Returns the corpus that `--data` names; its tokens are made at the first use and kept.
+
+    Args:
+        data: see `sources.documents`.
+        vocab_size: the model's; every token id is below it.
+        tokenizer: see `tokenizer.load_tokenizer`; by default a BPE is trained on `data`.
+        vocab: tokens of that BPE, by default `vocab_size`.
+        max_tokens: stop reading after the training document with which there are so many tokens.
+        validation: held-out text, named as `data` is. By default, and of a data set of the hub, the
+            split `validation` where there is one; else one document in twenty, chosen by a hash.
+
+    Raises:
+        UsageError: for any of these that makes no corpus, or a cache that cannot be written.
+    """
+    check_sizes(vocab_size, tokenizer, vocab, max_tokens)
+    source = open_source("--data", data)
+    held_out = open_source("--validation", validation) if validation else None
+    encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
+    vocab = vocab or vocab_size
+    try:
+        content = (
+            *(CACHE_FORMAT, tokenizers.__version__, max_tokens),
+            (encoder.tokenizer.to_str(), encoder.end_id) if encoder else vocab,
+            *(source.fingerprint(), held_out and held_out.fingerprint()),
+        )
+        key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        name = re.sub(r"[^a-zA-Z0-9]+", "-", data)[-40:].strip("-")
+        folder = cache_folder() / f"{name}-{key}"
+        if not folder.exists():
+            build(folder, data, source, held_out, encoder or vocab, max_tokens)
+        return read_corpus(folder)
+    except OSError as error:  # What the sources raise, they report themselves.
+        raise UsageError(
+            f"the corpus cannot be kept in {cache_folder()} ({error}); free disk space there, "
+            "or set XDG_CACHE_HOME to another folder"
+        ) from error
 
 
-def read_stdlib() -> list[Document]:
-    """Returns the `.py` files of the running Python's standard library, sorted by path."""
-    folder = stdlib_folder()
-    paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
-    kept = [path for path in paths if not SKIPPED_FOLDERS.intersection(path.parts)]
-    # A few files declare another encoding; a replacement character in a comment does no harm.
-    return [Document(path.as_posix(), (folder / path).read_text("utf-8", errors="replace")) for path in kept]
+def check_sizes(vocab_size: int, tokenizer: str | None, vocab: int | None, max_tokens: int | None) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"--data-tokens {max_tokens} is out of range; give a number above 0")
+    if vocab is not None and tokenizer:
+        raise UsageError(
+            f"--vocab {vocab} is for a tokenizer trained here, and --tokenizer {tokenizer!r} gives one; "
+            "leave one of them out"
+        )
+    if not tokenizer and vocab_size < SMALLEST_VOCAB:
+        raise UsageError(
+            f"--model has a vocabulary of {vocab_size}, too small for every byte and an end; "
+            f"give one with {SMALLEST_VOCAB} or more, or a --tokenizer"
+        )
+    if vocab is not None and not SMALLEST_VOCAB <= vocab <= vocab_size:
+        raise UsageError(
+            f"--vocab {vocab} is out of range; give {SMALLEST_VOCAB} (every byte and an end) "
+            f"to {vocab_size} (the model's vocabulary)"
+        )
 
 
-SOURCES: dict[str, Callable[[], list[Document]]] = {"stdlib": read_stdlib}
-
-
-def load_corpus(source: str, vocab_size: int) -> Corpus:
-    """Returns the corpus called `source`, cut into at most `vocab_size` kinds of token."""
-    if source not in SOURCES:
-        raise unknown_name("--data", source, SOURCES)
-    documents = SOURCES[source]()
-    folder = cache_folder() / f"{source}-{content_key(documents, vocab_size)}"
-    if not folder.exists():
-        build(documents, vocab_size, folder)
+def read_corpus(folder: Path) -> Corpus:
+    manifest = json.loads((folder / MANIFEST).read_text())
     return Corpus(
-        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
-        np.load(folder / "train.npy", mmap_mode="r"),
-        np.load(folder / "validation.npy", mmap_mode="r"),
+        read_tokenizer(folder / TOKENIZER_FILE),
+        manifest["end_id"],
+        read_shards(folder, TRAIN),
+        read_shards(folder, VALIDATION),
+        manifest["key"],
     )
 
 
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "apollo_optax"
+def build(
+    folder: Path,
+    data: str,
+    source: Source,
+    held_out: Source | None,
+    encoder: Encoder | int,
+    max_tokens: int | None,
+) -> None:
+    """Writes the tokens and the tokenizer to `folder`, all of it or nothing.
 
-
-def content_key(documents: Iterable[Document], vocab_size: int) -> str:
-    """Returns a key that changes with anything the cached files depend on."""
-    digest = hashlib.sha256(repr((CACHE_FORMAT, tokenizers.__version__, vocab_size)).encode())
-    for name, text in documents:
-        digest.update(repr((name, len(text))).encode())
-        digest.update(text.encode())
-    return digest.hexdigest()[:16]
-
-
-def in_validation(name: str) -> bool:
-    """Whether a document is held out: by a hash of its name, so adding others moves none."""
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    return number < VALIDATION_SHARE * 2**64
-
-
-def build(documents: list[Document], vocab_size: int, folder: Path) -> None:
-    """Trains the tokenizer and writes it and the tokens to `folder`, all of it or nothing."""
-    train = [text for name, text in documents if not in_validation(name)]
-    validation = [text for name, text in documents if in_validation(name)]
-    if not train or not validation:
-        raise UsageError(
-            f"the corpus has {len(train)} training and {len(validation)} validation documents; "
-            "it needs at least one of each, so add documents"
-        )
-    tokenizer = train_tokenizer(train, vocab_size)
+    Args:
+        folder: does not exist yet.
+        data: what the user calls `source`.
+        source: of the training documents, and of the held-out ones too where `held_out` is None.
+        held_out: source of the validation documents.
+        encoder: the tokenizer, or the vocabulary of the BPE to train.
+        max_tokens: see `load_corpus`.
+    """
+    validation_source = held_out or source
+    validation = validation_source.held_out() or held_out
+    if not isinstance(encoder, Encoder):
+        texts = (document.text for label, document in training(source, validation, data) if label == TRAIN)
+        encoder = train_tokenizer(first_chars(texts, TOKENIZER_CHARS), encoder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         built = Path(temporary) / folder.name
         built.mkdir()
-        tokenizer.save(str(built / "tokenizer.json"))
-        np.save(built / "train.npy", encode(tokenizer, train))
-        np.save(built / "validation.npy", encode(tokenizer, validation))
+        limit = HUB_VALIDATION_TOKENS if isinstance(validation_source, HubSource) else None
+        writers = {
+            TRAIN: ShardWriter(built, TRAIN, encoder.vocab_size, max_tokens),
+            VALIDATION: ShardWriter(built, VALIDATION, encoder.vocab_size, limit),
+        }
+        tokenise(training(source, validation, data), validation, encoder, writers, max_tokens)
+        encoder.tokenizer.save(str(built / TOKENIZER_FILE))
+        digests = b"".join(writer.digest.digest() for writer in writers.values())
+        manifest = {
+            "source": data,
+            "documents": {label: writer.documents for label, writer in writers.items()},
+            "tokens": {label: writer.tokens for label, writer in writers.items()},
+            "end_id": encoder.end_id,
+            "key": hashlib.sha256(digests).hexdigest()[:16],
+            "versions": {"format": CACHE_FORMAT, "tokenizers": tokenizers.__version__},
+        }
+        (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         publish(built, folder)
 
 
-def publish(built: Path, folder: Path) -> None:
-    """Renames `built` to `folder`, unless another process was first with the same content."""
-    try:
-        built.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(built)
+def training(source: Source, validation: Iterable[Document] | None, data: str) -> Iterator[Labelled]:
+    """Yields the documents of `source`, all of them for training where there are others to validate on."""
+    return split(source, data) if validation is None else ((TRAIN, document) for document in source)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Returns a byte-level BPE: it can spell any text, so there is no unknown token."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+def tokenise(
+    training: Iterable[Labelled],
+    validation: Iterable[Document] | None,
+    encoder: Encoder,
+    writers: dict[str, ShardWriter],
+    max_tokens: int | None,
+) -> None:
+    # The bar shows only where this takes long, and only to a person.
+    with tqdm(
+        total=max_tokens, desc="tokenising", unit="token", unit_scale=True, delay=2, disable=None
+    ) as bar:
+        write = functools.partial(write_tokens, encoder=encoder, writers=writers, bar=bar)
+        train, held_out = writers[TRAIN], writers[VALIDATION]
+        if validation is None:
+            write(training, until=lambda: train.full and held_out.documents > 0)
+        else:
+            write(training, until=lambda: train.full)
+            write(((VALIDATION, document) for document in validation), until=lambda: held_out.full)
+    for writer in writers.values():
+        writer.close()
 
 
-def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> np.ndarray:
-    """Returns the token ids of all texts in one row, each followed by `END`."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    end = tokenizer.token_to_id(END)
-    rows = (np.array([*row.ids, end], dtype) for row in tokenizer.encode_batch(texts))
-    return np.concatenate(list(rows))
+def first_chars(texts: Iterable[str], count: int) -> Iterator[str]:
+    """Yields texts until there are `count` characters."""
+    for text in texts:
+        yield text
+        count -= len(text)
+        if count <= 0:
+            return

@@ -5,7 +5,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from examples.llama import config, corpus
+from examples.llama import config, sources
 
 SMALL = config.LlamaConfig(
     vocab_size=384, hidden_size=16, intermediate_size=24, num_heads=2, num_layers=3, max_seq_len=128
@@ -53,6 +53,12 @@ def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(40):
         lines = [f"def f{line}(x):\n    return x + {number * line}\n" for line in range(20)]
         (folder / f"module{number}.py").write_text("\n".join(lines))
-    monkeypatch.setattr(corpus, "stdlib_folder", lambda: folder)
+    monkeypatch.setattr(sources, "stdlib_folder", lambda: folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
+
+
+@pytest.fixture
+def out(stdlib: Path, tiny_is_small: None, tmp_path: Path) -> Path:
+    """A folder for a run, not there yet."""
+    return tmp_path / "runs" / "one"

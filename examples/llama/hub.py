@@ -1,0 +1,144 @@
+"""Hugging Face's hub: data sets as streams, and the files of a tokenizer."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from examples.llama.digests import content_digest
+from examples.llama.readers import Document, DocumentError, named_by_text, row_text
+from examples.llama.usage import UsageError, first_line
+
+PREFIX = "hf:"
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HubSource:
+    """The split `train` of a data set in the hub's layout, and its split `validation` if it has one."""
+
+    flag: str
+    data: str
+    path: str  # OWNER/NAME, or a folder.
+    config: str | None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, flag: str, data: str) -> "HubSource":
+        """Returns the source for `hf:OWNER/NAME[/CONFIG][@REVISION]` or `hf:/FOLDER[/CONFIG]`."""
+        name = data.removeprefix(PREFIX)
+        if name.startswith(("/", "./", "../", "~")):
+            return cls(flag, data, *local_parts(Path(name).expanduser().absolute()))
+        name, _, revision = name.partition("@")
+        owner, *rest = name.split("/")
+        if not owner or not all(rest) or len(rest) not in (1, 2):
+            raise UsageError(
+                f"{flag} {data!r} is no name of a data set; "
+                "give hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or hf:/FOLDER for one on disk"
+            )
+        return cls(flag, data, f"{owner}/{rest[0]}", rest[1] if len(rest) == 2 else None, revision or None)
+
+    def __iter__(self) -> Iterator[Document]:
+        if "train" not in self._splits:
+            raise UsageError(
+                f"{self.flag} {self.data!r} has no split 'train'; its splits are: "
+                f"{', '.join(self._splits)}; give a data set or configuration that has one"
+            )
+        return self._read("train")
+
+    def held_out(self) -> Iterator[Document] | None:
+        return self._read("validation") if "validation" in self._splits else None
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the name; of the files too where the data set is a folder.
+
+        What the hub holds under a name is known only after reading it: a REVISION makes it certain.
+        """
+        folder = Path(self.path)
+        paths = sorted(folder.rglob("*")) if folder.is_absolute() else []
+        files = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
+        try:
+            content = [self.path, self.config, self.revision, content_digest(self.data, files)]
+        except DocumentError as error:
+            raise UsageError(f"{self.flag} {self.data!r}: {error}") from error
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    @functools.cached_property
+    def _splits(self) -> "dict[str, Iterable[Any]]":
+        try:
+            import datasets  # Here, because it is slow to import and few need it.
+        except ImportError as error:
+            raise UsageError(
+                f"{self.flag} {self.data!r} needs Hugging Face's datasets; "
+                "run pip install 'apollo-optax[examples]'"
+            ) from error
+        with self._one_line_errors():
+            splits = datasets.load_dataset(self.path, self.config, revision=self.revision, streaming=True)
+        return {str(name): split for name, split in splits.items()}
+
+    def _read(self, split: str) -> Iterator[Document]:
+        empty = True
+        with self._one_line_errors():
+            for number, row in enumerate(self._splits[split], 1):
+                text = row_text(row, f"row {number} of split {split!r}")
+                if text.strip():
+                    empty = False
+                    yield named_by_text(text)
+        if empty:
+            raise UsageError(f"{self.flag} {self.data!r} has no text in its split {split!r}; give another")
+
+    @contextlib.contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        from datasets.exceptions import DatasetsError
+
+        try:
+            yield
+        except DocumentError as error:
+            raise UsageError(f"{self.flag} {self.data!r}: {error}") from error
+        # Network and hub errors are OSErrors; an unknown configuration, or a row that is none, is a
+        # ValueError; a data set that is a script, which is no longer run, a RuntimeError.
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise UsageError(
+                f"{self.flag} {self.data!r} cannot be read ({first_line(error)}); check the name, the "
+                "network and, for a data set with terms to agree to, `hf auth login`"
+            ) from error
+
+
+def local_parts(path: Path) -> tuple[str, str | None]:
+    """Returns the folder and the configuration that a path means: a README.md marks the folder."""
+    if (path / "README.md").exists() or not (path.parent / "README.md").exists():
+        return str(path), None
+    return str(path.parent), path.name
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Returns a folder with the tokenizer of a model on the hub, downloaded at its first use.
+
+    Raises:
+        UsageError: where it is neither in Hugging Face's cache nor to be had.
+    """
+    import huggingface_hub  # Here, because it is slow to import and few need it.
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(*, local_files_only: bool) -> Path:
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=TOKENIZER_FILES, local_files_only=local_files_only
+        )
+        return Path(folder)
+
+    try:
+        # What is there is used as it is: runs do not change under a user, and need no network.
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = download(local_files_only=True)
+            if (folder / TOKENIZER_FILES[0]).exists():
+                return folder
+        return download(local_files_only=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--tokenizer {name!r} is no file or folder here, nor to be had from the hub "
+            f"({first_line(error)}); check the name, the network and, for a model with terms to agree to, "
+            "`hf auth login`"
+        ) from error

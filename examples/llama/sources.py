@@ -1,0 +1,149 @@
+"""Where documents come from: what `--data` and `--validation` can name."""
+
+import dataclasses
+import glob
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from examples.llama.digests import content_digest, unreadable
+from examples.llama.hub import PREFIX, HubSource
+from examples.llama.readers import Document, DocumentError, read_file
+from examples.llama.usage import UsageError, unknown_name
+
+# Installed packages differ between machines, tests and tables are copies of one another, and
+# pydoc_data is one English text so long that whichever split it falls into would be about it.
+SKIPPED_FOLDERS = frozenset(
+    (
+        *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"),
+        "pydoc_data",
+    )
+)
+
+
+class Source(Protocol):
+    """Documents, read lazily, and as often as wanted."""
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yields at least one document, or raises `UsageError`."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Returns what changes with the documents, or with their name where that is all there is."""
+        ...
+
+    def held_out(self) -> Iterable[Document] | None:
+        """Returns the validation documents that come with the source, if any do."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """The documents of files on disk; `flag` and `data` are what the user gave, for errors."""
+
+    flag: str
+    data: str
+    files: dict[str, Path]  # By name, in reading order.
+    read: Callable[[str, Path], Iterable[Document]]
+
+    def __iter__(self) -> Iterator[Document]:
+        empty = True
+        for name, path in self.files.items():
+            try:
+                for document in self.read(name, path):
+                    empty = False
+                    yield document
+            except DocumentError as error:
+                raise self._error(error) from error
+            except OSError as error:
+                raise self._error(unreadable(path, error)) from error
+        if empty:
+            raise UsageError(
+                f"{self.flag} {self.data!r} has no text in its {len(self.files)} files; give files with text"
+            )
+
+    def fingerprint(self) -> str:
+        try:
+            # The same files may make other documents, as modules of the standard library stay whole.
+            return f"{self.read.__name__} {content_digest(self.data, self.files)}"
+        except DocumentError as error:
+            raise self._error(error) from error
+
+    def held_out(self) -> None:
+        return None
+
+    def _error(self, error: DocumentError) -> UsageError:
+        return UsageError(f"{self.flag} {self.data!r}: {error}")
+
+
+def documents(data: str) -> Iterable[Document]:
+    """Returns the documents that a value of `--data` names, to be read lazily and again if wanted.
+
+    `data` is one of
+
+    * `stdlib`: the `.py` files of the running Python's standard library;
+    * a file, a folder (with the folders in it, hidden ones aside) or a glob such as `corpus/**/*.txt`.
+      A row of a `.jsonl`, `.jsonl.gz`, `.json.gz` or `.parquet` file is a document, its text in the
+      field `text`. Any other file is a document of text in UTF-8; one of more than 64 KiB is cut
+      after blank lines into documents of at least 16 KiB;
+    * `hf:OWNER/NAME[/CONFIG][@REVISION]`: a data set of Hugging Face's hub, its split `train`, read as
+      it downloads; or `hf:/FOLDER[/CONFIG]`, a copy of one on disk.
+
+    Raises:
+        UsageError: where there is no such source; while reading, where it holds no text.
+    """
+    return open_source("--data", data)
+
+
+def open_source(flag: str, data: str) -> Source:
+    """Returns what `documents` does, with errors that name `flag`."""
+    if data == "stdlib":
+        return stdlib(flag)
+    if data.startswith(PREFIX):
+        return HubSource.parse(flag, data)
+    files = find_files(data)
+    if files:
+        return FileSource(flag, data, files, read_file)
+    if Path(data).expanduser().is_dir():
+        raise UsageError(f"{flag} {data!r} is a folder without files; give one with text")
+    if glob.has_magic(data):
+        raise UsageError(f"{flag} {data!r} matches no file; give a glob that does, such as 'corpus/**/*.txt'")
+    raise UsageError(
+        f"{unknown_name(flag, data, ['stdlib'])}, or give a file, folder or glob that exists, "
+        "or hf:OWNER/NAME for a data set of the hub"
+    )
+
+
+def stdlib_folder() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def stdlib(flag: str = "--data") -> FileSource:
+    """Returns the `.py` files of the running Python's standard library, sorted by path."""
+    folder = stdlib_folder()
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
+    kept = [path for path in paths if not SKIPPED_FOLDERS.intersection(path.parts)]
+    return FileSource(flag, "stdlib", {path.as_posix(): folder / path for path in kept}, read_module)
+
+
+def read_module(name: str, path: Path) -> list[Document]:
+    # A few files declare another encoding; a replacement character in a comment does no harm.
+    return [Document(name, path.read_text("utf-8", errors="replace"))]
+
+
+def find_files(data: str) -> dict[str, Path]:
+    """Returns the files of a file, folder or glob, sorted by their path relative to it."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return {path.name: path}
+    # A folder's hidden files, such as those of .git, are as little meant as a glob's `*` matches them.
+    root, pattern = (path, glob.escape(str(path)) + "/**") if path.is_dir() else (glob_root(path), str(path))
+    found = (Path(name) for name in glob.iglob(pattern, recursive=True))
+    names = sorted(found_path.relative_to(root) for found_path in found if found_path.is_file())
+    return {name.as_posix(): root / name for name in names}
+
+
+def glob_root(pattern: Path) -> Path:
+    """Returns the folder in which a glob begins to vary: the files' names are relative to it."""
+    return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))

@@ -1,0 +1,53 @@
+"""Which documents are held out for validation."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+from examples.llama.readers import Document
+from examples.llama.usage import UsageError
+
+TRAIN, VALIDATION = "train", "validation"
+VALIDATION_SHARE = 1 / 20
+
+Labelled = tuple[str, Document]  # A document after the split that it falls into.
+
+
+def in_validation(name: str) -> bool:
+    """Whether a document is held out: by a hash of its name, so adding others moves none."""
+    return draw(name) < VALIDATION_SHARE * 2**64
+
+
+def draw(name: str) -> int:
+    """Returns a number below 2**64 that only the name decides."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
+    """Yields the documents in reading order, each with its split; each split gets at least one.
+
+    Where the hash would leave a split empty, as happens to a few documents only, it gets the one
+    that comes nearest to it.
+
+    Raises:
+        UsageError: where there is one document only; `data` is where it is from.
+    """
+    waiting: list[Document] = []  # Until it is known that neither split stays empty.
+    found: set[bool] = set()
+    for document in documents:
+        waiting.append(document)
+        found.add(in_validation(document.name))
+        if len(found) == 2:
+            yield from ((VALIDATION if in_validation(d.name) else TRAIN, d) for d in waiting)
+            waiting.clear()
+    if len(found) == 2:
+        return
+    if len(waiting) < 2:
+        raise UsageError(
+            f"--data {data!r} has 1 document, and training and validation need one each; "
+            "add documents (a long text is cut at its blank lines), or give --validation"
+        )
+    if found == {False}:
+        nearest, its_split, others = min(waiting, key=lambda d: draw(d.name)), VALIDATION, TRAIN
+    else:
+        nearest, its_split, others = max(waiting, key=lambda d: draw(d.name)), TRAIN, VALIDATION
+    yield from ((its_split if document is nearest else others, document) for document in waiting)

@@ -1,0 +1,147 @@
+"""Tokenizers: a byte-level BPE trained on the corpus, or one that is given."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from examples.llama.hub import TOKENIZER_FILES, tokenizer_folder
+from examples.llama.usage import UsageError, first_line
+
+END = "<|end|>"  # Follows every document, so that no window mistakes one for its successor.
+# What other tokenizers call it where no tokenizer_config.json says.
+KNOWN_ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
+SMALLEST_VOCAB = 256 + 1  # A token for each byte, and `END`.
+TOKENIZER_FILE, CONFIG_FILE = TOKENIZER_FILES
+
+
+class Encoder(NamedTuple):
+    """A tokenizer and the id of the token that follows every document."""
+
+    tokenizer: tokenizers.Tokenizer
+    end_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id + 1, which is more than the number of tokens where ids have gaps."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Returns each text's token ids (uint32, 1-D), the last of them `end_id`."""
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*encoding.ids, self.end_id], np.uint32) for encoding in encodings]
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """Returns the tokenizer in a file, set to encode text of any length and content.
+
+    Raises:
+        Exception: what the Rust library raises for a file that is no tokenizer.
+    """
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    # Some files ask for these, which suit a batch for inference.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # A text that quotes a special token's name does not contain it. (The name is Rust's: encode the
+    # names of special tokens as text.)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
+    """Returns a byte-level BPE: it can spell any text, so there is no unknown token."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True
+    return Encoder(tokenizer, tokenizer.get_vocab()[END])
+
+
+def load_tokenizer(name: str, vocab_size: int) -> Encoder:
+    """Returns the tokenizer that a value of `--tokenizer` names.
+
+    Args:
+        name: path of a tokenizer.json, a folder with one, or the name of a model on the hub.
+        vocab_size: the model's.
+
+    Raises:
+        UsageError: where there is none, it does not fit the model, or it has no token for the end of
+            a text.
+    """
+    path = tokenizer_path(name)
+    try:
+        tokenizer = read_tokenizer(path)
+    except Exception as error:  # The library raises nothing more specific.
+        raise UsageError(
+            f"--tokenizer {name!r}: {path} is no tokenizer ({first_line(error)}); "
+            f"give a {TOKENIZER_FILE} in the format of Hugging Face's tokenizers"
+        ) from error
+    encoder = Encoder(tokenizer, find_end(name, tokenizer, path.parent / CONFIG_FILE))
+    if encoder.vocab_size > vocab_size:
+        raise UsageError(
+            f"--tokenizer {name!r} has {encoder.vocab_size} tokens and the model's vocabulary is "
+            f"{vocab_size}; give a smaller tokenizer, or a model with a larger vocabulary"
+        )
+    return encoder
+
+
+def tokenizer_path(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and path.suffix != ".json":
+        folder = tokenizer_folder(name)
+    else:
+        raise UsageError(
+            f"--tokenizer {name!r} does not exist; give a {TOKENIZER_FILE}, a folder with one, "
+            "or OWNER/NAME of a model on the hub"
+        )
+    if not (folder / TOKENIZER_FILE).exists():
+        raise UsageError(
+            f"--tokenizer {name!r} has no {TOKENIZER_FILE}; write one with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return folder / TOKENIZER_FILE
+
+
+def find_end(name: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
+    """Returns the id of the token for the end of a text: what `config` says, or a known one."""
+    named = eos_token(name, config)
+    for token in KNOWN_ENDS if named is None else [named]:
+        if (end_id := tokenizer.token_to_id(token)) is not None:
+            return end_id
+    if named is not None:
+        raise UsageError(
+            f"--tokenizer {name!r} has no token {named!r}, the eos_token of {config}; correct one of them"
+        )
+    raise UsageError(
+        f"--tokenizer {name!r} has none of {', '.join(KNOWN_ENDS)} to end a document with; "
+        f'name its own in {config}: {{"eos_token": "..."}}'
+    )
+
+
+def eos_token(name: str, config: Path) -> str | None:
+    """Returns what a tokenizer_config.json calls the end of a text, if there is one and it does."""
+    if not config.exists():
+        return None
+    try:
+        token = json.loads(config.read_text("utf-8")).get("eos_token")
+        return token["content"] if isinstance(token, dict) else token  # An AddedToken or a string.
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise UsageError(
+            f"--tokenizer {name!r}: {config} holds no JSON object of a tokenizer "
+            f"({type(error).__name__}: {first_line(error)}); get it again, or remove it"
+        ) from error

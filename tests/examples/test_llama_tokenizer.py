@@ -1,0 +1,165 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from examples.llama import tokenizer
+from examples.llama.usage import UsageError
+
+TEXTS = ["def spam(x):\n    return x + 1\n" * 5, "grüße from the spam factory, spam spam\n" * 3]
+SPECIAL = "<|end_of_text|>"
+
+
+def write_tokenizer(folder: Path, *specials: str, **config: object) -> Path:
+    """Writes a BPE with special tokens, in a model's folder; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = tokenizer.train_tokenizer(TEXTS, 300).tokenizer
+    fields = json.loads(trained.to_str())
+    fields["added_tokens"] = []
+    fields["model"]["vocab"] = {"spam!": 0} | {
+        name: number for name, number in fields["model"]["vocab"].items() if number
+    }
+    given = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    given.add_special_tokens(list(specials))
+    given.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_trained_tokenizer_spells_any_text() -> None:
+    trained, end_id = tokenizer.train_tokenizer(TEXTS, 300)
+    text = "def spam(x):\n\treturn 'grüße 🚀' + x  # two  spaces\r\n"
+    assert trained.decode(trained.encode(text).ids) == text
+    assert trained.get_vocab_size() <= 300
+    assert trained.id_to_token(end_id) == "<|end|>"
+
+
+def test_encoded_texts_end_with_the_end_token_and_only_there() -> None:
+    encoder = tokenizer.train_tokenizer(TEXTS, 300)
+    texts = ["spam", "", "a <|end|> that is quoted"]
+    rows = encoder.encode(texts)
+    assert [row[-1] for row in rows] == [encoder.end_id] * 3
+    assert all(encoder.end_id not in row[:-1] for row in rows)
+    assert [encoder.tokenizer.decode(row[:-1].tolist()) for row in rows] == texts
+
+
+def test_given_tokenizer_encodes_whole_texts_and_adds_nothing(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, SPECIAL, "<s>")
+    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = f"spam{SPECIAL} " * 20
+    # What an inference tokenizer may come with.
+    raw.enable_truncation(4)
+    raw.enable_padding(length=64)
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
+    )
+    raw.save(str(folder / "tokenizer.json"))
+    encoder = tokenizer.load_tokenizer(str(folder), 400)
+    (row,) = encoder.encode([text])
+    assert encoder.tokenizer.decode(row[:-1].tolist(), skip_special_tokens=False) == text
+    assert row.tolist().count(encoder.end_id) == 1
+
+
+def test_file_and_folder_name_the_same_tokenizer(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, SPECIAL)
+    from_file = tokenizer.load_tokenizer(str(folder / "tokenizer.json"), 400)
+    from_folder = tokenizer.load_tokenizer(str(folder), 400)
+    assert from_file.tokenizer.to_str() == from_folder.tokenizer.to_str()
+    assert from_file.end_id == from_folder.end_id
+
+
+@pytest.mark.parametrize(
+    ("specials", "config", "end"),
+    [
+        (["</s>", "<|eot|>"], {"eos_token": "<|eot|>"}, "<|eot|>"),
+        (["</s>", "<|eot|>"], {"eos_token": {"content": "<|eot|>", "lstrip": False}}, "<|eot|>"),
+        (["</s>", "<|eot|>"], {"eos_token": None}, "</s>"),
+        (["<s>", "</s>"], {}, "</s>"),
+        (["<eos>", "<|end_of_text|>"], {}, "<|end_of_text|>"),
+    ],
+)
+def test_end_token(tmp_path: Path, specials: list[str], config: dict[str, object], end: str) -> None:
+    encoder = tokenizer.load_tokenizer(str(write_tokenizer(tmp_path, *specials, **config)), 400)
+    assert encoder.tokenizer.id_to_token(encoder.end_id) == end
+
+
+def test_hub_tokenizer_is_read_from_the_cache_without_a_network(tmp_path: Path) -> None:
+    cached = tmp_path / "models--meta-llama--Llama-3.2-1B"
+    commit = "4e20de362430cd3b72f300e6b0f18e50e7166e08"
+    write_tokenizer(cached / "snapshots" / commit, SPECIAL, "<|eot_id|>", eos_token="<|eot_id|>")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    code = """
+from examples.llama import tokenizer
+from examples.llama.usage import UsageError
+encoder = tokenizer.load_tokenizer("meta-llama/Llama-3.2-1B", 400)
+print(encoder.tokenizer.id_to_token(encoder.end_id))
+try:
+    tokenizer.load_tokenizer("meta-llama/Llama-9", 400)
+except UsageError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    end, refusal = done.stdout.splitlines()
+    assert end == "<|eot_id|>"
+    assert refusal.startswith(
+        "--tokenizer 'meta-llama/Llama-9' is no file or folder here, nor to be had from"
+    )
+    assert "check the name, the network" in refusal
+
+
+def test_vocabulary_larger_than_the_models_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, SPECIAL)
+    size = tokenizer.load_tokenizer(str(folder), 400).vocab_size
+    assert tokenizer.load_tokenizer(str(folder), size).end_id == size - 1
+    message = f"has {size} tokens and the model's vocabulary is {size - 1}; give a smaller tokenizer, or"
+    with pytest.raises(UsageError, match=message):
+        tokenizer.load_tokenizer(str(folder), size - 1)
+
+
+def test_ids_with_gaps_count_by_the_largest(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, SPECIAL)
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["spam!"] = 900
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match="has 901 tokens and the model's vocabulary is 400"):
+        tokenizer.load_tokenizer(str(folder), 400)
+
+
+def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "tokenizer.json"), "my.json", "a/b/c"):
+        with pytest.raises(UsageError, match=f"--tokenizer '{name}' does not exist; give a tokenizer.json"):
+            tokenizer.load_tokenizer(name, 400)
+    with pytest.raises(UsageError, match="has no tokenizer.json; write one with transformers"):
+        tokenizer.load_tokenizer(str(tmp_path), 400)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"model": 1}'])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UsageError, match=r"--tokenizer .*tokenizer.json is no tokenizer \(.*\); give a"):
+        tokenizer.load_tokenizer(str(tmp_path), 400)
+
+
+def test_bad_end_tokens_are_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, "<fin>")
+    with pytest.raises(
+        UsageError, match=r"has none of <\|end\|>, .* to end a document with; name its own in"
+    ):
+        tokenizer.load_tokenizer(str(folder), 400)
+    config = folder / "tokenizer_config.json"
+    config.write_text('{"eos_token": "</s>"}')
+    with pytest.raises(UsageError, match="has no token '</s>', the eos_token of .*; correct one of them"):
+        tokenizer.load_tokenizer(str(folder), 400)
+    for content in ("{", "[]", '{"eos_token": {}}'):
+        config.write_text(content)
+        with pytest.raises(UsageError, match="tokenizer_config.json holds no JSON object of a tokenizer"):
+            tokenizer.load_tokenizer(str(folder), 400)
