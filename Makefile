@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format bench clean
+.PHONY: help train test test-slow torch lint format bench clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -25,6 +25,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[test]'
 	@touch $@
 
+$(VENV)/.torch: $(VENV)/.test
+	$(INSTALL) -e '.[test,torch]'
+	@touch $@
+
 train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW and APOLLO-Mini side by side
 	$(BIN)/python -m examples.llama.compare --out $(OUT)
 
@@ -33,6 +37,8 @@ test: $(VENV)/.test  ## all tests that take seconds
 
 test-slow: $(VENV)/.test  ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+torch: $(VENV)/.torch  ## PyTorch and Transformers, which some tests and a benchmark compare with
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .
@@ -43,9 +49,10 @@ format: $(VENV)/.test  ## write the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.examples  ## the tables that README and docs quote
+bench: $(VENV)/.torch  ## the tables that README and docs quote
 	$(BIN)/python -m benchmarks.state_bytes
 	$(BIN)/python -m benchmarks.import_time
+	$(BIN)/python -m benchmarks.pretrain_throughput
 
 clean:  ## remove the virtual environment and what runs wrote
 	rm -rf $(VENV) runs

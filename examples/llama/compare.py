@@ -1,94 +1,201 @@
 """Compares optimizers on the same batches: `python -m examples.llama.compare --out runs/compare`.
 
-Runs every optimizer at every learning rate given, each into a folder of its own, and ends with a
-table and one figure with all the curves.
+Runs every optimizer at every pair of learning rates given, each into a folder of its own, then the
+best pair of each optimizer again with the other seeds, and ends with a table and a figure with the
+curves. With `--resume auto`, runs that have ended are not run again and one that was cut off goes on.
 """
 
+import collections
 import dataclasses
 import itertools
-from pathlib import Path
+import json
+import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from rich import box, filesize
 from rich.console import Console
 from rich.table import Table
 
+from examples.llama.build import abstract_params, execution_of, model_config
+from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
-from examples.llama.optimizers import with_defaults
-from examples.llama.options import RunOptions, TrainingOptions, parse
-from examples.llama.plots import plot_curves
-from examples.llama.pretrain import DivergedError, RunResult, pretrain
-from examples.llama.run_log import check_free
-from examples.llama.usage import UsageError, exit_on_usage_error
+from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.options import RunOptions, TrainingOptions, check_positive, parse
+from examples.llama.plots import plot_comparison
+from examples.llama.pretrain import pretrain
+from examples.llama.recorder import DivergedError
+from examples.llama.result import RunResult
+from examples.llama.run_log import check_free, replace_text
+from examples.llama.state_size import StateBytes, state_bytes
+from examples.llama.usage import UsageError, exit_on_usage_error, notice
+
+RESULTS = "results.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions(TrainingOptions):
-    """Several runs that differ only in optimizer and learning rates."""
+    """Several runs that differ only in optimizer, learning rates and seed."""
 
     optimizers: tuple[str, ...] = ("adamw", "apollo-mini")
-    """Any of adamw, apollo, apollo-mini and apollo-svd."""
+    """Any of adamw, apollo, apollo-mini, apollo-svd, galore, muon, adafactor, lion and sgd."""
     lr: tuple[float, ...] = ()
     """Peak learning rates of the layers' kernels to try; by default each optimizer's own."""
+    lr_factors: tuple[float, ...] = ()
+    """Multiples of each optimizer's own learning rate of the kernels to try, instead of --lr."""
     lr_embeddings: tuple[float, ...] = ()
-    """Peak learning rates of embeddings, head and norms; by default each optimizer's own."""
+    """Peak learning rates of embeddings, head and norms to try; by default each optimizer's own."""
+    more_seeds: tuple[int, ...] = ()
+    """Seeds besides --seed, for another run each of every optimizer's best pair of rates."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr and self.lr_factors:
+            raise UsageError("--lr and --lr-factors both say which learning rates to try; give one")
+        for flag, values in (
+            ("--lr", self.lr),
+            ("--lr-factors", self.lr_factors),
+            ("--lr-embeddings", self.lr_embeddings),
+        ):
+            for value in values:
+                check_positive(flag, value)
+        for seed in self.more_seeds:
+            if seed < 0 or (self.seed, *self.more_seeds).count(seed) > 1:
+                raise UsageError(f"--more-seeds {seed} is negative or given twice; give each once")
+
+
+class Setting(NamedTuple):
+    """A row of the table: runs that differ in nothing but their seed."""
+
+    options: RunOptions  # With the first seed.
+    results: tuple[RunResult, ...]  # By seed, without those that diverged.
+
+    @property
+    def val_loss(self) -> float:
+        return statistics.mean(result.val_loss for result in self.results)
+
+
+def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
+    """Returns the runs with the first seed: each optimizer with each pair of rates, defaults filled in."""
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainingOptions)}
+    common = RunOptions(**fields)
+    runs = []
+    for name in options.optimizers:
+        default = with_defaults(dataclasses.replace(common, optimizer=name), config)
+        assert default.lr is not None
+        lrs = options.lr or [default.lr * factor for factor in options.lr_factors] or [default.lr]
+        for lr, lr_embeddings in itertools.product(lrs, options.lr_embeddings or [default.lr_embeddings]):
+            run = dataclasses.replace(default, lr=float(f"{lr:.6g}"), lr_embeddings=lr_embeddings)
+            runs.append(in_own_folder(run, options))
+    if len({run.out for run in runs}) < len(runs):
+        raise UsageError("an optimizer or learning rate is given twice; give each once")
+    return runs
+
+
+def in_own_folder(run: RunOptions, options: CompareOptions) -> RunOptions:
+    name = f"{run.optimizer}-{run.lr:g}-{run.lr_embeddings:g}-seed{run.seed}"
+    return dataclasses.replace(run, out=options.out / name)
 
 
 def label(run: RunOptions) -> str:
-    return f"{run.optimizer} lr={run.lr:g},{run.lr_embeddings:g}"
+    return f"{run.optimizer} lr={run.lr:g},{run.lr_embeddings:g} seed={run.seed}"
 
 
-def runs_of(options: CompareOptions) -> list[RunOptions]:
-    """Returns the runs: each optimizer with each pair of learning rates, defaults filled in."""
-    common = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainingOptions)}
-    choices = itertools.product(options.optimizers, options.lr or (None,), options.lr_embeddings or (None,))
+def finish(run: RunOptions) -> RunResult | None:
+    """Runs what is left of `run`; a run that diverges is reported and has no result."""
+    try:
+        return pretrain(run)
+    except DivergedError as error:
+        notice(f"{label(run)}: {error}")
+        return None
+
+
+def best_settings(settings: Iterable[Setting]) -> dict[str, Setting]:
+    """Returns the setting of the lowest validation loss of each optimizer with one that did not diverge."""
+    best: dict[str, Setting] = {}
+    for setting in settings:
+        name = setting.options.optimizer
+        if setting.results and (name not in best or setting.val_loss < best[name].val_loss):
+            best[name] = setting
+    return best
+
+
+def with_more_seeds(setting: Setting, options: CompareOptions) -> Setting:
     runs = [
-        with_defaults(RunOptions(**common, optimizer=name, lr=lr, lr_embeddings=lr_embeddings))
-        for name, lr, lr_embeddings in choices
+        in_own_folder(dataclasses.replace(setting.options, seed=seed), options) for seed in options.more_seeds
     ]
-    folders = [options.out / f"{run.optimizer}-{run.lr:g}-{run.lr_embeddings:g}" for run in runs]
-    if len(set(folders)) < len(runs):
-        raise UsageError("an optimizer or learning rate is given twice; give each once")
-    return [dataclasses.replace(run, out=folder) for run, folder in zip(runs, folders, strict=True)]
+    return setting._replace(results=setting.results + tuple(filter(None, map(finish, runs))))
 
 
-def table(results: list[RunResult | RunOptions]) -> Table:
-    """Returns a row for each run; a run that diverged is there with its options alone."""
-    caption = "kernels, emb+head, rest: optimizer state"
+def table(settings: list[Setting], best: list[RunOptions], sizes: dict[str, StateBytes]) -> Table:
+    """Returns a row for each setting; one that diverged is there with its options alone."""
+    caption = "*: each optimizer's best; ±: standard deviation over seeds; kernels, emb+head, rest: state"
     view = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
     view.add_column("optimizer", no_wrap=True)
-    for column in ("lr", "lr emb", "val ppl", "kernels", "emb+head", "rest", "time", "tokens/s"):
+    for column in ("lr", "lr emb", "val ppl", "±", "seeds", "kernels", "emb+head", "rest", "tokens/s"):
         view.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        run = result.options if isinstance(result, RunResult) else result
-        cells = [run.optimizer, f"{run.lr:g}", f"{run.lr_embeddings:g}"]
-        if isinstance(result, RunResult):
-            cells.append(f"{perplexity(result.val_loss):.2f}")
-            cells.extend(filesize.decimal(size) for size in result.state)
-            cells.extend((f"{result.seconds:.0f} s", f"{result.tokens_per_s:,.0f}"))
+    for setting in settings:
+        run, results = setting
+        row = [run.optimizer, f"{run.lr:g}", f"{run.lr_embeddings:g}"]
+        if results:
+            perplexities = [perplexity(result.val_loss) for result in results]
+            spread = f"{statistics.stdev(perplexities):.2f}" if len(perplexities) > 1 else ""
+            row.append(f"{statistics.mean(perplexities):.2f}{'*' if run in best else ' '}")
+            row.extend((spread, str(len(results))))
+            row.extend(filesize.decimal(size) for size in sizes[run.optimizer])
+            row.append(f"{statistics.median(result.tokens_per_s for result in results):,.0f}")
         else:
-            cells.append("diverged")
-        view.add_row(*cells)
+            row.append("diverged ")
+        view.add_row(*row)
     return view
 
 
-def compare(options: CompareOptions, console: Console) -> list[RunResult | RunOptions]:
-    """Trains all runs one after the other; a run that diverges is reported and the rest go on."""
-    check_free(options.out)
-    runs = runs_of(options)
-    for run in runs:
-        check_free(run.out)
-    results: list[RunResult | RunOptions] = []
-    for run in runs:
-        try:
-            results.append(pretrain(run))
-        except DivergedError as error:
-            console.print(f"{label(run)}: {error}")
-            results.append(run)
-    curves: dict[str, Path] = {label(run): run.out for run in runs}
-    plot_curves(curves, options.out)
-    console.print(table(results))
+def write_results(settings: list[Setting], options: CompareOptions) -> None:
+    rows = [
+        {name: getattr(result.options, name) for name in ("optimizer", "lr", "lr_embeddings", "seed")}
+        | {"val_ppl": perplexity(result.val_loss), "tokens_per_s": result.tokens_per_s}
+        for setting in settings
+        for result in setting.results
+    ]
+    replace_text(options.out / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def draw(settings: list[Setting], best: list[RunOptions], options: CompareOptions) -> None:
+    sweeps: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for setting in settings:
+        if setting.results:
+            run = setting.options
+            assert run.lr is not None
+            name = f"{run.optimizer} (lr emb {run.lr_embeddings:g})"
+            sweeps[name].append((run.lr, perplexity(setting.val_loss)))
+    plot_comparison({label(run): run.out for run in best}, sweeps, options.out)
+
+
+def compare(options: CompareOptions, console: Console) -> list[Setting]:
+    """Trains all runs one after the other; a run that diverges is reported and the rest go on.
+
+    Raises:
+        UsageError: for input that makes no run, before anything is written.
+        RunInterrupted: after SIGTERM or Ctrl-C; the run under way has a checkpoint.
+    """
+    config = model_config(options)
+    runs = grid(options, config)
+    resume = options.resume == "auto"
+    for folder in (options.out, *(run.out for run in runs)):
+        check_free(folder, resume=resume)
+    params = abstract_params(config, execution_of(options))
+    sizes = {run.optimizer: state_bytes(make_optimizer(run, config)[0], params) for run in runs}
+
+    settings = [Setting(run, tuple(filter(None, [finish(run)]))) for run in runs]
+    chosen = [setting.options for setting in best_settings(settings).values()]
+    settings = [
+        with_more_seeds(setting, options) if setting.options in chosen else setting for setting in settings
+    ]
+    write_results(settings, options)
+    draw(settings, chosen, options)
+    console.print(table(settings, chosen, sizes))
     console.print(f"curves and metrics in {options.out}")
-    return results
+    return settings
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,8 +1,8 @@
 """The optimizers by name, with their learning rates.
 
-Parameters fall into two learning-rate groups: the kernels of the layers, which are what APOLLO
-treats as matrices, and the rest (embeddings, head, norms), which it leaves to Adam. AdamW gets the
-same two rates, so that a comparison is not won by a better rate for the embeddings alone.
+Parameters fall into two groups: the kernels of the layers (attention and MLP), which is where the
+optimizers differ, and the rest (embeddings, head, norms), which all of them leave to Adam. Each group
+has a learning rate of its own, so that no comparison is won by a better rate for the embeddings alone.
 
 To add an optimizer, add a `Recipe`.
 """
@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
+import optax.contrib
 
 import apollo_optax
-from examples.llama.config import LlamaConfig, preset
+from examples.llama.config import LlamaConfig
 from examples.llama.options import RunOptions
 from examples.llama.usage import unknown_name
 
@@ -37,6 +38,66 @@ def adamw(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformat
     del config
     # Without weight decay, as in the APOLLO paper's pre-training, AdamW is Adam.
     return optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=options.moment_dtype)
+
+
+def with_adam_for_the_rest(
+    for_kernels: optax.GradientTransformation, options: RunOptions, config: LlamaConfig
+) -> optax.GradientTransformation:
+    return optax.partition({"kernels": for_kernels, "rest": adamw(options, config)}, lr_groups)
+
+
+def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    # As `optax.adafactor` chains them.
+    scaler = optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+    )
+    return with_adam_for_the_rest(scaler, options, config)
+
+
+def galore(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    assert options.rank is not None
+    assert options.scale is not None
+    scaler = optax.contrib.scale_by_galore(options.rank, scale=options.scale)
+    return with_adam_for_the_rest(over_layers(scaler), options, config)
+
+
+def over_layers(galore: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Maps GaLore, which takes matrices only, over the first axis of stacked ones."""
+    # The counts are not mapped: on a mapped count, every step would compute the SVD.
+    unmapped: Any = None
+    base_axes = optax.ScaleByAdamState(count=unmapped, mu=0, nu=0)
+    axes = optax.contrib.GaLoreState(count=unmapped, base_optimizer_state=base_axes, projector=0)
+    mapped_update = jax.vmap(lambda updates, state: galore.update(updates, state), (0, axes), (0, axes))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        return mapped_update(updates, state)
+
+    return optax.GradientTransformation(jax.vmap(galore.init, out_axes=axes), update)
+
+
+def lion(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    scaler = optax.scale_by_lion(b1=0.9, b2=0.99, mu_dtype=options.moment_dtype)
+    return with_adam_for_the_rest(scaler, options, config)
+
+
+def muon(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    def dimension_numbers(params: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params)
+
+    descent = optax.contrib.muon(
+        1.0, mu_dtype=options.moment_dtype, muon_weight_dimension_numbers=dimension_numbers
+    )
+    # Optax has Muon's scaling by shape only inside `muon`, which goes downhill by itself.
+    scaler = optax.chain(descent, optax.scale(-1.0))
+    return with_adam_for_the_rest(scaler, options, config)
+
+
+def sgd(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    # Without momentum: the memory that the others are measured against.
+    return with_adam_for_the_rest(optax.identity(), options, config)
 
 
 def apollo(
@@ -78,12 +139,16 @@ class Recipe(NamedTuple):
     scale: float | None = None
 
 
+def quarter_of_width(config: LlamaConfig) -> int:
+    return config.hidden_size // 4
+
+
 def channel_wise(projection: Literal["random", "svd"]) -> Recipe:
     return Recipe(
         functools.partial(apollo, scale_type="channel", projection=projection),
         lr=1e-2,
         lr_embeddings=3e-2,
-        rank_of=lambda config: config.hidden_size // 4,
+        rank_of=quarter_of_width,
         scale=1.0,
     )
 
@@ -99,18 +164,29 @@ RECIPES: dict[str, Recipe] = {
         scale=128.0,
     ),
     "apollo-svd": channel_wise("svd"),
+    "galore": Recipe(galore, lr=1e-2, lr_embeddings=3e-2, rank_of=quarter_of_width, scale=0.25),
+    "muon": Recipe(muon, lr=2e-2, lr_embeddings=3e-2),
+    "adafactor": Recipe(adafactor, lr=3e-2, lr_embeddings=3e-2),
+    "lion": Recipe(lion, lr=3e-4, lr_embeddings=3e-2),
+    "sgd": Recipe(sgd, lr=1.0, lr_embeddings=3e-2),
 }
 
 
-def with_defaults(options: RunOptions) -> RunOptions:
-    """Fills in what the optimizer decides; raises `UsageError` for an optimizer not in the table."""
+def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
+    """Fills in what the model and the optimizer decide.
+
+    Raises:
+        UsageError: for an optimizer not in the table.
+    """
     if options.optimizer not in RECIPES:
         raise unknown_name("--optimizer", options.optimizer, RECIPES)
     recipe = RECIPES[options.optimizer]
     defaults = {
+        "model": None if options.init_from else "tiny",
+        "compute_dtype": options.weights,
         "lr": recipe.lr,
         "lr_embeddings": recipe.lr_embeddings,
-        "rank": recipe.rank_of(preset(options.model)),
+        "rank": recipe.rank_of(config),
         "scale": recipe.scale,
     }
     unset = {name: value for name, value in defaults.items() if getattr(options, name) is None}
@@ -127,6 +203,11 @@ def lr_group(path: str) -> str:
     return "kernels" if re.search(KERNELS, path) else "rest"
 
 
+def lr_groups(params: Any) -> Any:
+    """Returns "kernels" or "rest" for each leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: lr_group(path_name(path)), params)
+
+
 def make_optimizer(
     options: RunOptions, config: LlamaConfig
 ) -> tuple[optax.GradientTransformation, Schedules]:
@@ -141,11 +222,8 @@ def make_optimizer(
         "rest": make_schedule(options.lr_embeddings, options.steps),
     }
 
-    def labels(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: lr_group(path_name(path)), params)
-
     rates: dict[Hashable, optax.GradientTransformation] = {
         name: optax.scale_by_learning_rate(rate) for name, rate in schedules.items()
     }
     scaler = RECIPES[options.optimizer].scaler(options, config)
-    return optax.chain(scaler, optax.partition(rates, labels)), schedules
+    return optax.chain(scaler, optax.partition(rates, lr_groups)), schedules

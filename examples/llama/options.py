@@ -3,14 +3,25 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from examples.llama.config import preset
 from examples.llama.usage import UsageError, unknown_name
 
-REMAT = ("none", "full")
-MOMENT_DTYPES = ("float32", "bfloat16")
-EMBEDDINGS = ("adam", "apollo")
+CHOICES = {
+    "--remat": ("none", "dots", "full"),
+    "--weights": ("float32", "bfloat16"),
+    "--compute-dtype": ("float32", "bfloat16"),
+    "--attention": ("auto", "xla", "cudnn"),
+    "--moment-dtype": ("float32", "bfloat16"),
+    "--embeddings": ("adam", "apollo"),
+    "--on-nonfinite": ("stop", "skip"),
+    "--resume": ("never", "auto"),
+}
+
+# What may change when a run is resumed: none of it changes what the run computes.
+CHANGEABLE = frozenset(
+    ("out", "resume", "eval_every", "checkpoint_every", "keep_checkpoints", "workers", "on_nonfinite")
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,59 +29,93 @@ class TrainingOptions:
     """What runs that are compared have in common."""
 
     out: Path
-    """Folder for the results; must not hold an earlier run."""
-    model: str = "tiny"
-    """tiny, 60m, 130m, 350m, 1b, 7b or 13b."""
+    """Folder for the results; must not hold another run."""
+    model: str | None = None
+    """tiny (the default), 60m, 130m, 350m, 1b, 7b, 13b, llama-3.2-1b or llama-3-8b."""
+    init_from: Path | None = None
+    """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to start from, instead
+    of --model and random weights."""
     data: str = "stdlib"
-    """stdlib: the source of Python's standard library, which needs no network."""
+    """stdlib: the source of Python's standard library, which needs no network. Or a file, a folder or a
+    quoted glob of text, .jsonl or .parquet (field `text`), or hf:OWNER/NAME[/CONFIG] from the hub."""
+    validation: str | None = None
+    """The same for held-out text; by default one document in twenty of --data."""
+    data_tokens: int | None = None
+    """Stop reading --data after this many tokens; by default for hf: as many as the run needs, else
+    all."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a folder with one, or a name on the hub; by default that of --init-from, else a
+    BPE trained on --data at its first use."""
+    vocab: int | None = None
+    """Tokens of that BPE; by default the model's vocabulary."""
     steps: int = 800
     """Training steps; the first tenth warms the learning rates up."""
     batch: int = 8
     """Sequences a step."""
+    accumulate: int = 1
+    """Micro-batches that --batch is cut into, to save memory; must divide it."""
     seq: int = 128
     """Tokens a sequence."""
     seed: int = 0
     """Sets the initial weights, the order of the data and APOLLO's projections."""
+    workers: int = 2
+    """Threads that read data ahead."""
     eval_every: int = 100
     """Steps between evaluations; the last step always has one."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+    resume: str = "never"
+    """auto: continue the run in --out from its last checkpoint, or start it. never: refuse a folder
+    with a run in it."""
+    on_nonfinite: str = "stop"
+    """What to do at a loss or gradient that is not finite: stop, or skip the step."""
+    weights: str = "float32"
+    """float32 or bfloat16, of the parameters."""
+    compute_dtype: str | None = None
+    """float32 or bfloat16, of activations and matrix products; by default that of --weights."""
     remat: str = "none"
-    """none, or full: compute activations again in the backward pass to save memory."""
+    """What the backward pass computes again to save memory: none, dots (all but the products with
+    weights) or full (each layer)."""
+    attention: str = "auto"
+    """xla, cudnn, or auto: cudnn on a GPU in bfloat16."""
     rank: int | None = None
-    """APOLLO's rank; by default 1 for apollo-mini, else a quarter of the hidden size."""
+    """APOLLO's and GaLore's rank; by default 1 for apollo-mini, else a quarter of the hidden size."""
     scale: float | None = None
-    """APOLLO's scale; by default 128 for apollo-mini, else 1."""
+    """APOLLO's scale, by default 128 for apollo-mini, else 1; GaLore's, by default 0.25."""
     moment_dtype: str = "float32"
-    """float32 or bfloat16, of APOLLO's moments; of only the first moment in adamw."""
+    """float32 or bfloat16, of APOLLO's moments; of only the first moment in the others."""
     embeddings: str = "adam"
     """What APOLLO does with the embeddings and the head: adam, or apollo as with the kernels."""
 
     def __post_init__(self) -> None:
         for flag, value in self.numbers().items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UsageError(f"{flag} {value} is out of range; give a number above 0")
+            if value is not None:
+                check_positive(flag, value)
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is out of range; give 0 or more")
-        limit = preset(self.model).max_seq_len
-        if self.seq > limit:
-            raise UsageError(f"--seq {self.seq} is too long; --model {self.model} takes {limit}")
-        for flag, value, known in (
-            ("--remat", self.remat, REMAT),
-            ("--moment-dtype", self.moment_dtype, MOMENT_DTYPES),
-            ("--embeddings", self.embeddings, EMBEDDINGS),
-        ):
-            if value not in known:
+        if self.batch % self.accumulate:
+            raise UsageError(
+                f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}; change one"
+            )
+        if self.model and self.init_from:
+            raise UsageError(
+                f"--model {self.model} and --init-from {self.init_from} both give the model's shape; "
+                "give one of them"
+            )
+        for flag, known in CHOICES.items():
+            value = getattr(self, flag[2:].replace("-", "_"))
+            if value is not None and value not in known:
                 raise unknown_name(flag, value, known)
 
     def numbers(self) -> dict[str, float | None]:
         """Returns what must be positive, by flag."""
-        return {
-            "--steps": self.steps,
-            "--batch": self.batch,
-            "--seq": self.seq,
-            "--eval-every": self.eval_every,
-            "--rank": self.rank,
-            "--scale": self.scale,
-        }
+        names = (
+            *("steps", "batch", "accumulate", "seq", "data_tokens", "vocab", "workers"),
+            *("eval_every", "checkpoint_every", "keep_checkpoints", "rank", "scale"),
+        )
+        return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +123,7 @@ class RunOptions(TrainingOptions):
     """One run: a model trained with one optimizer at one pair of learning rates."""
 
     optimizer: str = "apollo-mini"
-    """adamw, apollo, apollo-mini or apollo-svd."""
+    """adamw, apollo, apollo-mini, apollo-svd, galore, muon, adafactor, lion or sgd."""
     lr: float | None = None
     """Peak learning rate of the layers' kernels; by default the optimizer's own."""
     lr_embeddings: float | None = None
@@ -88,7 +133,23 @@ class RunOptions(TrainingOptions):
         return super().numbers() | {"--lr": self.lr, "--lr-embeddings": self.lr_embeddings}
 
 
-Options = TypeVar("Options", bound=TrainingOptions)
+def check_positive(flag: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise UsageError(f"{flag} {value} is out of range; give a number above 0")
+
+
+def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Returns what two configurations disagree on, as `field: theirs -> ours`, changeable fields aside."""
+    names = [name for name in (ours | theirs) if name not in CHANGEABLE]
+    missing = "(absent)"
+    return [
+        f"{name}: {theirs.get(name, missing)} -> {ours.get(name, missing)}"
+        for name in names
+        if ours.get(name, missing) != theirs.get(name, missing)
+    ]
+
+
+Options = TypeVar("Options")
 
 
 def parse(options: type[Options], args: list[str] | None, prog: str) -> Options:

@@ -1,150 +1,135 @@
 """Pre-trains one model: `python -m examples.llama.pretrain --out runs/one --optimizer apollo-mini`.
 
-Writes metrics.jsonl, config.json and curves.png to the output folder.
+Writes config.json, metrics.jsonl, tensorboard/, curves.png and checkpoints/ to the output folder.
 """
 
 import functools
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import jax
+import grain
 import numpy as np
-import optax
+from flax import nnx
 from tqdm import tqdm
 
-from examples.llama import corpus, data, plots
-from examples.llama.config import preset
+from examples.llama import build, data, plots
+from examples.llama.checkpoint import Checkpoints
+from examples.llama.corpus import Corpus
 from examples.llama.evaluate import make_evaluator, perplexity
-from examples.llama.model import Params, init_model
+from examples.llama.interrupt import StopRequest
+from examples.llama.model import Llama, Params, graphdef_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
-from examples.llama.run_log import RunLog, check_free
-from examples.llama.state_size import StateBytes, state_bytes
+from examples.llama.recorder import DivergedError, Recorder
+from examples.llama.result import RunResult, read_result
+from examples.llama.run_log import Row, RunLog, check_free, check_same_run
+from examples.llama.sample import make_sampler
 from examples.llama.train import TrainState, TrainStep, make_train_step
-from examples.llama.usage import UsageError, exit_on_usage_error
-
-
-class DivergedError(UsageError):
-    """The loss left the range in which training can recover."""
-
-
-class RunResult(NamedTuple):
-    """What a comparison shows of a run; `options` have their defaults filled in."""
-
-    options: RunOptions
-    val_loss: float
-    state: StateBytes
-    seconds: float  # Training and evaluation, compilation included.
-    tokens_per_s: float  # Median over the steps, so without compilation.
-
-
-class Recorder:
-    """Turns steps into metrics lines and a progress bar, one step behind the device.
-
-    A loss is read when the next step has been handed to the device, so the device never waits for
-    the host.
-    """
-
-    def __init__(self, options: RunOptions, schedule: optax.Schedule, log: RunLog, bar: "tqdm[Any]") -> None:
-        self._tokens = options.batch * options.seq
-        # All at once: computing one a step would wait for the device.
-        self._lrs = np.asarray(jax.vmap(schedule)(np.arange(options.steps)))
-        # Far above the loss of guessing, which no run that goes well exceeds by much.
-        self._ceiling = 10 * math.log(preset(options.model).vocab_size)
-        self._log = log
-        self._bar = bar
-        self._pending: tuple[int, jax.Array] | None = None
-        self._clock = time.perf_counter()
-        self.tokens_per_s: list[float] = []  # By step, without the time of evaluations.
-        self.val_loss = math.nan
-
-    def add(self, step: int, loss: jax.Array) -> None:
-        """Queues `step`, counted from 1, and writes out the step before."""
-        self.flush()
-        self._pending = step, loss
-
-    def flush(self, evaluate: Callable[[], float] | None = None) -> None:
-        """Writes out the queued step, with a validation loss where a function for it is given."""
-        if self._pending is None:
-            return
-        (step, device_loss), self._pending = self._pending, None
-        loss = self._checked("loss", float(device_loss), step)
-        self.tokens_per_s.append(self._tokens / (time.perf_counter() - self._clock))
-        metrics = {
-            "step": step,
-            "loss": loss,
-            "lr": float(self._lrs[step - 1]),
-            "tokens": step * self._tokens,
-            "tokens_per_s": self.tokens_per_s[-1],
-        }
-        if evaluate:
-            self.val_loss = self._checked("validation loss", evaluate(), step)
-            metrics |= {"val_loss": self.val_loss, "val_ppl": perplexity(self.val_loss)}
-        self._log.write(metrics)
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens_per_s[-1]:,.0f} tokens/s", refresh=False)
-        self._bar.update()
-        self._clock = time.perf_counter()
-
-    def _checked(self, name: str, loss: float, step: int) -> float:
-        if not loss < self._ceiling:  # Also when it is not a number.
-            raise DivergedError(f"the {name} is {loss:.3g} at step {step}; lower --lr or --lr-embeddings")
-        return loss
+from examples.llama.usage import RunInterrupted, exit_on_usage_error, notice
 
 
 def run_steps(
     options: RunOptions,
-    recorder: Recorder,
-    train_step: TrainStep,
+    first_step: int,
     state: TrainState,
-    batches: Iterator[np.ndarray],
-    evaluate: Callable[[Params], float],
+    *,
+    train_step: TrainStep,
+    batches: grain.DatasetIterator[Any],
+    evaluate: Callable[[Params, int], Row],
+    recorder: Recorder,
+    checkpoints: Checkpoints,
 ) -> None:
-    """Trains for all steps, with evaluations on the way and after the last."""
-    for step in range(1, options.steps + 1):
-        state, loss = train_step(state, next(batches))
-        recorder.add(step, loss)
-        if step % options.eval_every == 0 or step == options.steps:
-            recorder.flush(functools.partial(evaluate, state.params))
+    """Trains from `first_step` to the last, with evaluations and checkpoints on the way."""
+    with StopRequest() as stop:
+        for step in range(first_step, options.steps + 1):
+            state, metrics = train_step(state, next(batches))
+            recorder.add(step, metrics)
+            last = step == options.steps
+            if last or step % options.eval_every == 0:
+                recorder.flush(functools.partial(evaluate, state.params, step))
+            if last or stop.signal or step % options.checkpoint_every == 0:
+                recorder.sync()  # A checkpoint is never ahead of the metrics, nor of a loss unseen.
+                checkpoints.save(step, state, batches.get_state())
+            checkpoints.check()
+            if stop.signal and not last:
+                checkpoints.wait()
+                raise RunInterrupted(
+                    f"stopped by {stop.signal.name} after step {step} of {options.steps}; "
+                    f"{checkpoints.newest()}, and --resume auto continues from it"
+                )
 
 
 def pretrain(options: RunOptions) -> RunResult:
-    """Runs one pre-training.
+    """Runs one pre-training, or the rest of it.
 
     Raises:
-        UsageError: for input that makes no run, before anything is written.
-        DivergedError: where the loss blew up; the metrics up to there are kept.
+        UsageError: for input that makes no run, before anything is written; where a checkpoint cannot
+            be written or read.
+        DivergedError: where the loss blew up; the metrics and checkpoints up to there are kept.
+        RunInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is on disk.
     """
-    options = with_defaults(options)
-    check_free(options.out)
-    config = preset(options.model)
-    text = corpus.load_corpus(options.data, config.vocab_size)
-    batches = data.train_batches(text.train_tokens, seq=options.seq, batch=options.batch, seed=options.seed)
-    held_out = data.validation_batches(text.validation_tokens, seq=options.seq)
+    config = build.model_config(options)
+    options = with_defaults(options, config)
+    resume = options.resume == "auto"
+    check_free(options.out, resume=resume)
+    text = build.load_corpus(options, config)
+    description = build.describe(options, config, text)
+    check_same_run(options.out, description)
+    batches = data.train_loader(
+        text.train, seq=options.seq, batch=options.batch, seed=options.seed, workers=options.workers
+    )
+    held_out = data.validation_batches(text.validation, seq=options.seq)
 
-    start = time.perf_counter()
-    graphdef, params = init_model(config, seed=options.seed, remat=options.remat)
+    execution = build.execution_of(options)
+    graphdef = graphdef_of(config, execution)
     tx, schedules = make_optimizer(options, config)
-    state_size = state_bytes(tx, params)
-    with (
-        RunLog(options.out, options) as log,
-        tqdm(total=options.steps, unit="step", desc=options.optimizer) as bar,
-    ):
-        recorder = Recorder(options, schedules["kernels"], log, bar)
-        run_steps(
-            options,
-            recorder,
-            make_train_step(graphdef, tx),
-            TrainState(params, jax.jit(tx.init)(params)),
-            batches,
-            make_evaluator(graphdef, held_out),
-        )
-    seconds = time.perf_counter() - start
+    with Checkpoints(options.out, keep=options.keep_checkpoints, config=description) as checkpoints:
+        step, state = 0, None
+        if resume and (restored := checkpoints.restore_newest(build.abstract_state(config, execution, tx))):
+            step, state = restored.step, restored.state
+            batches.set_state(restored.data)
+        with (
+            RunLog(options.out, description, text.tokenizer.to_str(), step=step) as log,
+            tqdm(initial=step, total=options.steps, unit="step", desc=options.optimizer) as bar,
+        ):
+            if step:
+                notice(f"continuing after step {step} of {options.steps} in {options.out}")
+            try:
+                run_steps(
+                    options,
+                    step + 1,
+                    state or build.initial_state(options, config, tx),
+                    train_step=make_train_step(
+                        graphdef,
+                        tx,
+                        accumulate=options.accumulate,
+                        skip_nonfinite=options.on_nonfinite == "skip",
+                    ),
+                    batches=batches,
+                    evaluate=make_evaluation(options, graphdef, text, held_out),
+                    recorder=Recorder(options, config, schedules["kernels"], log, bar),
+                    checkpoints=checkpoints,
+                )
+            except DivergedError as error:
+                checkpoints.wait()
+                raise DivergedError(f"{error}; {checkpoints.newest()}") from error
     plots.plot_curves({options.optimizer: options.out}, options.out)
-    tokens_per_s = statistics.median(recorder.tokens_per_s)
-    return RunResult(options, recorder.val_loss, state_size, seconds, tokens_per_s)
+    result = read_result(options)
+    assert result is not None
+    return result
+
+
+def make_evaluation(
+    options: RunOptions, graphdef: nnx.GraphDef[Llama], text: Corpus, held_out: np.ndarray
+) -> Callable[[Params, int], Row]:
+    """Returns a function of the parameters and the step, to what an evaluation adds to the metrics."""
+    validation_loss = make_evaluator(graphdef, held_out)
+    sample = make_sampler(graphdef, text.tokenizer, text.end_id, seed=options.seed)
+
+    def evaluate(params: Params, step: int) -> Row:
+        return {"val_loss": validation_loss(params), "sample": sample(params, step)}
+
+    return evaluate
 
 
 def main(args: list[str] | None = None) -> None:
@@ -152,8 +137,8 @@ def main(args: list[str] | None = None) -> None:
         options = parse(RunOptions, args, "python -m examples.llama.pretrain")
         result = pretrain(options)
         print(
-            f"validation perplexity {perplexity(result.val_loss):.2f} after {options.steps} steps "
-            f"in {result.seconds:.0f} s; curves and metrics in {options.out}"
+            f"best validation perplexity {perplexity(result.val_loss):.2f} in {options.steps} steps; "
+            f"curves, metrics and checkpoints in {options.out}"
         )
 
     exit_on_usage_error(command)

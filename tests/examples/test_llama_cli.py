@@ -1,28 +1,24 @@
-import io
 import json
 import math
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
-from examples.llama import compare, optimizers, pretrain, run_log
-from examples.llama.config import PRESETS
-from examples.llama.corpus import SOURCES
+from examples.llama import compare, data, export, optimizers, pretrain, recorder, run_log
+from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
-from examples.llama.model import init_model, next_token_loss
-from examples.llama.options import RunOptions
-from examples.llama.state_size import StateBytes
+from examples.llama.hf import load_params
+from examples.llama.model import graphdef_of, init_params, next_token_loss
+from examples.llama.options import CHOICES
 
 SHORT = ["--steps", "3", "--batch", "2", "--seq", "16", "--eval-every", "2"]
-
-
-@pytest.fixture
-def out(stdlib: Path, tiny_is_small: None, tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "one"
+RESUMED = ["--batch", "4", "--seq", "16", "--steps", "12", "--checkpoint-every", "4", "--resume", "auto"]
 
 
 def check_curves(folder: Path) -> None:
@@ -30,6 +26,7 @@ def check_curves(folder: Path) -> None:
 
 
 def exits_with_message(main: Any, args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(args)
     assert exit_.value.code == 2
@@ -39,11 +36,19 @@ def exits_with_message(main: Any, args: list[str], capsys: pytest.CaptureFixture
     return captured.err
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "apollo"])
+def losses(folder: Path) -> list[tuple[int, float | None]]:
+    return [(row["step"], row["loss"]) for row in run_log.read_metrics(folder)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "galore"])
 def test_pretrain_writes_its_files(optimizer: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain.main(["--out", str(out), "--optimizer", optimizer, "--seed", "3", *SHORT])
     check_curves(out)
+    assert (out / "checkpoints" / "3").is_dir()
+    assert list((out / "tensorboard").iterdir())
     config = json.loads((out / "config.json").read_text())
+    assert config["model"] == "tiny"
+    assert config["model_config"]["hidden_size"] == 16
     assert config["optimizer"] == optimizer
     assert config["seed"] == 3
     assert config["lr"] == optimizers.RECIPES[optimizer].lr  # Defaults are filled in.
@@ -55,22 +60,224 @@ def test_pretrain_writes_its_files(optimizer: str, out: Path, capsys: pytest.Cap
     for row in rows:
         assert row["loss"] == pytest.approx(math.log(384), abs=0.5)
         assert row["tokens_per_s"] > 0
+        assert row["grad_norm"] > 0
     assert rows[2]["val_ppl"] == pytest.approx(math.exp(rows[2]["val_loss"]))
+    assert [isinstance(row.get("sample"), str) for row in rows] == [False, True, True]
     output = capsys.readouterr()
-    assert f"validation perplexity {rows[2]['val_ppl']:.2f} after 3 steps" in output.out
+    best = min(row["val_ppl"] for row in rows[1:])
+    assert f"best validation perplexity {best:.2f} in 3 steps" in output.out
+    assert repr(rows[2]["sample"]) in output.err
     assert "3/3" in output.err
     assert "tokens/s" in output.err
 
 
 def test_training_lowers_the_loss_and_repeats_exactly(out: Path) -> None:
-    losses = []
     for name in ("a", "b"):
-        folder = str(out / name)
-        args = ["--steps", "30", "--batch", "4", "--seq", "16", "--remat", "full"]
-        pretrain.main(["--out", folder, "--lr", "0.02", "--lr-embeddings", "0.02", *args])
-        losses.append([row["loss"] for row in run_log.read_metrics(out / name)])
-    assert losses[0] == losses[1]
-    assert losses[0][-1] < losses[0][0] - 0.5
+        args = ["--steps", "30", "--batch", "4", "--seq", "16", "--remat", "full", "--accumulate", "2"]
+        pretrain.main(["--out", str(out / name), "--lr", "0.02", "--lr-embeddings", "0.02", *args])
+    assert losses(out / "a") == losses(out / "b")
+    first, last = (run_log.read_metrics(out / "a")[step]["loss"] for step in (0, -1))
+    assert last < first - 0.5
+    rows = [run_log.read_metrics(out / name)[-1] for name in "ab"]
+    assert rows[0]["sample"] == rows[1]["sample"]
+
+
+@pytest.mark.parametrize("optimizer", ["apollo", "muon", "adafactor"])
+def test_a_run_that_was_cut_off_goes_on_exactly(
+    optimizer: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--optimizer", optimizer, *RESUMED]
+    pretrain.main(["--out", str(out / "straight"), *args])
+    cut = out / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "train_loader", interrupting(data.train_loader, at=7, by=KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            pretrain.main(["--out", str(cut), *args])
+    assert [step for step, _ in losses(cut)] == [1, 2, 3, 4, 5]  # The sixth was on the device.
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # As a kill would leave it.
+    capsys.readouterr()
+    pretrain.main(["--out", str(cut), *args])
+    assert "continuing after step 4 of 12" in capsys.readouterr().err
+    assert losses(cut) == losses(out / "straight")
+    samples = [run_log.read_metrics(out / name)[-1]["sample"] for name in ("straight", "cut")]
+    assert samples[0] == samples[1]
+    assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == ["12", "8"]
+    pretrain.main(["--out", str(cut), *args])  # Nothing is left to do.
+    assert losses(cut) == losses(out / "straight")
+
+
+def interrupting(loader: Callable[..., Any], at: int, by: Any) -> Callable[..., Any]:
+    """Returns a loader in which `by` happens when batch `at` is asked for: raised, or called."""
+
+    class Batches:
+        def __init__(self, batches: Any) -> None:
+            self.batches, self.asked = batches, 0
+            self.get_state, self.set_state = batches.get_state, batches.set_state
+
+        def __next__(self) -> Any:
+            self.asked += 1
+            if self.asked == at:
+                if isinstance(by, type):
+                    raise by
+                by()
+            return next(self.batches)
+
+    return lambda *args, **kwargs: Batches(loader(*args, **kwargs))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_ends(
+    number: signal.Signals, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stop = interrupting(data.train_loader, at=6, by=lambda: os.kill(os.getpid(), number))
+        patch.setattr(data, "train_loader", stop)
+        pretrain.main(["--out", str(out), *RESUMED])
+    assert f"stopped by {number.name} after step 6 of 12" in (output := capsys.readouterr().out)
+    assert str(out / "checkpoints" / "6") in output
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
+    assert signal.getsignal(number) is before
+    pretrain.main(["--out", str(out), *RESUMED])
+    assert [step for step, _ in losses(out)] == list(range(1, 13))
+
+
+def test_a_run_is_continued_with_the_options_it_began_with_only(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.main(["--out", str(out), *RESUMED])
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    args = ["--out", str(out), *RESUMED, "--lr", "0.5", "--batch", "8"]
+    error = exits_with_message(pretrain.main, args, capsys)
+    assert "holds another run (batch: 4 -> 8; lr: 0.007 -> 0.5); give the same options" in error
+    (out / "config.json").unlink()
+    error = exits_with_message(pretrain.main, args, capsys)
+    checkpoint = out / "checkpoints" / "12"
+    assert f"checkpoint {checkpoint} is of another run (batch: 4 -> 8; lr: 0.007 -> 0.5" in error
+    metrics = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(b"".join(metrics.splitlines(keepends=True)[:5]))
+    error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
+    assert "metrics.jsonl has 5 of the 12 steps that the checkpoint goes on from; put it back" in error
+    (out / "metrics.jsonl").write_bytes(metrics)
+    assert all(path.read_bytes() == content for path, content in files.items() if path.exists())
+    # What does not change what is computed may change.
+    pretrain.main(["--out", str(out), *RESUMED, "--keep-checkpoints", "5", "--workers", "1"])
+    assert (out / "config.json").exists()
+
+
+def test_a_damaged_checkpoint_is_set_aside(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain.main(["--out", str(out), *RESUMED])
+    expected = losses(out)
+    (out / "checkpoints" / "12" / "data" / "metadata").write_text('{"next')
+    capsys.readouterr()
+    pretrain.main(["--out", str(out), *RESUMED])
+    errors = capsys.readouterr().err
+    assert "checkpoint 12 cannot be read (" in errors
+    assert f"it is now {out / 'checkpoints' / '12.damaged'}" in errors
+    assert "continuing after step 8 of 12" in errors
+    assert losses(out) == expected
+    assert (out / "checkpoints" / "12.damaged" / "state").is_dir()
+
+
+def poisoned(steps: set[int]) -> Callable[..., Any]:
+    """Returns a loader whose batches of `steps` have a token that the embedding has not got."""
+    loader = data.train_loader
+
+    class Batches:
+        def __init__(self, batches: Any) -> None:
+            self.batches, self.step = batches, 0
+            self.get_state, self.set_state = batches.get_state, batches.set_state
+
+        def __next__(self) -> Any:
+            self.step += 1
+            return next(self.batches) + (10**6 if self.step in steps else 0)
+
+    return lambda *args, **kwargs: Batches(loader(*args, **kwargs))
+
+
+def test_a_step_that_is_not_finite_ends_the_run(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "train_loader", poisoned({7}))
+    with pytest.raises(SystemExit) as exit_:
+        pretrain.main(["--out", str(out), *RESUMED])
+    assert exit_.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the loss is nan and the gradient's norm nan at step 7; ")
+    assert f"the last good checkpoint is {out / 'checkpoints' / '4'}" in last
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "train_loader", poisoned({3, 7}))
+    pretrain.main(["--out", str(out), *RESUMED, "--on-nonfinite", "skip"])
+    rows = run_log.read_metrics(out)
+    assert [row["step"] for row in rows if row["loss"] is None] == [3, 7]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert rows[2]["lr"] == rows[3]["lr"]  # The schedule waits.
+    assert rows[-1]["val_loss"] < 6
+    check_curves(out)
+
+
+def test_exported_weights_are_those_of_the_checkpoint(out: Path, tmp_path: Path) -> None:
+    """And training that starts from them starts where the run ended."""
+    pretrain.main(["--out", str(out), *SHORT, "--checkpoint-every", "2"])
+    exported = tmp_path / "exported"
+    export.main(["--run", str(out), "--to", str(exported)])
+    small = PRESETS["tiny"]
+    loss = make_evaluator(graphdef_of(small), held_out(out))(load_params(exported, small, "float32"))
+    assert loss == pytest.approx(run_log.read_metrics(out)[-1]["val_loss"], abs=1e-6)
+    export.main(["--run", str(out), "--to", str(tmp_path / "earlier"), "--step", "2"])
+    earlier = load_params(tmp_path / "earlier", small, "float32")
+    loss = make_evaluator(graphdef_of(small), held_out(out))(earlier)
+    assert loss == pytest.approx(run_log.read_metrics(out)[1]["val_loss"], abs=1e-6)
+    tuned = tmp_path / "tuned"
+    pretrain.main(["--out", str(tuned), "--init-from", str(exported), *SHORT])
+    assert run_log.read_metrics(tuned)[0]["loss"] < run_log.read_metrics(out)[0]["loss"] - 0.1
+    assert json.loads((tuned / "config.json").read_text())["model"] is None
+
+
+def held_out(out: Path) -> np.ndarray:
+    from examples.llama import corpus
+
+    return data.validation_batches(corpus.load_corpus("stdlib", vocab_size=384).validation, seq=16)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--run", "nowhere"], "--run nowhere holds no run (config.json is missing)"),
+        (["--step", "2"], "has not got checkpoint 2; it has those of steps [3]"),
+        (["--dtype", "int8"], "--dtype 'int8'"),
+    ],
+)
+def test_exports_that_cannot_be(
+    args: list[str], message: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.main(["--out", str(out), *SHORT])
+    to = tmp_path / "exported"
+    assert message in exits_with_message(export.main, ["--run", str(out), "--to", str(to), *args], capsys)
+    assert not to.exists()
+    to.mkdir()
+    (to / "config.json").write_text("earlier")
+    assert str(to) in exits_with_message(export.main, ["--run", str(out), "--to", str(to)], capsys)
+    assert [path.read_text() for path in to.iterdir()] == ["earlier"]
+
+
+def test_flops_utilisation_is_shown_where_the_peak_is_known(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recorder.flops, "peak_flops", lambda kind, dtype: 1e12)
+    pretrain.main(["--out", str(out), *SHORT])
+    rows = run_log.read_metrics(out)
+    for row in rows:
+        flops = recorder.flops.flops_per_token(PRESETS["tiny"], 16)
+        # The machine has eight devices, of which one trains.
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops / 1e12)
+    assert "MFU" in capsys.readouterr().err
 
 
 def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +297,15 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
         (["--model", "70m"], "--model '70m' is unknown; choose one of: 60m, "),
         (["--optimizer", "adam"], "--optimizer 'adam' is unknown; choose one of: adamw, "),
         (["--data", "std"], "--data 'std' is unknown; choose one of: stdlib"),
-        (["--remat", "ful"], "--remat 'ful' is unknown; choose one of: full, none"),
+        (["--remat", "ful"], "--remat 'ful' is unknown; choose one of: full, "),
+        (["--weights", "float16"], "--weights 'float16' is unknown; choose one of: bfloat16, float32"),
+        (["--resume", "yes"], "--resume 'yes' is unknown; choose one of: "),
+        (["--batch", "6", "--accumulate", "4"], "--batch 6 is not a multiple of --accumulate 4"),
+        (["--model", "tiny", "--init-from", "x"], "--model tiny and --init-from x both give the model"),
+        (["--init-from", "nowhere"], "nowhere/config.json is not there; give a folder"),
+        (["--vocab", "500"], "--vocab 500"),
+        (["--tokenizer", "nowhere.json"], "--tokenizer 'nowhere.json' does not exist; give a "),
+        (["--seq", "120", "--batch", "1"], "--seq 120 in validation batches of 8 needs"),
         (["--embeddings", "sgd"], "--embeddings 'sgd' is unknown; choose one of: "),
         (["--moment-dtype", "bf16"], "--moment-dtype 'bf16' is unknown; choose one of: bfloat16"),
         (["--steps", "0"], "--steps 0 is out of range"),
@@ -118,7 +333,7 @@ def test_a_folder_with_a_run_is_refused(
     out.mkdir(parents=True)
     (out / name).write_text("earlier")
     error = exits_with_message(main, ["--out", str(out), *SHORT], capsys)
-    assert f"already holds a run ({name}); choose another folder" in error
+    assert f"already holds a run ({name}); continue it with --resume auto, choose another folder" in error
     assert [path.read_text() for path in out.iterdir()] == ["earlier"]
 
 
@@ -141,79 +356,12 @@ def test_help_names_everything_there_is(main: Any, capsys: pytest.CaptureFixture
         main(["--help"])
     assert exit_.value.code == 0
     help_ = capsys.readouterr().out
-    assert all(name in help_ for name in (*PRESETS, *optimizers.RECIPES, *SOURCES))
+    assert all(name in help_ for name in (*PRESETS, *optimizers.RECIPES, "stdlib", ".parquet", "hf:"))
+    assert all(name in help_ for names in CHOICES.values() for name in names)
 
 
-def test_compare_ends_with_a_table(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare.main(["--out", str(out), "--lr", "0.01", "--lr-embeddings", "0.003", *SHORT])
-    check_curves(out)
-    lines = capsys.readouterr().out.splitlines()
-    (head,) = (line for line in lines if line.startswith("optimizer"))
-    assert head.split() == [
-        *("optimizer", "lr", "lr", "emb", "val", "ppl", "kernels", "emb+head", "rest", "time", "tokens/s")
-    ]
-    rows = [line.split() for line in lines if line.startswith(("adamw", "apollo"))]
-    assert [row[:3] for row in rows] == [["adamw", "0.01", "0.003"], ["apollo-mini", "0.01", "0.003"]]
-    losses = []
-    for row in rows:
-        folder = out / f"{row[0]}-0.01-0.003"
-        check_curves(folder)
-        metrics = run_log.read_metrics(folder)
-        losses.append([line["loss"] for line in metrics])
-        assert row[3] == f"{metrics[-1]['val_ppl']:.2f}"
-        assert row[6:8] == ["98.3", "kB"]  # Two moments of embeddings and head, in float32.
-    assert rows[0][4:6] == ["52.2", "kB"]
-    # Both see the same batches, and the first step's learning rate is 0.
-    assert losses[0][:2] == pytest.approx(losses[1][:2], abs=1e-6)
-    assert losses[0][2] != losses[1][2]
-
-
-def test_compare_runs_every_optimizer_at_every_pair_of_rates(tmp_path: Path) -> None:
-    runs = compare.runs_of(
-        compare.CompareOptions(
-            out=tmp_path, optimizers=("adamw", "apollo"), lr=(0.1, 0.2), lr_embeddings=(0.3, 0.4)
-        )
-    )
-    assert [run.out.name for run in runs] == [
-        f"{name}-{rates}"
-        for name in ("adamw", "apollo")
-        for rates in ("0.1-0.3", "0.1-0.4", "0.2-0.3", "0.2-0.4")
-    ]
-    (default,) = compare.runs_of(compare.CompareOptions(out=tmp_path, optimizers=("adamw",)))
-    assert (default.lr, default.lr_embeddings) == optimizers.RECIPES["adamw"][1:3]
-
-
-def test_compare_goes_on_after_a_run_that_diverged(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare.main(["--out", str(out), "--optimizers", "adamw", "--lr-embeddings", "30", "0.01", *SHORT])
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in lines if line.startswith("adamw ") and "loss" not in line]
-    assert rows[0][3:] == ["diverged"]
-    assert len(rows[1]) > 4
-    check_curves(out)
-
-
-def test_compare_checks_every_run_before_the_first(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["--out", str(out), "--optimizers", "adamw", "apolo", *SHORT]
-    assert "--optimizer 'apolo' is unknown" in exits_with_message(compare.main, args, capsys)
-    args = ["--out", str(out), "--lr", "0.1", "0.10", *SHORT]
-    assert "is given twice" in exits_with_message(compare.main, args, capsys)
-    assert not out.exists()
-
-
-def test_table_fits_a_terminal_of_80_columns(out: Path) -> None:
-    options = optimizers.with_defaults(
-        RunOptions(out=out, optimizer="apollo-mini", lr=0.0003, lr_embeddings=0.0015)
-    )
-    state = StateBytes(999_900_000, 999_900_000, 99_900)
-    result = pretrain.RunResult(options, math.log(1234.56), state, 9999, 999_999)
-    console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(compare.table([result]))
-    assert "999.9 MB 999.9 MB" in (text := console.export_text())
-    assert "…" not in text
-
-
-def test_evaluator_averages_over_all_batches(small: Any) -> None:
-    graphdef, params = init_model(small, seed=0)
+def test_evaluator_averages_over_all_batches(small: LlamaConfig) -> None:
+    graphdef, params = graphdef_of(small), init_params(small, seed=0)
     batches = np.random.default_rng(0).integers(0, small.vocab_size, (3, 2, 9), np.int32)
     expected = np.mean([next_token_loss(graphdef, params, jax.numpy.array(b)) for b in batches])
     assert make_evaluator(graphdef, batches)(params) == pytest.approx(float(expected), abs=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples.llama.config import LlamaConfig
-from examples.llama.model import Params, init_model
+from examples.llama.model import Params, init_params
 from examples.llama.optimizers import (
     RECIPES,
     lr_group,
@@ -21,20 +21,19 @@ from examples.llama.options import RunOptions
 from examples.llama.state_size import StateBytes, state_bytes
 from examples.llama.usage import UsageError
 
-pytestmark = pytest.mark.usefixtures("tiny_is_small")
-
+SMALL = LlamaConfig(384, 16, 24, 2, 3)
 KERNELS = 3 * (4 * 16 * 16 + 3 * 16 * 24)  # Elements in the layers' kernels of the small model.
 TABLES = 2 * 384 * 16  # In the embeddings and the head.
 NORMS = 7 * 16
 
 
 def options_for(optimizer: str, **changes: Any) -> RunOptions:
-    return with_defaults(RunOptions(out=Path("unused"), optimizer=optimizer, **changes))
+    return with_defaults(RunOptions(out=Path("unused"), optimizer=optimizer, **changes), SMALL)
 
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    return init_model(LlamaConfig(384, 16, 24, 2, 3), seed=0)[1]
+    return init_params(SMALL, seed=0)
 
 
 def moments(options: RunOptions, config: LlamaConfig, params: Params) -> dict[str, set[Any]]:

@@ -1,0 +1,86 @@
+"""From options to the parts of a run: model shape, text, parameters and optimizer state."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import optax
+
+from examples.llama import corpus, hf
+from examples.llama.config import LlamaConfig, preset
+from examples.llama.model import Execution, Params, init_params
+from examples.llama.options import RunOptions, TrainingOptions
+from examples.llama.train import TrainState
+from examples.llama.usage import UsageError
+
+
+def model_config(options: TrainingOptions) -> LlamaConfig:
+    """Returns the shape that --model or --init-from gives; raises `UsageError` for a --seq too long."""
+    config = hf.read_config(options.init_from) if options.init_from else preset(options.model or "tiny")
+    if options.seq > config.max_seq_len:
+        name = (
+            f"--init-from {options.init_from}" if options.init_from else f"--model {options.model or 'tiny'}"
+        )
+        raise UsageError(f"--seq {options.seq} is too long; {name} takes {config.max_seq_len}")
+    return config
+
+
+def execution_of(options: TrainingOptions) -> Execution:
+    return Execution(
+        remat=options.remat,
+        param_dtype=options.weights,
+        compute_dtype=options.compute_dtype or options.weights,
+        attention=options.attention,
+    )
+
+
+def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
+    tokenizer, max_tokens = options.tokenizer, options.data_tokens
+    if options.init_from and not tokenizer:
+        tokenizer = str(options.init_from)  # Its weights mean nothing with another one.
+    if options.data.startswith("hf:") and not max_tokens:
+        # A hub data set may have no end. Rounded up, so that runs a little longer find it cached.
+        max_tokens = 2 ** (options.steps * options.batch * (options.seq + 1)).bit_length()
+    return corpus.load_corpus(
+        options.data,
+        vocab_size=config.vocab_size,
+        tokenizer=tokenizer,
+        vocab=options.vocab,
+        max_tokens=max_tokens,
+        validation=options.validation,
+    )
+
+
+def describe(options: RunOptions, config: LlamaConfig, text: corpus.Corpus) -> dict[str, Any]:
+    """Returns what the run is, as JSON: two runs with the same description compute the same."""
+    fields = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return fields | {
+        "model_config": dataclasses.asdict(config),
+        "corpus": text.key,
+        "end_token": text.tokenizer.id_to_token(text.end_id),
+    }
+
+
+def abstract_params(config: LlamaConfig, execution: Execution) -> Params:
+    """Returns the parameters' shapes, dtypes and shardings; allocates nothing."""
+    return placed(jax.eval_shape(lambda: init_params(config, execution, seed=0)))
+
+
+def abstract_state(config: LlamaConfig, execution: Execution, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the shapes, dtypes and shardings of the state; allocates nothing."""
+    params = abstract_params(config, execution)
+    return TrainState(params, placed(jax.eval_shape(tx.init, params)))
+
+
+def placed(shapes: Any) -> Any:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+
+
+def initial_state(options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation) -> TrainState:
+    if options.init_from:
+        params = jax.device_put(hf.load_params(options.init_from, config, options.weights))
+    else:
+        params = init_params(config, execution_of(options), seed=options.seed)
+    return TrainState(params, jax.jit(tx.init)(params))

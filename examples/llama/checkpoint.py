@@ -1,0 +1,186 @@
+"""Checkpoints with Orbax: written in the background, whole or not at all, the newest few kept.
+
+A checkpoint is a folder named by its step with three items: `state` (parameters and optimizer state),
+`data` (where the data iterator was) and `config` (what the run is).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import orbax.checkpoint as ocp
+
+from examples.llama.model import Params
+from examples.llama.options import differing_fields
+from examples.llama.train import TrainState
+from examples.llama.usage import UsageError, first_line, notice
+
+FOLDER = "checkpoints"
+
+
+class Restored(NamedTuple):
+    step: int
+    state: TrainState
+    data: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run; use it in a `with`, which waits for the last one to be written.
+
+    Args:
+        run_folder: the run's folder; its checkpoints are in `checkpoints/`.
+        keep: how many of the newest to keep.
+        config: what the run is, as JSON; only a checkpoint of the same run is restored.
+    """
+
+    def __init__(self, run_folder: Path, *, keep: int, config: dict[str, Any]) -> None:
+        self.folder = (run_folder / FOLDER).absolute()
+        self._config = config
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            # What a killed run left half written goes; another process's would as well, so one
+            # folder is one run's.
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+            self._manager.close()
+            return
+        # The error under way is the one to report; a failed save has been said, or is said here.
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._manager.close)
+            try:
+                self.wait()
+            except UsageError as error:
+                notice(str(error))
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Copies the state to host memory, then writes it in the background.
+
+        Raises:
+            UsageError: where this save, or the one before, could not be written.
+        """
+        with self._explained():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(data),
+                    config=ocp.args.JsonSave(self._config),
+                ),
+                force=True,
+            )
+
+    def check(self) -> None:
+        """Raises `UsageError` where a save in the background has failed; returns at once."""
+        with self._explained():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when the save in the background is on disk; raises as `check`."""
+        with self._explained():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the checkpoints on disk, the oldest first."""
+        return sorted(ocp.utils.checkpoint_steps(self.folder))
+
+    def newest(self) -> str:
+        """Returns where the newest whole checkpoint is, in words."""
+        steps = self.steps()
+        return (
+            f"the last good checkpoint is {self.folder / str(steps[-1])}"
+            if steps
+            else "there is no checkpoint"
+        )
+
+    def restore_newest(self, abstract_state: TrainState) -> Restored | None:
+        """Returns the newest checkpoint that can be read, or None where there is none at all.
+
+        One that cannot be read is set aside, said, and kept.
+
+        Args:
+            abstract_state: shapes, dtypes and shardings to restore to.
+
+        Raises:
+            UsageError: for a checkpoint of another configuration, or where none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._restore(step, abstract_state)
+            except UsageError:
+                raise
+            except Exception as error:  # TensorStore raises all sorts of them for damaged files.
+                aside = self._set_aside(step)
+                notice(f"checkpoint {step} cannot be read ({first_line(error)}); it is now {aside}")
+        if steps:
+            raise UsageError(
+                f"none of the checkpoints {steps} in {self.folder} can be read; start the run in another "
+                "folder"
+            )
+        return None
+
+    def _restore(self, step: int, abstract_state: TrainState) -> Restored:
+        args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+        small = self._manager.restore(step, args=args)
+        if differing := differing_fields(self._config, small["config"]):
+            raise UsageError(
+                f"checkpoint {self.folder / str(step)} is of another run ({'; '.join(differing)}); "
+                "give the same options, or another --out"
+            )
+        # After the configuration: of another one, the shapes would differ.
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return Restored(step, self._manager.restore(step, args=args)["state"], small["data"])
+
+    def _set_aside(self, step: int) -> Path:
+        damaged = self.folder / str(step)
+        names = (f"{step}.damaged" + (f"-{number}" if number else "") for number in range(1000))
+        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
+        damaged.rename(aside)
+        self._manager.reload()
+        return aside
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are the last two.
+            raise UsageError(
+                f"a checkpoint could not be written to {self.folder} ({first_line(error)}); {self.newest()}; "
+                "make room there and run again with --resume auto"
+            ) from error
+
+
+def restore_params(run_folder: Path, abstract_params: Params, step: int | None) -> Params:
+    """Returns the parameters of a checkpoint, without reading its optimizer state.
+
+    Args:
+        run_folder: the run's folder.
+        abstract_params: shapes, dtypes and shardings to restore to.
+        step: the checkpoint's step; None for the newest.
+
+    Raises:
+        UsageError: where there is no such checkpoint, or it cannot be read.
+    """
+    folder = (run_folder / FOLDER).absolute()
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    if not steps or step not in (None, *steps):
+        wanted = "a checkpoint" if step is None else f"checkpoint {step}"
+        raise UsageError(f"{folder} has not got {wanted}; it has those of steps {steps}")
+    path = folder / str(steps[-1] if step is None else step)
+    item = {"params": abstract_params}
+    args = ocp.args.PyTreeRestore(
+        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    try:
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / "state", args)["params"]
+    except Exception as error:  # TensorStore raises all sorts of them for damaged files.
+        raise UsageError(f"{path} cannot be read ({first_line(error)}); give another --step") from error

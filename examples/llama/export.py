@@ -1,0 +1,80 @@
+"""Writes a run's weights in Hugging Face's format: `python -m examples.llama.export --run R --to D`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from examples.llama import hf
+from examples.llama.build import abstract_params
+from examples.llama.checkpoint import restore_params
+from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.model import Execution
+from examples.llama.options import CHOICES, parse
+from examples.llama.run_log import CONFIG, TOKENIZER
+from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """A run's checkpoint, for `transformers`, vLLM and whatever else reads its format."""
+
+    run: Path
+    """Folder of the run."""
+    to: Path
+    """Folder to write config.json, *.safetensors and the tokenizer to; must not exist."""
+    step: int | None = None
+    """The checkpoint's step; by default the newest."""
+    dtype: str | None = None
+    """float32 or bfloat16; by default that of the run's weights."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *CHOICES["--weights"]):
+            raise unknown_name("--dtype", str(self.dtype), CHOICES["--weights"])
+        hf.check_free(self.to)
+
+
+def config_of_run(folder: Path) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Returns the shape of a run's model, and all of its config.json."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise UsageError(f"--run {folder} holds no run ({CONFIG} is missing); give the --out of one")
+    run = json.loads(path.read_text())
+    shape = dict(run["model_config"])
+    if shape["rope_scaling"]:
+        shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
+    return LlamaConfig(**shape), run
+
+
+def export(options: ExportOptions) -> None:
+    """Writes the weights.
+
+    Raises:
+        UsageError: where there is no such run or checkpoint, or something would be overwritten.
+    """
+    config, run = config_of_run(options.run)
+    shapes = abstract_params(config, Execution(param_dtype=run["weights"]))
+    params = restore_params(options.run, shapes, options.step)
+    hf.save_pretrained(
+        params,
+        config,
+        options.to,
+        dtype=options.dtype,
+        tokenizer=tokenizers.Tokenizer.from_file(str(options.run / TOKENIZER)),
+        end_token=run["end_token"],
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    def command() -> None:
+        options = parse(ExportOptions, args, "python -m examples.llama.export")
+        export(options)
+        print(f"weights and tokenizer in {options.to}")
+
+    exit_on_usage_error(command)
+
+
+if __name__ == "__main__":
+    main()

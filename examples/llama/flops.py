@@ -1,0 +1,86 @@
+"""Model flops, and the share of an accelerator's peak that they make: what a throughput is worth."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from examples.llama.config import LlamaConfig, matmul_param_count
+
+# Dense (no sparsity) bfloat16 flops a second of one JAX device, products summed in float32, by the start
+# of its `device_kind`; makers' data sheets. A JAX device is a chip, but one of two cores of a TPU v3
+# or TPU7x chip.
+PEAK_BFLOAT16_FLOPS: dict[str, float] = {
+    "NVIDIA A10": 125e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v4 lite": 137e12,
+    "TPU v5": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+}
+# Slices of a GPU, and GPUs that share only the name of one above.
+OTHER_DEVICE = re.compile(r" (MIG|Laptop|D|Ti)\b")
+
+
+def flops_per_token(config: LlamaConfig, seq: int) -> float:
+    """Returns the flops of a training step, forward and backward, per token.
+
+    Model flops as in appendix B of PaLM (https://arxiv.org/abs/2204.02311): what the equations
+    need, so recomputed activations and the optimizer do not count, and attention's two products
+    over all `seq` positions though half are masked.
+
+    Args:
+        config: the shape.
+        seq: tokens a sequence that the model is applied to.
+    """
+    attention = 12 * config.num_layers * config.num_heads * config.head_size * seq
+    return float(6 * matmul_param_count(config) + attention)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Returns the dense flops a second of a JAX device, or None where they are not in the table.
+
+    Args:
+        device_kind: `jax.Device.device_kind`.
+        dtype: that of the matrix products; only bfloat16 is in the table.
+    """
+    if dtype != "bfloat16" or OTHER_DEVICE.search(device_kind):
+        return None
+    # The longest name counts, and only whole words, or a kind that is not listed finds a shorter one's.
+    names = [name for name in PEAK_BFLOAT16_FLOPS if re.match(rf"{re.escape(name)}(?![^\s-])", device_kind)]
+    return PEAK_BFLOAT16_FLOPS[max(names, key=len)] if names else None
+
+
+def mfu(
+    tokens_per_s: float, config: LlamaConfig, seq: int, devices: Sequence[Any], dtype: str
+) -> float | None:
+    """Returns the model-flops utilisation, 0 to 1, of all `devices`; None where a peak is unknown.
+
+    Args:
+        tokens_per_s: over all devices.
+        config: the shape.
+        seq: tokens a sequence that the model is applied to.
+        devices: the JAX devices that train.
+        dtype: that of the matrix products.
+    """
+    peaks = [peak_flops(device.device_kind, dtype) for device in devices]
+    total = sum(peak for peak in peaks if peak is not None)
+    return None if None in peaks or not total else tokens_per_s * flops_per_token(config, seq) / total

@@ -1,0 +1,136 @@
+"""What a run shows of itself: metrics lines and the progress bar."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from examples.llama import flops
+from examples.llama.config import LlamaConfig
+from examples.llama.evaluate import perplexity
+from examples.llama.options import RunOptions
+from examples.llama.run_log import Row, RunLog
+from examples.llama.train import StepMetrics
+from examples.llama.usage import UsageError, notice
+
+
+class DivergedError(UsageError):
+    """The loss left the range in which training can recover."""
+
+
+class Recorder:
+    """Turns steps into metrics lines and a progress bar, one step behind the device.
+
+    A loss is read when the next step has been handed to the device, so the device never waits for
+    the host.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        config: LlamaConfig,
+        schedule: optax.Schedule,
+        log: RunLog,
+        bar: "tqdm[Any]",
+    ) -> None:
+        self._options = options
+        self._config = config
+        self._tokens = options.batch * options.seq
+        # All at once: computing one a step would wait for the device.
+        self._lrs = np.asarray(jax.vmap(schedule)(np.arange(options.steps)))
+        # Far above the loss of guessing, which no run that goes well exceeds by much.
+        self._ceiling = 10 * math.log(config.vocab_size)
+        self._log = log
+        self._bar = bar
+        self._skipped = log.rows_before[-1].get("skipped_steps", 0) if log.rows_before else 0
+        self._pending: tuple[int, StepMetrics] | None = None
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Queues `step`, counted from 1, and writes out the step before."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self, evaluate: Callable[[], Row] | None = None) -> None:
+        """Writes out the queued step, with what `evaluate` returns where it is given.
+
+        Raises:
+            DivergedError: where the loss or a gradient is not finite, unless such steps are skipped,
+                or the loss is far above that of guessing.
+        """
+        if self._pending is None:
+            return
+        (step, device_metrics), self._pending = self._pending, None
+        loss, grad_norm = (float(value) for value in jax.device_get(device_metrics))
+        tokens_per_s = self._tokens / (time.perf_counter() - self._clock)
+        # The schedule counts the steps that were made.
+        lr = float(self._lrs[step - 1 - self._skipped])
+        self._check(loss, grad_norm, step)
+        row = {
+            "step": step,
+            "loss": finite_or_none(loss),
+            "grad_norm": finite_or_none(grad_norm),
+            "lr": lr,
+            "tokens": step * self._tokens,
+            "tokens_per_s": tokens_per_s,
+        }
+        if self._options.on_nonfinite == "skip":
+            row["skipped_steps"] = self._skipped
+        if mfu := self._mfu(tokens_per_s):
+            row["mfu"] = mfu
+        if evaluate:
+            row |= evaluate()
+            self._check_validation(row["val_loss"], step)
+            row["val_ppl"] = perplexity(row["val_loss"])
+            notice(f"step {step}: validation perplexity {row['val_ppl']:.2f}; {row['sample']!r}")
+        self._log.write(row)
+        self._show(row)
+        self._clock = time.perf_counter()
+
+    def sync(self) -> None:
+        """Writes out the queued step, and returns when all steps are on disk."""
+        self.flush()
+        self._log.sync()
+        self._clock = time.perf_counter()
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        dtype = self._options.compute_dtype or self._options.weights
+        # One device trains.
+        return flops.mfu(tokens_per_s, self._config, self._options.seq, jax.devices()[:1], dtype)
+
+    def _check(self, loss: float, grad_norm: float, step: int) -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            if self._options.on_nonfinite == "stop":
+                raise DivergedError(
+                    f"the loss is {loss:.4g} and the gradient's norm {grad_norm:.4g} at step {step}; "
+                    "lower --lr or --lr-embeddings, or give --on-nonfinite skip"
+                )
+            self._skipped += 1
+        elif loss > self._ceiling:
+            raise DivergedError(f"the loss is {loss:.4g} at step {step}; lower --lr or --lr-embeddings")
+
+    def _check_validation(self, loss: float, step: int) -> None:
+        if not loss < self._ceiling:  # Also when it is not a number.
+            raise DivergedError(
+                f"the validation loss is {loss:.4g} at step {step}; lower --lr or --lr-embeddings"
+            )
+
+    def _show(self, row: Row) -> None:
+        parts = [f"loss {row['loss']:.3f}" if row["loss"] is not None else "skipped"]
+        parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.0%}")
+        if stats := jax.local_devices()[0].memory_stats():  # None on a CPU.
+            parts.append(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self._bar.update()
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

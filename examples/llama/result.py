@@ -1,0 +1,24 @@
+"""What came of a run, read from its files: whoever asks, whenever it ended."""
+
+import statistics
+from typing import NamedTuple
+
+from examples.llama.options import RunOptions
+from examples.llama.run_log import read_metrics
+
+
+class RunResult(NamedTuple):
+    """What a comparison shows of a run; `options` have their defaults filled in."""
+
+    options: RunOptions
+    val_loss: float  # The best of its evaluations, in nats a token.
+    tokens_per_s: float  # Median over the steps, so without compilation and evaluations.
+
+
+def read_result(options: RunOptions) -> RunResult | None:
+    """Returns the result of the run in `options.out`, or None where it has not come to its end."""
+    rows = read_metrics(options.out)
+    if not rows or rows[-1]["step"] < options.steps or "val_loss" not in rows[-1]:
+        return None
+    val_loss = min(row["val_loss"] for row in rows if "val_loss" in row)
+    return RunResult(options, val_loss, statistics.median(row["tokens_per_s"] for row in rows))

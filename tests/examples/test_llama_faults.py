@@ -1,0 +1,275 @@
+"""What a run survives, in processes of its own: kills, damaged files, a full disk, bad gradients.
+
+Steps are so short that a kill "at step k" lands a step or two later; where exactly is left to chance.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS = 60
+REPOSITORY = Path(__file__).parents[2]
+# Makes the batches of some steps impossible to train on: a token that the embedding has not got.
+POISONED = """
+import sys
+from examples.llama import data, pretrain
+steps, loader = {steps}, data.train_loader
+
+class Poisoned:
+    def __init__(self, batches):
+        self.batches, self.step = batches, 0
+        self.get_state = batches.get_state
+    def set_state(self, state):
+        self.batches.set_state(state)
+        self.step = {resumed}
+    def __next__(self):
+        self.step += 1
+        return next(self.batches) + (10**6 if self.step in steps else 0)
+
+data.train_loader = lambda *args, **kwargs: Poisoned(loader(*args, **kwargs))
+pretrain.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text to train on; compiled programs and tokens are kept beside it."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "text").mkdir()
+    words = random.Random(0).choices(["apple", "pear", "plum", "fig", "and", "or", "the", "a"], k=40_000)
+    for number in range(50):
+        (folder / "text" / f"{number}.txt").write_text(" ".join(words[number * 800 : (number + 1) * 800]))
+    return folder
+
+
+class Pretraining:
+    """Starts runs that differ in nothing but what is done to them."""
+
+    def __init__(self, workshop: Path, out: Path) -> None:
+        self.workshop, self.out = workshop, out
+        self.environment = os.environ | {
+            "XDG_CACHE_HOME": str(workshop / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(workshop / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(REPOSITORY),
+        }
+
+    def start(self, *changes: str, script: str = "") -> "subprocess.Popen[str]":
+        program = ["-c", script] if script else ["-m", "examples.llama.pretrain"]
+        options = ["--out", self.out, "--data", self.workshop / "text", "--vocab", "300", "--steps", STEPS]
+        options += ["--batch", 2, "--seq", 16, "--eval-every", 25, "--checkpoint-every", 7]
+        return subprocess.Popen(
+            [sys.executable, *program, *map(str, options), "--resume", "auto", *changes],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *changes: str, script: str = "") -> tuple[int, str, str]:
+        process = self.start(*changes, script=script)
+        output, errors = process.communicate()
+        return process.returncode, output, errors
+
+    def rows(self) -> list[dict[str, float]]:
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def losses(self) -> list[tuple[float, float]]:
+        return [(row["step"], row["loss"]) for row in self.rows()]
+
+    def checkpoints(self) -> list[int]:
+        folder = self.out / "checkpoints"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+    def when(self, process: "subprocess.Popen[str]", happens: Callable[[], bool]) -> None:
+        """Returns as soon as `happens`, in a process that has not ended."""
+        while not happens():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def pretraining(workshop: Path, tmp_path: Path) -> Pretraining:
+    return Pretraining(workshop, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def straight(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
+    """The losses of a run to which nothing happens."""
+    run = Pretraining(workshop, tmp_path_factory.mktemp("straight") / "run")
+    status, _, errors = run.run()
+    assert status == 0, errors
+    losses = run.losses()
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert losses[-1][1] < losses[0][1] - 0.5  # It learns, so the losses tell the states apart.
+    return losses
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_step(
+    seed: int, pretraining: Pretraining, straight: list[tuple[float, float]]
+) -> None:
+    step = random.Random(seed).randrange(1, STEPS - 5)
+    process = pretraining.start()
+    pretraining.when(process, lambda: len(pretraining.rows()) >= step)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert len(pretraining.rows()) < STEPS
+    status, _, errors = pretraining.run()
+    assert status == 0, errors
+    assert pretraining.losses() == straight
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_killed_in_the_middle_of_a_save(
+    attempt: int, pretraining: Pretraining, straight: list[tuple[float, float]]
+) -> None:
+    checkpoints = pretraining.out / "checkpoints"
+
+    def saving() -> bool:
+        if not checkpoints.exists():
+            return False
+        names = [path.name for path in checkpoints.iterdir()]
+        return any("tmp" in name for name in names) and any(name.isdigit() for name in names)
+
+    process = pretraining.start()
+    pretraining.when(process, saving)
+    process.kill()
+    process.communicate()
+    half = [path.name for path in checkpoints.iterdir() if "tmp" in path.name]
+    if not half:
+        pytest.skip("the save was over before the kill")
+    last = max(pretraining.checkpoints())
+    status, _, errors = pretraining.run()
+    assert status == 0, errors
+    assert f"continuing after step {last} " in errors
+    assert pretraining.losses() == straight
+    assert not any("tmp" in path.name for path in checkpoints.iterdir())
+
+
+def test_newest_checkpoint_truncated(pretraining: Pretraining, straight: list[tuple[float, float]]) -> None:
+    assert pretraining.run()[0] == 0
+    before, newest = pretraining.checkpoints()
+    assert (before, newest) == (56, 60)
+    for path in (pretraining.out / "checkpoints" / str(newest)).rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    status, _, errors = pretraining.run()
+    assert status == 0, errors
+    assert f"checkpoint {newest} cannot be read" in errors
+    assert f"continuing after step {before} " in errors
+    assert pretraining.losses() == straight
+    assert (pretraining.out / "checkpoints" / f"{newest}.damaged").is_dir()
+    assert pretraining.checkpoints() == [before, newest]  # Written anew.
+
+
+def test_every_checkpoint_truncated(pretraining: Pretraining) -> None:
+    assert pretraining.run("--checkpoint-every", "30")[0] == 0
+    for path in (pretraining.out / "checkpoints").rglob("*"):
+        if path.is_file():
+            os.truncate(path, 0)
+    metrics = (pretraining.out / "metrics.jsonl").read_bytes()
+    status, _, errors = pretraining.run()
+    assert status == 2
+    assert "error: none of the checkpoints [30, 60] in " in errors.splitlines()[-1]
+    assert (pretraining.out / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(
+    number: signal.Signals, pretraining: Pretraining, straight: list[tuple[float, float]]
+) -> None:
+    process = pretraining.start()
+    pretraining.when(process, lambda: len(pretraining.rows()) >= 10)
+    process.send_signal(number)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    step = pretraining.rows()[-1]["step"]
+    assert f"stopped by {number.name} after step {step} of 60" in output
+    assert str(pretraining.out / "checkpoints" / str(step)) in output
+    assert pretraining.checkpoints()[-1] == step
+    assert pretraining.run()[0] == 0
+    assert pretraining.losses() == straight
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_disk_full_while_saving(workshop: Path, tmp_path: Path, straight: list[tuple[float, float]]) -> None:
+    def tokens() -> dict[str, bytes]:
+        cache = workshop / "cache"
+        return {path.name: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+
+    before = tokens()
+    assert before
+    disk = tmp_path / "disk"
+    with small_disk(disk, "15m"):
+        run = Pretraining(workshop, disk / "run")
+        status, _, errors = run.run()
+        assert status == 2, errors
+        line = errors.splitlines()[-1]
+        assert line.startswith("error: ")
+        assert "a checkpoint could not be written to " in line
+        assert "make room there" in line
+        kept = run.checkpoints()
+        assert kept
+        assert f"the last good checkpoint is {disk / 'run' / 'checkpoints' / str(kept[-1])}" in line
+        subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
+        status, _, errors = run.run()
+        assert status == 0, errors
+        assert f"continuing after step {kept[-1]} " in errors
+        assert run.losses() == straight
+    assert tokens() == before
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(pretraining: Pretraining) -> None:
+    script = POISONED.format(steps={12}, resumed=7)
+    status, _, errors = pretraining.run(script=script)
+    assert status == 2
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: the loss is nan and the gradient's norm nan at step 12; ")
+    assert f"the last good checkpoint is {pretraining.out / 'checkpoints' / '7'}" in last
+    assert [row["step"] for row in pretraining.rows()] == list(range(1, 12))
+    # The run goes on past the step when it is told to skip it.
+    status, _, errors = pretraining.run("--on-nonfinite", "skip", script=script)
+    assert status == 0, errors
+    assert "continuing after step 7 " in errors
+    assert [row["loss"] is None for row in pretraining.rows()].index(True) == 11
+
+
+def test_gradients_that_are_not_finite_are_skipped(
+    pretraining: Pretraining, straight: list[tuple[float, float]]
+) -> None:
+    script = POISONED.format(steps={12, 13, 40}, resumed=0)
+    status, _, errors = pretraining.run("--on-nonfinite", "skip", script=script)
+    assert status == 0, errors
+    rows = pretraining.rows()
+    assert [row["step"] for row in rows if row["loss"] is None] == [12, 13, 40]
+    assert [rows[step - 1]["skipped_steps"] for step in (11, 12, 13, 39, 40, 60)] == [0, 1, 2, 2, 3, 3]
+    assert rows[11]["lr"] == rows[12]["lr"] == rows[13]["lr"]  # The schedule waits.
+    assert [(row["step"], row["loss"]) for row in rows[:11]] == straight[:11]
+    assert "val_loss" in rows[-1]

@@ -1,0 +1,82 @@
+from types import SimpleNamespace
+
+import pytest
+
+from examples.llama.config import PRESETS, LlamaConfig
+from examples.llama.flops import flops_per_token, mfu, peak_flops
+
+
+def test_flops_of_a_shape_counted_by_hand() -> None:
+    # Queries and outputs 2 * 8 * 12, keys and values 2 * 8 * 4, feed-forward 3 * 8 * 10, head 32 * 8.
+    config = LlamaConfig(32, 8, 10, num_heads=3, num_layers=2, num_kv_heads=1, head_size=4)
+    matmul_params = 2 * (192 + 64 + 240) + 256
+    # Scores and their product with the values: 2 * 2 * 3 * 4 * 5 flops a layer, thrice with the gradient.
+    assert flops_per_token(config, seq=5) == 6 * matmul_params + 3 * 2 * 240
+
+
+def test_flops_of_the_papers_1b() -> None:
+    # 24 layers of 4 * 2048^2 + 3 * 2048 * 5461, a head of 32000 * 2048; attention 12 * 24 * 2048 * 1024.
+    assert flops_per_token(PRESETS["1b"], seq=1024) == 6 * 1_273_446_400 + 603_979_776
+
+
+def test_the_embedding_does_no_flops_and_a_tied_head_does() -> None:
+    untied = LlamaConfig(32, 8, 10, 2, 2)
+    tied = LlamaConfig(32, 8, 10, 2, 2, tied_head=True)
+    assert flops_per_token(untied, 4) == flops_per_token(tied, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("TPU v3", 61.5),
+        ("TPU v4", 275),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+    ],
+)
+def test_peaks(kind: str, tera: float) -> None:
+    assert peak_flops(kind, "bfloat16") == tera * 1e12
+    assert peak_flops(kind, "float32") is None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cpu",
+        "TPU v50",
+        "NVIDIA A1000",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ],
+)
+def test_devices_of_unknown_peak(kind: str) -> None:
+    assert peak_flops(kind, "bfloat16") is None
+
+
+def test_utilisation_is_of_all_devices_together() -> None:
+    config = PRESETS["350m"]
+    half = 0.5 * 989e12 / flops_per_token(config, 1024)
+    h200, cpu = SimpleNamespace(device_kind="NVIDIA H200"), SimpleNamespace(device_kind="cpu")
+    assert mfu(half, config, 1024, [h200], "bfloat16") == pytest.approx(0.5)
+    assert mfu(half, config, 1024, [h200, h200], "bfloat16") == pytest.approx(0.25)
+    assert mfu(half, config, 1024, [h200, cpu], "bfloat16") is None
+    assert mfu(half, config, 1024, [h200], "float32") is None
