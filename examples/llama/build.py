@@ -1,6 +1,7 @@
 """From options to the parts of a run: model shape, text, parameters and optimizer state."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import optax
 
 from examples.llama import corpus, hf
 from examples.llama.config import LlamaConfig, preset
+from examples.llama.mesh import on_every_device
 from examples.llama.model import Execution, Params, init_params
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.train import TrainState
@@ -62,25 +64,31 @@ def describe(options: RunOptions, config: LlamaConfig, text: corpus.Corpus) -> d
     }
 
 
-def abstract_params(config: LlamaConfig, execution: Execution) -> Params:
+def abstract_params(config: LlamaConfig, execution: Execution, mesh: jax.sharding.Mesh) -> Params:
     """Returns the parameters' shapes, dtypes and shardings; allocates nothing."""
-    return placed(jax.eval_shape(lambda: init_params(config, execution, seed=0)))
+    return placed(jax.eval_shape(lambda: init_params(config, execution, seed=0)), mesh)
 
 
-def abstract_state(config: LlamaConfig, execution: Execution, tx: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    config: LlamaConfig, execution: Execution, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state; allocates nothing."""
-    params = abstract_params(config, execution)
-    return TrainState(params, placed(jax.eval_shape(tx.init, params)))
+    params = abstract_params(config, execution, mesh)
+    return TrainState(params, placed(jax.eval_shape(tx.init, params), mesh))
 
 
-def placed(shapes: Any) -> Any:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+    sharding = on_every_device(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
-def initial_state(options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation) -> TrainState:
+def initial_state(
+    options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    sharding = on_every_device(mesh)
     if options.init_from:
-        params = jax.device_put(hf.load_params(options.init_from, config, options.weights))
+        params = jax.device_put(hf.load_params(options.init_from, config, options.weights), sharding)
     else:
-        params = init_params(config, execution_of(options), seed=options.seed)
-    return TrainState(params, jax.jit(tx.init)(params))
+        init = functools.partial(init_params, config, execution_of(options), seed=options.seed)
+        params = jax.jit(init, out_shardings=sharding)()
+    return TrainState(params, jax.jit(tx.init, out_shardings=sharding)(params))

@@ -20,6 +20,7 @@ from rich.table import Table
 from examples.llama.build import abstract_params, execution_of, model_config
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
+from examples.llama.mesh import make_mesh
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions, TrainingOptions, check_positive, parse
 from examples.llama.plots import plot_comparison
@@ -183,7 +184,7 @@ def compare(options: CompareOptions, console: Console) -> list[Setting]:
     resume = options.resume == "auto"
     for folder in (options.out, *(run.out for run in runs)):
         check_free(folder, resume=resume)
-    params = abstract_params(config, execution_of(options))
+    params = abstract_params(config, execution_of(options), make_mesh(options.mesh))
     sizes = {run.optimizer: state_bytes(make_optimizer(run, config)[0], params) for run in runs}
 
     settings = [Setting(run, tuple(filter(None, [finish(run)]))) for run in runs]

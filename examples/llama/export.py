@@ -11,6 +11,7 @@ from examples.llama import hf
 from examples.llama.build import abstract_params
 from examples.llama.checkpoint import restore_params
 from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.mesh import make_mesh
 from examples.llama.model import Execution
 from examples.llama.options import CHOICES, parse
 from examples.llama.run_log import CONFIG, TOKENIZER
@@ -55,7 +56,7 @@ def export(options: ExportOptions) -> None:
         UsageError: where there is no such run or checkpoint, or something would be overwritten.
     """
     config, run = config_of_run(options.run)
-    shapes = abstract_params(config, Execution(param_dtype=run["weights"]))
+    shapes = abstract_params(config, Execution(param_dtype=run["weights"]), make_mesh("data=1"))
     params = restore_params(options.run, shapes, options.step)
     hf.save_pretrained(
         params,

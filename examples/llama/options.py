@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+from examples.llama.mesh import axis_sizes
 from examples.llama.usage import UsageError, unknown_name
 
 CHOICES = {
@@ -20,7 +21,7 @@ CHOICES = {
 
 # What may change when a run is resumed: none of it changes what the run computes.
 CHANGEABLE = frozenset(
-    ("out", "resume", "eval_every", "checkpoint_every", "keep_checkpoints", "workers", "on_nonfinite")
+    ("out", "resume", "mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "workers", "on_nonfinite")
 )
 
 
@@ -48,6 +49,8 @@ class TrainingOptions:
     BPE trained on --data at its first use."""
     vocab: int | None = None
     """Tokens of that BPE; by default the model's vocabulary."""
+    mesh: str = "data=1"
+    """data=N: cut each batch over the first N devices."""
     steps: int = 800
     """Training steps; the first tenth warms the learning rates up."""
     batch: int = 8
@@ -98,6 +101,12 @@ class TrainingOptions:
         if self.batch % self.accumulate:
             raise UsageError(
                 f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}; change one"
+            )
+        rows, devices = self.batch // self.accumulate, axis_sizes(self.mesh)["data"]
+        if rows % devices:
+            raise UsageError(
+                f"--batch {self.batch} in --accumulate {self.accumulate} micro-batches is {rows} sequences, "
+                f"not a multiple of --mesh {self.mesh}; change one"
             )
         if self.model and self.init_from:
             raise UsageError(

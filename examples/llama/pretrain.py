@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from examples.llama.checkpoint import Checkpoints
 from examples.llama.corpus import Corpus
 from examples.llama.evaluate import make_evaluator, perplexity
 from examples.llama.interrupt import StopRequest
+from examples.llama.mesh import make_mesh, over_data
 from examples.llama.model import Llama, Params, graphdef_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
@@ -35,6 +37,7 @@ def run_steps(
     *,
     train_step: TrainStep,
     batches: grain.DatasetIterator[Any],
+    mesh: jax.sharding.Mesh,
     evaluate: Callable[[Params, int], Row],
     recorder: Recorder,
     checkpoints: Checkpoints,
@@ -42,7 +45,7 @@ def run_steps(
     """Trains from `first_step` to the last, with evaluations and checkpoints on the way."""
     with StopRequest() as stop:
         for step in range(first_step, options.steps + 1):
-            state, metrics = train_step(state, next(batches))
+            state, metrics = train_step(state, jax.device_put(next(batches), over_data(mesh)))
             recorder.add(step, metrics)
             last = step == options.steps
             if last or step % options.eval_every == 0:
@@ -71,6 +74,7 @@ def pretrain(options: RunOptions) -> RunResult:
     config = build.model_config(options)
     options = with_defaults(options, config)
     resume = options.resume == "auto"
+    mesh = make_mesh(options.mesh)
     check_free(options.out, resume=resume)
     text = build.load_corpus(options, config)
     description = build.describe(options, config, text)
@@ -85,7 +89,9 @@ def pretrain(options: RunOptions) -> RunResult:
     tx, schedules = make_optimizer(options, config)
     with Checkpoints(options.out, keep=options.keep_checkpoints, config=description) as checkpoints:
         step, state = 0, None
-        if resume and (restored := checkpoints.restore_newest(build.abstract_state(config, execution, tx))):
+        if resume and (
+            restored := checkpoints.restore_newest(build.abstract_state(config, execution, tx, mesh))
+        ):
             step, state = restored.step, restored.state
             batches.set_state(restored.data)
         with (
@@ -98,7 +104,7 @@ def pretrain(options: RunOptions) -> RunResult:
                 run_steps(
                     options,
                     step + 1,
-                    state or build.initial_state(options, config, tx),
+                    state or build.initial_state(options, config, tx, mesh),
                     train_step=make_train_step(
                         graphdef,
                         tx,
@@ -106,6 +112,7 @@ def pretrain(options: RunOptions) -> RunResult:
                         skip_nonfinite=options.on_nonfinite == "skip",
                     ),
                     batches=batches,
+                    mesh=mesh,
                     evaluate=make_evaluation(options, graphdef, text, held_out),
                     recorder=Recorder(options, config, schedules["kernels"], log, bar),
                     checkpoints=checkpoints,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from examples.llama import flops
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
+from examples.llama.mesh import make_mesh
 from examples.llama.options import RunOptions
 from examples.llama.run_log import Row, RunLog
 from examples.llama.train import StepMetrics
@@ -40,6 +41,7 @@ class Recorder:
     ) -> None:
         self._options = options
         self._config = config
+        self._devices = list(make_mesh(options.mesh).devices.flat)
         self._tokens = options.batch * options.seq
         # All at once: computing one a step would wait for the device.
         self._lrs = np.asarray(jax.vmap(schedule)(np.arange(options.steps)))
@@ -100,8 +102,7 @@ class Recorder:
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         dtype = self._options.compute_dtype or self._options.weights
-        # One device trains.
-        return flops.mfu(tokens_per_s, self._config, self._options.seq, jax.devices()[:1], dtype)
+        return flops.mfu(tokens_per_s, self._config, self._options.seq, self._devices, dtype)
 
     def _check(self, loss: float, grad_norm: float, step: int) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -125,7 +126,7 @@ class Recorder:
         parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
-        if stats := jax.local_devices()[0].memory_stats():  # None on a CPU.
+        if stats := self._devices[0].memory_stats():  # None on a CPU.
             parts.append(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update()

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,20 @@ def interrupting(loader: Callable[..., Any], at: int, by: Any) -> Callable[..., 
             return next(self.batches)
 
     return lambda *args, **kwargs: Batches(loader(*args, **kwargs))
+
+
+def test_a_batch_over_eight_devices_trains_as_on_one(out: Path) -> None:
+    args = ["--steps", "12", "--batch", "16", "--seq", "16", "--accumulate", "2", "--checkpoint-every", "4"]
+    pretrain.main(["--out", str(out / "one"), *args])
+    pretrain.main(["--out", str(out / "eight"), "--mesh", "data=8", *args])
+    rows = [run_log.read_metrics(out / name) for name in ("one", "eight")]
+    for one, eight in zip(*rows, strict=True):
+        assert eight["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    # A checkpoint of eight devices goes on on one.
+    shutil.rmtree(out / "eight" / "checkpoints" / "12")
+    pretrain.main(["--out", str(out / "eight"), "--resume", "auto", *args])
+    for one, moved in zip(rows[0], run_log.read_metrics(out / "eight"), strict=True):
+        assert moved["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -301,6 +316,13 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
         (["--weights", "float16"], "--weights 'float16' is unknown; choose one of: bfloat16, float32"),
         (["--resume", "yes"], "--resume 'yes' is unknown; choose one of: "),
         (["--batch", "6", "--accumulate", "4"], "--batch 6 is not a multiple of --accumulate 4"),
+        (
+            ["--batch", "12", "--accumulate", "2", "--mesh", "data=8"],
+            "--batch 12 in --accumulate 2 micro-batc",
+        ),
+        (["--mesh", "data=16", "--batch", "16"], "--mesh data=16 needs 16 devices and there are 8 (cpu)"),
+        (["--mesh", "rows=2"], "--mesh 'rows' is unknown; choose one of: data"),
+        (["--mesh", "data=two"], "--mesh data=two is malformed"),
         (["--model", "tiny", "--init-from", "x"], "--model tiny and --init-from x both give the model"),
         (["--init-from", "nowhere"], "nowhere/config.json is not there; give a folder"),
         (["--vocab", "500"], "--vocab 500"),

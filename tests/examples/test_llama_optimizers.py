@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
 from examples.llama.config import LlamaConfig
@@ -111,6 +113,52 @@ def test_learning_rates_reach_their_groups(name: str, small: LlamaConfig, params
         factor = 2.0 if "layers" in path and path.endswith("kernel") else 3.0
         assert np.abs(update).max() > 0
         np.testing.assert_allclose(changed[path], factor * update, rtol=1e-5)
+
+
+# What Optax calls each optimizer; of rate 1, its updates are those of the example's with the sign changed.
+ALIASES: dict[str, optax.GradientTransformation] = {
+    "adamw": optax.adamw(1.0, weight_decay=0.0),
+    "galore": optax.contrib.galore(1.0, 32, scale=0.25),
+    "muon": optax.contrib.muon(1.0),
+    "adafactor": optax.adafactor(1.0),
+    "lion": optax.lion(1.0, weight_decay=0.0),
+    "sgd": optax.sgd(1.0),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(name: str) -> None:
+    # Wider than Adafactor's least size to factor, so that it does; its norms are of a whole stack.
+    config = LlamaConfig(64, 128, 160, 2, 1 if name == "adafactor" else 2)
+    params = init_params(config, seed=0)
+    options = with_defaults(RunOptions(out=Path("unused"), optimizer=name), config)
+    scaler, adam = RECIPES[name].scaler(options, config), optax.adam(1.0)
+    update, adam_update = jax.jit(scaler.update), jax.jit(adam.update)
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    layer_states = [ALIASES[name].init(layer) for layer in kernel]
+    state, adam_state = scaler.init(params), adam.init(params)
+    for seed in range(3):
+        grads = gradients(params, seed)
+        updates, state = update(grads, state, params)
+        adam_updates, adam_state = adam_update(grads, adam_state)
+        for path in (("embed", "embedding"), ("lm_head", "kernel"), ("final_norm", "scale")):
+            ours, adams = updates[path[0]][path[1]], adam_updates[path[0]][path[1]]
+            np.testing.assert_allclose(ours, -adams, rtol=1e-4, atol=1e-6)
+        ours_LxDxF = updates["layers"]["mlp"]["up_proj"]["kernel"]
+        grads_LxDxF = grads["layers"]["mlp"]["up_proj"]["kernel"]
+        for layer in range(config.num_layers):
+            theirs, layer_states[layer] = ALIASES[name].update(
+                grads_LxDxF[layer], layer_states[layer], kernel[layer]
+            )
+            np.testing.assert_allclose(ours_LxDxF[layer], -theirs, rtol=1e-3, atol=1e-5)
+
+
+def gradients(params: Params, seed: int) -> Params:
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
 
 
 def test_groups() -> None:
