@@ -24,7 +24,7 @@ from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.recorder import DivergedError, Recorder
 from examples.llama.result import RunResult, read_result
-from examples.llama.run_log import Row, RunLog, check_free, check_same_run
+from examples.llama.run_log import Row, RunLog, check_free, check_same_run, only_run_in
 from examples.llama.sample import make_sampler
 from examples.llama.train import TrainState, TrainStep, make_train_step
 from examples.llama.usage import RunInterrupted, exit_on_usage_error, notice
@@ -87,7 +87,10 @@ def pretrain(options: RunOptions) -> RunResult:
     execution = build.execution_of(options)
     graphdef = graphdef_of(config, execution)
     tx, schedules = make_optimizer(options, config)
-    with Checkpoints(options.out, keep=options.keep_checkpoints, config=description) as checkpoints:
+    with (
+        only_run_in(options.out),
+        Checkpoints(options.out, keep=options.keep_checkpoints, config=description) as checkpoints,
+    ):
         step, state = 0, None
         if resume and (
             restored := checkpoints.restore_newest(build.abstract_state(config, execution, tx, mesh))

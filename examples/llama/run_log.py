@@ -1,7 +1,10 @@
 """The files of a run: config.json, tokenizer.json, metrics.jsonl (an object a line), tensorboard/."""
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +15,7 @@ from examples.llama.options import differing_fields
 from examples.llama.usage import UsageError
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
-TENSORBOARD, TOKENIZER = "tensorboard", "tokenizer.json"
+TENSORBOARD, TOKENIZER, LOCK = "tensorboard", "tokenizer.json", ".lock"
 
 Row = dict[str, Any]  # One step: numbers by name, and at evaluations the sampled text.
 
@@ -27,6 +30,23 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
                 f"--out {folder} already holds a run ({name}); continue it with --resume auto, "
                 "choose another folder or remove it"
             )
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Makes `folder` if need be, and raises `UsageError` while another process runs in it.
+
+    The system drops the lock with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"--out {folder} is in use by another run; wait for its end, or choose another folder"
+            ) from error
+        yield
 
 
 def check_same_run(folder: Path, config: dict[str, Any]) -> None:
@@ -49,14 +69,13 @@ class RunLog:
     """Writes a run's configuration at once and its metrics line by line; use it in a `with`.
 
     Args:
-        folder: the run's folder, made if need be.
+        folder: the run's folder.
         config: what the run is, as JSON.
         tokenizer: the run's, as JSON, so that the folder is all that an export needs.
         step: the step to continue from; metrics of later steps, which will be run again, are dropped.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], tokenizer: str, *, step: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.rows_before = [row for row in read_metrics(folder) if row["step"] <= step]
         if len(self.rows_before) != step:
             raise UsageError(

@@ -181,6 +181,14 @@ def test_a_run_is_continued_with_the_options_it_began_with_only(
     assert (out / "config.json").exists()
 
 
+def test_two_runs_in_one_folder_are_one_too_many(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with run_log.only_run_in(out):
+        error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
+    assert f"--out {out} is in use by another run; wait for its end" in error
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    pretrain.main(["--out", str(out), *SHORT])
+
+
 def test_a_damaged_checkpoint_is_set_aside(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain.main(["--out", str(out), *RESUMED])
     expected = losses(out)
