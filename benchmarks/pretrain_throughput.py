@@ -47,7 +47,7 @@ class Options:
     """Tokens a sequence."""
     dtype: str
     """float32 or bfloat16, of weights, moments and matrix products."""
-    remat: str = "none"
+    remat: str = "dots"
     """What our backward pass computes again: none, dots or full. Torch computes nothing again."""
     steps: int
     """Steps a block."""

@@ -30,17 +30,25 @@ REMAT_POLICIES = {
 class Execution:
     """How a model is computed, which changes its speed and memory but not what it is."""
 
-    remat: str = "none"
+    remat: str = "dots"
     """A key of `REMAT_POLICIES`."""
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     attention: str = "auto"
-    """xla, cudnn, or auto: cudnn where there is a GPU and the compute dtype is bfloat16."""
+    """xla, cudnn, or auto: cudnn where its flash attention takes the dtype, the heads and the GPU."""
 
-    def attention_implementation(self) -> Any:
+    def attention_implementation(self, head_size: int) -> Any:
         if self.attention != "auto":
             return self.attention
-        return "cudnn" if jax.default_backend() == "gpu" and self.compute_dtype == "bfloat16" else "xla"
+        fits = self.compute_dtype == "bfloat16" and head_size <= 128 and head_size % 8 == 0
+        return "cudnn" if fits and cudnn_has_flash_attention() else "xla"
+
+
+def cudnn_has_flash_attention() -> bool:
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    return float(device.compute_capability) >= 8.0  # Ampere.
 
 
 def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -125,7 +133,7 @@ class Attention(nnx.Module):
             k_BxTxKxH,
             v_BxTxKxH,
             is_causal=True,
-            implementation=self.execution.attention_implementation(),
+            implementation=self.execution.attention_implementation(self.config.head_size),
         )
         return self.o_proj(out_BxTxNxH.reshape(B, T, -1))
 

@@ -78,9 +78,9 @@ class TrainingOptions:
     """float32 or bfloat16, of the parameters."""
     compute_dtype: str | None = None
     """float32 or bfloat16, of activations and matrix products; by default that of --weights."""
-    remat: str = "none"
+    remat: str = "dots"
     """What the backward pass computes again to save memory: none, dots (all but the products with
-    weights) or full (each layer)."""
+    weights, which is little) or full (each layer)."""
     attention: str = "auto"
     """xla, cudnn, or auto: cudnn on a GPU in bfloat16."""
     rank: int | None = None

@@ -1,6 +1,8 @@
 import dataclasses
 import functools
 import math
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,18 +181,27 @@ def test_dtypes_of_parameters_and_of_the_computation(small: LlamaConfig) -> None
 
 
 def test_the_attention_kernel_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Execution(attention="cudnn").attention_implementation() == "cudnn"
-    assert Execution(compute_dtype="bfloat16").attention_implementation() == "xla"
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert Execution().attention_implementation() == "xla"  # cuDNN's takes no float32.
-    assert Execution(compute_dtype="bfloat16").attention_implementation() == "cudnn"
+    half = Execution(compute_dtype="bfloat16")
+    assert Execution(attention="cudnn").attention_implementation(64) == "cudnn"
+    assert half.attention_implementation(64) == "xla"  # There is no GPU.
 
+    def device(kind: str, version: str, capability: str) -> Any:
+        client = types.SimpleNamespace(platform_version=version)
+        return types.SimpleNamespace(platform=kind, client=client, compute_capability=capability)
 
-def test_initial_loss_is_that_of_guessing(small: LlamaConfig) -> None:
-    graphdef, params = graphdef_of(small), init_params(small, seed=0)
-    loss = next_token_loss(graphdef, params, tokens_of(small, (4, 33)))
-    assert loss.dtype == jnp.float32
-    assert float(loss) == pytest.approx(math.log(small.vocab_size), abs=0.05)
+    for gpu, expected in (
+        (device("gpu", "cuda 12080", "9.0"), "cudnn"),
+        (device("gpu", "cuda 12080", "7.5"), "xla"),
+        (device("gpu", "rocm 60300", "gfx942"), "xla"),
+        (device("tpu", "TFRT TPU v5", ""), "xla"),
+    ):
+        monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
+        assert half.attention_implementation(64) == expected
+    monkeypatch.setattr(jax, "devices", lambda: [device("gpu", "cuda 12080", "9.0")])
+    assert Execution().attention_implementation(64) == "xla"  # cuDNN's takes no float32.
+    assert half.attention_implementation(160) == "xla"
+    assert half.attention_implementation(12) == "xla"
+    assert Execution(attention="xla", compute_dtype="bfloat16").attention_implementation(64) == "xla"
 
 
 def test_rotary_scores_depend_on_relative_position_only() -> None:
