@@ -28,13 +28,22 @@ def model_config(options: TrainingOptions) -> LlamaConfig:
     return config
 
 
-def execution_of(options: TrainingOptions) -> Execution:
-    return Execution(
+def execution_of(options: TrainingOptions, config: LlamaConfig) -> Execution:
+    """Returns how the model is computed; raises `UsageError` for --attention that this machine has not."""
+    execution = Execution(
         remat=options.remat,
         param_dtype=options.weights,
         compute_dtype=options.compute_dtype or options.weights,
         attention=options.attention,
     )
+    automatic = dataclasses.replace(execution, attention="auto")
+    if options.attention == "cudnn" and automatic.attention_implementation(config.head_size) != "cudnn":
+        raise UsageError(
+            "--attention cudnn takes an NVIDIA GPU from Ampere on, --compute-dtype bfloat16 and heads of a "
+            f"multiple of 8 up to 128; this is {jax.devices()[0].device_kind}, {execution.compute_dtype}, "
+            f"{config.head_size}; leave it out"
+        )
+    return execution
 
 
 def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
@@ -89,6 +98,6 @@ def initial_state(
     if options.init_from:
         params = jax.device_put(hf.load_params(options.init_from, config, options.weights), sharding)
     else:
-        init = functools.partial(init_params, config, execution_of(options), seed=options.seed)
+        init = functools.partial(init_params, config, execution_of(options, config), seed=options.seed)
         params = jax.jit(init, out_shardings=sharding)()
     return TrainState(params, jax.jit(tx.init, out_shardings=sharding)(params))

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import jax
 import orbax.checkpoint as ocp
 
 from examples.llama.model import Params
 from examples.llama.options import differing_fields
+from examples.llama.run_log import CHECKPOINTS, set_aside
 from examples.llama.train import TrainState
-from examples.llama.usage import UsageError, first_line, notice
-
-FOLDER = "checkpoints"
+from examples.llama.usage import UsageError, disk_is_full, first_line, notice
 
 
 class Restored(NamedTuple):
@@ -35,7 +35,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_folder: Path, *, keep: int, config: dict[str, Any]) -> None:
-        self.folder = (run_folder / FOLDER).absolute()
+        self.folder = (run_folder / CHECKPOINTS).absolute()
         self._config = config
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -112,19 +112,26 @@ class Checkpoints:
         Raises:
             UsageError: for a checkpoint of another configuration, or where none can be read.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
             try:
-                return self._restore(step, abstract_state)
-            except UsageError:
+                restored = self._restore(step, abstract_state)
+            # Neither another run's checkpoint, nor one that there is no room or leave to read, is damaged.
+            except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # TensorStore raises all sorts of them for damaged files.
-                aside = self._set_aside(step)
-                notice(f"checkpoint {step} cannot be read ({first_line(error)}); it is now {aside}")
-        if steps:
+                damaged[step] = first_line(error)
+            else:
+                for bad, reason in damaged.items():
+                    aside = set_aside(self.folder / str(bad))
+                    notice(f"checkpoint {bad} cannot be read ({reason}); it is now {aside}")
+                self._manager.reload()
+                return restored
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise UsageError(
-                f"none of the checkpoints {steps} in {self.folder} can be read; start the run in another "
-                "folder"
+                f"none of the checkpoints in {self.folder} can be read ({reasons}); put back one that can, "
+                "or choose another --out"
             )
         return None
 
@@ -140,22 +147,15 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return Restored(step, self._manager.restore(step, args=args)["state"], small["data"])
 
-    def _set_aside(self, step: int) -> Path:
-        damaged = self.folder / str(step)
-        names = (f"{step}.damaged" + (f"-{number}" if number else "") for number in range(1000))
-        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
-        damaged.rename(aside)
-        self._manager.reload()
-        return aside
-
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are the last two.
+            remedy = "make room there" if disk_is_full(error) else "see to that"
             raise UsageError(
                 f"a checkpoint could not be written to {self.folder} ({first_line(error)}); {self.newest()}; "
-                "make room there and run again with --resume auto"
+                f"{remedy} and run again with --resume auto"
             ) from error
 
 
@@ -170,7 +170,7 @@ def restore_params(run_folder: Path, abstract_params: Params, step: int | None) 
     Raises:
         UsageError: where there is no such checkpoint, or it cannot be read.
     """
-    folder = (run_folder / FOLDER).absolute()
+    folder = (run_folder / CHECKPOINTS).absolute()
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
     if not steps or step not in (None, *steps):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"

@@ -20,16 +20,17 @@ from rich.table import Table
 from examples.llama.build import abstract_params, execution_of, model_config
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
+from examples.llama.interrupt import StopRequest
 from examples.llama.mesh import make_mesh
-from examples.llama.optimizers import make_optimizer, with_defaults
-from examples.llama.options import RunOptions, TrainingOptions, check_positive, parse
+from examples.llama.optimizers import RECIPES, make_optimizer, unused, with_defaults
+from examples.llama.options import RunOptions, TrainingOptions, check_positive, check_seed, parse
 from examples.llama.plots import plot_comparison
 from examples.llama.pretrain import pretrain
 from examples.llama.recorder import DivergedError
 from examples.llama.result import RunResult
 from examples.llama.run_log import check_free, replace_text
 from examples.llama.state_size import StateBytes, state_bytes
-from examples.llama.usage import UsageError, exit_on_usage_error, notice
+from examples.llama.usage import RunInterrupted, UsageError, exit_on_usage_error, notice
 
 RESULTS = "results.jsonl"
 
@@ -61,8 +62,11 @@ class CompareOptions(TrainingOptions):
             for value in values:
                 check_positive(flag, value)
         for seed in self.more_seeds:
-            if seed < 0 or (self.seed, *self.more_seeds).count(seed) > 1:
-                raise UsageError(f"--more-seeds {seed} is negative or given twice; give each once")
+            check_seed("--more-seeds", seed)
+            if (self.seed, *self.more_seeds).count(seed) > 1:
+                raise UsageError(f"--more-seeds {seed} is given twice; give each seed once")
+        if not self.optimizers:
+            raise UsageError("--optimizers is empty; give one or more")
 
 
 class Setting(NamedTuple):
@@ -82,7 +86,10 @@ def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
     common = RunOptions(**fields)
     runs = []
     for name in options.optimizers:
-        default = with_defaults(dataclasses.replace(common, optimizer=name), config)
+        run = dataclasses.replace(common, optimizer=name)
+        # What is meant for some of the optimizers is kept from the others.
+        ignored = {flag[2:]: None for flag in unused(run, config)} if name in RECIPES else {}
+        default = with_defaults(dataclasses.replace(run, **ignored), config)
         assert default.lr is not None
         lrs = options.lr or [default.lr * factor for factor in options.lr_factors] or [default.lr]
         for lr, lr_embeddings in itertools.product(lrs, options.lr_embeddings or [default.lr_embeddings]):
@@ -102,13 +109,18 @@ def label(run: RunOptions) -> str:
     return f"{run.optimizer} lr={run.lr:g},{run.lr_embeddings:g} seed={run.seed}"
 
 
-def finish(run: RunOptions) -> RunResult | None:
+def finish(run: RunOptions, stop: StopRequest) -> tuple[RunResult, ...]:
     """Runs what is left of `run`; a run that diverges is reported and has no result."""
     try:
-        return pretrain(run)
+        result = (pretrain(run, stop),)
     except DivergedError as error:
         notice(f"{label(run)}: {error}")
-        return None
+        result = ()
+    if stop.signal:
+        raise RunInterrupted(
+            f"stopped by {stop.signal.name} after {label(run)}; --resume auto goes on with the next run"
+        )
+    return result
 
 
 def best_settings(settings: Iterable[Setting]) -> dict[str, Setting]:
@@ -121,11 +133,11 @@ def best_settings(settings: Iterable[Setting]) -> dict[str, Setting]:
     return best
 
 
-def with_more_seeds(setting: Setting, options: CompareOptions) -> Setting:
-    runs = [
-        in_own_folder(dataclasses.replace(setting.options, seed=seed), options) for seed in options.more_seeds
-    ]
-    return setting._replace(results=setting.results + tuple(filter(None, map(finish, runs))))
+def with_more_seeds(setting: Setting, options: CompareOptions, stop: StopRequest) -> Setting:
+    results = setting.results
+    for seed in options.more_seeds:
+        results += finish(in_own_folder(dataclasses.replace(setting.options, seed=seed), options), stop)
+    return setting._replace(results=results)
 
 
 def table(settings: list[Setting], best: list[RunOptions], sizes: dict[str, StateBytes]) -> Table:
@@ -172,7 +184,7 @@ def draw(settings: list[Setting], best: list[RunOptions], options: CompareOption
     plot_comparison({label(run): run.out for run in best}, sweeps, options.out)
 
 
-def compare(options: CompareOptions, console: Console) -> list[Setting]:
+def compare(options: CompareOptions, stop: StopRequest, console: Console) -> list[Setting]:
     """Trains all runs one after the other; a run that diverges is reported and the rest go on.
 
     Raises:
@@ -182,15 +194,18 @@ def compare(options: CompareOptions, console: Console) -> list[Setting]:
     config = model_config(options)
     runs = grid(options, config)
     resume = options.resume == "auto"
-    for folder in (options.out, *(run.out for run in runs)):
-        check_free(folder, resume=resume)
-    params = abstract_params(config, execution_of(options), make_mesh(options.mesh))
+    if not resume:
+        check_free(options.out)
+    for run in runs:
+        check_free(run.out, resume=resume)
+    params = abstract_params(config, execution_of(options, config), make_mesh(options.mesh))
     sizes = {run.optimizer: state_bytes(make_optimizer(run, config)[0], params) for run in runs}
 
-    settings = [Setting(run, tuple(filter(None, [finish(run)]))) for run in runs]
+    settings = [Setting(run, finish(run, stop)) for run in runs]
     chosen = [setting.options for setting in best_settings(settings).values()]
     settings = [
-        with_more_seeds(setting, options) if setting.options in chosen else setting for setting in settings
+        with_more_seeds(setting, options, stop) if setting.options in chosen else setting
+        for setting in settings
     ]
     write_results(settings, options)
     draw(settings, chosen, options)
@@ -202,7 +217,8 @@ def compare(options: CompareOptions, console: Console) -> list[Setting]:
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(CompareOptions, args, "python -m examples.llama.compare")
-        compare(options, Console())
+        with StopRequest() as stop:
+            compare(options, stop, Console())
 
     exit_on_usage_error(command)
 

@@ -14,7 +14,6 @@ from examples.llama.usage import UsageError
 
 VALIDATION_WINDOWS = 128  # Enough to tell runs on the same windows apart, few enough to be quick.
 BATCHES_AHEAD = 4  # Read by each worker before they are asked for.
-LARGEST_SEED = 2**32 - 1  # Of Grain's shuffle.
 # Without end, for all purposes; Grain's own endless repetition is too long to be cut into batches of 1.
 EPOCHS = 10**6
 
@@ -80,10 +79,6 @@ def train_loader(
         )
     if batch % process_count:
         raise UsageError(f"--batch {batch} is not a multiple of the {process_count} processes; change one")
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UsageError(f"--seed {seed} is out of range; give 0 to {LARGEST_SEED}")
-    if workers < 0:
-        raise UsageError(f"--workers {workers} is out of range; give 0 or more")
     shuffled = grain.MapDataset.source(windows).shuffle(seed).repeat(EPOCHS)
     batches = shuffled[process_index::process_count].batch(batch // process_count)
     ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=BATCHES_AHEAD * workers)

@@ -1,7 +1,6 @@
 """Writes a run's weights in Hugging Face's format: `python -m examples.llama.export --run R --to D`."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.mesh import make_mesh
 from examples.llama.model import Execution
 from examples.llama.options import CHOICES, parse
-from examples.llama.run_log import CONFIG, TOKENIZER
-from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run_log import TOKENIZER, read_config
+from examples.llama.usage import UsageError, exit_on_usage_error, first_line, unknown_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +38,7 @@ class ExportOptions:
 
 def config_of_run(folder: Path) -> tuple[LlamaConfig, dict[str, Any]]:
     """Returns the shape of a run's model, and all of its config.json."""
-    path = folder / CONFIG
-    if not path.exists():
-        raise UsageError(f"--run {folder} holds no run ({CONFIG} is missing); give the --out of one")
-    run = json.loads(path.read_text())
+    run = read_config(folder)
     shape = dict(run["model_config"])
     if shape["rope_scaling"]:
         shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
@@ -56,6 +52,11 @@ def export(options: ExportOptions) -> None:
         UsageError: where there is no such run or checkpoint, or something would be overwritten.
     """
     config, run = config_of_run(options.run)
+    path = options.run / TOKENIZER
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises nothing more specific.
+        raise UsageError(f"{path} cannot be read ({first_line(error)}); put it back") from error
     shapes = abstract_params(config, Execution(param_dtype=run["weights"]), make_mesh("data=1"))
     params = restore_params(options.run, shapes, options.step)
     hf.save_pretrained(
@@ -63,7 +64,7 @@ def export(options: ExportOptions) -> None:
         config,
         options.to,
         dtype=options.dtype,
-        tokenizer=tokenizers.Tokenizer.from_file(str(options.run / TOKENIZER)),
+        tokenizer=tokenizer,
         end_token=run["end_token"],
     )
 

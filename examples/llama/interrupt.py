@@ -1,37 +1,59 @@
 """SIGTERM and Ctrl-C as a request: the run saves and ends, instead of dying."""
 
+import contextlib
 import signal
 import threading
-from types import FrameType, TracebackType
+import time
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any, Self
+
+from examples.llama.usage import RunInterrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Records the first SIGTERM or SIGINT inside its `with`; a second one does what it always did."""
+    """Takes SIGTERM and SIGINT inside its `with`.
+
+    Inside `deferred`, the first is recorded in `signal`, for whoever can end in good order; elsewhere
+    it raises `RunInterrupted` at once. A second Ctrl-C raises `KeyboardInterrupt`; schedulers send
+    signals twice in a moment, so it counts only when it comes a second later.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._deferred = False
+        self._when = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only, and lets no other ask for them.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.signal is None:
+            self.signal, self._when = signal.Signals(number), time.monotonic()
+            if not self._deferred:
+                raise RunInterrupted(
+                    f"stopped by {self.signal.name} outside of training; --resume auto goes on with what is "
+                    "on disk",
+                    status=128 + number,
+                )
+        elif number == signal.SIGINT and time.monotonic() > self._when + 1:
+            raise KeyboardInterrupt

@@ -98,6 +98,7 @@ def _pieces(x_BxTxD: jax.Array, targets_BxT: jax.Array, chunks: int) -> tuple[ja
     """Returns x (C, B, t, D), targets (C, B, t) and weights (C, t), which are 0 for the padding."""
     B, T, D = x_BxTxD.shape
     t = -(-T // chunks)
+    chunks = -(-T // t)  # Fewer where t is rounded up by much: no chunk is padding alone.
     padding = (0, t * chunks - T)
     # Along the sequence, not the batch: the batch may be cut over devices.
     x = jnp.pad(x_BxTxD, ((0, 0), padding, (0, 0))).reshape(B, chunks, t, D)

@@ -14,13 +14,14 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
 from examples.llama.options import RunOptions
-from examples.llama.usage import unknown_name
+from examples.llama.usage import UsageError, unknown_name
 
 KERNELS = r"^layers/.*/kernel$"  # (L, in, out)
 EMBEDDING = r"^embed/embedding$"  # (V, D)
@@ -37,13 +38,33 @@ def path_name(path: tuple[Any, ...]) -> str:
 def adamw(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     del config
     # Without weight decay, as in the APOLLO paper's pre-training, AdamW is Adam.
-    return optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=options.moment_dtype)
+    return in_float32(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=options.moment_dtype))
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns `tx` as it is for float32 parameters.
+
+    Optax gives a second moment the parameters' dtype, and in bfloat16 its decay of 0.999 is 1: it would
+    never forget. APOLLO's moments are in float32 by themselves.
+    """
+
+    def widened(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return tx.update(widened(updates), state, widened(params))
+
+    return optax.GradientTransformation(lambda params: tx.init(widened(params)), update)
 
 
 def with_adam_for_the_rest(
     for_kernels: optax.GradientTransformation, options: RunOptions, config: LlamaConfig
 ) -> optax.GradientTransformation:
-    return optax.partition({"kernels": for_kernels, "rest": adamw(options, config)}, lr_groups)
+    scalers: dict[Hashable, optax.GradientTransformation]
+    scalers = {"kernels": in_float32(for_kernels), "rest": adamw(options, config)}
+    return optax.partition(scalers, lr_groups)
 
 
 def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
@@ -51,31 +72,39 @@ def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransfo
     scaler = optax.chain(
         optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
     )
-    return with_adam_for_the_rest(scaler, options, config)
+    factored = optax.FactoredState(count=UNMAPPED, v_row=0, v_col=0, v=0)
+    axes = (factored, optax.EmptyState(), optax.EmptyState())
+    return with_adam_for_the_rest(over_layers(scaler, axes), options, config)
 
 
 def galore(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     assert options.rank is not None
     assert options.scale is not None
     scaler = optax.contrib.scale_by_galore(options.rank, scale=options.scale)
-    return with_adam_for_the_rest(over_layers(scaler), options, config)
+    moments = optax.ScaleByAdamState(count=UNMAPPED, mu=0, nu=0)
+    axes = optax.contrib.GaLoreState(count=UNMAPPED, base_optimizer_state=moments, projector=0)
+    return with_adam_for_the_rest(over_layers(scaler, axes), options, config)
 
 
-def over_layers(galore: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Maps GaLore, which takes matrices only, over the first axis of stacked ones."""
-    # The counts are not mapped: on a mapped count, every step would compute the SVD.
-    unmapped: Any = None
-    base_axes = optax.ScaleByAdamState(count=unmapped, mu=0, nu=0)
-    axes = optax.contrib.GaLoreState(count=unmapped, base_optimizer_state=base_axes, projector=0)
-    mapped_update = jax.vmap(lambda updates, state: galore.update(updates, state), (0, axes), (0, axes))
+# Of a count: on a mapped one, GaLore would compute the SVD at every step.
+UNMAPPED: Any = None
+
+
+def over_layers(tx: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
+    """Maps a transformation of matrices over the first axis of stacked ones, whose norms stay apart.
+
+    Args:
+        tx: a transformation of matrices.
+        axes: 0 for each part of its state that each matrix has, `UNMAPPED` for what they share.
+    """
+    mapped = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        return mapped_update(updates, state)
+        return mapped(updates, state, params)
 
-    return optax.GradientTransformation(jax.vmap(galore.init, out_axes=axes), update)
+    return optax.GradientTransformation(jax.vmap(tx.init, out_axes=axes), update)
 
 
 def lion(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
@@ -164,9 +193,9 @@ RECIPES: dict[str, Recipe] = {
         scale=128.0,
     ),
     "apollo-svd": channel_wise("svd"),
-    "galore": Recipe(galore, lr=1e-2, lr_embeddings=3e-2, rank_of=quarter_of_width, scale=0.25),
-    "muon": Recipe(muon, lr=2e-2, lr_embeddings=3e-2),
-    "adafactor": Recipe(adafactor, lr=3e-2, lr_embeddings=3e-2),
+    "galore": Recipe(galore, lr=2e-2, lr_embeddings=3e-2, rank_of=quarter_of_width, scale=0.25),
+    "muon": Recipe(muon, lr=7e-3, lr_embeddings=3e-2),
+    "adafactor": Recipe(adafactor, lr=9e-2, lr_embeddings=3e-2),
     "lion": Recipe(lion, lr=3e-4, lr_embeddings=3e-2),
     "sgd": Recipe(sgd, lr=1.0, lr_embeddings=3e-2),
 }
@@ -181,6 +210,8 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
     if options.optimizer not in RECIPES:
         raise unknown_name("--optimizer", options.optimizer, RECIPES)
     recipe = RECIPES[options.optimizer]
+    for flag, value in unused(options, config).items():
+        raise UsageError(f"{flag} {value} means nothing to --optimizer {options.optimizer}; leave it out")
     defaults = {
         "model": None if options.init_from else "tiny",
         "compute_dtype": options.weights,
@@ -191,6 +222,19 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
     }
     unset = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **unset)
+
+
+def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
+    """Returns the flags that the optimizer has no use for, with what they were set to."""
+    recipe = RECIPES[options.optimizer]
+    return {
+        flag: value
+        for flag, value, has_use in (
+            ("--rank", options.rank, recipe.rank_of(config) is not None),
+            ("--scale", options.scale, recipe.scale is not None),
+        )
+        if value is not None and not has_use
+    }
 
 
 def make_schedule(peak: float, steps: int) -> optax.Schedule:

@@ -19,10 +19,15 @@ CHOICES = {
     "--resume": ("never", "auto"),
 }
 
-# What may change when a run is resumed: none of it changes what the run computes.
+# What may change when a run is resumed: what the run computes stays the same, up to rounding.
 CHANGEABLE = frozenset(
     ("out", "resume", "mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "workers", "on_nonfinite")
 )
+# What the key of the corpus stands for: the same text may have moved.
+OF_THE_CORPUS = frozenset(("data", "validation", "data_tokens", "tokenizer", "vocab"))
+LARGEST_SEED = 2**32 - 1  # Of Grain's shuffle.
+MOST_STEPS = 2**31 - 1  # Optax counts in int32.
+MOST_WORKERS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +101,14 @@ class TrainingOptions:
         for flag, value in self.numbers().items():
             if value is not None:
                 check_positive(flag, value)
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} is out of range; give 0 or more")
+        check_seed("--seed", self.seed)
+        if self.steps > MOST_STEPS:
+            raise UsageError(f"--steps {self.steps} is out of range; give 1 to {MOST_STEPS}")
+        if self.workers > MOST_WORKERS:
+            raise UsageError(f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}")
+        for name in ("model", "data", "validation", "tokenizer"):
+            if getattr(self, name) == "":
+                raise UsageError(f"--{name} is empty; give it a value, or leave it out")
         if self.batch % self.accumulate:
             raise UsageError(
                 f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}; change one"
@@ -147,15 +158,24 @@ def check_positive(flag: str, value: float) -> None:
         raise UsageError(f"{flag} {value} is out of range; give a number above 0")
 
 
+def check_seed(flag: str, seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"{flag} {seed} is out of range; give 0 to {LARGEST_SEED}")
+
+
 def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Returns what two configurations disagree on, as `field: theirs -> ours`, changeable fields aside."""
-    names = [name for name in (ours | theirs) if name not in CHANGEABLE]
-    missing = "(absent)"
-    return [
-        f"{name}: {theirs.get(name, missing)} -> {ours.get(name, missing)}"
-        for name in names
-        if ours.get(name, missing) != theirs.get(name, missing)
-    ]
+    """Returns what two configurations disagree on, as `field: theirs -> ours`, changeable fields aside.
+
+    A field that one has not got, because it is older than the field, has the field's default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
+    ignored = CHANGEABLE | (OF_THE_CORPUS if ours["corpus"] == theirs.get("corpus") else set())
+    pairs = {
+        name: (theirs.get(name, defaults.get(name)), ours.get(name, defaults.get(name)))
+        for name in ours | theirs
+        if name not in ignored
+    }
+    return [f"{name}: {before} -> {now}" for name, (before, now) in pairs.items() if before != now]
 
 
 Options = TypeVar("Options")

@@ -3,6 +3,7 @@
 Writes config.json, metrics.jsonl, tensorboard/, curves.png and checkpoints/ to the output folder.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.recorder import DivergedError, Recorder
 from examples.llama.result import RunResult, read_result
-from examples.llama.run_log import Row, RunLog, check_free, check_same_run, only_run_in
+from examples.llama.run_log import Row, RunLog, check_free, check_same_run, only_run_in, write_config
 from examples.llama.sample import make_sampler
 from examples.llama.train import TrainState, TrainStep, make_train_step
 from examples.llama.usage import RunInterrupted, exit_on_usage_error, notice
@@ -38,12 +39,13 @@ def run_steps(
     train_step: TrainStep,
     batches: grain.DatasetIterator[Any],
     mesh: jax.sharding.Mesh,
+    stop: StopRequest,
     evaluate: Callable[[Params, int], Row],
     recorder: Recorder,
     checkpoints: Checkpoints,
 ) -> None:
     """Trains from `first_step` to the last, with evaluations and checkpoints on the way."""
-    with StopRequest() as stop:
+    with stop.deferred():
         for step in range(first_step, options.steps + 1):
             state, metrics = train_step(state, jax.device_put(next(batches), over_data(mesh)))
             recorder.add(step, metrics)
@@ -53,6 +55,7 @@ def run_steps(
             if last or stop.signal or step % options.checkpoint_every == 0:
                 recorder.sync()  # A checkpoint is never ahead of the metrics, nor of a loss unseen.
                 checkpoints.save(step, state, batches.get_state())
+                recorder.restart_clock()
             checkpoints.check()
             if stop.signal and not last:
                 checkpoints.wait()
@@ -62,8 +65,12 @@ def run_steps(
                 )
 
 
-def pretrain(options: RunOptions) -> RunResult:
+def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
     """Runs one pre-training, or the rest of it.
+
+    Args:
+        options: of the run.
+        stop: entered by the caller; a signal that comes in the last step is left to it.
 
     Raises:
         UsageError: for input that makes no run, before anything is written; where a checkpoint cannot
@@ -79,18 +86,23 @@ def pretrain(options: RunOptions) -> RunResult:
     text = build.load_corpus(options, config)
     description = build.describe(options, config, text)
     check_same_run(options.out, description)
+    if resume and (result := read_result(options)):
+        return result
     batches = data.train_loader(
         text.train, seq=options.seq, batch=options.batch, seed=options.seed, workers=options.workers
     )
     held_out = data.validation_batches(text.validation, seq=options.seq)
 
-    execution = build.execution_of(options)
+    execution = build.execution_of(options, config)
     graphdef = graphdef_of(config, execution)
     tx, schedules = make_optimizer(options, config)
-    with (
-        only_run_in(options.out),
-        Checkpoints(options.out, keep=options.keep_checkpoints, config=description) as checkpoints,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_run_in(options.out))
+        check_free(options.out, resume=resume)  # Another run may have begun meanwhile.
+        write_config(options.out, description, text.tokenizer.to_str())
+        checkpoints = stack.enter_context(
+            Checkpoints(options.out, keep=options.keep_checkpoints, config=description)
+        )
         step, state = 0, None
         if resume and (
             restored := checkpoints.restore_newest(build.abstract_state(config, execution, tx, mesh))
@@ -98,7 +110,7 @@ def pretrain(options: RunOptions) -> RunResult:
             step, state = restored.step, restored.state
             batches.set_state(restored.data)
         with (
-            RunLog(options.out, description, text.tokenizer.to_str(), step=step) as log,
+            RunLog(options.out, step=step) as log,
             tqdm(initial=step, total=options.steps, unit="step", desc=options.optimizer) as bar,
         ):
             if step:
@@ -116,6 +128,7 @@ def pretrain(options: RunOptions) -> RunResult:
                     ),
                     batches=batches,
                     mesh=mesh,
+                    stop=stop,
                     evaluate=make_evaluation(options, graphdef, text, held_out),
                     recorder=Recorder(options, config, schedules["kernels"], log, bar),
                     checkpoints=checkpoints,
@@ -145,7 +158,8 @@ def make_evaluation(
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(RunOptions, args, "python -m examples.llama.pretrain")
-        result = pretrain(options)
+        with StopRequest() as stop:
+            result = pretrain(options, stop)
         print(
             f"best validation perplexity {perplexity(result.val_loss):.2f} in {options.steps} steps; "
             f"curves, metrics and checkpoints in {options.out}"

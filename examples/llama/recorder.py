@@ -1,5 +1,6 @@
 """What a run shows of itself: metrics lines and the progress bar."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from examples.llama.options import RunOptions
 from examples.llama.run_log import Row, RunLog
 from examples.llama.train import StepMetrics
 from examples.llama.usage import UsageError, notice
+
+LR_BLOCK = 4096
+MOST_SKIPPED = 20  # Steps in a row.
 
 
 class DivergedError(UsageError):
@@ -43,13 +47,16 @@ class Recorder:
         self._config = config
         self._devices = list(make_mesh(options.mesh).devices.flat)
         self._tokens = options.batch * options.seq
-        # All at once: computing one a step would wait for the device.
-        self._lrs = np.asarray(jax.vmap(schedule)(np.arange(options.steps)))
+        # Many at once: computing one a step would wait for the device.
+        self._lrs = functools.lru_cache(maxsize=1)(
+            lambda block: np.asarray(jax.vmap(schedule)(block * LR_BLOCK + np.arange(LR_BLOCK)))
+        )
         # Far above the loss of guessing, which no run that goes well exceeds by much.
         self._ceiling = 10 * math.log(config.vocab_size)
         self._log = log
         self._bar = bar
         self._skipped = log.rows_before[-1].get("skipped_steps", 0) if log.rows_before else 0
+        self._skipped_in_a_row = 0
         self._pending: tuple[int, StepMetrics] | None = None
         self._clock = time.perf_counter()
 
@@ -71,7 +78,8 @@ class Recorder:
         loss, grad_norm = (float(value) for value in jax.device_get(device_metrics))
         tokens_per_s = self._tokens / (time.perf_counter() - self._clock)
         # The schedule counts the steps that were made.
-        lr = float(self._lrs[step - 1 - self._skipped])
+        block, offset = divmod(step - 1 - self._skipped, LR_BLOCK)
+        lr = float(self._lrs(block)[offset])
         self._check(loss, grad_norm, step)
         row = {
             "step": step,
@@ -81,7 +89,7 @@ class Recorder:
             "tokens": step * self._tokens,
             "tokens_per_s": tokens_per_s,
         }
-        if self._options.on_nonfinite == "skip":
+        if self._skipped or self._options.on_nonfinite == "skip":
             row["skipped_steps"] = self._skipped
         if mfu := self._mfu(tokens_per_s):
             row["mfu"] = mfu
@@ -98,6 +106,9 @@ class Recorder:
         """Writes out the queued step, and returns when all steps are on disk."""
         self.flush()
         self._log.sync()
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last step out of the next one's tokens a second."""
         self._clock = time.perf_counter()
 
     def _mfu(self, tokens_per_s: float) -> float | None:
@@ -112,7 +123,16 @@ class Recorder:
                     "lower --lr or --lr-embeddings, or give --on-nonfinite skip"
                 )
             self._skipped += 1
-        elif loss > self._ceiling:
+            self._skipped_in_a_row += 1
+            notice(f"step {step} is skipped: the loss is {loss:.4g}, the gradient's norm {grad_norm:.4g}")
+            if self._skipped_in_a_row == MOST_SKIPPED:
+                raise DivergedError(
+                    f"no loss or gradient was finite in the {MOST_SKIPPED} steps up to {step}; lower --lr or "
+                    "--lr-embeddings"
+                )
+            return
+        self._skipped_in_a_row = 0
+        if loss > self._ceiling:
             raise DivergedError(f"the loss is {loss:.4g} at step {step}; lower --lr or --lr-embeddings")
 
     def _check_validation(self, loss: float, step: int) -> None:

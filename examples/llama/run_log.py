@@ -6,29 +6,37 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from tensorboardX import SummaryWriter
-
 from examples.llama.options import differing_fields
-from examples.llama.usage import UsageError
+from examples.llama.tensorboard import TensorBoard
+from examples.llama.usage import UsageError, notice
 
-CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
-TENSORBOARD, TOKENIZER, LOCK = "tensorboard", "tokenizer.json", ".lock"
+CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.jsonl", "curves.png", ".lock"
+TENSORBOARD, TOKENIZER, CHECKPOINTS = "tensorboard", "tokenizer.json", "checkpoints"
+OF_A_RUN = (CONFIG, METRICS, CURVES, TENSORBOARD, TOKENIZER, CHECKPOINTS)
 
 Row = dict[str, Any]  # One step: numbers by name, and at evaluations the sampled text.
 
 
 def check_free(folder: Path, *, resume: bool = False) -> None:
-    """Raises `UsageError` where writing a run to `folder` would overwrite or mix with something."""
+    """Raises `UsageError` where writing a run to `folder` would overwrite or mix with something.
+
+    Args:
+        folder: the run's folder.
+        resume: a run that is there may be continued.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; choose a folder")
-    for name in (CONFIG, METRICS, CURVES):
-        if not resume and (folder / name).exists():
+    if resume and (folder / CONFIG).exists():
+        return
+    for name in OF_A_RUN:
+        if (folder / name).exists():
+            remedy = (
+                f"its {CONFIG} is missing, so put that back," if resume else "continue it with --resume auto,"
+            )
             raise UsageError(
-                f"--out {folder} already holds a run ({name}); continue it with --resume auto, "
-                "choose another folder or remove it"
+                f"--out {folder} already holds a run ({name}); {remedy} choose another folder or remove it"
             )
 
 
@@ -51,67 +59,78 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 def check_same_run(folder: Path, config: dict[str, Any]) -> None:
     """Raises `UsageError` where `folder` holds a run of another configuration."""
-    path = folder / CONFIG
-    if not path.exists():
+    if not (folder / CONFIG).exists():
         return
-    try:
-        before = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON ({error}); restore it, or choose another --out") from error
-    if differing := differing_fields(config, before):
+    if differing := differing_fields(config, read_config(folder)):
         raise UsageError(
             f"--out {folder} holds another run ({'; '.join(differing)}); give the same options, or another "
             "--out"
         )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the configuration of the run in `folder`; raises `UsageError` where there is none."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); put it back, or give another folder") from error
+    if not isinstance(config, dict) or "optimizer" not in config:
+        raise UsageError(f"{path} is no run's configuration; give another folder")
+    return config
+
+
+def write_config(folder: Path, config: dict[str, Any], tokenizer: str) -> None:
+    """Writes what a run is, before anything else of it; its tokenizer is what an export needs."""
+    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    replace_text(folder / TOKENIZER, tokenizer)
+
+
 class RunLog:
-    """Writes a run's configuration at once and its metrics line by line; use it in a `with`.
+    """Writes a run's metrics line by line, and to TensorBoard; use it in a `with`.
 
     Args:
         folder: the run's folder.
-        config: what the run is, as JSON.
-        tokenizer: the run's, as JSON, so that the folder is all that an export needs.
         step: the step to continue from; metrics of later steps, which will be run again, are dropped.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], tokenizer: str, *, step: int = 0) -> None:
-        self.rows_before = [row for row in read_metrics(folder) if row["step"] <= step]
-        if len(self.rows_before) != step:
+    def __init__(self, folder: Path, *, step: int = 0) -> None:
+        rows = read_metrics(folder)
+        if len(rows) < step:
             raise UsageError(
-                f"{folder / METRICS} has {len(self.rows_before)} of the {step} steps that the checkpoint "
-                "goes on from; put it back, or choose another --out"
+                f"{folder / METRICS} has {len(rows)} of the {step} steps that the checkpoint goes on from; "
+                "put it back, or choose another --out"
             )
+        if rows and not step:
+            kept = set_aside(folder / METRICS)
+            notice(f"{folder} has no checkpoint: starting again at step 1; the metrics so far are in {kept}")
+        self.rows_before = rows[:step]
         replace_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows_before))
-        replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        replace_text(folder / TOKENIZER, tokenizer)
-        self._file = (folder / METRICS).open("a")
-        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context((folder / METRICS).open("a"))
+            self._tensorboard = stack.enter_context(TensorBoard(folder / TENSORBOARD, step))
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        self._tensorboard.close()
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     def write(self, row: Row) -> None:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()  # So that a run can be watched, and one that dies leaves its curve.
-        for name, value in row.items():
-            if isinstance(value, str):
-                self._tensorboard.add_text(name, value, row["step"])
-            elif value is not None and name != "step":
-                self._tensorboard.add_scalar(name, value, row["step"])
+        self._tensorboard.write(row)
 
     def sync(self) -> None:
         """Returns when the metrics are on disk, so that no checkpoint is ahead of them."""
         os.fsync(self._file.fileno())
+
+
+def set_aside(path: Path) -> Path:
+    """Renames `path` to a name that is free, and returns it."""
+    names = (path.with_name(f"{path.name}.{number}") for number in range(1, 10_000))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -125,20 +144,27 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """Returns the rows of a run, none where there is no file yet.
+    """Returns the rows of a run, one for each step from the first; none where there is no file yet.
 
     The last line is left out where it is cut off, as a run leaves it that is killed while it writes.
+
+    Raises:
+        UsageError: where a line is no metrics of its step.
     """
     path = folder / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    text = path.read_text(errors="replace") if path.exists() else ""
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if not line.endswith("\n"):
+                break
+            row = None
+        if not isinstance(row, dict) or row.get("step") != number:
             raise UsageError(
-                f"line {number} of {path} is not JSON ({error}); mend it or choose another --out"
-            ) from error
+                f"line {number} of {path} is not the metrics of step {number}; mend it, or choose another "
+                "--out"
+            )
+        rows.append(row)
     return rows

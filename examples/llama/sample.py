@@ -30,9 +30,11 @@ def make_sampler(
         def extend(position: jax.Array, tokens_1xT: jax.Array) -> jax.Array:
             model = nnx.merge(graphdef, params)
             # The whole text again for each token: short, and no cache of keys and values to keep.
-            x_D = model.hidden(tokens_1xT)[0, position].astype(jnp.float32)
-            logits_V = (x_D @ model.head().astype(jnp.float32))[:known] / TEMPERATURE
-            token = jax.random.categorical(jax.random.fold_in(key, position), logits_V)
+            x_D, head_DxV = model.hidden(tokens_1xT)[0, position], model.head()
+            logits_V = jnp.einsum(
+                "d,dv->v", x_D, head_DxV.astype(x_D.dtype), preferred_element_type=jnp.float32
+            )[:known]
+            token = jax.random.categorical(jax.random.fold_in(key, position), logits_V / TEMPERATURE)
             return tokens_1xT.at[0, position + 1].set(token)
 
         return jax.lax.fori_loop(0, LENGTH, extend, jnp.full((1, LENGTH + 1), end_id))[0, 1:]

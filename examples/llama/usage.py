@@ -1,9 +1,11 @@
 """What a user did wrong, or should know, said in one line."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
 
+import jax
 from tqdm import tqdm
 
 
@@ -13,6 +15,10 @@ class UsageError(Exception):
 
 class RunInterrupted(Exception):  # noqa: N818 (it is no error)
     """A run that was asked to stop, and did; the message says where it can be continued from."""
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status  # Of the process: 0 where all is saved.
 
 
 def unknown_name(flag: str, value: str, known: Iterable[str]) -> UsageError:
@@ -36,18 +42,45 @@ def notice(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, of the system or of a library that passes it on, says so."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+def explained(error: Exception) -> str | None:
+    """Returns what to say of an error, or None for one that is not the user's to mend."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, OSError):
+        if disk_is_full(error):
+            return f"{error}; make room there, and give --resume auto to a run that had begun"
+        return f"{error}; make it readable and writable, or give another path"
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"the device's memory is too small ({first_line(error)}); raise --accumulate, lower --batch or "
+            "--seq, or give --remat full or --weights bfloat16"
+        )
+    return None
+
+
 def exit_on_usage_error(command: Callable[[], object]) -> None:
-    """Runs `command`; a `UsageError` becomes one line on stderr and exit status 2.
+    """Runs `command`; what the user can mend becomes one line on stderr and exit status 2.
 
     A run that was interrupted and saved ends with status 0, as a command that did what it was asked.
     """
     try:
         command()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except RunInterrupted as interruption:
         print(interruption)
+        if interruption.status:
+            sys.exit(interruption.status)
     except KeyboardInterrupt:
-        print("interrupted before there was anything to save", file=sys.stderr)
+        print("interrupted at once; --resume auto goes on with what is on disk", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if (line := explained(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from examples.llama import compare, data, export, optimizers, pretrain, recorder, run_log
+from examples.llama import checkpoint, compare, data, export, optimizers, pretrain, recorder, run_log
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
 from examples.llama.hf import load_params
@@ -166,19 +166,80 @@ def test_a_run_is_continued_with_the_options_it_began_with_only(
     args = ["--out", str(out), *RESUMED, "--lr", "0.5", "--batch", "8"]
     error = exits_with_message(pretrain.main, args, capsys)
     assert "holds another run (batch: 4 -> 8; lr: 0.007 -> 0.5); give the same options" in error
-    (out / "config.json").unlink()
+    # Not by its config.json alone, which may have been edited.
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"lr": 0.5, "batch": 8}))
+    metrics = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(b"".join(metrics.splitlines(keepends=True)[:11]))  # Not at its end.
     error = exits_with_message(pretrain.main, args, capsys)
     checkpoint = out / "checkpoints" / "12"
     assert f"checkpoint {checkpoint} is of another run (batch: 4 -> 8; lr: 0.007 -> 0.5" in error
-    metrics = (out / "metrics.jsonl").read_bytes()
-    (out / "metrics.jsonl").write_bytes(b"".join(metrics.splitlines(keepends=True)[:5]))
+    (out / "config.json").write_text(json.dumps(config))
     error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
-    assert "metrics.jsonl has 5 of the 12 steps that the checkpoint goes on from; put it back" in error
+    assert "metrics.jsonl has 11 of the 12 steps that the checkpoint goes on from; put it back" in error
     (out / "metrics.jsonl").write_bytes(metrics)
-    assert all(path.read_bytes() == content for path, content in files.items() if path.exists())
-    # What does not change what is computed may change.
-    pretrain.main(["--out", str(out), *RESUMED, "--keep-checkpoints", "5", "--workers", "1"])
-    assert (out / "config.json").exists()
+    unchanged = {path: content for path, content in files.items() if path.name != "config.json"}
+    assert all(path.read_bytes() == content for path, content in unchanged.items())
+    # What does not change what is computed may change, and the text may have moved.
+    more = ["--keep-checkpoints", "5", "--workers", "1", "--vocab", "384"]
+    shutil.rmtree(checkpoint)
+    cut_to(out, 11)
+    pretrain.main(["--out", str(out), *RESUMED, *more])
+    assert json.loads((out / "config.json").read_text())["workers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", "config.json is no run's configuration; give another folder"),
+        ("config.json", '{"hidden_size": 3}', "config.json is no run's configuration"),
+        ("config.json", "{", "config.json cannot be read (Expecting property name"),
+        ("metrics.jsonl", '{"step": 1}\n{"step": 3}\n', "line 2 of "),
+        ("metrics.jsonl", "1\n", "is not the metrics of step 1; mend it"),
+        ("metrics.jsonl", "{}\n", "is not the metrics of step 1; mend it"),
+        ("metrics.jsonl", "{\n", "is not the metrics of step 1; mend it"),
+    ],
+)
+def test_a_damaged_run_is_refused_not_overwritten(
+    name: str, content: str, message: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.main(["--out", str(out), *SHORT])
+    (out / name).write_text(content)
+    error = exits_with_message(pretrain.main, ["--out", str(out), *SHORT, "--resume", "auto"], capsys)
+    assert message in error
+    assert (out / name).read_text() == content
+
+
+def test_a_run_without_its_checkpoints(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that has ended stays as it is; another starts again, and its metrics are kept."""
+    pretrain.main(["--out", str(out), *RESUMED])
+    shutil.rmtree(out / "checkpoints")
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    pretrain.main(["--out", str(out), *RESUMED])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    expected = losses(out)
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:6]))
+    capsys.readouterr()
+    pretrain.main(["--out", str(out), *RESUMED])
+    assert (
+        f"has no checkpoint: starting again at step 1; the metrics so far are in {out}"
+        in capsys.readouterr().err
+    )
+    assert (out / "metrics.jsonl.1").read_text() == "".join(lines[:6])
+    assert losses(out) == expected
+
+
+def test_fields_that_are_newer_than_a_run_have_their_defaults(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.main(["--out", str(out), *SHORT])
+    config = json.loads((out / "config.json").read_text())
+    del config["accumulate"], config["attention"]
+    (out / "config.json").write_text(json.dumps(config))
+    pretrain.main(["--out", str(out), *SHORT, "--resume", "auto"])
+    args = ["--out", str(out), *SHORT, "--resume", "auto", "--accumulate", "2"]
+    assert "(accumulate: 1 -> 2)" in exits_with_message(pretrain.main, args, capsys)
 
 
 def test_two_runs_in_one_folder_are_one_too_many(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,18 +250,52 @@ def test_two_runs_in_one_folder_are_one_too_many(out: Path, capsys: pytest.Captu
     pretrain.main(["--out", str(out), *SHORT])
 
 
+def cut_to(out: Path, step: int) -> None:
+    """Makes a run look as if it had been killed after `step`."""
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:step]))
+
+
+def damage(out: Path, step: int) -> None:
+    (out / "checkpoints" / str(step) / "data" / "metadata").write_text('{"next')
+
+
 def test_a_damaged_checkpoint_is_set_aside(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pretrain.main(["--out", str(out), *RESUMED])
+    pretrain.main(["--out", str(out), *RESUMED, "--keep-checkpoints", "3"])
     expected = losses(out)
-    (out / "checkpoints" / "12" / "data" / "metadata").write_text('{"next')
+    shutil.rmtree(out / "checkpoints" / "12")
+    cut_to(out, 11)
+    damage(out, 8)
     capsys.readouterr()
     pretrain.main(["--out", str(out), *RESUMED])
     errors = capsys.readouterr().err
-    assert "checkpoint 12 cannot be read (" in errors
-    assert f"it is now {out / 'checkpoints' / '12.damaged'}" in errors
-    assert "continuing after step 8 of 12" in errors
+    assert "checkpoint 8 cannot be read (" in errors
+    assert f"it is now {out / 'checkpoints' / '8.1'}" in errors
+    assert "continuing after step 4 of 12" in errors
     assert losses(out) == expected
-    assert (out / "checkpoints" / "12.damaged" / "state").is_dir()
+    assert (out / "checkpoints" / "8.1" / "state").is_dir()
+
+
+def test_where_no_checkpoint_can_be_read_none_is_touched(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.main(["--out", str(out), *RESUMED])
+    shutil.rmtree(out / "checkpoints" / "12")
+    cut_to(out, 11)
+
+    def no_room(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_restore", no_room)
+        error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
+    assert "the device's memory is too small (RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes)" in error
+    damage(out, 8)
+    for _ in range(2):  # As in a loop that restarts it.
+        error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
+        assert f"none of the checkpoints in {out / 'checkpoints'} can be read (8: " in error
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["8"]
+    assert len(losses(out)) == 11
 
 
 def poisoned(steps: set[int]) -> Callable[..., Any]:
@@ -235,14 +330,32 @@ def test_a_step_that_is_not_finite_ends_the_run(
 def test_steps_that_are_not_finite_are_skipped_and_counted(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "train_loader", poisoned({3, 7}))
-    pretrain.main(["--out", str(out), *RESUMED, "--on-nonfinite", "skip"])
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "train_loader", poisoned({3, 7}))
+        pretrain.main(["--out", str(out), *RESUMED, "--on-nonfinite", "skip"])
     rows = run_log.read_metrics(out)
     assert [row["step"] for row in rows if row["loss"] is None] == [3, 7]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
     assert rows[2]["lr"] == rows[3]["lr"]  # The schedule waits.
     assert rows[-1]["val_loss"] < 6
     check_curves(out)
+    # It waits too in a run that goes on without skipping.
+    cut_to(out, 10)
+    shutil.rmtree(out / "checkpoints" / "12")
+    pretrain.main(["--out", str(out), *RESUMED])
+    assert [row["lr"] for row in run_log.read_metrics(out)] == [row["lr"] for row in rows]
+
+
+def test_skipping_comes_to_an_end(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "train_loader", poisoned(set(range(5, 40))))
+    args = ["--batch", "2", "--seq", "16", "--steps", "40", "--on-nonfinite", "skip"]
+    with pytest.raises(SystemExit):
+        pretrain.main(["--out", str(out), *args])
+    errors = capsys.readouterr().err
+    assert "step 5 is skipped: the loss is nan" in errors
+    assert "error: no loss or gradient was finite in the 20 steps up to 24" in errors.splitlines()[-1]
 
 
 def test_exported_weights_are_those_of_the_checkpoint(out: Path, tmp_path: Path) -> None:
@@ -272,7 +385,7 @@ def held_out(out: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--run", "nowhere"], "--run nowhere holds no run (config.json is missing)"),
+        (["--run", "nowhere"], "nowhere/config.json cannot be read ("),
         (["--step", "2"], "has not got checkpoint 2; it has those of steps [3]"),
         (["--dtype", "int8"], "--dtype 'int8'"),
     ],
@@ -284,6 +397,9 @@ def test_exports_that_cannot_be(
     to = tmp_path / "exported"
     assert message in exits_with_message(export.main, ["--run", str(out), "--to", str(to), *args], capsys)
     assert not to.exists()
+    (out / "tokenizer.json").write_text("{}")
+    error = exits_with_message(export.main, ["--run", str(out), "--to", str(to)], capsys)
+    assert "tokenizer.json cannot be read (" in error
     to.mkdir()
     (to / "config.json").write_text("earlier")
     assert str(to) in exits_with_message(export.main, ["--run", str(out), "--to", str(to)], capsys)
@@ -329,6 +445,12 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
             "--batch 12 in --accumulate 2 micro-batc",
         ),
         (["--mesh", "data=16", "--batch", "16"], "--mesh data=16 needs 16 devices and there are 8 (cpu)"),
+        (["--seed", "4294967296"], "--seed 4294967296 is out of range; give 0 to 4294967295"),
+        (["--steps", "1000000000000"], "--steps 1000000000000 is out of range; give 1 to 2147483647"),
+        (["--workers", "100000"], "--workers 100000 is out of range; give 1 to 256"),
+        (["--tokenizer", ""], "--tokenizer is empty"),
+        (["--attention", "cudnn"], "--attention cudnn takes an NVIDIA GPU"),
+        (["--optimizer", "lion", "--rank", "8"], "--rank 8 means nothing to --optimizer lion; leave it out"),
         (["--mesh", "rows=2"], "--mesh 'rows' is unknown; choose one of: data"),
         (["--mesh", "data=two"], "--mesh data=two is malformed"),
         (["--model", "tiny", "--init-from", "x"], "--model tiny and --init-from x both give the model"),
@@ -342,7 +464,7 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
         (["--rank", "-1"], "--rank -1 is out of range"),
         (["--lr", "nan"], "--lr nan is out of range"),
         (["--lr-embeddings", "0"], "--lr-embeddings 0.0 is out of range"),
-        (["--seed", "-1"], "--seed -1 is out of range; give 0 or more"),
+        (["--seed", "-1"], "--seed -1 is out of range; give 0 to 4294967295"),
         (["--seq", "129"], "--seq 129 is too long; --model tiny takes 128"),
         (["--batch", "9999"], "--batch 9999 of --seq 16 needs"),
     ],
@@ -356,7 +478,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 @pytest.mark.parametrize("main", [pretrain.main, compare.main])
-@pytest.mark.parametrize("name", [run_log.METRICS, run_log.CONFIG, run_log.CURVES])
+@pytest.mark.parametrize("name", run_log.OF_A_RUN)
 def test_a_folder_with_a_run_is_refused(
     main: Any, name: str, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,6 +486,9 @@ def test_a_folder_with_a_run_is_refused(
     (out / name).write_text("earlier")
     error = exits_with_message(main, ["--out", str(out), *SHORT], capsys)
     assert f"already holds a run ({name}); continue it with --resume auto, choose another folder" in error
+    if name != run_log.CONFIG:
+        error = exits_with_message(main, ["--out", str(out), *SHORT, "--resume", "auto"], capsys)
+        assert f"already holds a run ({name}); its config.json is missing" in error
     assert [path.read_text() for path in out.iterdir()] == ["earlier"]
 
 
@@ -371,6 +496,16 @@ def test_a_file_is_refused_as_folder(out: Path, capsys: pytest.CaptureFixture[st
     out.parent.mkdir()
     out.write_text("earlier")
     assert "is a file" in exits_with_message(pretrain.main, ["--out", str(out), *SHORT], capsys)
+    error = exits_with_message(pretrain.main, ["--out", str(out / "below"), *SHORT], capsys)
+    assert "Not a directory" in error
+    assert out.read_text() == "earlier"
+
+
+def test_a_run_of_very_many_steps_begins(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = interrupting(data.train_loader, at=2, by=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(data, "train_loader", stop)
+    pretrain.main(["--out", str(out), *SHORT, "--steps", str(2**31 - 1)])
+    assert [step for step, _ in losses(out)] == [1, 2]
 
 
 def test_a_command_line_that_does_not_parse_exits_with_status_2(out: Path) -> None:

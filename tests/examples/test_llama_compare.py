@@ -1,7 +1,9 @@
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from examples.llama import compare, optimizers, run_log
+from examples.llama import compare, optimizers, pretrain, run_log
 from examples.llama.config import LlamaConfig
 from examples.llama.options import RunOptions
 from examples.llama.result import RunResult
@@ -77,6 +79,8 @@ def test_the_best_rates_are_run_again_with_the_other_seeds(
     # Nothing is run twice; a run that was cut off goes on, and the table comes out the same.
     cut = out / f"sgd-{optimizers.RECIPES['sgd'].lr:g}-0.03-seed0"
     shutil.rmtree(cut / "checkpoints" / "3")
+    metrics = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(metrics[:2]))
 
     def when_written() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/3/_CHECKPOINT_METADATA")}
@@ -124,7 +128,9 @@ def test_compare_goes_on_after_a_run_that_diverged(out: Path, capsys: pytest.Cap
         (["--lr", "0.1", "0.10"], "is given twice"),
         (["--optimizers", "adamw", "adamw"], "is given twice"),
         (["--lr", "0.1", "--lr-factors", "2"], "--lr and --lr-factors both say"),
-        (["--more-seeds", "1", "0"], "--more-seeds 0 is negative or given twice"),
+        (["--more-seeds", "1", "0"], "--more-seeds 0 is given twice"),
+        (["--more-seeds", "4294967296"], "--more-seeds 4294967296 is out of range"),
+        (["--optimizers"], "--optimizers is empty"),
         (["--lr", "0"], "--lr 0.0 is out of range"),
         (["--lr-factors", "-1"], "--lr-factors -1.0 is out of range"),
         (["--lr-embeddings", "nan"], "--lr-embeddings nan is out of range"),
@@ -137,6 +143,36 @@ def test_compare_checks_every_run_before_the_first(
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_what_only_some_optimizers_take_is_kept_from_the_others(tmp_path: Path, small: LlamaConfig) -> None:
+    options = compare.CompareOptions(
+        out=tmp_path, optimizers=("adamw", "apollo", "galore"), rank=2, scale=3.0
+    )
+    runs = compare.grid(options, small)
+    assert [(run.rank, run.scale) for run in runs] == [(None, None), (2, 3.0), (2, 3.0)]
+
+
+def test_a_stop_in_the_last_step_of_a_run_stops_the_comparison(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = pretrain.Checkpoints.save
+
+    def stopped_save(self: Any, step: int, *args: Any) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self, step, *args)
+
+    args = ["--out", str(out), "--optimizers", "adamw", "sgd", *SHORT]
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Checkpoints, "save", stopped_save)
+        with pytest.raises(SystemExit) as exit_:
+            compare.main(args)
+    assert exit_.value.code == 0
+    assert "stopped by SIGTERM after adamw lr=0.002,0.03 seed=0; --resume auto" in capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == ["adamw-0.002-0.03-seed0"]
+    compare.main([*args, "--resume", "auto"])
+    assert len(table_rows(capsys.readouterr().out)) == 2
 
 
 def test_compare_refuses_a_folder_with_other_runs(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,13 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
     assert chunked.memory_analysis().temp_size_in_bytes < compiled(plain).memory_analysis().temp_size_in_bytes
 
 
+def test_no_chunk_is_padding_alone() -> None:
+    """63 chunks of a sequence of 256 are 52 of 5 tokens, the last with 4 of padding."""
+    x, head, targets = (jnp.ones(shape) for shape in ((1, 256, 2), (2, 3), (1, 256)))
+    program = jax.make_jaxpr(chunked_cross_entropy, static_argnums=3)(x, head, targets.astype(int), 63)
+    assert "length=52" in str(program)
+
+
 def test_number_of_chunks() -> None:
     assert num_chunks(8, 128, 2048) == 2  # Small as they are, never all of them.
     assert num_chunks(512, 256, 32_000) == 63  # 16.8 GB of logits, 268 MB at a time.

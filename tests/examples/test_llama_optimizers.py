@@ -128,8 +128,7 @@ ALIASES: dict[str, optax.GradientTransformation] = {
 
 @pytest.mark.parametrize("name", ALIASES)
 def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(name: str) -> None:
-    # Wider than Adafactor's least size to factor, so that it does; its norms are of a whole stack.
-    config = LlamaConfig(64, 128, 160, 2, 1 if name == "adafactor" else 2)
+    config = LlamaConfig(64, 128, 160, 2, 2)  # Wider than Adafactor's least size to factor, so that it does.
     params = init_params(config, seed=0)
     options = with_defaults(RunOptions(out=Path("unused"), optimizer=name), config)
     scaler, adam = RECIPES[name].scaler(options, config), optax.adam(1.0)
@@ -151,6 +150,35 @@ def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(name: s
                 grads_LxDxF[layer], layer_states[layer], kernel[layer]
             )
             np.testing.assert_allclose(ours_LxDxF[layer], -theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bfloat16_parameters_get_the_updates_of_float32_ones(name: str, small: LlamaConfig) -> None:
+    """Also when gradients shrink: a second moment in bfloat16 would not forget the large ones."""
+    options = options_for(name)
+    wide = init_params(small, seed=0)
+    params = {dtype: jax.tree.map(lambda x, d=dtype: x.astype(d), wide) for dtype in ("float32", "bfloat16")}
+    scaler = RECIPES[name].scaler(options, small)
+    sizes = {}
+    for dtype, of_dtype in params.items():
+
+        def steps(carry: Any, scale: jax.Array, of_dtype: Any = of_dtype) -> Any:
+            state, _ = carry
+            draws = gradients(of_dtype, 0)
+            grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), draws, of_dtype)
+            updates, state = scaler.update(grads, state, of_dtype)
+            return (state, jax.tree.map(lambda u: jnp.linalg.norm(u.astype(jnp.float32)), updates)), None
+
+        scales = jnp.concatenate([jnp.ones(30), jnp.full(3000, 0.01)])
+        zeros = jax.tree.map(lambda _: jnp.zeros(()), of_dtype)
+        (state, norms), _ = jax.jit(lambda c, s: jax.lax.scan(steps, c, s))(
+            (scaler.init(of_dtype), zeros), scales
+        )
+        assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state))
+        sizes[dtype] = norms
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05), sizes["bfloat16"], sizes["float32"]
+    )
 
 
 def gradients(params: Params, seed: int) -> Params:
