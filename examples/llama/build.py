@@ -1,18 +1,23 @@
 """From options to the parts of a run: model shape, text, parameters and optimizer state."""
 
 import dataclasses
+import datetime
 import functools
 import json
+import platform
+from importlib import metadata
 from typing import Any
 
 import jax
 import optax
+from rich import filesize
 
-from examples.llama import corpus, hf
-from examples.llama.config import LlamaConfig, preset
+from examples.llama import corpus, data, hf
+from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.mesh import on_every_device
 from examples.llama.model import Execution, Params, init_params
 from examples.llama.options import RunOptions, TrainingOptions
+from examples.llama.state_size import state_bytes
 from examples.llama.train import TrainState
 from examples.llama.usage import UsageError
 
@@ -70,7 +75,32 @@ def describe(options: RunOptions, config: LlamaConfig, text: corpus.Corpus) -> d
         "model_config": dataclasses.asdict(config),
         "corpus": text.key,
         "end_token": text.tokenizer.id_to_token(text.end_id),
+        "made_with": {
+            **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
+            "date": datetime.date.today().isoformat(),
+        },
     }
+
+
+def summary(
+    options: RunOptions,
+    config: LlamaConfig,
+    text: corpus.Corpus,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> str:
+    """Returns what is about to run, in a line."""
+    tokens = options.steps * options.batch * options.seq
+    there = data.token_count(text.train)
+    state = sum(state_bytes(tx, abstract_params(config, execution_of(options, config), mesh)))
+    return (
+        f"{options.model or options.init_from}: {param_count(config):,} parameters in {options.weights}, "
+        f"{filesize.decimal(state)} of optimizer state, on {mesh.size} of {len(jax.devices())} "
+        f"{jax.devices()[0].device_kind}; {tokens:,} tokens, {tokens / there:.2g} times the {there:,} "
+        "there are"
+    )
 
 
 def abstract_params(config: LlamaConfig, execution: Execution, mesh: jax.sharding.Mesh) -> Params:

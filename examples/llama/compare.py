@@ -88,7 +88,8 @@ def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
     for name in options.optimizers:
         run = dataclasses.replace(common, optimizer=name)
         # What is meant for some of the optimizers is kept from the others.
-        ignored = {flag[2:]: None for flag in unused(run, config)} if name in RECIPES else {}
+        names = [flag[2:] for flag in unused(run, config)] if name in RECIPES else []
+        ignored = {field.name: field.default for field in dataclasses.fields(run) if field.name in names}
         default = with_defaults(dataclasses.replace(run, **ignored), config)
         assert default.lr is not None
         lrs = options.lr or [default.lr * factor for factor in options.lr_factors] or [default.lr]
@@ -142,7 +143,10 @@ def with_more_seeds(setting: Setting, options: CompareOptions, stop: StopRequest
 
 def table(settings: list[Setting], best: list[RunOptions], sizes: dict[str, StateBytes]) -> Table:
     """Returns a row for each setting; one that diverged is there with its options alone."""
-    caption = "*: each optimizer's best; ±: standard deviation over seeds; kernels, emb+head, rest: state"
+    caption = (
+        "val ppl: best of a run's evaluations, mean over seeds; ±: their standard deviation; "
+        "*: the optimizer's best with the first seed; kernels, emb+head, rest: optimizer state"
+    )
     view = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
     view.add_column("optimizer", no_wrap=True)
     for column in ("lr", "lr emb", "val ppl", "±", "seeds", "kernels", "emb+head", "rest", "tokens/s"):
@@ -180,7 +184,8 @@ def draw(settings: list[Setting], best: list[RunOptions], options: CompareOption
             run = setting.options
             assert run.lr is not None
             name = f"{run.optimizer} (lr emb {run.lr_embeddings:g})"
-            sweeps[name].append((run.lr, perplexity(setting.val_loss)))
+            # With the first seed: the best has more, and a mean would not belong on the others' line.
+            sweeps[name].append((run.lr, perplexity(setting.results[0].val_loss)))
     plot_comparison({label(run): run.out for run in best}, sweeps, options.out)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from examples.llama.usage import UsageError
 
-VALIDATION_WINDOWS = 128  # Enough to tell runs on the same windows apart, few enough to be quick.
 BATCHES_AHEAD = 4  # Read by each worker before they are asked for.
 # Without end, for all purposes; Grain's own endless repetition is too long to be cut into batches of 1.
 EPOCHS = 10**6
@@ -85,8 +84,16 @@ def train_loader(
     return iter(batches.to_iter_dataset(ahead))
 
 
-def validation_batches(shards: Sequence[np.ndarray], *, seq: int, batch: int = 8) -> np.ndarray:
+def validation_batches(
+    shards: Sequence[np.ndarray], *, seq: int, count: int = 128, batch: int = 8
+) -> np.ndarray:
     """Returns windows spread evenly over `shards`, the same for every run: int32 (batches, B, S).
+
+    Args:
+        shards: validation tokens (1-D).
+        seq: T, tokens a sequence.
+        count: windows at the most, rounded down to whole batches.
+        batch: B.
 
     Raises:
         UsageError: where there are fewer windows than one batch takes.
@@ -97,7 +104,7 @@ def validation_batches(shards: Sequence[np.ndarray], *, seq: int, batch: int = 8
             f"--seq {seq} in validation batches of {batch} needs {batch * seq + 1} validation tokens and "
             f"there are {token_count(shards)}; lower --seq, or give more text with --validation"
         )
-    count = max(batch, min(VALIDATION_WINDOWS, len(windows)) // batch * batch)
+    count = max(batch, min(count, len(windows)) // batch * batch)
     chosen = np.linspace(0, len(windows) - 1, count).astype(int)
     return np.stack([windows[index] for index in chosen]).reshape(-1, batch, seq + 1)
 

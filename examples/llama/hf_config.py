@@ -33,6 +33,11 @@ def read_config(folder: Path) -> LlamaConfig:
             LLaMA that `model.py` computes.
     """
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
+    if "model_config" in fields.values:
+        raise UsageError(
+            f"{folder} is a run's folder; export it first: "
+            f"python -m examples.llama.export --run {folder} --to ..."
+        )
     for name, supported in FIXED.items():
         if fields.values.get(name, supported) != supported:
             raise fields.unsupported(name, supported)

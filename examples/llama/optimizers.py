@@ -232,8 +232,9 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
         for flag, value, has_use in (
             ("--rank", options.rank, recipe.rank_of(config) is not None),
             ("--scale", options.scale, recipe.scale is not None),
+            ("--embeddings", options.embeddings, options.optimizer.startswith("apollo")),
         )
-        if value is not None and not has_use
+        if value not in (None, "adam") and not has_use
     }
 
 

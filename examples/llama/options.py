@@ -21,7 +21,17 @@ CHOICES = {
 
 # What may change when a run is resumed: what the run computes stays the same, up to rounding.
 CHANGEABLE = frozenset(
-    ("out", "resume", "mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "workers", "on_nonfinite")
+    (
+        "made_with",
+        "out",
+        "resume",
+        "mesh",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "workers",
+        "on_nonfinite",
+    )
 )
 # What the key of the corpus stands for: the same text may have moved.
 OF_THE_CORPUS = frozenset(("data", "validation", "data_tokens", "tokenizer", "vocab"))
@@ -70,6 +80,8 @@ class TrainingOptions:
     """Threads that read data ahead."""
     eval_every: int = 100
     """Steps between evaluations; the last step always has one."""
+    eval_windows: int = 128
+    """Sequences of held-out text an evaluation takes, spread evenly over it and always the same."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
@@ -133,7 +145,7 @@ class TrainingOptions:
         """Returns what must be positive, by flag."""
         names = (
             *("steps", "batch", "accumulate", "seq", "data_tokens", "vocab", "workers"),
-            *("eval_every", "checkpoint_every", "keep_checkpoints", "rank", "scale"),
+            *("eval_every", "eval_windows", "checkpoint_every", "keep_checkpoints", "rank", "scale"),
         )
         return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
 

@@ -34,7 +34,7 @@ def plot_comparison(
     curves, sweep = figure.subplots(1, 2)
     draw_curves(curves, runs)
     for name, points in sweeps.items():
-        sweep.loglog(*zip(*sorted(points), strict=True), "o-", ms=4, label=name)
+        sweep.semilogx(*zip(*sorted(points), strict=True), "o-", ms=4, label=name)
     sweep.set(xlabel="learning rate of the kernels", ylabel="best validation perplexity")
     sweep.legend()
     sweep.grid(which="both", alpha=0.3)

@@ -91,7 +91,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
     batches = data.train_loader(
         text.train, seq=options.seq, batch=options.batch, seed=options.seed, workers=options.workers
     )
-    held_out = data.validation_batches(text.validation, seq=options.seq)
+    held_out = data.validation_batches(text.validation, seq=options.seq, count=options.eval_windows)
 
     execution = build.execution_of(options, config)
     graphdef = graphdef_of(config, execution)
@@ -113,6 +113,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
             RunLog(options.out, step=step) as log,
             tqdm(initial=step, total=options.steps, unit="step", desc=options.optimizer) as bar,
         ):
+            notice(build.summary(options, config, text, tx, mesh))
             if step:
                 notice(f"continuing after step {step} of {options.steps} in {options.out}")
             try:

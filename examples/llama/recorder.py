@@ -58,7 +58,7 @@ class Recorder:
         self._skipped = log.rows_before[-1].get("skipped_steps", 0) if log.rows_before else 0
         self._skipped_in_a_row = 0
         self._pending: tuple[int, StepMetrics] | None = None
-        self._clock = time.perf_counter()
+        self._clock = self._clock_before = time.perf_counter()
 
     def add(self, step: int, metrics: StepMetrics) -> None:
         """Queues `step`, counted from 1, and writes out the step before."""
@@ -76,7 +76,10 @@ class Recorder:
             return
         (step, device_metrics), self._pending = self._pending, None
         loss, grad_norm = (float(value) for value in jax.device_get(device_metrics))
-        tokens_per_s = self._tokens / (time.perf_counter() - self._clock)
+        # A step that is read at once, before an evaluation, may have been made while the one before it
+        # was read: then the two are timed together.
+        seconds = time.perf_counter() - (self._clock_before if evaluate else self._clock)
+        tokens_per_s = self._tokens * (2 if evaluate and self._clock_before < self._clock else 1) / seconds
         # The schedule counts the steps that were made.
         block, offset = divmod(step - 1 - self._skipped, LR_BLOCK)
         lr = float(self._lrs(block)[offset])
@@ -100,7 +103,9 @@ class Recorder:
             notice(f"step {step}: validation perplexity {row['val_ppl']:.2f}; {row['sample']!r}")
         self._log.write(row)
         self._show(row)
-        self._clock = time.perf_counter()
+        self._clock_before, self._clock = self._clock, time.perf_counter()
+        if evaluate:
+            self.restart_clock()
 
     def sync(self) -> None:
         """Writes out the queued step, and returns when all steps are on disk."""
@@ -109,7 +114,7 @@ class Recorder:
 
     def restart_clock(self) -> None:
         """Leaves what was done since the last step out of the next one's tokens a second."""
-        self._clock = time.perf_counter()
+        self._clock = self._clock_before = time.perf_counter()
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         dtype = self._options.compute_dtype or self._options.weights

@@ -11,8 +11,19 @@ import jax
 import numpy as np
 import pytest
 
-from examples.llama import checkpoint, compare, data, export, optimizers, pretrain, recorder, run_log
-from examples.llama.config import PRESETS, LlamaConfig
+from examples.llama import (
+    checkpoint,
+    compare,
+    corpus,
+    data,
+    export,
+    optimizers,
+    pretrain,
+    recorder,
+    run_log,
+    tokenise,
+)
+from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
 from examples.llama.hf import load_params
 from examples.llama.model import graphdef_of, init_params, next_token_loss
@@ -50,6 +61,7 @@ def test_pretrain_writes_its_files(optimizer: str, out: Path, capsys: pytest.Cap
     config = json.loads((out / "config.json").read_text())
     assert config["model"] == "tiny"
     assert config["model_config"]["hidden_size"] == 16
+    assert config["made_with"]["jax"] == jax.__version__
     assert config["optimizer"] == optimizer
     assert config["seed"] == 3
     assert config["lr"] == optimizers.RECIPES[optimizer].lr  # Defaults are filled in.
@@ -70,6 +82,8 @@ def test_pretrain_writes_its_files(optimizer: str, out: Path, capsys: pytest.Cap
     assert repr(rows[2]["sample"]) in output.err
     assert "3/3" in output.err
     assert "tokens/s" in output.err
+    assert f"tiny: {param_count(PRESETS['tiny']):,} parameters in float32" in output.err
+    assert "on 1 of 8 cpu; 96 tokens, " in output.err
 
 
 def test_training_lowers_the_loss_and_repeats_exactly(out: Path) -> None:
@@ -186,6 +200,16 @@ def test_a_run_is_continued_with_the_options_it_began_with_only(
     cut_to(out, 11)
     pretrain.main(["--out", str(out), *RESUMED, *more])
     assert json.loads((out / "config.json").read_text())["workers"] == 1
+
+
+def test_text_can_be_tokenised_before_the_run(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenise.main(["--vocab", "300"])
+    assert " of 300 kinds, ready for runs" in capsys.readouterr().out
+    monkeypatch.setattr(corpus, "build", lambda *_: pytest.fail("tokenised again"))
+    pretrain.main(["--out", str(out), "--vocab", "300", *SHORT])
+    assert "--vocab 5 is out of range" in exits_with_message(tokenise.main, ["--vocab", "5"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -377,8 +401,6 @@ def test_exported_weights_are_those_of_the_checkpoint(out: Path, tmp_path: Path)
 
 
 def held_out(out: Path) -> np.ndarray:
-    from examples.llama import corpus
-
     return data.validation_batches(corpus.load_corpus("stdlib", vocab_size=384).validation, seq=16)
 
 
@@ -446,6 +468,11 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
         ),
         (["--mesh", "data=16", "--batch", "16"], "--mesh data=16 needs 16 devices and there are 8 (cpu)"),
         (["--seed", "4294967296"], "--seed 4294967296 is out of range; give 0 to 4294967295"),
+        (
+            ["--optimizer", "sgd", "--embeddings", "apollo"],
+            "--embeddings apollo means nothing to ",
+        ),
+        (["--eval-windows", "0"], "--eval-windows 0 is out of range"),
         (["--steps", "1000000000000"], "--steps 1000000000000 is out of range; give 1 to 2147483647"),
         (["--workers", "100000"], "--workers 100000 is out of range; give 1 to 256"),
         (["--tokenizer", ""], "--tokenizer is empty"),
@@ -486,7 +513,7 @@ def test_a_folder_with_a_run_is_refused(
     (out / name).write_text("earlier")
     error = exits_with_message(main, ["--out", str(out), *SHORT], capsys)
     assert f"already holds a run ({name}); continue it with --resume auto, choose another folder" in error
-    if name != run_log.CONFIG:
+    if name != run_log.CONFIG and main is pretrain.main:
         error = exits_with_message(main, ["--out", str(out), *SHORT, "--resume", "auto"], capsys)
         assert f"already holds a run ({name}); its config.json is missing" in error
     assert [path.read_text() for path in out.iterdir()] == ["earlier"]

@@ -1,0 +1,53 @@
+"""Tokenises text ahead of a run: `python -m examples.llama.tokenise --model 1b --data ...`.
+
+A run does it by itself at the first use of a text, before its first step. Where that takes hours, do it
+on a machine without accelerators that shares the cache (XDG_CACHE_HOME).
+"""
+
+import dataclasses
+
+from examples.llama import corpus, data
+from examples.llama.config import preset
+from examples.llama.options import parse
+from examples.llama.usage import exit_on_usage_error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokeniseOptions:
+    """Text to tokens; give the run the same options, --data-tokens too."""
+
+    model: str = "tiny"
+    """The run's --model: its vocabulary is the size of a tokenizer trained here."""
+    data: str = "stdlib"
+    """A file, folder, quoted glob, hf:OWNER/NAME[/CONFIG][@REVISION], or stdlib."""
+    validation: str | None = None
+    """The same for held-out text; by default one document in twenty of --data."""
+    data_tokens: int | None = None
+    """Stop reading --data after this many tokens; by default all are read."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a folder with one, or a name on the hub; by default a BPE trained on --data."""
+    vocab: int | None = None
+    """Tokens of that BPE; by default the model's vocabulary."""
+
+
+def main(args: list[str] | None = None) -> None:
+    def command() -> None:
+        options = parse(TokeniseOptions, args, "python -m examples.llama.tokenise")
+        text = corpus.load_corpus(
+            options.data,
+            vocab_size=preset(options.model).vocab_size,
+            tokenizer=options.tokenizer,
+            vocab=options.vocab,
+            max_tokens=options.data_tokens,
+            validation=options.validation,
+        )
+        print(
+            f"{data.token_count(text.train):,} training and {data.token_count(text.validation):,} validation "
+            f"tokens of {text.tokenizer.get_vocab_size():,} kinds, ready for runs"
+        )
+
+    exit_on_usage_error(command)
+
+
+if __name__ == "__main__":
+    main()
