@@ -24,6 +24,7 @@ import numpy as np
 
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.flops import flops_per_token, mfu
+from examples.llama.hf_config import hf_config
 from examples.llama.model import REMAT_POLICIES, Execution, graphdef_of, init_params
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
@@ -127,27 +128,9 @@ def transformers_on_torch(options: Options, config: LlamaConfig, tokens: np.ndar
     torch.manual_seed(0)
     torch.set_num_threads(cores())
     device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling:
-        rope |= dataclasses.asdict(config.rope_scaling) | {"rope_type": "llama3"}
-        rope["original_max_position_embeddings"] = rope.pop("original_max_seq_len")
-    shape = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_size,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.rms_norm_eps,
-        initializer_range=config.initializer_range,
-        rope_parameters=rope,
-        tie_word_embeddings=config.tied_head,
-        attention_dropout=0.0,
-        use_cache=False,  # Of keys and values, for generation.
-        attn_implementation="sdpa",
-    )
+    fields = hf_config(config, options.dtype, end_id=None)
+    # No cache of keys and values, which is for generation.
+    shape = transformers.LlamaConfig.from_dict(fields | {"use_cache": False, "attn_implementation": "sdpa"})
     model = transformers.LlamaForCausalLM(shape).to(device=device, dtype=getattr(torch, options.dtype))
     if sum(p.numel() for p in model.parameters()) != param_count(config):
         raise AssertionError("parameters of torch's model")

@@ -24,21 +24,23 @@ from examples.llama.usage import UsageError
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
     """Returns the shape that --model or --init-from gives; raises `UsageError` for a --seq too long."""
-    config = hf.read_config(options.init_from) if options.init_from else preset(options.model or "tiny")
+    if options.init_from:
+        name, config = f"--init-from {options.init_from}", hf.read_config(options.init_from)
+    else:
+        assert options.model is not None
+        name, config = f"--model {options.model}", preset(options.model)
     if options.seq > config.max_seq_len:
-        name = (
-            f"--init-from {options.init_from}" if options.init_from else f"--model {options.model or 'tiny'}"
-        )
         raise UsageError(f"--seq {options.seq} is too long; {name} takes {config.max_seq_len}")
     return config
 
 
 def execution_of(options: TrainingOptions, config: LlamaConfig) -> Execution:
     """Returns how the model is computed; raises `UsageError` for --attention that this machine has not."""
+    assert options.compute_dtype is not None
     execution = Execution(
         remat=options.remat,
         param_dtype=options.weights,
-        compute_dtype=options.compute_dtype or options.weights,
+        compute_dtype=options.compute_dtype,
         attention=options.attention,
     )
     automatic = dataclasses.replace(execution, attention="auto")

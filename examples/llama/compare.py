@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from rich import box, filesize
@@ -75,10 +74,6 @@ class Setting(NamedTuple):
     options: RunOptions  # With the first seed.
     results: tuple[RunResult, ...]  # By seed, without those that diverged.
 
-    @property
-    def val_loss(self) -> float:
-        return statistics.mean(result.val_loss for result in self.results)
-
 
 def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
     """Returns the runs with the first seed: each optimizer with each pair of rates, defaults filled in."""
@@ -124,14 +119,14 @@ def finish(run: RunOptions, stop: StopRequest) -> tuple[RunResult, ...]:
     return result
 
 
-def best_settings(settings: Iterable[Setting]) -> dict[str, Setting]:
-    """Returns the setting of the lowest validation loss of each optimizer with one that did not diverge."""
-    best: dict[str, Setting] = {}
-    for setting in settings:
-        name = setting.options.optimizer
-        if setting.results and (name not in best or setting.val_loss < best[name].val_loss):
-            best[name] = setting
-    return best
+def best_of_each(settings: list[Setting]) -> list[RunOptions]:
+    """Returns each optimizer's run with the lowest validation loss, of those that have come to an end."""
+    best: dict[str, RunResult] = {}
+    for result in (result for setting in settings for result in setting.results):
+        name = result.options.optimizer
+        if name not in best or result.val_loss < best[name].val_loss:
+            best[name] = result
+    return [result.options for result in best.values()]
 
 
 def with_more_seeds(setting: Setting, options: CompareOptions, stop: StopRequest) -> Setting:
@@ -207,7 +202,7 @@ def compare(options: CompareOptions, stop: StopRequest, console: Console) -> lis
     sizes = {run.optimizer: state_bytes(make_optimizer(run, config)[0], params) for run in runs}
 
     settings = [Setting(run, finish(run, stop)) for run in runs]
-    chosen = [setting.options for setting in best_settings(settings).values()]
+    chosen = best_of_each(settings)
     settings = [
         with_more_seeds(setting, options, stop) if setting.options in chosen else setting
         for setting in settings

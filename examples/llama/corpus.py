@@ -61,7 +61,7 @@ def load_corpus(
     """Returns the corpus that `--data` names; its tokens are made at the first use and kept.
 
     Args:
-        data: see `sources.documents`.
+        data: see `sources.open_source`.
         vocab_size: the model's; every token id is below it.
         tokenizer: see `tokenizer.load_tokenizer`; by default a BPE is trained on `data`.
         vocab: tokens of that BPE, by default `vocab_size`.

@@ -24,11 +24,12 @@ from safetensors.numpy import save_file
 from examples.llama.config import LlamaConfig
 from examples.llama.hf_config import CONFIG, hf_config, read_json, write_json
 from examples.llama.hf_config import read_config as read_config
+from examples.llama.hub import TOKENIZER_FILES
 from examples.llama.model import Params, init_params
 from examples.llama.usage import UsageError, first_line, unknown_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, TOKENIZER_CONFIG = TOKENIZER_FILES
 DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

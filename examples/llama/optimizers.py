@@ -213,8 +213,6 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
     for flag, value in unused(options, config).items():
         raise UsageError(f"{flag} {value} means nothing to --optimizer {options.optimizer}; leave it out")
     defaults = {
-        "model": None if options.init_from else "tiny",
-        "compute_dtype": options.weights,
         "lr": recipe.lr,
         "lr_embeddings": recipe.lr_embeddings,
         "rank": recipe.rank_of(config),

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from examples.llama.mesh import axis_sizes
+from examples.llama.model import REMAT_POLICIES
 from examples.llama.usage import UsageError, unknown_name
 
 CHOICES = {
-    "--remat": ("none", "dots", "full"),
+    "--remat": tuple(REMAT_POLICIES),
     "--weights": ("float32", "bfloat16"),
     "--compute-dtype": ("float32", "bfloat16"),
     "--attention": ("auto", "xla", "cudnn"),
@@ -33,15 +34,32 @@ CHANGEABLE = frozenset(
         "on_nonfinite",
     )
 )
-# What the key of the corpus stands for: the same text may have moved.
-OF_THE_CORPUS = frozenset(("data", "validation", "data_tokens", "tokenizer", "vocab"))
 LARGEST_SEED = 2**32 - 1  # Of Grain's shuffle.
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class TextOptions:
+    """What decides which tokens there are, beside the model's vocabulary."""
+
+    data: str = "stdlib"
+    """stdlib: the source of Python's standard library, which needs no network. Or a file, a folder or a
+    quoted glob of text, .jsonl or .parquet (field `text`), or hf:OWNER/NAME[/CONFIG] from the hub."""
+    validation: str | None = None
+    """The same for held-out text; by default one document in twenty of --data."""
+    data_tokens: int | None = None
+    """Stop reading --data after this many tokens; by default a run on hf: takes as many as it needs, and
+    otherwise all are read."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a folder with one, or a name on the hub; by default that of --init-from, else a
+    BPE trained on --data at its first use."""
+    vocab: int | None = None
+    """Tokens of that BPE; by default the model's vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(TextOptions):
     """What runs that are compared have in common."""
 
     out: Path
@@ -51,19 +69,6 @@ class TrainingOptions:
     init_from: Path | None = None
     """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to start from, instead
     of --model and random weights."""
-    data: str = "stdlib"
-    """stdlib: the source of Python's standard library, which needs no network. Or a file, a folder or a
-    quoted glob of text, .jsonl or .parquet (field `text`), or hf:OWNER/NAME[/CONFIG] from the hub."""
-    validation: str | None = None
-    """The same for held-out text; by default one document in twenty of --data."""
-    data_tokens: int | None = None
-    """Stop reading --data after this many tokens; by default for hf: as many as the run needs, else
-    all."""
-    tokenizer: str | None = None
-    """A tokenizer.json, a folder with one, or a name on the hub; by default that of --init-from, else a
-    BPE trained on --data at its first use."""
-    vocab: int | None = None
-    """Tokens of that BPE; by default the model's vocabulary."""
     mesh: str = "data=1"
     """data=N: cut each batch over the first N devices."""
     steps: int = 800
@@ -97,7 +102,7 @@ class TrainingOptions:
     """float32 or bfloat16, of activations and matrix products; by default that of --weights."""
     remat: str = "dots"
     """What the backward pass computes again to save memory: none, dots (all but the products with
-    weights, which is little) or full (each layer)."""
+    weights) or full (each layer)."""
     attention: str = "auto"
     """xla, cudnn, or auto: cudnn on a GPU in bfloat16."""
     rank: int | None = None
@@ -136,9 +141,13 @@ class TrainingOptions:
                 f"--model {self.model} and --init-from {self.init_from} both give the model's shape; "
                 "give one of them"
             )
+        # Frozen, so only here are the defaults that depend on other options resolved.
+        if not self.init_from:
+            object.__setattr__(self, "model", self.model or "tiny")
+        object.__setattr__(self, "compute_dtype", self.compute_dtype or self.weights)
         for flag, known in CHOICES.items():
             value = getattr(self, flag[2:].replace("-", "_"))
-            if value is not None and value not in known:
+            if value not in known:
                 raise unknown_name(flag, value, known)
 
     def numbers(self) -> dict[str, float | None]:
@@ -181,7 +190,9 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     A field that one has not got, because it is older than the field, has the field's default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
-    ignored = CHANGEABLE | (OF_THE_CORPUS if ours["corpus"] == theirs.get("corpus") else set())
+    ignored: set[str] = set(CHANGEABLE)
+    if ours["corpus"] == theirs.get("corpus"):
+        ignored.update(field.name for field in dataclasses.fields(TextOptions))  # It may have moved.
     pairs = {
         name: (theirs.get(name, defaults.get(name)), ours.get(name, defaults.get(name)))
         for name in ours | theirs

@@ -117,8 +117,10 @@ class Recorder:
         self._clock = self._clock_before = time.perf_counter()
 
     def _mfu(self, tokens_per_s: float) -> float | None:
-        dtype = self._options.compute_dtype or self._options.weights
-        return flops.mfu(tokens_per_s, self._config, self._options.seq, self._devices, dtype)
+        assert self._options.compute_dtype is not None
+        return flops.mfu(
+            tokens_per_s, self._config, self._options.seq, self._devices, self._options.compute_dtype
+        )
 
     def _check(self, loss: float, grad_norm: float, step: int) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):

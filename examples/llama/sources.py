@@ -77,10 +77,10 @@ class FileSource:
         return UsageError(f"{self.flag} {self.data!r}: {error}")
 
 
-def documents(data: str) -> Iterable[Document]:
-    """Returns the documents that a value of `--data` names, to be read lazily and again if wanted.
+def open_source(flag: str, data: str) -> Source:
+    """Returns the documents that `data`, a value of `flag`, names.
 
-    `data` is one of
+    It is one of
 
     * `stdlib`: the `.py` files of the running Python's standard library;
     * a file, a folder (with the folders in it, hidden ones aside) or a glob such as `corpus/**/*.txt`.
@@ -93,11 +93,6 @@ def documents(data: str) -> Iterable[Document]:
     Raises:
         UsageError: where there is no such source; while reading, where it holds no text.
     """
-    return open_source("--data", data)
-
-
-def open_source(flag: str, data: str) -> Source:
-    """Returns what `documents` does, with errors that name `flag`."""
     if data == "stdlib":
         return stdlib(flag)
     if data.startswith(PREFIX):

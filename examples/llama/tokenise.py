@@ -8,26 +8,16 @@ import dataclasses
 
 from examples.llama import corpus, data
 from examples.llama.config import preset
-from examples.llama.options import parse
+from examples.llama.options import TextOptions, parse
 from examples.llama.usage import exit_on_usage_error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokeniseOptions:
+class TokeniseOptions(TextOptions):
     """Text to tokens; give the run the same options, --data-tokens too."""
 
     model: str = "tiny"
     """The run's --model: its vocabulary is the size of a tokenizer trained here."""
-    data: str = "stdlib"
-    """A file, folder, quoted glob, hf:OWNER/NAME[/CONFIG][@REVISION], or stdlib."""
-    validation: str | None = None
-    """The same for held-out text; by default one document in twenty of --data."""
-    data_tokens: int | None = None
-    """Stop reading --data after this many tokens; by default all are read."""
-    tokenizer: str | None = None
-    """A tokenizer.json, a folder with one, or a name on the hub; by default a BPE trained on --data."""
-    vocab: int | None = None
-    """Tokens of that BPE; by default the model's vocabulary."""
 
 
 def main(args: list[str] | None = None) -> None:

@@ -74,7 +74,7 @@ def fail(*_: object, **__: object) -> NoReturn:
 
 def test_corpus_splits_by_document(stdlib: Path) -> None:
     built = load("stdlib")
-    by_name = dict(sources.documents("stdlib"))
+    by_name = dict(sources.open_source("--data", "stdlib"))
     held_out = [name for name in by_name if in_validation(name)]
     assert 0 < len(held_out) < 10
     assert texts(built, built.validation) == [by_name[name] for name in held_out]
@@ -82,9 +82,9 @@ def test_corpus_splits_by_document(stdlib: Path) -> None:
 
 
 def test_more_documents_move_none_between_the_splits() -> None:
-    before = set(split(sources.documents("corpus"), "corpus"))
+    before = set(split(sources.open_source("--data", "corpus"), "corpus"))
     Path("corpus/added.txt").write_text("added\n")
-    assert before < set(split(sources.documents("corpus"), "corpus"))
+    assert before < set(split(sources.open_source("--data", "corpus"), "corpus"))
 
 
 def test_a_twentieth_is_held_out() -> None:

@@ -162,6 +162,18 @@ def test_remat_gives_the_same_loss_and_gradients(small: LlamaConfig) -> None:
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), result, results[0])
 
 
+def test_the_more_is_computed_again_the_less_is_kept(small: LlamaConfig) -> None:
+    def temporaries(remat: str) -> int:
+        grad = jax.grad(functools.partial(next_token_loss, graphdef_of(small, Execution(remat))))
+        tokens = jax.ShapeDtypeStruct((8, 129), jnp.int32)
+        return (
+            jax.jit(grad).lower(abstract_params(small), tokens).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    none, dots, full = (temporaries(remat) for remat in ("none", "dots", "full"))
+    assert full < dots < none * 0.8
+
+
 def test_dtypes_of_parameters_and_of_the_computation(small: LlamaConfig) -> None:
     tokens_BxT = tokens_of(small, (2, 9))
     expected = model_of(small)(tokens_BxT)

@@ -63,11 +63,11 @@ def write_hub_dataset(folder: Path) -> None:
 
 
 def texts(data: str) -> list[str]:
-    return [document.text for document in sources.documents(data)]
+    return [document.text for document in sources.open_source("--data", data)]
 
 
 def names(data: str) -> list[str]:
-    return [document.name for document in sources.documents(data)]
+    return [document.name for document in sources.open_source("--data", data)]
 
 
 def run(code: str, **environment: str) -> list[str]:
@@ -96,7 +96,7 @@ def test_stdlib_needs_no_slow_imports(tmp_path: Path) -> None:
         (
             "import sys",
             "from examples.llama import corpus, data, sources",
-            "next(iter(sources.documents('stdlib')))",
+            "next(iter(sources.open_source('--data', 'stdlib')))",
             "print(sorted({'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))",
         )
     )
@@ -114,11 +114,11 @@ def test_text_files_are_documents_named_by_their_relative_path(folder: Path) -> 
         ("deep/a.md", "grüße 🚀\n"),
         ("deep/latin", "caf\N{REPLACEMENT CHARACTER}\n"),
     ]
-    assert list(sources.documents("corpus")) == expected
-    assert list(sources.documents(str(folder / "corpus"))) == expected
-    assert list(sources.documents("corpus/**")) == expected
-    assert list(sources.documents("corpus/*.txt")) == expected[:1]
-    assert list(sources.documents("corpus/b.txt")) == expected[:1]
+    assert list(sources.open_source("--data", "corpus")) == expected
+    assert list(sources.open_source("--data", str(folder / "corpus"))) == expected
+    assert list(sources.open_source("--data", "corpus/**")) == expected
+    assert list(sources.open_source("--data", "corpus/*.txt")) == expected[:1]
+    assert list(sources.open_source("--data", "corpus/b.txt")) == expected[:1]
 
 
 def test_names_that_look_like_a_glob_are_names_where_they_exist(folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_names_that_look_like_a_glob_are_names_where_they_exist(folder: Path) ->
 
 def test_documents_can_be_read_again(folder: Path) -> None:
     write("one.txt", "one\n")
-    documents = sources.documents("one.txt")
+    documents = sources.open_source("--data", "one.txt")
     assert list(documents) == list(documents) == [("one.txt", "one\n")]
 
 
@@ -332,7 +332,7 @@ def test_what_holds_no_documents_is_refused(
     if prepare:
         prepare()
     with pytest.raises(UsageError, match=message) as caught:
-        list(sources.documents(data))
+        list(sources.open_source("--data", data))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"--data {data!r}")
 
@@ -342,7 +342,7 @@ def test_a_file_that_cannot_be_read_is_refused(folder: Path) -> None:
     # A superuser may read any file, but not the first page of memory.
     memory = "/proc/self/mem"
     with pytest.raises(UsageError, match=f"--data '{memory}': {memory} cannot be read .*; make it readable"):
-        list(sources.documents(memory))
+        list(sources.open_source("--data", memory))
     with pytest.raises(UsageError, match=f"--validation '{memory}': {memory} cannot be read"):
         sources.open_source("--validation", memory).fingerprint()
 
@@ -357,7 +357,7 @@ def test_missing_packages_are_named(
     with pytest.raises(
         UsageError, match=rf"--data '{data}'.* needs .*; run pip install 'apollo-optax\[examples\]'"
     ):
-        list(sources.documents(data))
+        list(sources.open_source("--data", data))
 
 
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 from examples.llama import sources
 from examples.llama.usage import UsageError
 try:
-    list(sources.documents("hf:allenai/c4/en"))
+    list(sources.open_source("--data", "hf:allenai/c4/en"))
 except UsageError as error:
     print(error)
 """
