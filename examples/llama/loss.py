@@ -65,8 +65,8 @@ def _forward(
         loss, logsumexp_Bxt = _chunk_loss(logits_BxtxV, targets_Bxt, weights_t)
         probabilities_BxtxV = jnp.exp(logits_BxtxV - logsumexp_Bxt[..., None])
         hit_BxtxV = jnp.arange(head.shape[1]) == targets_Bxt[..., None]
-        grad_BxtxV = (probabilities_BxtxV - hit_BxtxV) * (weights_t / (B * T))[:, None]
-        grad_BxtxV = grad_BxtxV.astype(x_BxtxD.dtype)
+        # Of padding too: it adds nothing to the head's, as its x is 0, and its own is cut off below.
+        grad_BxtxV = ((probabilities_BxtxV - hit_BxtxV) / (B * T)).astype(x_BxtxD.dtype)
         head_grad_DxV += jnp.einsum("btd,btv->dv", x_BxtxD, grad_BxtxV, preferred_element_type=dtype)
         x_grad_BxtxD = jnp.einsum("btv,dv->btd", grad_BxtxV, head)
         return (total + loss, head_grad_DxV), x_grad_BxtxD
