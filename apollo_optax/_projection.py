@@ -5,6 +5,7 @@ pure function of the key, the leaf, the refresh and the batch element, so it is 
 the same on any mesh. The exception is the SVD, which needs the gradient of the refresh step.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -65,10 +66,21 @@ def leaf_id(path: _tree.Path) -> np.uint32:
     return np.uint32(int.from_bytes(hashlib.sha256(_tree.show(path).encode()).digest()[:4], "big"))
 
 
-def batch_keys(key: jax.Array, leaf: jax.typing.ArrayLike, refresh: jax.Array, size: int) -> jax.Array:
-    """One key for each of `size` batch elements of a leaf at a refresh (counted from 0)."""
+def batch_keys(
+    key: jax.Array, leaf: jax.typing.ArrayLike, refresh: jax.Array, size: int, first: jax.typing.ArrayLike = 0
+) -> jax.Array:
+    """One key for each batch element of a leaf, from `first` on, at a refresh (counted from 0)."""
     drawn = jax.random.fold_in(jax.random.fold_in(key, leaf), refresh)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(drawn, jnp.arange(size))
+    fold_in = functools.partial(jax.random.fold_in, drawn)
+    return _mapped(fold_in, drawn)(jnp.asarray(first) + jnp.arange(size))
+
+
+def _mapped(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Maps over an axis what draws with keys like these."""
+    if str(jax.random.key_impl(keys)) == _SEED_IMPL:
+        return jax.vmap(function)
+    # Of other generators, vmap takes all bits from the first key.
+    return functools.partial(jax.lax.map, function)
 
 
 def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype, out_sharding: Any) -> jax.Array:
@@ -123,9 +135,10 @@ def draw(
             return _rademacher(key, one_shape, dtype)
         return _normal(key, one_shape, dtype, one_sharding)
 
+    draw_all: Any = draw_one
     for _ in axes.batch:
-        draw_one = jax.vmap(draw_one)
-    return _sharding.place(draw_one(keys), sharding)
+        draw_all = _mapped(draw_all, keys)
+    return _sharding.place(draw_all(keys), sharding)
 
 
 def check_callable(projection: Draw, path: _tree.Path, axes: MatrixAxes, rank: int) -> None:

@@ -123,6 +123,7 @@ class _Step(NamedTuple):
     refresh: jax.Array  # Which draw of the projection is in use, counted from 0.
     is_refresh: jax.Array  # Whether this step is the first to use it.
     correction: jax.Array  # Adam's bias correction as one factor: sqrt(1 - b2^t) / (1 - b1^t).
+    batch_index: jax.Array  # Where the leaves begin on their first batch axis; 0 for whole ones.
 
 
 def scale_by_apollo(
@@ -194,7 +195,9 @@ def scale_by_apollo(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByApolloState`. Updates keep the
-      gradients' dtypes.
+      gradients' dtypes. The extra argument `batch_index` of ``update``, an integer, says that all leaves
+      are slices of layer-stacked ones, from that index of their leading axis on, and has them draw the
+      projections that they would as parts of the whole.
 
     Raises:
       TypeError: for an argument of the wrong type, such as an array where the value must be static.
@@ -264,6 +267,8 @@ def scale_by_apollo(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        *,
+        batch_index: jax.typing.ArrayLike = 0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
@@ -278,6 +283,7 @@ def scale_by_apollo(
             refresh=state.count // gap,
             is_refresh=state.count % gap == 0,
             correction=jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count),
+            batch_index=jnp.asarray(batch_index),
         )
         new_updates = []
         for path, leaf in leaves.items():
@@ -417,7 +423,8 @@ def _projections(
             state.projection,
         )
         return _sharding.place(stored, sharding), stored
-    keys = _projection.batch_keys(step.key, leaf_id, step.refresh, axes.batch_size)
+    first = step.batch_index * math.prod(axes.batch_shape[1:])
+    keys = _projection.batch_keys(step.key, leaf_id, step.refresh, axes.batch_size, first)
     return _projection.draw(settings.projection, keys, axes, settings.rank, gradient.dtype, sharding), None
 
 
