@@ -2,7 +2,9 @@
 
 from apollo_optax._alias import apollo, apollo_mini
 from apollo_optax._dimension_numbers import ApolloDimensionNumbers, dimension_numbers_by_path
+from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
+from apollo_optax._quantization import QuantizedArray, apply_updates_stochastic, dequantize, quantize
 from apollo_optax._sharding import state_sharding
 from apollo_optax._tabulate import tabulate
 from apollo_optax._transform import STATIC_ARGS, ScaleByApolloState, scale_by_apollo
@@ -12,12 +14,19 @@ __version__ = "0.1.0"
 __all__ = [
     "STATIC_ARGS",
     "ApolloDimensionNumbers",
+    "LayerwiseMetrics",
     "LimitNormGrowthState",
+    "QuantizedArray",
     "ScaleByApolloState",
     "apollo",
     "apollo_mini",
+    "apply_updates_stochastic",
+    "dequantize",
     "dimension_numbers_by_path",
+    "layerwise_apply",
+    "layerwise_step",
     "limit_norm_growth",
+    "quantize",
     "scale_by_apollo",
     "state_sharding",
     "tabulate",
