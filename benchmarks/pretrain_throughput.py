@@ -98,7 +98,7 @@ def ours(options: Options, config: LlamaConfig, tokens: np.ndarray, optimizer: s
         nonlocal state
         metrics = None
         for _ in range(steps):
-            state, metrics = train_step(state, tokens)
+            state, metrics = train_step(state, tokens, 0)
         jax.block_until_ready(state)
         assert metrics is not None
         return float(metrics.loss)

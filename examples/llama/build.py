@@ -9,17 +9,27 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from rich import filesize
 
 from examples.llama import corpus, data, hf
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.mesh import on_every_device
-from examples.llama.model import Execution, Params, init_params
+from examples.llama.model import (
+    Execution,
+    Params,
+    graphdef_of,
+    init_ends,
+    init_layer,
+    init_params,
+    pieces_of,
+)
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.state_size import state_bytes
-from examples.llama.train import TrainState
+from examples.llama.train import TrainState, TrainStep, make_layerwise_train_step, make_train_step
 from examples.llama.usage import UsageError
+from examples.llama.weights import Storage
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
@@ -39,7 +49,7 @@ def execution_of(options: TrainingOptions, config: LlamaConfig) -> Execution:
     assert options.compute_dtype is not None
     execution = Execution(
         remat=options.remat,
-        param_dtype=options.weights,
+        param_dtype=options.compute_dtype if options.weights == "int8" else options.weights,
         compute_dtype=options.compute_dtype,
         attention=options.attention,
     )
@@ -51,6 +61,17 @@ def execution_of(options: TrainingOptions, config: LlamaConfig) -> Execution:
             f"{config.head_size}; leave it out"
         )
     return execution
+
+
+def check_offload(options: TrainingOptions) -> None:
+    """Raises `UsageError` for --offload on a machine whose devices have no memory of their own."""
+    device = jax.devices()[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if options.offload and (device.platform == "cpu" or "pinned_host" not in kinds):
+        raise UsageError(
+            f"--offload {options.offload} moves what a GPU or TPU has no room for to the host's memory, and "
+            f"this is {device.device_kind}, which has no other; leave it out"
+        )
 
 
 def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
@@ -110,12 +131,17 @@ def abstract_params(config: LlamaConfig, execution: Execution, mesh: jax.shardin
     return placed(jax.eval_shape(lambda: init_params(config, execution, seed=0)), mesh)
 
 
+def storage_of(options: TrainingOptions, mesh: jax.sharding.Mesh) -> Storage:
+    return Storage(mesh, int8=options.weights == "int8", offload="weights" in options.offloaded)
+
+
 def abstract_state(
-    config: LlamaConfig, execution: Execution, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state; allocates nothing."""
-    params = abstract_params(config, execution, mesh)
-    return TrainState(params, placed(jax.eval_shape(tx.init, params), mesh))
+    params = abstract_params(config, execution_of(options, config), mesh)
+    opt_state = placed(jax.eval_shape(tx.init, params), mesh)
+    return TrainState(storage_of(options, mesh).abstract(params), opt_state)
 
 
 def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -127,9 +153,54 @@ def initial_state(
     options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     sharding = on_every_device(mesh)
+    shapes = abstract_params(config, execution_of(options, config), mesh)
+
+    # Of the parameters it takes their shapes only, so they need not all be there in full.
+    def init_state() -> optax.OptState:
+        return tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+
+    opt_state = jax.jit(init_state, out_shardings=sharding)()
+    return TrainState(initial_params(options, config, mesh), opt_state)
+
+
+def initial_params(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Returns the weights to start from, as --weights and --offload keep them."""
+    execution, sharding, storage = (
+        execution_of(options, config),
+        on_every_device(mesh),
+        storage_of(options, mesh),
+    )
+    shapes = abstract_params(config, execution, mesh)
     if options.init_from:
-        params = jax.device_put(hf.load_params(options.init_from, config, options.weights), sharding)
-    else:
-        init = functools.partial(init_params, config, execution_of(options, config), seed=options.seed)
-        params = jax.jit(init, out_shardings=sharding)()
-    return TrainState(params, jax.jit(tx.init, out_shardings=sharding)(params))
+        given = hf.load_params(options.init_from, config, execution.param_dtype)
+        if not storage.a_layer_at_a_time:
+            return jax.device_put(given, sharding)
+        rest = {name: leaf for name, leaf in given.items() if name != "layers"}
+        return storage.filled(
+            shapes, rest, lambda index: jax.tree.map(lambda x: x[index : index + 1], given["layers"])
+        )
+    if not storage.a_layer_at_a_time:
+        init = functools.partial(init_params, config, execution, seed=options.seed)
+        return jax.jit(init, out_shardings=sharding)()
+    draw = jax.jit(functools.partial(init_layer, config, execution, seed=options.seed))
+    return storage.filled(shapes, init_ends(config, execution, seed=options.seed), draw)
+
+
+def training_step(options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation) -> TrainStep:
+    """Returns the compiled step of a run."""
+    execution = execution_of(options, config)
+    rounding_seed = options.seed if options.rounding == "stochastic" else None
+    if options.layerwise:
+        return make_layerwise_train_step(
+            pieces_of(config, execution),
+            tx,
+            offload_inputs="activations" in options.offloaded,
+            rounding_seed=rounding_seed,
+        )
+    return make_train_step(
+        graphdef_of(config, execution),
+        tx,
+        accumulate=options.accumulate,
+        skip_nonfinite=options.on_nonfinite == "skip",
+        rounding_seed=rounding_seed,
+    )

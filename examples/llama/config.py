@@ -58,7 +58,7 @@ class LlamaConfig:
 
 
 # 60m to 7b are the shapes of the GaLore and APOLLO papers, 13b is LLaMA-13B, the others are Meta's
-# Llama 3. `tiny` is for CPUs: two optimizers train for a few hundred steps in a few minutes on two
+# Llama 2 and 3. `tiny` is for CPUs: two optimizers train for a few hundred steps in a few minutes on two
 # cores.
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(2048, 128, 344, 4, 4),
@@ -68,6 +68,9 @@ PRESETS: dict[str, LlamaConfig] = {
     "1b": LlamaConfig(32000, 2048, 5461, 32, 24),
     "7b": LlamaConfig(32000, 4096, 11008, 32, 32),
     "13b": LlamaConfig(32000, 5120, 13824, 40, 40),
+    "llama-2-70b": LlamaConfig(
+        32000, 8192, 28672, 64, 80, num_kv_heads=8, max_seq_len=4096, rms_norm_eps=1e-5
+    ),
     "llama-3.2-1b": LlamaConfig(
         128_256,
         2048,

@@ -1,19 +1,18 @@
 """Validation loss and perplexity."""
 
-import functools
 import math
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from flax import nnx
 
-from examples.llama.model import Llama, Params, next_token_loss
+from apollo_optax import layerwise_apply
+from examples.llama.model import Params, Pieces
 
 
-def make_evaluator(graphdef: nnx.GraphDef[Llama], batches_KxBxS: np.ndarray) -> Callable[[Params], float]:
+def make_evaluator(pieces: Pieces, batches_KxBxS: np.ndarray) -> Callable[[Params], float]:
     """Returns a function of the parameters: the mean loss over the batches, in nats a token."""
-    loss_of = jax.jit(functools.partial(next_token_loss, graphdef))
+    loss_of = jax.jit(layerwise_apply(pieces.embed, pieces.layer, pieces.head))
 
     def evaluate(params: Params) -> float:
         # All batches are in flight before the first result is read.

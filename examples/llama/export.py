@@ -6,6 +6,7 @@ from typing import Any
 
 import tokenizers
 
+from apollo_optax import dequantize
 from examples.llama import hf
 from examples.llama.build import abstract_params
 from examples.llama.checkpoint import restore_params
@@ -15,6 +16,7 @@ from examples.llama.model import Execution
 from examples.llama.options import CHOICES, parse
 from examples.llama.run_log import TOKENIZER, read_config
 from examples.llama.usage import UsageError, exit_on_usage_error, first_line, unknown_name
+from examples.llama.weights import Storage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +30,11 @@ class ExportOptions:
     step: int | None = None
     """The checkpoint's step; by default the newest."""
     dtype: str | None = None
-    """float32 or bfloat16; by default that of the run's weights."""
+    """float32 or bfloat16; by default that of the run's weights, which int8 is dequantized to."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, *CHOICES["--weights"]):
-            raise unknown_name("--dtype", str(self.dtype), CHOICES["--weights"])
+        if self.dtype not in (None, *CHOICES["--compute-dtype"]):
+            raise unknown_name("--dtype", str(self.dtype), CHOICES["--compute-dtype"])
         hf.check_free(self.to)
 
 
@@ -57,10 +59,12 @@ def export(options: ExportOptions) -> None:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises nothing more specific.
         raise UsageError(f"{path} cannot be read ({first_line(error)}); put it back") from error
-    shapes = abstract_params(config, Execution(param_dtype=run["weights"]), make_mesh("data=1"))
-    params = restore_params(options.run, shapes, options.step)
+    int8, mesh = run["weights"] == "int8", make_mesh("data=1")
+    dtype = run["compute_dtype"] if int8 else run["weights"]
+    shapes = abstract_params(config, Execution(param_dtype=dtype), mesh)
+    params = restore_params(options.run, Storage(mesh, int8=int8).abstract(shapes), options.step)
     hf.save_pretrained(
-        params,
+        dequantize(params),
         config,
         options.to,
         dtype=options.dtype,

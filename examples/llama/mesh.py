@@ -1,5 +1,8 @@
 """The devices of a run: so far, the batch is cut over them and everything else is on each."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -21,14 +24,14 @@ def axis_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str) -> jax.sharding.Mesh:
-    """Returns the mesh of the first devices that `--mesh` asks for.
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Returns the mesh that `--mesh` asks for, of the first of `devices`, by default this machine's.
 
     Raises:
         UsageError: where there are fewer.
     """
     sizes = axis_sizes(text)
-    count, devices = int(np.prod(list(sizes.values()))), jax.devices()
+    count, devices = int(np.prod(list(sizes.values()))), devices or jax.devices()
     if count > len(devices):
         raise UsageError(
             f"--mesh {text} needs {count} devices and there are {len(devices)} "

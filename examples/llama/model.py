@@ -6,7 +6,8 @@ of the weight and the time to compile does not grow with the depth.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,10 +172,18 @@ class Llama(nnx.Module):
     Args:
         config: the shape.
         execution: dtypes, attention kernel and what the backward pass computes again.
+        with_layers: False for the embedding, the last norm and the head alone.
         rngs: the source of the initial weights.
     """
 
-    def __init__(self, config: LlamaConfig, execution: Execution = Execution(), *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        execution: Execution = Execution(),
+        *,
+        with_layers: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stacked_block(rngs: nnx.Rngs) -> Block:
@@ -189,7 +198,8 @@ class Llama(nnx.Module):
             param_dtype=execution.param_dtype,
             rngs=rngs,
         )
-        self.layers = stacked_block(rngs)
+        if with_layers:
+            self.layers = stacked_block(rngs)
         self.final_norm = rms_norm(config, execution, rngs)
         if not config.tied_head:
             self.lm_head = linear(config, execution, config.hidden_size, config.vocab_size, rngs)
@@ -211,10 +221,13 @@ class Llama(nnx.Module):
         """Returns the output head: (D, V) in the parameters' dtype."""
         return self.lm_head.kernel[...] if hasattr(self, "lm_head") else self.embed.embedding[...].T
 
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Applies the head to what `hidden` returns, (..., D)."""
+        head_DxV = self.head().astype(x.dtype)
+        return jnp.einsum("...d,dv->...v", x, head_DxV, preferred_element_type=jnp.float32)
+
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        x_BxTxD = self.hidden(tokens_BxT)
-        head_DxV = self.head().astype(x_BxTxD.dtype)
-        return jnp.einsum("btd,dv->btv", x_BxTxD, head_DxV, preferred_element_type=jnp.float32)
+        return self.logits(self.hidden(tokens_BxT))
 
 
 def graphdef_of(config: LlamaConfig, execution: Execution = Execution()) -> nnx.GraphDef[Llama]:
@@ -233,6 +246,29 @@ def init_params(config: LlamaConfig, execution: Execution = Execution(), *, seed
     return params()
 
 
+def init_ends(config: LlamaConfig, execution: Execution = Execution(), *, seed: int) -> Params:
+    """Returns those of `init_params` outside the layers; XLA draws no others."""
+
+    @jax.jit
+    def params() -> Params:
+        return {k: v for k, v in init_params(config, execution, seed=seed).items() if k != "layers"}
+
+    return params()
+
+
+def init_layer(
+    config: LlamaConfig, execution: Execution, index: jax.typing.ArrayLike, *, seed: int
+) -> Params:
+    """Returns those of `init_params` in layer `index`, as a stack of one; draws no others."""
+    rngs = nnx.Rngs(seed)
+    rngs.params()  # The embedding's.
+    nnx.split_rngs(rngs, splits=config.num_layers)
+    graphdef, keys = nnx.split(rngs)
+    rngs = nnx.merge(graphdef, jax.tree.map(lambda key: key[index], keys))
+    block = Block(config, execution, rngs=rngs)
+    return jax.tree.map(lambda x: x[None], nnx.to_pure_dict(nnx.state(block, nnx.Param)))
+
+
 def next_token_loss(graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: jax.Array) -> jax.Array:
     """Returns the mean cross entropy, in nats, of each token after the first given those before.
 
@@ -245,7 +281,45 @@ def next_token_loss(graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: j
         A float32 scalar.
     """
     model = nnx.merge(graphdef, params)
-    x_BxTxD, head_DxV = model.hidden(tokens_BxS[:, :-1]), model.head()
+    return cross_entropy(model.hidden(tokens_BxS[:, :-1]), model.head(), tokens_BxS)
+
+
+def cross_entropy(x_BxTxD: jax.Array, head_DxV: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
     B, T, _ = x_BxTxD.shape
     chunks = num_chunks(B, T, head_DxV.shape[1])
     return chunked_cross_entropy(x_BxTxD, head_DxV, tokens_BxS[:, 1:], chunks)
+
+
+class Pieces(NamedTuple):
+    """`next_token_loss` as three pure functions, for a step that takes the layers one by one.
+
+    Parameters are as in the whole model, without `layers`; a layer's are those of one of them.
+    """
+
+    embed: Callable[[Params, jax.Array], jax.Array]  # Parameters, tokens (B, S) -> x (B, T, D).
+    layer: Callable[..., jax.Array]  # A layer's parameters, x -> x.
+    head: Callable[[Params, jax.Array, jax.Array], jax.Array]  # Parameters, x, tokens -> the loss.
+    logits: Callable[[Params, jax.Array], jax.Array]  # Parameters, x (..., D) -> float32 (..., V).
+
+
+def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces:
+    ends = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, execution, with_layers=False, rngs=nnx.Rngs(0))))
+    block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, execution, rngs=nnx.Rngs(0))))
+
+    def embed(params: Params, tokens_BxS: jax.Array) -> jax.Array:
+        return nnx.merge(ends, params).embed(tokens_BxS[:, :-1])
+
+    def layer(params: Params, x_BxTxD: jax.Array, *_: Any) -> jax.Array:
+        return nnx.merge(block, params)(x_BxTxD)
+
+    def head(params: Params, x_BxTxD: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
+        model = nnx.merge(ends, params)
+        return cross_entropy(model.final_norm(x_BxTxD), model.head(), tokens_BxS)
+
+    def logits(params: Params, x: jax.Array) -> jax.Array:
+        model = nnx.merge(ends, params)
+        return model.logits(model.final_norm(x))
+
+    if execution.remat != "none":
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT_POLICIES[execution.remat])
+    return Pieces(embed, layer, head, logits)

@@ -38,7 +38,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 def adamw(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     del config
     # Without weight decay, as in the APOLLO paper's pre-training, AdamW is Adam.
-    return in_float32(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=options.moment_dtype))
+    return in_float32(moments_in(options.moment_dtype, optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)))
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -57,6 +57,23 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
         return tx.update(widened(updates), state, widened(params))
 
     return optax.GradientTransformation(lambda params: tx.init(widened(params)), update)
+
+
+def moments_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns `tx` with its state kept in `dtype` between steps; Optax can do so for a first moment."""
+
+    def cast(state: optax.OptState, dtype: Any) -> optax.OptState:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = tx.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    if dtype == "float32":  # As it is; float64 parameters have moments in float64.
+        return tx
+    return optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update)
 
 
 def with_adam_for_the_rest(
@@ -97,14 +114,19 @@ def over_layers(tx: optax.GradientTransformation, axes: Any) -> optax.GradientTr
         tx: a transformation of matrices.
         axes: 0 for each part of its state that each matrix has, `UNMAPPED` for what they share.
     """
-    mapped = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+    mapped_init = jax.vmap(tx.init, out_axes=axes)
+    mapped_update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+
+    # Where all matrices are masked out, there is nothing to map over.
+    def init(params: optax.Params) -> optax.OptState:
+        return mapped_init(params) if jax.tree.leaves(params) else tx.init(params)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        return mapped(updates, state, params)
+        return (mapped_update if jax.tree.leaves(updates) else tx.update)(updates, state, params)
 
-    return optax.GradientTransformation(jax.vmap(tx.init, out_axes=axes), update)
+    return optax.GradientTransformation(init, update)
 
 
 def lion(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
@@ -166,6 +188,7 @@ class Recipe(NamedTuple):
     lr_embeddings: float
     rank_of: Callable[[LlamaConfig], int | None] = lambda config: None
     scale: float | None = None
+    layerwise: bool = True  # Whether it can be given some of the parameters at a time.
 
 
 def quarter_of_width(config: LlamaConfig) -> int:
@@ -193,7 +216,9 @@ RECIPES: dict[str, Recipe] = {
         scale=128.0,
     ),
     "apollo-svd": channel_wise("svd"),
-    "galore": Recipe(galore, lr=2e-2, lr_embeddings=3e-2, rank_of=quarter_of_width, scale=0.25),
+    "galore": Recipe(
+        galore, lr=2e-2, lr_embeddings=3e-2, rank_of=quarter_of_width, scale=0.25, layerwise=False
+    ),
     "muon": Recipe(muon, lr=7e-3, lr_embeddings=3e-2),
     "adafactor": Recipe(adafactor, lr=9e-2, lr_embeddings=3e-2),
     "lion": Recipe(lion, lr=3e-4, lr_embeddings=3e-2),
@@ -205,13 +230,18 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
     """Fills in what the model and the optimizer decide.
 
     Raises:
-        UsageError: for an optimizer not in the table.
+        UsageError: for an optimizer not in the table, or one that can't do what the options ask for.
     """
     if options.optimizer not in RECIPES:
         raise unknown_name("--optimizer", options.optimizer, RECIPES)
     recipe = RECIPES[options.optimizer]
     for flag, value in unused(options, config).items():
         raise UsageError(f"{flag} {value} means nothing to --optimizer {options.optimizer}; leave it out")
+    if options.layerwise and not recipe.layerwise:
+        raise UsageError(
+            f"--layerwise can't be done with --optimizer {options.optimizer}: Optax's takes no tree in which "
+            "all matrices are masked out; leave out one of the two"
+        )
     defaults = {
         "lr": recipe.lr,
         "lr_embeddings": recipe.lr_embeddings,

@@ -11,7 +11,8 @@ from examples.llama.usage import UsageError, unknown_name
 
 CHOICES = {
     "--remat": tuple(REMAT_POLICIES),
-    "--weights": ("float32", "bfloat16"),
+    "--weights": ("float32", "bfloat16", "int8"),
+    "--rounding": ("nearest", "stochastic"),
     "--compute-dtype": ("float32", "bfloat16"),
     "--attention": ("auto", "xla", "cudnn"),
     "--moment-dtype": ("float32", "bfloat16"),
@@ -23,6 +24,8 @@ CHOICES = {
 # What may change when a run is resumed: what the run computes stays the same, up to rounding.
 CHANGEABLE = frozenset(
     (
+        "layerwise",
+        "offload",
         "made_with",
         "out",
         "resume",
@@ -34,6 +37,7 @@ CHANGEABLE = frozenset(
         "on_nonfinite",
     )
 )
+OFFLOADABLE = ("weights", "activations")
 LARGEST_SEED = 2**32 - 1  # Of Grain's shuffle.
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
@@ -65,7 +69,7 @@ class TrainingOptions(TextOptions):
     out: Path
     """Folder for the results; must not hold another run."""
     model: str | None = None
-    """tiny (the default), 60m, 130m, 350m, 1b, 7b, 13b, llama-3.2-1b or llama-3-8b."""
+    """tiny (the default), 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b or llama-3-8b."""
     init_from: Path | None = None
     """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to start from, instead
     of --model and random weights."""
@@ -97,9 +101,19 @@ class TrainingOptions(TextOptions):
     on_nonfinite: str = "stop"
     """What to do at a loss or gradient that is not finite: stop, or skip the step."""
     weights: str = "float32"
-    """float32 or bfloat16, of the parameters."""
+    """float32 or bfloat16, of the parameters; or int8 for the layers' kernels, which takes --layerwise."""
     compute_dtype: str | None = None
-    """float32 or bfloat16, of activations and matrix products; by default that of --weights."""
+    """float32 or bfloat16, of activations and matrix products, and with --weights int8 of the other
+    parameters; by default that of --weights, bfloat16 for int8."""
+    rounding: str | None = None
+    """How updates are added to bfloat16 and int8 weights: stochastic (the default), or nearest, which
+    loses those smaller than the last bit."""
+    layerwise: bool = False
+    """Update each layer in the backward pass as soon as it has its gradient, so that the gradients of one
+    layer are in memory, not of all."""
+    offload: str | None = None
+    """With --layerwise, what to keep in host memory: weights (the layers' kernels), activations (the
+    layers' inputs), or weights,activations."""
     remat: str = "dots"
     """What the backward pass computes again to save memory: none, dots (all but the products with
     weights) or full (each layer)."""
@@ -110,7 +124,8 @@ class TrainingOptions(TextOptions):
     scale: float | None = None
     """APOLLO's scale, by default 128 for apollo-mini, else 1; GaLore's, by default 0.25."""
     moment_dtype: str = "float32"
-    """float32 or bfloat16, of APOLLO's moments; of only the first moment in the others."""
+    """float32 or bfloat16, of the moments of APOLLO and Adam, and of the first of Muon and Lion. In bfloat16
+    a second moment hardly forgets, as 0.999 of it rounds to itself."""
     embeddings: str = "adam"
     """What APOLLO does with the embeddings and the head: adam, or apollo as with the kernels."""
 
@@ -144,11 +159,54 @@ class TrainingOptions(TextOptions):
         # Frozen, so only here are the defaults that depend on other options resolved.
         if not self.init_from:
             object.__setattr__(self, "model", self.model or "tiny")
-        object.__setattr__(self, "compute_dtype", self.compute_dtype or self.weights)
         for flag, known in CHOICES.items():
             value = getattr(self, flag[2:].replace("-", "_"))
-            if value not in known:
+            if value not in (*known, *(None,) * (flag in ("--compute-dtype", "--rounding"))):
                 raise unknown_name(flag, value, known)
+        widest = "bfloat16" if self.weights == "int8" else self.weights
+        object.__setattr__(self, "compute_dtype", self.compute_dtype or widest)
+        self._check_rounding()
+        self._check_layerwise()
+
+    def _check_rounding(self) -> None:
+        if self.weights == "float32" and self.rounding == "stochastic":
+            raise UsageError("--rounding stochastic means nothing to --weights float32; leave it out")
+        if self.weights == "int8" and self.rounding == "nearest":
+            raise UsageError(
+                "--rounding nearest would lose all updates of --weights int8, which are smaller than half a "
+                "step of it; leave it out"
+            )
+        default = "nearest" if self.weights == "float32" else "stochastic"
+        object.__setattr__(self, "rounding", self.rounding or default)
+
+    def _check_layerwise(self) -> None:
+        for name in self.offloaded:
+            if name not in OFFLOADABLE:
+                raise unknown_name("--offload", name, OFFLOADABLE)
+        if not self.layerwise:
+            for flag, value, reason in (
+                ("--weights", self.weights == "int8" and "int8", "the ordinary step would hold all of them"),
+                ("--offload", self.offload, "the ordinary step would fetch all of them"),
+            ):
+                if value:
+                    raise UsageError(f"{flag} {value} takes --layerwise, since {reason} in full; give it too")
+            return
+        if self.accumulate > 1:
+            raise UsageError(
+                f"--accumulate {self.accumulate} can't be done with --layerwise, which drops a layer's "
+                "gradient before the next micro-batch; leave it out, and lower --batch if that does not fit"
+            )
+        if self.on_nonfinite == "skip":
+            raise UsageError(
+                "--on-nonfinite skip can't be done with --layerwise, which has updated other layers by the "
+                "time it sees a gradient; leave it out: stop keeps the last good checkpoint, and APOLLO's "
+                "limiter bounds each layer's update without a norm over all"
+            )
+
+    @property
+    def offloaded(self) -> tuple[str, ...]:
+        """What --offload names."""
+        return tuple(self.offload.split(",")) if self.offload is not None else ()
 
     def numbers(self) -> dict[str, float | None]:
         """Returns what must be positive, by flag."""

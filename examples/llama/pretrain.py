@@ -11,7 +11,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from examples.llama import build, data, plots
@@ -20,14 +19,14 @@ from examples.llama.corpus import Corpus
 from examples.llama.evaluate import make_evaluator, perplexity
 from examples.llama.interrupt import StopRequest
 from examples.llama.mesh import make_mesh, over_data
-from examples.llama.model import Llama, Params, graphdef_of
+from examples.llama.model import Params, Pieces, pieces_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.recorder import DivergedError, Recorder
 from examples.llama.result import RunResult, read_result
 from examples.llama.run_log import Row, RunLog, check_free, check_same_run, only_run_in, write_config
 from examples.llama.sample import make_sampler
-from examples.llama.train import TrainState, TrainStep, make_train_step
+from examples.llama.train import TrainState, TrainStep
 from examples.llama.usage import RunInterrupted, exit_on_usage_error, notice
 
 
@@ -47,7 +46,8 @@ def run_steps(
     """Trains from `first_step` to the last, with evaluations and checkpoints on the way."""
     with stop.deferred():
         for step in range(first_step, options.steps + 1):
-            state, metrics = train_step(state, jax.device_put(next(batches), over_data(mesh)))
+            tokens_BxS = jax.device_put(next(batches), over_data(mesh))
+            state, metrics = train_step(state, tokens_BxS, np.int32(step))
             recorder.add(step, metrics)
             last = step == options.steps
             if last or step % options.eval_every == 0:
@@ -82,6 +82,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
     options = with_defaults(options, config)
     resume = options.resume == "auto"
     mesh = make_mesh(options.mesh)
+    build.check_offload(options)
     check_free(options.out, resume=resume)
     text = build.load_corpus(options, config)
     description = build.describe(options, config, text)
@@ -93,8 +94,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
     )
     held_out = data.validation_batches(text.validation, seq=options.seq, count=options.eval_windows)
 
-    execution = build.execution_of(options, config)
-    graphdef = graphdef_of(config, execution)
+    pieces = pieces_of(config, build.execution_of(options, config))
     tx, schedules = make_optimizer(options, config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_run_in(options.out))
@@ -105,7 +105,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         )
         step, state = 0, None
         if resume and (
-            restored := checkpoints.restore_newest(build.abstract_state(config, execution, tx, mesh))
+            restored := checkpoints.restore_newest(build.abstract_state(options, config, tx, mesh))
         ):
             step, state = restored.step, restored.state
             batches.set_state(restored.data)
@@ -121,16 +121,11 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
                     options,
                     step + 1,
                     state or build.initial_state(options, config, tx, mesh),
-                    train_step=make_train_step(
-                        graphdef,
-                        tx,
-                        accumulate=options.accumulate,
-                        skip_nonfinite=options.on_nonfinite == "skip",
-                    ),
+                    train_step=build.training_step(options, config, tx),
                     batches=batches,
                     mesh=mesh,
                     stop=stop,
-                    evaluate=make_evaluation(options, graphdef, text, held_out),
+                    evaluate=make_evaluation(options, pieces, text, held_out),
                     recorder=Recorder(options, config, schedules["kernels"], log, bar),
                     checkpoints=checkpoints,
                 )
@@ -144,11 +139,11 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
 
 
 def make_evaluation(
-    options: RunOptions, graphdef: nnx.GraphDef[Llama], text: Corpus, held_out: np.ndarray
+    options: RunOptions, pieces: Pieces, text: Corpus, held_out: np.ndarray
 ) -> Callable[[Params, int], Row]:
     """Returns a function of the parameters and the step, to what an evaluation adds to the metrics."""
-    validation_loss = make_evaluator(graphdef, held_out)
-    sample = make_sampler(graphdef, text.tokenizer, text.end_id, seed=options.seed)
+    validation_loss = make_evaluator(pieces, held_out)
+    sample = make_sampler(pieces, text.tokenizer, text.end_id, seed=options.seed)
 
     def evaluate(params: Params, step: int) -> Row:
         return {"val_loss": validation_loss(params), "sample": sample(params, step)}

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from flax import nnx
 
-from examples.llama.model import Llama, Params
+from apollo_optax import layerwise_apply
+from examples.llama.model import Params, Pieces
 
 LENGTH = 64  # Tokens.
 TEMPERATURE = 0.8
 
 
 def make_sampler(
-    graphdef: nnx.GraphDef[Llama], tokenizer: tokenizers.Tokenizer, end_id: int, *, seed: int
+    pieces: Pieces, tokenizer: tokenizers.Tokenizer, end_id: int, *, seed: int
 ) -> Callable[[Params, int], str]:
     """Returns a function of the parameters and the step: a text that begins a new document.
 
@@ -28,12 +28,11 @@ def make_sampler(
         key = jax.random.fold_in(jax.random.key(seed), step)
 
         def extend(position: jax.Array, tokens_1xT: jax.Array) -> jax.Array:
-            model = nnx.merge(graphdef, params)
+            def head(params: Params, x_1xTxD: jax.Array, _: jax.Array) -> jax.Array:
+                return pieces.logits(params, x_1xTxD[:, position])
+
             # The whole text again for each token: short, and no cache of keys and values to keep.
-            x_D, head_DxV = model.hidden(tokens_1xT)[0, position], model.head()
-            logits_V = jnp.einsum(
-                "d,dv->v", x_D, head_DxV.astype(x_D.dtype), preferred_element_type=jnp.float32
-            )[:known]
+            logits_V = layerwise_apply(pieces.embed, pieces.layer, head)(params, tokens_1xT)[0, :known]
             token = jax.random.categorical(jax.random.fold_in(key, position), logits_V / TEMPERATURE)
             return tokens_1xT.at[0, position + 1].set(token)
 

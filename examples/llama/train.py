@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from examples.llama.model import Llama, Params, next_token_loss
+from apollo_optax import apply_updates_stochastic, layerwise_step
+from examples.llama.model import Llama, Params, Pieces, next_token_loss
 
 
 class TrainState(NamedTuple):
@@ -26,7 +27,14 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array  # Euclidean, over all parameters; not finite where any gradient is not.
 
 
-TrainStep = Callable[[TrainState, jax.typing.ArrayLike], tuple[TrainState, StepMetrics]]
+# Of the state, which it consumes, the tokens (B, S) and the number of the step.
+TrainStep = Callable[[TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike], tuple[TrainState, StepMetrics]]
+
+
+def rounding_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the key of a step's stochastic rounding."""
+    # Folded in twice, as other draws of the same seed fold in small numbers once.
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x726F756E64 % 2**32), step)
 
 
 def make_train_step(
@@ -35,20 +43,24 @@ def make_train_step(
     *,
     accumulate: int = 1,
     skip_nonfinite: bool = False,
+    rounding_seed: int | None = None,
 ) -> TrainStep:
-    """Returns the compiled step: it takes the state, which it consumes, and tokens (B, S).
+    """Returns the compiled step.
 
     Args:
         graphdef: the model's structure.
         tx: the optimizer.
         accumulate: into how many micro-batches the batch is cut, one after the other; must divide B.
         skip_nonfinite: leave the state as it is where the loss or a gradient is not finite.
+        rounding_seed: round bfloat16 parameters stochastically, with keys of this seed; None: to nearest.
     """
     loss_and_grads = jax.value_and_grad(functools.partial(next_token_loss, graphdef))
 
     # The new state takes over the memory of the old one.
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, tokens_BxS: jax.Array) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, tokens_BxS: jax.Array, step: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
         if accumulate == 1:
             loss, grads = loss_and_grads(state.params, tokens_BxS)
         else:
@@ -57,13 +69,44 @@ def make_train_step(
 
         def stepped() -> TrainState:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            if rounding_seed is None:
+                params = optax.apply_updates(state.params, updates)
+            else:
+                params = apply_updates_stochastic(state.params, updates, rounding_key(rounding_seed, step))
             return TrainState(cast(Params, params), opt_state)
 
         if not skip_nonfinite:
             return stepped(), metrics
         finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
         return jax.lax.cond(finite, stepped, lambda: state), metrics
+
+    return train_step
+
+
+def make_layerwise_train_step(
+    pieces: Pieces,
+    tx: optax.GradientTransformation,
+    *,
+    offload_inputs: bool = False,
+    rounding_seed: int | None = None,
+) -> TrainStep:
+    """Returns the compiled step that updates each layer as soon as it has its gradient.
+
+    Args:
+        pieces: the model.
+        tx: an optimizer that treats the layers of a leaf separately.
+        offload_inputs: keep the layers' inputs in host memory from the forward to the backward walk.
+        rounding_seed: as in `make_train_step`; int8 parameters need it.
+    """
+    update = layerwise_step(pieces.embed, pieces.layer, pieces.head, tx, offload_inputs=offload_inputs)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, tokens_BxS: jax.Array, step: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        key = None if rounding_seed is None else rounding_key(rounding_seed, step)
+        params, opt_state, metrics = update(state.params, state.opt_state, tokens_BxS, key=key)
+        return TrainState(params, opt_state), StepMetrics(metrics.loss, metrics.grad_norm)
 
     return train_step
 

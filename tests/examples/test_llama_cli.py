@@ -26,7 +26,7 @@ from examples.llama import (
 from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
 from examples.llama.hf import load_params
-from examples.llama.model import graphdef_of, init_params, next_token_loss
+from examples.llama.model import graphdef_of, init_params, next_token_loss, pieces_of
 from examples.llama.options import CHOICES
 
 SHORT = ["--steps", "3", "--batch", "2", "--seq", "16", "--eval-every", "2"]
@@ -388,11 +388,11 @@ def test_exported_weights_are_those_of_the_checkpoint(out: Path, tmp_path: Path)
     exported = tmp_path / "exported"
     export.main(["--run", str(out), "--to", str(exported)])
     small = PRESETS["tiny"]
-    loss = make_evaluator(graphdef_of(small), held_out(out))(load_params(exported, small, "float32"))
+    loss = make_evaluator(pieces_of(small), held_out(out))(load_params(exported, small, "float32"))
     assert loss == pytest.approx(run_log.read_metrics(out)[-1]["val_loss"], abs=1e-6)
     export.main(["--run", str(out), "--to", str(tmp_path / "earlier"), "--step", "2"])
     earlier = load_params(tmp_path / "earlier", small, "float32")
-    loss = make_evaluator(graphdef_of(small), held_out(out))(earlier)
+    loss = make_evaluator(pieces_of(small), held_out(out))(earlier)
     assert loss == pytest.approx(run_log.read_metrics(out)[1]["val_loss"], abs=1e-6)
     tuned = tmp_path / "tuned"
     pretrain.main(["--out", str(tuned), "--init-from", str(exported), *SHORT])
@@ -556,4 +556,4 @@ def test_evaluator_averages_over_all_batches(small: LlamaConfig) -> None:
     graphdef, params = graphdef_of(small), init_params(small, seed=0)
     batches = np.random.default_rng(0).integers(0, small.vocab_size, (3, 2, 9), np.int32)
     expected = np.mean([next_token_loss(graphdef, params, jax.numpy.array(b)) for b in batches])
-    assert make_evaluator(graphdef, batches)(params) == pytest.approx(float(expected), abs=1e-6)
+    assert make_evaluator(pieces_of(small), batches)(params) == pytest.approx(float(expected), abs=1e-6)

@@ -39,7 +39,8 @@ def stepped(
     **arguments: int,
 ) -> tuple[TrainState, StepMetrics]:
     train_step = make_train_step(graphdef_of(config, execution), tx_of(), **arguments)
-    return train_step(jax.tree.map(jnp.copy, state), tokens_of(config, batch))  # It consumes the state.
+    copied = jax.tree.map(jnp.copy, state)  # It consumes the state.
+    return train_step(copied, tokens_of(config, batch), 1)
 
 
 def test_micro_batches_make_the_step_of_the_whole_batch(small: LlamaConfig) -> None:
@@ -67,7 +68,7 @@ def test_micro_batches_keep_dtypes_and_save_memory(small: LlamaConfig) -> None:
 
     def temporaries(accumulate: int) -> int:
         train_step = jax.jit(make_train_step(graphdef_of(small), tx_of(), accumulate=accumulate))
-        program = train_step.lower(initial_state(small), tokens_of(small, 32, seq=64)).compile()
+        program = train_step.lower(initial_state(small), tokens_of(small, 32, seq=64), 1).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(16) < temporaries(1) / 4
@@ -79,6 +80,7 @@ def test_gradient_norm_is_of_all_parameters(small: LlamaConfig) -> None:
     after, _ = make_train_step(graphdef_of(small), optax.sgd(1.0))(
         TrainState(jax.tree.map(jnp.copy, state.params), optax.sgd(1.0).init(state.params)),
         tokens_of(small, 8),
+        1,
     )
     moved = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, after.params)
     assert float(metrics.grad_norm) == pytest.approx(float(optax.tree.norm(moved)), rel=1e-4)
@@ -107,6 +109,6 @@ def test_skipping_changes_no_step_that_is_finite(small: LlamaConfig) -> None:
 def test_the_state_is_updated_in_place(small: LlamaConfig) -> None:
     state = initial_state(small)
     train_step = make_train_step(graphdef_of(small), tx_of())
-    program = jax.jit(train_step, donate_argnums=0).lower(state, tokens_of(small, 8)).compile()
+    program = jax.jit(train_step, donate_argnums=0).lower(state, tokens_of(small, 8), 1).compile()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes == size

@@ -1,0 +1,100 @@
+"""How a run keeps its weights: in float32, bfloat16 or int8, on the device or in host memory.
+
+Int8 and host memory are for the layers' kernels; embeddings, head and norms are in the compute dtype and
+on the device. Both are filled a layer at a time, since the whole stack in bfloat16 may not fit.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import apollo_optax
+from apollo_optax import QuantizedArray
+from examples.llama.mesh import on_every_device
+from examples.llama.model import Params
+from examples.llama.optimizers import KERNELS, path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Where and as what the layers' kernels are kept."""
+
+    mesh: jax.sharding.Mesh
+    int8: bool = False
+    offload: bool = False
+
+    @property
+    def a_layer_at_a_time(self) -> bool:
+        return self.int8 or self.offload
+
+    def stored(self, params: Params) -> Params:
+        """Converts parameters, traced or not; they are still on the device."""
+
+        def convert(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+            return self._stored_kernel(leaf) if re.search(KERNELS, path_name(path)) else leaf
+
+        return jax.tree_util.tree_map_with_path(convert, params)
+
+    def _stored_kernel(self, kernel: jax.Array) -> Any:
+        if not self.int8:
+            return kernel
+        quantized = apollo_optax.quantize(kernel, axis=-2)
+        if not self.offload:
+            return quantized
+        # The same numbers, but of a dtype of which TPUs can fetch a layer's from host memory.
+        return dataclasses.replace(quantized, scale=quantized.scale.astype(jnp.float32))
+
+    def placed(self, params: Params) -> Params:
+        """Gives abstract parameters, as `stored` returns them, the shardings of what they stand for."""
+        on_device = on_every_device(self.mesh)
+        in_memory = on_device.with_memory_kind("pinned_host") if self.offload else on_device
+
+        def place(x: Any, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        def place_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+            if isinstance(leaf, QuantizedArray):
+                # Zero points stay: of their layers, a TPU can fetch those only whose groups are fours.
+                return dataclasses.replace(
+                    leaf,
+                    qvalue=place(leaf.qvalue, in_memory),
+                    scale=place(leaf.scale, in_memory),
+                    zero_point=place(leaf.zero_point, on_device),
+                )
+            return place(leaf, in_memory if re.search(KERNELS, path_name(path)) else on_device)
+
+        return jax.tree_util.tree_map_with_path(
+            place_leaf, params, is_leaf=lambda x: isinstance(x, QuantizedArray)
+        )
+
+    def abstract(self, shapes: Params) -> Params:
+        """Returns shapes, dtypes and shardings of what is kept for parameters of these shapes."""
+        return self.placed(jax.eval_shape(self.stored, shapes))
+
+    def filled(self, shapes: Params, rest: Params, layer: Callable[[int], Params]) -> Params:
+        """Returns the parameters, where only those of one layer are there in full at a time.
+
+        Args:
+            shapes: all parameters, abstract, in the dtype in which they are computed with.
+            rest: those outside the layers.
+            layer: the parameters of a layer, by number, as a stack of one.
+        """
+        layers = self.abstract(shapes)["layers"]
+        stack = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), layers)
+        for index in range(jax.tree.leaves(layers)[0].shape[0]):
+            stack = self._with_layer(stack, layer(index), np.int32(index))
+        return {**jax.device_put(rest, on_every_device(self.mesh)), "layers": stack}
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _with_layer(self, stack: Params, layer: Params, index: jax.Array) -> Params:
+        def write(stack: jax.Array, row: jax.Array) -> jax.Array:
+            row = jax.device_put(row, jax.typeof(stack).memory_space)
+            return jax.lax.dynamic_update_slice_in_dim(stack, row, index, 0)
+
+        return jax.tree.map(write, stack, self.stored({"layers": layer})["layers"])
