@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch lint format bench clean
+.PHONY: help train test test-slow torch tpu lint format bench bench-memory clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -29,6 +29,10 @@ $(VENV)/.torch: $(VENV)/.test
 	$(INSTALL) -e '.[test,torch]'
 	@touch $@
 
+$(VENV)/.tpu: $(VENV)/.test
+	$(INSTALL) -e '.[test,tpu-aot]'
+	@touch $@
+
 train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW and APOLLO-Mini side by side
 	$(BIN)/python -m examples.llama.compare --out $(OUT)
 
@@ -39,6 +43,8 @@ test-slow: $(VENV)/.test  ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 torch: $(VENV)/.torch  ## PyTorch and Transformers, which some tests and a benchmark compare with
+
+tpu: $(VENV)/.tpu  ## the TPU compiler, which needs no TPU; some tests and the memory planner use it
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .
@@ -53,6 +59,9 @@ bench: $(VENV)/.torch  ## the tables that README and docs quote
 	$(BIN)/python -m benchmarks.state_bytes
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.pretrain_throughput
+
+bench-memory: $(VENV)/.tpu  ## the tables of docs/memory.md; an hour, and goes on where it was cut off
+	$(BIN)/python -m benchmarks.memory
 
 clean:  ## remove the virtual environment and what runs wrote
 	rm -rf $(VENV) runs

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from apollo_optax import _tree
 from apollo_optax._quantization import QuantizedArray, apply_updates_stochastic, dequantize
@@ -156,28 +157,29 @@ def layerwise_step(
         done = optimizer.update({path: rest[path] for path in ready}, ready)
         dx, done, last = jax.lax.optimization_barrier((dx, done, indices[-1]))
 
+        # A row is read from the stack as the write of the next one has left it: of one that is read before
+        # it is written in an iteration, XLA for CPU makes a copy, as fusions may read it again later.
         def backward(carry: tuple[Any, ...], row: tuple[Any, ...]) -> tuple[Any, None]:
-            (stack, states, fetched, dx, squares), (index, constants, x) = carry, row
-            stored = _rows(stack, fetched, index)
+            (stack, states, stored, state, dx, squares), (index, constants, x) = carry, row
             x = _move(x, jax.memory.Space.Device) if offload_inputs else x
             (_, aux_loss), vjp = jax.vjp(
                 lambda weights, x: run_layer(weights, x, constants), dequantize(stored), x
             )
             grads, dx = vjp((dx, jax.tree.map(jnp.ones_like, aux_loss)))
-            new = optimizer.update(stored, grads, _rows(states, _fetch(states, index), index), index)
+            new = optimizer.update(stored, grads, state, index)
             squares += _sum_of_squares(grads, squares.dtype)
-            fetched = _fetch_after(new.params, stack, jnp.maximum(index - 1, 0))
-            new_states = {path: new.state[path] for path in states}
-            return (
-                _write(stack, new.params, index),
-                _write(states, new_states, index),
-                fetched,
-                dx,
-                squares,
-            ), None
+            before = jnp.maximum(index - 1, 0)
+            fetched = _fetch_after(new.params, stack, before)
+            stack = _write(stack, new.params, index)
+            states = _write(states, {path: new.state[path] for path in states}, index)
+            stored = _row_major(_rows(stack, fetched, before))
+            state = _rows(states, _fetch(states, before), before)
+            return (stack, states, stored, state, dx, squares), None
 
-        walk = (stack, states, _fetch(stack, last), dx, squares)
-        (stack, states, _, dx, squares), _ = jax.lax.scan(
+        stored = _row_major(_rows(stack, _fetch(stack, last), last))
+        state = _rows(states, _fetch(states, last), last)
+        walk = (stack, states, stored, state, dx, squares)
+        (stack, states, _, _, dx, squares), _ = jax.lax.scan(
             backward, walk, (indices, per_layer, inputs), reverse=True
         )
 
@@ -442,6 +444,15 @@ def _fetch_after(new: Leaves, stack: Leaves, index: jax.Array) -> Leaves:
 def _rows(stack: Any, fetched: Any, index: jax.typing.ArrayLike) -> Any:
     """Row `index` of the stack, ``(1, ...)``, where what :func:`_fetch` brought is taken as it is."""
     return jax.tree.map(lambda array, row: _slice(array, index) if row is None else row, stack, fetched)
+
+
+def _row_major(rows: Any) -> Any:
+    """Keeps XLA from giving a row the layout that the next product wants, and with it the whole stack."""
+
+    def constrained(row: jax.Array) -> jax.Array:
+        return with_layout_constraint(row, Layout(tuple(range(row.ndim))))
+
+    return jax.tree.map(constrained, rows)
 
 
 def _write(stack: Any, rows: Any, index: jax.typing.ArrayLike) -> Any:

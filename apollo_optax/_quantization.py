@@ -40,21 +40,21 @@ class QuantizedArray:
     ``lax.scan``, donation, ``device_put`` and Orbax take it like any other. ``flax.serialization``, which
     takes only types it was told of, takes its ``jax.tree.leaves``.
 
-    `shape`, `ndim` and `size` are those of the matrix. Of the arrays, `scale` and `zero_point` have an axis
-    of groups in the place of `axis`, and `qvalue` has one of groups and one of the places in a group; if
-    `axis` is not the last, the places are two axes, of which the second has size 8. So weights of shape
-    ``(4096, 11008)`` are codes of shape ``(32, 16, 8, 11008)`` and scales of ``(32, 11008)``, and what cuts
-    the weights of a mesh by ``P("data", "model")`` cuts the codes by ``P("data", None, None, "model")``. All
-    three may be sliced and stacked along the other axes, such as that of layers.
+    `shape`, `ndim` and `size` are the matrix's. `scale` and `zero_point` have the groups in the place of
+    `axis`, and `qvalue` has the groups and the places in a group: weights of shape ``(4096, 11008)`` have
+    scales of shape ``(32, 11008)`` and codes of shape ``(32, 16, 8, 11008)``, the 128 places as
+    ``(16, 8)``. Along the last axis places are one axis. The last group is filled up in storage. So what is
+    cut over a mesh by ``P("data", "model")`` has its codes cut by ``P("data", None, None, "model")``, and
+    all three arrays can be sliced and stacked along the other axes, such as that of layers.
 
     Made by :func:`quantize` and read by :func:`dequantize`.
     """
 
-    qvalue: jax.Array  # int8, in blocks: (..., groups, places / 8, 8, ...) or (..., groups, places).
-    scale: jax.Array  # bfloat16, (..., groups, ...). May be held in float32.
-    zero_point: jax.Array  # int8, like the scale: the code of 0.
+    qvalue: jax.Array  # int8, (..., groups, places / 8, 8, ...); along the last axis (..., groups, places).
+    scale: jax.Array  # bfloat16, (..., groups, ...). Stays in float32 if put there.
+    zero_point: jax.Array  # int8, of the scale's shape: the code of 0.
     axis: int  # Counted from the end, so that it holds for a layer sliced from a stack.
-    axis_size: int  # Without what fills up the last group.
+    axis_size: int  # Of the matrix along `axis`, without what fills up the last group.
     group_size: int
     dtype: np.dtype  # What it dequantizes to.
 
@@ -100,8 +100,8 @@ def quantize(
         group too: 11008 is 86 groups, which two devices can share and four can't. (Inside ``jit`` under
         automatic sharding nothing is known of cuts; pass `axis` there.) Not the axis of layers, if the
         stack is to be sliced.
-      group_size: neighbours to a scale, a multiple of 8. With 128, an int8 weight takes 1.023 bytes, and
-        up to a whole group is added to an axis that it does not divide.
+      group_size: neighbours to a scale, a multiple of 8. With 128, an int8 weight takes 1.023 bytes; an
+        axis longer than this that it does not divide takes the space of the next multiple.
       key: None rounds to nearest; a JAX key, typed or raw, rounds up with a probability of the part that
         is left, so that the expectation is the weight, to :math:`2^{-17}` of a step.
 
@@ -292,7 +292,9 @@ def _check_updates(leaves: dict[_tree.Path, Any], updates: dict[_tree.Path, Any]
     for path, leaf in leaves.items():
         if _is_quantized(leaf):
             _check_parts(leaf)
-        shape = leaf.shape if _is_quantized(leaf) else jnp.shape(leaf)
+            shape = leaf.shape
+        else:
+            shape = jnp.shape(leaf)
         if jnp.shape(updates[path]) != shape:
             raise ValueError(
                 f"the update of '{_tree.show(path)}' has shape {jnp.shape(updates[path])}, but the parameter "
@@ -300,31 +302,31 @@ def _check_updates(leaves: dict[_tree.Path, Any], updates: dict[_tree.Path, Any]
             )
 
 
-# Blocks: an axis of n becomes one of groups and one of places in a group, or two of places, (places / 8, 8),
-# if it is not the last. The last group is filled up with zeros, which every group's range includes and every
-# grid holds exactly: they stay zeros, and change nothing for the weights beside them.
+# Blocks: an axis of n is stored as one of groups and one of the places in a group or, if it is not the last
+# of the array, two of places: (places / 8, 8). The last group is filled up with zeros. Every group's range
+# includes 0 and every grid holds it exactly, so they stay 0 and change nothing for the weights beside them.
 #
-# Arrays are stored so because compilers for TPU lay them out by their two last axes.
-# - With the groups as an axis of the codes, an update of one layer of a stack is made in place. With codes of
-#   the matrix's shape, XLA lays out the scales once for each weight, in float32.
-# - With 8 places before the last axis, codes are tiled (8, 128) on the device as in host memory. A longer axis
-#   is tiled (32, 128) on the device alone, and the whole stack copied to fetch a layer from the host.
+# This shape is for the sake of TPUs, whose compiler tiles arrays by their last two axes.
+# - With groups as an axis of the codes, too, a layer of a stack is updated in place. With codes of the
+#   matrix's shape, XLA lays out a scale for each weight, in float32.
+# - With 8 places next to the last axis, codes are tiled (8, 128), as they are in host memory. A longer axis
+#   is tiled (32, 128) on the device alone, and to fetch a layer XLA copies the whole stack.
 
 _BLOCK = 8
 
 
 def _around(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     place = len(shape) + axis
-    return tuple(shape[:place]), shape[place], tuple(shape[place + 1 :])
+    return shape[:place], shape[place], shape[place + 1 :]
 
 
 def _block_shape(n: int, axis: int, group_size: int) -> tuple[int, ...]:
-    """The axes that an axis of n becomes."""
+    """What an axis of n becomes: ``(groups, *places)``."""
     if axis == -1:
-        places = max(1, min(n, group_size))
-        return math.ceil(n / places), places
-    rows = max(1, min(math.ceil(n / _BLOCK), group_size // _BLOCK))
-    return math.ceil(n / (rows * _BLOCK)), rows, _BLOCK
+        places = (max(1, min(n, group_size)),)
+    else:
+        places = (max(1, min(math.ceil(n / _BLOCK), group_size // _BLOCK)), _BLOCK)
+    return (math.ceil(n / math.prod(places)), *places)
 
 
 def _place_axes(axis: int) -> tuple[int, ...]:
@@ -337,11 +339,12 @@ def _blocked(array: jax.Array, axis: int, group_size: int) -> jax.Array:
     blocks = _block_shape(n, axis, group_size)
     missing = math.prod(blocks) - n
     if missing:  # Else a reshape will do, which moves nothing.
-        array = jnp.pad(array, [(0, missing if i == len(before) else 0) for i in range(array.ndim)])
+        array = jnp.pad(array, [*[(0, 0)] * len(before), (0, missing), *[(0, 0)] * len(after)])
     return array.reshape(*before, *blocks, *after)
 
 
 def _unblocked(array: jax.Array, shape: tuple[int, ...], axis: int, group_size: int) -> jax.Array:
+    """The inverse of :func:`_blocked`, for an array that had this shape."""
     before, n, after = _around(shape, axis)
     filled = math.prod(_block_shape(n, axis, group_size))
     return jax.lax.slice_in_dim(array.reshape(*before, filled, *after), 0, n, axis=axis)
@@ -470,7 +473,9 @@ def _update_int8(
     array: QuantizedArray, update: jax.Array, key: jax.Array, leaf_id: jax.Array, first: jax.Array
 ) -> QuantizedArray:
     key = jax.random.fold_in(key, leaf_id)
-    update = _blocked(update, array.axis, array.group_size)
+    # Without the barrier XLA casts it first, and where the blocks are along the last axis, so that they take
+    # another layout, keeps it in float32 in both: eight bytes a weight on a TPU.
+    update = jax.lax.optimization_barrier(_blocked(update, array.axis, array.group_size))
     old = _grid_of(array)
     values = old.values(array.qvalue) + update.astype(old.scale.dtype)
     low, high = _range(values, array.axis)
@@ -479,10 +484,6 @@ def _update_int8(
     # the grid and rounded anew, whether they moved or not. So a grid stays as long as it serves.
     is_kept = old.covers(low, high) & (2 * _needed_scale(low, high) >= old.scale)
     grid = jax.tree.map(functools.partial(jnp.where, is_kept), old, _new_grid(low, high))
-    # Computed again, behind a barrier: else XLA keeps the values of the whole matrix, in float32, from the
-    # ranges of the groups until their codes.
-    array, update, grid = jax.lax.optimization_barrier((array, update, grid))
-    values = _grid_of(array).values(array.qvalue) + update.astype(values.dtype)
     codes = grid.codes(values, _random_bits(key, values.shape, first, _sharding.of(values)))
     scale, zero_point = grid.stored(array.axis, array.scale.dtype)
     return dataclasses.replace(array, qvalue=codes, scale=scale, zero_point=zero_point)

@@ -1,8 +1,14 @@
 """Eight CPU devices for every test, so that meshes need no hardware."""
 
+import os
+
 import jax
 import pytest
 
+# Also for the processes that tests start. Otherwise each would look for TPUs where libtpu is installed, and
+# only one process at a time may.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
 
 
