@@ -340,15 +340,35 @@ class _Optimizer:
           ValueError: where the state of one layer is no row of the state of all.
         """
         one = {path: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for path, leaf in stack.items()}
-        of_one = _tree.leaves_by_path(jax.eval_shape(self._tx.init, self.params_tree(one)))
+        state_of_one = jax.eval_shape(self._tx.init, self.params_tree(one))
+        of_one = _tree.leaves_by_path(state_of_one)
+        self._check_shared(one, state_of_one)
         layered = {}
         for path, leaf in self.state_of(stack).items():
             expected = jnp.shape(of_one[path]) if path in of_one else None
-            if self._owner[path] is not None and expected == (1, *jnp.shape(leaf)[1:]):
+            rows = self._owner[path] is not None and jnp.shape(leaf)[:1] == (depth,)
+            if rows and expected == (1, *jnp.shape(leaf)[1:]):
                 layered[path] = leaf
             elif expected != jnp.shape(leaf):
                 raise self._inseparable(path, f"has shape {jnp.shape(leaf)}, and for one layer {expected}")
         return layered
+
+    def _check_shared(self, params: Leaves, state: Any) -> None:
+        """Raises for what belongs to no parameter and yet is computed from a layer's gradient."""
+
+        def update(grads: Any, params: Any, state: Any) -> Leaves:
+            return _tree.leaves_by_path(self._tx.update(grads, state, params, batch_index=0)[1])
+
+        tree = self.params_tree(params)
+        after = jax.eval_shape(update, tree, tree, state)
+        jaxpr = jax.make_jaxpr(update)(tree, tree, state).jaxpr
+        reached = {id(var) for var in jaxpr.invars[: 2 * len(params)]}
+        for eqn in jaxpr.eqns:
+            if any(id(var) in reached for var in eqn.invars):
+                reached.update(map(id, eqn.outvars))
+        for path, var in zip(sorted(after), jaxpr.outvars, strict=True):
+            if self._owner[path] is None and id(var) in reached:
+                raise self._inseparable(path, "is computed from the gradients of all layers")
 
     def _check_unchanged(self, before: Leaves, after: Leaves) -> None:
         """Raises for what the layers share and yet each of them changes, as a norm over all of them."""
@@ -397,6 +417,11 @@ def _without(tree: Any, path: _tree.Path) -> Any:
 
 
 def _depth(stack: Leaves) -> int:
+    for path, leaf in stack.items():
+        if _is_quantized(leaf) and any(part.shape[:1] != leaf.shape[:1] for part in jax.tree.leaves(leaf)):
+            raise ValueError(
+                f"'{_tree.show(path)}' is quantized along its axis of layers; give quantize another axis="
+            )
     sizes = {path: leaf.shape[0] if leaf.ndim else None for path, leaf in stack.items()}
     if not sizes or None in sizes.values() or len(set(sizes.values())) > 1 or 0 in sizes.values():
         shapes = {_tree.show(path): tuple(leaf.shape) for path, leaf in stack.items()}

@@ -1,0 +1,343 @@
+"""What memory a training step needs on a target: it is compiled for the target, and nothing is run.
+
+A target is `cpu`, `gpu` (of this machine) or a TPU topology as `v5e:1x1`, for which no TPU is needed: its
+compiler, libtpu, works without one. All numbers are bytes on one device.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import pickle
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from examples.llama import build
+from examples.llama.config import LlamaConfig
+from examples.llama.mesh import make_mesh, on_every_device, over_data
+from examples.llama.optimizers import make_optimizer
+from examples.llama.options import RunOptions
+from examples.llama.usage import UsageError, first_line
+
+LOCAL = ("cpu", "gpu")
+TOPOLOGY = re.compile(r"[a-z0-9]+:[1-9]\d*(x[1-9]\d*)+")  # A size of 0 ends libtpu's process.
+INSTALL = "pip install 'apollo-optax[tpu-aot]' (in a clone: pip install '.[tpu-aot]')"
+LARGEST = "v5p"  # The generation with the most memory a device; any number of chips makes a topology.
+# What the TPU compiler says of a program that does not fit; the size is of arguments and all, in GiB.
+REFUSAL = re.compile(
+    r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])"
+    r"(?:\) exceeds available HBM \(| of )([\d.]+)([KMGT])"
+)
+CRASH_LINES = 10  # Of what a compiler that ends has written.
+
+
+class CompilerError(Exception):
+    """The compiler did not come to an end, for a reason that is no lack of memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a compiled step needs on one device, in bytes.
+
+    The compiler's own numbers are None for a program that it refuses and that fits no larger target
+    either; its message still has the peak, in hundredths of a GiB.
+    """
+
+    weights_bytes: int  # Of the parameters on the device, from their shapes.
+    optimizer_bytes: int  # Of the optimizer's state, from its shapes.
+    host_weights_bytes: int  # Of the parameters in host memory.
+    device_kind: str
+    peak_bytes: int  # Arguments + temporaries + output - alias, on the device.
+    arguments_bytes: int | None = None
+    temporaries_bytes: int | None = None
+    output_bytes: int | None = None
+    alias_bytes: int | None = None  # What of the output is in the memory of the arguments.
+    host_bytes: int | None = None  # The same sum as the peak, in host memory.
+    host_temporaries_bytes: int | None = None
+    capacity_bytes: int | None = None  # What the device gives a program; None where that is not known.
+    refused: bool = False  # Whether the target's compiler refuses the program.
+    compiled_for: str | None = None  # The target, or the larger one that the numbers are of.
+
+
+def check_target(target: str) -> None:
+    """Raises `UsageError` for a --target that is none, or whose compiler is not installed."""
+    if target in LOCAL:
+        return
+    if not TOPOLOGY.fullmatch(target):
+        raise UsageError(
+            f"--target {target!r} is unknown; give cpu, gpu or a TPU topology: v5e:1x1, v5e:4x4, v6e:2x2, "
+            "v5p:2x2x1, v4:2x2x1"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError(f"--target {target} needs libtpu, which compiles for TPUs; {INSTALL}")
+
+
+def for_target(options: RunOptions, target: str) -> RunOptions:
+    """Returns what `pretrain` would make of the options on the target, which may not be this machine.
+
+    Raises:
+        UsageError: for attention that only a GPU has.
+    """
+    if target == "gpu":
+        return options  # `build.execution_of` looks at the GPU.
+    if options.attention == "cudnn":
+        raise UsageError(f"--attention cudnn takes a GPU, and --target is {target}; leave it out")
+    return dataclasses.replace(options, attention="xla")
+
+
+def devices_of(target: str) -> Sequence[Any]:
+    """Returns the devices to compile for; raises `UsageError` where there are none."""
+    try:
+        if target in LOCAL:
+            return jax.devices(target)
+        # A v4 chip is one device, as JAX has it on a real one; libtpu's own default is two.
+        more = {"chip_config_name": "megacore"} if target.startswith("v4:") else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=target, **more).devices
+    except RuntimeError as error:
+        remedy = (
+            "give cpu or a TPU topology as v5e:1x1" if target in LOCAL else "give one as v5e:1x1 or v5e:4x4"
+        )
+        raise UsageError(f"--target {target} is not there ({first_line(error)}); {remedy}") from error
+
+
+def mesh_on(options: RunOptions, target: str) -> jax.sharding.Mesh:
+    devices = devices_of(target)
+    mesh = make_mesh(options.mesh, devices)
+    if target not in LOCAL and mesh.size != len(devices):
+        raise UsageError(
+            f"--mesh {options.mesh} is {mesh.size} of the {len(devices)} devices of --target {target}; "
+            f"use all, or give a smaller topology"
+        )
+    return mesh
+
+
+def larger_target(devices: int) -> str:
+    """Returns a topology of as many chips of the generation with the most memory."""
+    x, y = (2, 2) if devices % 4 == 0 else (1, 1)
+    return f"{LARGEST}:{x}x{y}x{devices // (x * y)}"
+
+
+def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory:
+    """Returns what the step of a run, with its defaults filled in, needs on a target.
+
+    Args:
+        options: of the run.
+        target: what to compile for; a TPU needs a process of its own, see `Compiler`.
+        exact: of a program that the target's compiler refuses, get the numbers from a larger target; else
+            only the message's.
+
+    Raises:
+        UsageError: for a target that is not there, and options that do not go with it.
+    """
+    options = for_target(options, target)
+    if target in LOCAL:
+        build.check_offload(options)
+    config = build.model_config(options)
+    mesh = mesh_on(options, target)
+    try:
+        return compiled_memory(options, config, mesh, target)
+    except jax.errors.JaxRuntimeError as error:
+        needed, available = refused_bytes(error)
+    memory = shapes_memory(options, config, mesh, peak_bytes=needed)
+    larger = larger_target(mesh.size)
+    if exact and larger != target:
+        try:
+            memory = compiled_memory(options, config, mesh_on(options, larger), larger)
+        except jax.errors.JaxRuntimeError as error:
+            refused_bytes(error)
+    kind = mesh.devices.flat[0].device_kind
+    return dataclasses.replace(memory, device_kind=kind, capacity_bytes=available, refused=True)
+
+
+def refused_bytes(error: Exception) -> tuple[int, int]:
+    """Returns what a program needs and what there is, by the compiler's message; raises any other error."""
+    if not (refusal := REFUSAL.search(str(error))):
+        raise error
+    number, unit, there, unit_there = refusal.groups()
+    return binary_bytes(number, unit), binary_bytes(there, unit_there)
+
+
+def binary_bytes(number: str, unit: str) -> int:
+    return round(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
+
+
+def compiled_memory(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, target: str) -> Memory:
+    """Returns the memory of the step that `pretrain` runs, compiled for the devices of a mesh."""
+    tx, _ = make_optimizer(options, config)
+    step: Any = build.training_step(options, config, tx)  # A function, of which jit makes more.
+    tokens = (options.batch, options.seq + 1)
+    compiled = step.lower(
+        build.abstract_state(options, config, tx, mesh),
+        jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=over_data(mesh)),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=on_every_device(mesh)),
+    ).compile()
+    sizes = compiled.memory_analysis()
+    return shapes_memory(
+        options,
+        config,
+        mesh,
+        peak_bytes=sizes.argument_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes,
+        arguments_bytes=sizes.argument_size_in_bytes,
+        temporaries_bytes=sizes.temp_size_in_bytes,
+        output_bytes=sizes.output_size_in_bytes,
+        alias_bytes=sizes.alias_size_in_bytes,
+        host_bytes=sizes.host_argument_size_in_bytes
+        + sizes.host_temp_size_in_bytes
+        + sizes.host_output_size_in_bytes
+        - sizes.host_alias_size_in_bytes,
+        host_temporaries_bytes=sizes.host_temp_size_in_bytes,
+        capacity_bytes=capacity(mesh),
+        compiled_for=target,
+    )
+
+
+def shapes_memory(
+    options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, **compiled: Any
+) -> Memory:
+    """Returns what shapes alone tell, and beside it what is known of the compiled program."""
+    tx, _ = make_optimizer(options, config)
+    state = build.abstract_state(options, config, tx, mesh)
+    return Memory(
+        weights_bytes=bytes_on_a_device(state.params, host=False),
+        optimizer_bytes=bytes_on_a_device(state.opt_state, host=False),
+        host_weights_bytes=bytes_on_a_device(state.params, host=True),
+        device_kind=mesh.devices.flat[0].device_kind,
+        **compiled,
+    )
+
+
+def bytes_on_a_device(tree: Any, *, host: bool) -> int:
+    """Returns the bytes of a tree of shapes with shardings, in device memory or in the host's."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if (leaf.sharding.memory_kind == "pinned_host") == host
+    )
+
+
+def capacity(mesh: jax.sharding.Mesh) -> int | None:
+    """Returns the bytes that a device of the mesh gives a program, or None where that is not known."""
+    device = mesh.devices.flat[0]
+    if device.platform == "gpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    if device.platform != "tpu":
+        return None
+    # A topology does not tell, and the compiler does when asked for too much.
+    much = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=on_every_device(mesh))
+    try:
+        jax.jit(lambda x: x[0]).lower(much).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return refused_bytes(error)[1]
+    return None
+
+
+class Compiler:
+    """A process that compiles for one target: `with Compiler(...) as memory_of: memory_of(options)`.
+
+    In a process of its own, as libtpu takes over signals, writes warnings and now and then ends the process
+    that asks it for something odd, and as Ctrl-C would wait for a compilation in this one.
+
+    Args:
+        target: what to compile for.
+        devices: how many devices the CPU is to show.
+    """
+
+    def __init__(self, target: str, devices: int = 1) -> None:
+        self._target = target
+        self._environment = environment(target, devices)
+
+    def __enter__(self) -> "Compiler":
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from examples.llama.target import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=self._environment,
+            start_new_session=True,  # Ctrl-C reaches this process only, which then ends that one.
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        # What it was asked last may still be on its way.
+        with self._errors, contextlib.suppress(BrokenPipeError), self._process:
+            pass
+
+    def __call__(self, options: RunOptions, *, exact: bool = True) -> Memory:
+        """Returns what `memory_of` does; raises what it does, and `CompilerError` for a crash."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            pickle.dump((options, self._target, exact), self._process.stdin)
+            self._process.stdin.flush()
+            answer = pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError) as error:
+            raise CompilerError(self._last_words()) from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").splitlines()[-CRASH_LINES:]
+        return "\n".join([f"the compiler for {self._target} ended with {cause}; its last lines:", *lines])
+
+
+def environment(target: str, devices: int) -> dict[str, str]:
+    """Returns the environment of a process that compiles for a target."""
+    ours = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        # What is not run need not fill the cache.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    if target == "gpu":
+        return ours | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # Another run may have the memory.
+    ours |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    if target == "cpu":
+        return ours
+    # No TPU is looked for, and another process may have libtpu loaded.
+    return ours | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def serve() -> None:
+    """Answers what a `Compiler` asks on stdin, on stdout, until stdin ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # What a library prints is no answer.
+    requests: queue.SimpleQueue[tuple[RunOptions, str, bool]] = queue.SimpleQueue()
+
+    def read() -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                requests.put(pickle.load(sys.stdin.buffer))
+        os._exit(0)  # Whoever asked is gone, and compiling may take minutes more.
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        options, target, exact = requests.get()
+        try:
+            answer: Any = memory_of(options, target, exact=exact)
+        except UsageError as error:
+            answer = error
+        except Exception:
+            answer = CompilerError(traceback.format_exc())
+        pickle.dump(answer, answers)
+        answers.flush()

@@ -1,0 +1,189 @@
+"""The layer-wise step of LLaMA with the trainer's optimizers takes the numbers of the ordinary one."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import apollo_optax
+from examples.llama.config import PRESETS, LlamaConfig
+from examples.llama.model import Execution, graphdef_of, init_params, pieces_of
+from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.options import RunOptions
+from examples.llama.train import (
+    StepMetrics,
+    TrainState,
+    TrainStep,
+    make_layerwise_train_step,
+    make_train_step,
+)
+
+STEPS = 20
+OPTIMIZERS = ["apollo", "apollo-mini", "apollo-svd", "adamw", "lion", "muon"]
+# Less than 20: projections are drawn anew at steps 1, 8 and 15.
+GAP = 7
+
+
+@pytest.fixture(autouse=True)
+def x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def short_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer has no flag for it."""
+    scale_by_apollo = functools.partial(apollo_optax.scale_by_apollo, update_proj_gap=GAP)
+    monkeypatch.setattr(apollo_optax, "scale_by_apollo", scale_by_apollo)
+
+
+def optimizer_of(name: str, config: LlamaConfig) -> optax.GradientTransformation:
+    return make_optimizer(
+        with_defaults(RunOptions(out=Path("no"), optimizer=name, steps=STEPS), config), config
+    )[0]
+
+
+def in_dtype(dtype: str, remat: str = "dots") -> Execution:
+    return Execution(remat, dtype, dtype)
+
+
+def initial_state(config: LlamaConfig, execution: Execution, tx: optax.GradientTransformation) -> TrainState:
+    params = init_params(config, execution, seed=0)
+    return TrainState(params, jax.jit(tx.init)(params))
+
+
+def tokens_of(config: LlamaConfig, steps: int = STEPS, batch: int = 2) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, config.vocab_size, (steps, batch, 9), dtype=np.int32)
+
+
+def trained(
+    steps: Sequence[TrainStep], state: TrainState, tokens: np.ndarray
+) -> tuple[TrainState, list[StepMetrics]]:
+    """Takes the steps in turn; what they consume is not what the caller has."""
+    state, metrics = jax.tree.map(jnp.copy, state), []
+    for number, step in enumerate(steps):
+        state, of_step = step(state, tokens[number], number + 1)
+        metrics.append(of_step)
+    return state, metrics
+
+
+def assert_agree(actual: Any, expected: Any, highest: float) -> None:
+    """Every leaf's largest error is at most this part of its largest element; types are the same."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.abs(a - b).max()
+        assert error <= highest * np.abs(b).max(), (jax.tree_util.keystr(path), error, np.abs(b).max())
+
+
+def assert_same_training(
+    name: str, config: LlamaConfig, dtype: str, highest: float, remat: str = "dots"
+) -> None:
+    tx, plain, execution = optimizer_of(name, config), in_dtype(dtype, "none"), in_dtype(dtype, remat)
+    ordinary = make_train_step(graphdef_of(config, plain), tx)
+    layerwise = make_layerwise_train_step(pieces_of(config, execution), tx)
+    state, tokens = initial_state(config, plain, tx), tokens_of(config)
+    after_15, expected_metrics = trained([ordinary] * 15, state, tokens)
+    expected, last_metrics = trained([ordinary] * 5, after_15, tokens[15:])
+    actual, metrics = trained([layerwise] * STEPS, state, tokens)
+    assert_agree(actual, expected, highest)
+    np.testing.assert_allclose(
+        [m.loss for m in metrics], [m.loss for m in expected_metrics + last_metrics], rtol=min(highest, 1e-5)
+    )
+    np.testing.assert_allclose(
+        [m.grad_norm for m in metrics],
+        [m.grad_norm for m in expected_metrics + last_metrics],
+        rtol=max(highest, 1e-5),  # The ordinary step takes it in float32.
+    )
+    assert len({float(m.loss) for m in metrics}) == STEPS
+    changing, _ = trained([ordinary] * 5 + [layerwise] * 5 + [ordinary] * 5, state, tokens)
+    assert_agree(changing, after_15, highest)
+
+
+@pytest.mark.parametrize(
+    ("name", "remat", "tied_head"),
+    [
+        ("apollo", "dots", True),
+        ("apollo-mini", "dots", False),
+        ("apollo-svd", "dots", False),
+        ("adamw", "none", False),
+        ("lion", "full", False),
+        ("muon", "dots", False),
+    ],
+)
+def test_twenty_steps_and_changes_between_the_two(
+    name: str, remat: str, tied_head: bool, small: LlamaConfig
+) -> None:
+    config = dataclasses.replace(small, num_kv_heads=1, tied_head=tied_head)
+    # Moments are in float32, so that the last digit of a gradient may be the eighth of a moment.
+    assert_same_training(name, config, "float64", 1e-6, remat)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "highest"), [("float64", 1e-6), ("float32", 1e-4)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_tiny_model(name: str, dtype: str, highest: float) -> None:
+    assert_same_training(name, PRESETS["tiny"], dtype, highest)
+
+
+def test_in_float32(small: LlamaConfig) -> None:
+    with jax.enable_x64(False):
+        assert_same_training("apollo-mini", small, "float32", 1e-4)
+
+
+def test_rematerialisation_within_a_layer(small: LlamaConfig) -> None:
+    """What is kept of a layer for its gradient; that its numbers are the same is tested above."""
+    params = jax.tree.map(lambda leaf: leaf[0], init_params(small, seed=0)["layers"])
+    x = jnp.zeros((2, 8, small.hidden_size), jnp.float32)
+
+    def kept(remat: str) -> int:
+        layer = pieces_of(small, in_dtype("float32", remat)).layer
+        residuals = jax.eval_shape(lambda x: jax.linearize(lambda x: layer(params, x), x)[1], x)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert kept("full") < weights + 1.1 * x.size  # The layer's input.
+    assert kept("full") < kept("dots") < kept("none")
+
+
+@pytest.mark.parametrize("cut", ["fsdp", pytest.param("data", marks=pytest.mark.slow)])
+def test_meshes(cut: str, small: LlamaConfig) -> None:
+    """Of eight devices: batches cut over all, weights whole on each or cut over all as well."""
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
+    execution, tx = in_dtype("float64"), optimizer_of("apollo", small)
+    state, tokens = initial_state(small, execution, tx), tokens_of(small, 3, batch=8)
+    layerwise = make_layerwise_train_step(pieces_of(small, execution), tx)
+    expected, expected_metrics = trained([layerwise] * 3, state, tokens)
+
+    def place(leaf: jax.Array) -> NamedSharding:
+        axis = next((axis for axis in range(leaf.ndim - 1, -1, -1) if leaf.shape[axis] % 8 == 0), None)
+        is_cut = cut == "fsdp" and axis is not None
+        return NamedSharding(mesh, P(*[None] * axis, "devices") if is_cut else P())
+
+    places = jax.tree.map(place, state.params)
+    params = jax.device_put(state.params, places)
+    numbers = apollo_optax.dimension_numbers_by_path(
+        [(r"^layers/.*/kernel$", apollo_optax.ApolloDimensionNumbers(1, 2))]
+    )
+    state_places = apollo_optax.state_sharding(state.opt_state, params, weight_dimension_numbers=numbers)
+    whole = NamedSharding(mesh, P())
+    out = (TrainState(places, state_places), StepMetrics(whole, whole))
+    on_mesh = jax.jit(layerwise, donate_argnums=0, out_shardings=out)
+    placed = TrainState(params, jax.device_put(state.opt_state, state_places))
+    metrics = None
+    for number, rows in enumerate(tokens):
+        placed, metrics = on_mesh(placed, jax.device_put(rows, NamedSharding(mesh, P("devices"))), number + 1)
+    assert_agree(jax.device_get(placed), jax.device_get(expected), 1e-6)
+    np.testing.assert_allclose(metrics, expected_metrics[-1], rtol=1e-6)
