@@ -9,7 +9,7 @@ No optimizer is written here: every layer goes through ``tx.update`` as a tree o
 structure in which all other leaves are masked out, as :func:`optax.masked` does it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,8 +49,8 @@ def layerwise_step(
     within one layer, and each layer's input.
 
     A model is three pure functions. `params` below are the parameters without the stack, `layer_params`
-    one layer of the stack, its leaves without their leading axis. Activations `x` are an array or a tree of
-    them, of the same shapes and dtypes before and after each layer.
+    one layer of the stack, its leaves without their leading axis. Activations `x` are a floating-point array
+    or a tree of them, of the same shapes and dtypes before and after each layer.
 
     Args:
       embed: ``(params, batch) -> x``.
@@ -60,12 +60,14 @@ def layerwise_step(
         `head` use: it gets the sum of both gradients, once.
       tx: any Optax transformation that treats leaves, and the layers of a stacked leaf, separately: the
         layers of a leaf come to its ``update`` one by one, as ``(1, ...)`` slices with the layer's number as
-        the extra argument `batch_index`. Among those that do not, and would compute something else unnoticed:
-        ``clip_by_global_norm``, ``adaptive_grad_clip``, ``clip_by_block_rms``, ``apply_if_finite``,
-        ``scale_by_trust_ratio``, ``normalize_by_update_norm``, and the factored moments of
-        ``optax.adafactor``, whose norms are over a whole leaf or tree; ``add_noise``, which gives every
-        layer the same noise; ``MultiSteps``, which keeps gradients of the whole stack. The norm-growth
-        limiter of :func:`scale_by_apollo` takes the place of clipping and acts on each layer alone.
+        the extra argument `batch_index`. Of those that do not, what shows in the state is refused:
+        ``MultiSteps``, ``apply_if_finite``, the factored moments of ``optax.adafactor``. Others compute
+        something else **unnoticed**: ``clip_by_global_norm``, ``adaptive_grad_clip``, ``clip_by_block_rms``,
+        ``scale_by_param_block_norm``, ``scale_by_param_block_rms``, ``scale_by_trust_ratio`` and
+        ``normalize_by_update_norm``, whose norms are over a whole leaf or tree; ``optax.contrib.muon`` unless
+        its ``muon_weight_dimension_numbers`` say that the layers' axis is none of a matrix, vectors of the
+        stack included; ``add_noise``, which gives every layer the same noise. The norm-growth limiter of
+        :func:`scale_by_apollo` takes the place of clipping and acts on each layer alone.
       layers: where in the parameters the stack is, as ``"layers"`` or ``"decoder/layers"``. Every leaf in it
         has the number of layers as its leading axis.
       has_aux_loss: whether layers return an auxiliary loss, a scalar, to be added to the head's.
@@ -86,9 +88,11 @@ def layerwise_step(
         row as `constants`: window sizes, dropout keys (``jax.random.split(key, L)``).
 
     Raises:
-      ValueError: from the step, where there is no stack at `layers`, its leaves differ in their leading axis,
-        the optimizer keeps something for a stacked leaf that is not its layers' one by one, or int8
-        weights come without a `key`.
+      TypeError: if `layers` is no string.
+      ValueError: from the step, where there is no stack at `layers`, where its leaves or those of `per_layer`
+        differ in their leading axis, where `opt_state` is not that of `tx` and these parameters, where the
+        optimizer keeps something for a stacked leaf that is not its layers' one by one or changes the
+        dtype of its state, or where int8 weights come without a `key`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -115,7 +119,7 @@ def layerwise_step(
       <https://arxiv.org/abs/2306.09782>`_, 2023 (the fused update, for SGD)
     """
     tx = optax.with_extra_args_support(tx)
-    stack_path = tuple(layers.split("/"))
+    stack_path = _stack_path(layers)
 
     def step(
         params: Any, opt_state: Any, batch: Any, *, key: Any = None, per_layer: Any = None
@@ -125,7 +129,7 @@ def layerwise_step(
         stack = {
             path: leaf for path, leaf in optimizer.params.items() if path[: len(stack_path)] == stack_path
         }
-        depth = _depth(stack)
+        depth = _depth(stack, per_layer)
         states = optimizer.layered_state(stack, depth)
         rest = {path: leaf for path, leaf in optimizer.params.items() if path not in stack}
 
@@ -232,13 +236,13 @@ def layerwise_apply(
       >>> apply(params, jnp.array([0, 3, 1])).shape
       (3, 1)
     """
-    stack_path = tuple(layers.split("/"))
+    stack_path = _stack_path(layers)
 
     def apply(params: Any, batch: Any, *, per_layer: Any = None) -> Any:
         leaves = _leaves(params)
         structure = _structure(_subtree(params, stack_path))
         stack = {path: leaf for path, leaf in leaves.items() if path[: len(stack_path)] == stack_path}
-        _depth(stack)
+        _depth(stack, per_layer)
 
         def run_layer(weights: Leaves, x: Any, constants: Any) -> tuple[Any, None]:
             one = [jax.lax.squeeze(weights[path], (0,)) for path in stack]
@@ -260,7 +264,7 @@ def _forward(
     kept: Callable[[Any, Any], Any],
 ) -> tuple[Any, Any]:
     """The walk through the stack; returns its end and what is `kept` of each layer's input and loss."""
-    depth = _depth(stack)
+    depth = _depth(stack, per_layer)
 
     def body(carry: tuple[Any, Leaves], row: tuple[jax.Array, Any]) -> tuple[Any, Any]:
         (x, fetched), (index, constants) = carry, row
@@ -291,6 +295,7 @@ class _Optimizer:
         self.norm_dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in self.params.values()))
         self._tx, self._key = tx, key
         self._params_structure, self._state_structure = _structure(params), jax.tree.structure(opt_state)
+        self._check_state()
         owners = _tree.owners(self.state, self.params)
         self._owner = {path: owner.parameter for path, owner in owners.items()}
         quantized = [path for path, leaf in self.params.items() if _is_quantized(leaf)]
@@ -299,6 +304,24 @@ class _Optimizer:
                 f"'{_tree.show(quantized[0])}' is in int8, which updates smaller than its rounding step "
                 "would never move; give the step a key=, a JAX key that differs from step to step, to round "
                 "stochastically"
+            )
+
+    def _check_state(self) -> None:
+        """Raises for a state of another optimizer, or of other parameters."""
+        params = self.params_tree(self.params)
+        expected = jax.eval_shape(lambda params: self._tx.init(dequantize(params)), params)
+        ours, theirs = (
+            {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+            for leaves in (_tree.leaves_by_path(expected), self.state)
+        )
+        differing = [path for path in ours | theirs if ours.get(path) != theirs.get(path)]
+        if differing:
+            path = differing[0]
+            there = f"has '{_tree.show(path)}' of shape {theirs[path]}" if path in theirs else "lacks it"
+            expects = f"has '{_tree.show(path)}' of shape {ours[path]}" if path in ours else "lacks it"
+            raise ValueError(
+                f"opt_state is not tx.init(dequantize(params)): that {expects}, and this {there}; give the "
+                "state of this optimizer and these parameters"
             )
 
     def params_tree(self, leaves: Leaves) -> Any:
@@ -362,17 +385,23 @@ class _Optimizer:
         tree = self.params_tree(params)
         after = jax.eval_shape(update, tree, tree, state)
         jaxpr = jax.make_jaxpr(update)(tree, tree, state).jaxpr
-        reached = {id(var) for var in jaxpr.invars[: 2 * len(params)]}
-        for eqn in jaxpr.eqns:
-            if any(id(var) in reached for var in eqn.invars):
-                reached.update(map(id, eqn.outvars))
-        for path, var in zip(sorted(after), jaxpr.outvars, strict=True):
-            if self._owner[path] is None and id(var) in reached:
+        computed = _computed_from(jaxpr, [i < 2 * len(params) for i in range(len(jaxpr.invars))])
+        for path, from_gradients in zip(sorted(after), computed, strict=True):
+            if self._owner[path] is None and from_gradients:
                 raise self._inseparable(path, "is computed from the gradients of all layers")
 
     def _check_unchanged(self, before: Leaves, after: Leaves) -> None:
-        """Raises for what the layers share and yet each of them changes, as a norm over all of them."""
+        """Raises for what the layers share and yet each of them changes, as a norm over all of them.
+
+        And for what comes back in another dtype, which can't be written where it was.
+        """
         for path, leaf in before.items():
+            if self._owner[path] is not None and after[path].dtype != leaf.dtype:
+                raise ValueError(
+                    f"the update turns '{_tree.show(path)}' of the optimizer's state from {leaf.dtype} into "
+                    f"{after[path].dtype}, so it has no place in the state; keep it in one dtype (such as by "
+                    "mu_dtype=, or hyperparam_dtype= of optax.inject_hyperparams)"
+                )
             shared = self._owner[path] is not None and leaf is self.state[path]
             if shared and after[path] is not leaf:
                 raise self._inseparable(path, f"has shape {jnp.shape(leaf)}, without an axis of layers")
@@ -416,7 +445,13 @@ def _without(tree: Any, path: _tree.Path) -> Any:
     return kept | ({name: _without(tree[name], rest)} if rest else {})
 
 
-def _depth(stack: Leaves) -> int:
+def _stack_path(layers: Any) -> _tree.Path:
+    if not isinstance(layers, str):
+        raise TypeError(f"layers must be a string, as 'decoder/layers', got {layers!r}")
+    return tuple(layers.split("/"))
+
+
+def _depth(stack: Leaves, per_layer: Any) -> int:
     for path, leaf in stack.items():
         if _is_quantized(leaf) and any(part.shape[:1] != leaf.shape[:1] for part in jax.tree.leaves(leaf)):
             raise ValueError(
@@ -428,7 +463,13 @@ def _depth(stack: Leaves) -> int:
         raise ValueError(
             f"every leaf of the stack must have the number of layers as its leading axis, got {shapes}"
         )
-    return next(iter(stack.values())).shape[0]
+    depth = next(iter(stack.values())).shape[0]
+    if any(jnp.shape(leaf)[:1] != (depth,) for leaf in jax.tree.leaves(per_layer)):
+        raise ValueError(
+            f"every leaf of per_layer must have the number of layers, {depth}, as its leading axis, got "
+            f"{jax.tree.map(jnp.shape, per_layer)}"
+        )
+    return depth
 
 
 def _read_by(function: Callable[[Leaves], Any], leaves: Leaves) -> list[_tree.Path]:
@@ -437,6 +478,21 @@ def _read_by(function: Callable[[Leaves], Any], leaves: Leaves) -> list[_tree.Pa
     read = {id(var) for eqn in jaxpr.eqns for var in eqn.invars} | {id(var) for var in jaxpr.outvars}
     # As JAX flattens a dictionary.
     return [path for path, var in zip(sorted(leaves), jaxpr.invars, strict=True) if id(var) in read]
+
+
+def _computed_from(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs of a program are computed from some of its inputs; loops count as one operation."""
+    reached = {id(var) for var, is_input in zip(jaxpr.invars, inputs, strict=True) if is_input}
+    for eqn in jaxpr.eqns:
+        read = [id(var) in reached for var in eqn.invars]
+        outputs = [any(read)] * len(eqn.outvars)
+        if eqn.primitive.name in ("jit", "pjit"):
+            outputs = _computed_from(eqn.params["jaxpr"].jaxpr, read)
+        elif eqn.primitive.name == "cond" and not read[0]:
+            branches = (_computed_from(branch.jaxpr, read[1:]) for branch in eqn.params["branches"])
+            outputs = list(map(any, zip(*branches, strict=True)))
+        reached.update(id(var) for var, is_reached in zip(eqn.outvars, outputs, strict=True) if is_reached)
+    return [id(var) in reached for var in jaxpr.outvars]
 
 
 def _in_host_memory(array: jax.Array) -> bool:

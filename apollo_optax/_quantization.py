@@ -456,7 +456,9 @@ def _quantize(array: jax.Array, key: jax.Array | None, axis: int, group_size: in
 @jax.jit
 def _dequantize(array: QuantizedArray) -> jax.Array:
     _check_parts(array)
-    values = _grid_of(array).values(array.qvalue).astype(array.dtype)
+    # A code may stand for half a step more than the weight did, and that for no number of its dtype.
+    largest = jnp.finfo(array.dtype).max.astype(_wide(array.dtype))
+    values = jnp.clip(_grid_of(array).values(array.qvalue), -largest, largest).astype(array.dtype)
     return _unblocked(values, array.shape, array.axis, array.group_size)
 
 

@@ -61,9 +61,16 @@ class Compiled:
         self._path, self._lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
-        path.write_text(whole := text[: text.rfind("\n") + 1])  # The last line may be cut off.
-        rows = [json.loads(line) for line in whole.splitlines()]
-        self._known = {row["key"]: Memory(**row["memory"]) for row in rows}
+        whole = text[: text.rfind("\n") + 1]  # The last line may be cut off.
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--out {path} is no file of this command's ({error}); give another") from error
+        try:
+            self._known = {row["key"]: Memory(**row["memory"]) for row in rows}
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"--out {path} is of another version ({error}); delete it") from error
+        path.write_text(whole)
 
     def __call__(self, run: RunOptions, target: str) -> Memory:
         """Returns the memory of a run with its defaults filled in."""

@@ -239,6 +239,9 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
         optax.masked(limit_norm_growth(weight_dimension_numbers=NUMBERS), is_matrix),
         optax.scale(-0.1),
     ),
+    # What depends on gradients is beside what does not, in one operation of the program.
+    "jitted": lambda: optax.GradientTransformation(optax.adam(0.1).init, jax.jit(optax.adam(0.1).update)),
+    "conditional": lambda: optax.conditionally_transform(optax.adam(0.1), lambda step, **_: step < 3),
 }
 
 
@@ -650,12 +653,13 @@ def test_a_mesh_changes_nothing(kind, name):
 # What is refused.
 
 
-def refuses(model, tx, match, **settings):
+def refuses(model, tx, match, per_layer=None, **settings):
     """That the step raises when it is traced, with an error that names the leaf and a remedy."""
     state = jax.eval_shape(tx.init, dequantize(model.params))
     with pytest.raises(ValueError, match=match):
         jax.eval_shape(
-            functools.partial(model.step(tx, **settings), key=KEY), model.params, state, batches()[0]
+            functools.partial(model.step(tx, **settings), key=KEY, per_layer=per_layer),
+            *(model.params, state, batches()[0]),
         )
 
 
@@ -684,6 +688,43 @@ def test_no_layers_at_all():
     refuses(toy(0), optax.sgd(0.1), "number of layers as its leading axis")
     refuses(toy()._replace(params={**toy().params, "layers": {}}), optax.sgd(0.1), "got {}")
     refuses(toy()._replace(params=jnp.ones((3, 2))), optax.sgd(0.1), "no 'layers' at ''")
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_constants_of_another_depth(rows):
+    match = rf"per_layer must have the number of layers, 3, as its leading axis, got .*\({rows},\)"
+    refuses(toy(), optax.sgd(0.1), match, per_layer={"window": np.ones(rows)})
+
+
+@pytest.mark.parametrize("layers", [None, ("layers",)])
+def test_a_place_that_is_no_string(layers):
+    with pytest.raises(TypeError, match=r"layers must be a string, as 'decoder/layers', got "):
+        toy().step(optax.sgd(0.1), layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "match"),
+    [
+        (optax.lion, r"that has '0/nu/.*' of shape .*, and this lacks it"),
+        (optax.sgd, r"that has '0/.*' of shape .*, and this lacks it"),
+        (optax.adam, r"that has '0/mu/layers/block/kernel' of shape \(3, 4, 6\), and this lacks it"),
+    ],
+)
+def test_states_of_something_else(made_by, match):
+    """The last is that of int8 weights as they are."""
+    model = in_int8(toy())
+    params = model.params if made_by is optax.adam else dequantize(model.params)
+    state = made_by(0.1).init(params)
+    with pytest.raises(ValueError, match=rf"opt_state is not tx.init\(dequantize\(params\)\): {match}"):
+        model.step(optax.adam(0.1))(model.params, state, batches()[0], key=KEY)
+
+
+def test_a_state_that_changes_its_dtype():
+    """Injected decay rates are float32 where any leaf is, and so is what comes of them and of bfloat16."""
+    model = toy()
+    model.params["layers"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params["layers"])
+    match = "'inner_state/0/mu/layers/.*' of the optimizer's state from bfloat16 into float32"
+    refuses(model, optax.inject_hyperparams(optax.adamw)(optax.constant_schedule(0.1)), match)
 
 
 @pytest.mark.parametrize("depth", [2, 4, 6])

@@ -142,6 +142,20 @@ def test_dtypes_come_back(dtype):
     np.testing.assert_array_equal(values, values_of(quantized).astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_the_largest_numbers_stay_finite(dtype, seed):
+    """Though the code of one may stand for a number that its dtype has not."""
+    largest = float(jnp.finfo(dtype).max)
+    array = jnp.asarray(np.random.default_rng(0).uniform(-largest, largest, (256, 64)), dtype)
+    array = array.at[:128, 0].set(jnp.finfo(dtype).max).at[128:, 1].set(jnp.finfo(dtype).min)
+    quantized = quantize(array, key=None if seed is None else jax.random.key(seed))
+    values = np.asarray(dequantize(quantized), np.float64)
+    assert np.any(np.abs(values_of(quantized)) > largest)
+    rounding = float(jnp.finfo(dtype).eps) / 2 * np.abs(values)  # Of the cast.
+    assert np.all(np.abs(values - np.asarray(array, np.float64)) <= steps_of(quantized) + rounding)
+
+
 def test_float64_is_computed_in_float64():
     with jax.enable_x64(True):
         array = normal(0, (130, 8), np.float64)

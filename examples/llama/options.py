@@ -183,6 +183,8 @@ class TrainingOptions(TextOptions):
         for name in self.offloaded:
             if name not in OFFLOADABLE:
                 raise unknown_name("--offload", name, OFFLOADABLE)
+            if self.offloaded.count(name) > 1:
+                raise UsageError(f"--offload {self.offload} names {name} twice; give each once")
         if not self.layerwise:
             for flag, value, reason in (
                 ("--weights", self.weights == "int8" and "int8", "the ordinary step would hold all of them"),
@@ -248,6 +250,7 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     A field that one has not got, because it is older than the field, has the field's default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
+    defaults["rounding"] = "nearest"  # Before there was a choice.
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):
         ignored.update(field.name for field in dataclasses.fields(TextOptions))  # It may have moved.

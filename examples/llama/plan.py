@@ -69,6 +69,8 @@ class PlanOptions(RunOptions):
 
     def __post_init__(self) -> None:
         names = tuple(name for words in self.compare for name in words.split(",") if name)
+        if self.compare and not names:
+            raise UsageError("--compare names no optimizer; give some as adamw,apollo, or leave it out")
         for name in names:
             if name not in RECIPES:
                 raise unknown_name("--compare", name, RECIPES)
@@ -147,11 +149,7 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
     """
     config = model_config(options)
     for run in runs(options, config):
-
-        @functools.cache
-        def measured(batch: int, exact: bool = True, run: RunOptions = run) -> Memory:
-            return memory_of(dataclasses.replace(run, batch=batch), exact=exact)
-
+        measured = remembered(run, memory_of)
         batch, limit = run.batch, None
         if options.fit is not None:
             limit = bytes_in("--fit", options.fit)
@@ -170,6 +168,19 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
             activations(measured, memory, batch, smallest_batch(run)),
             memory.capacity_bytes if limit is None else limit,
         )
+
+
+def remembered(run: RunOptions, memory_of: MemoryOf) -> MemoryOf:
+    """Returns the memory of a run as a function of the batch, each compiled once."""
+    known: dict[int, Memory] = {}
+
+    def measured(batch: int, exact: bool = True) -> Memory:
+        # Only of a program that is refused is there more to be known.
+        if batch not in known or (exact and known[batch].refused and known[batch].compiled_for is None):
+            known[batch] = memory_of(dataclasses.replace(run, batch=batch), exact=exact)
+        return known[batch]
+
+    return measured
 
 
 def fitting_batch(options: PlanOptions, limit: int, measured: Callable[[int], Memory]) -> int:
@@ -217,10 +228,12 @@ def activations(measured: Callable[[int], Memory], memory: Memory, batch: int, u
     """
     if memory.temporaries_bytes is None:
         return None
-    other = max(unit, batch // 2 // unit * unit) if batch > unit else 2 * batch
-    peak, other_peak = memory.peak_bytes, measured(other).peak_bytes
-    growth = max(0, (peak - other_peak) * batch // (batch - other))
-    return min(growth, peak - memory.weights_bytes - memory.optimizer_bytes)
+    size = max(unit, batch // 2 // unit * unit) if batch > unit else 2 * batch
+    other = measured(size)
+    if other.compiled_for != memory.compiled_for:
+        return None  # Refused, and known of another kind of device.
+    growth = max(0, (memory.peak_bytes - other.peak_bytes) * batch // (batch - size))
+    return min(growth, memory.peak_bytes - memory.weights_bytes - memory.optimizer_bytes)
 
 
 def gigabytes(size: int) -> str:

@@ -230,6 +230,35 @@ def test_where_memory_grows_evenly_few_compilations_find_the_batch() -> None:
     assert len(set(asked)) <= 6  # 1, 8, 64, 512, 571 and 572.
 
 
+def test_no_batch_is_compiled_twice(tiny_is_small: None) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def memory_of(run: RunOptions, *, exact: bool = True) -> Memory:
+        asked.append((run.batch, exact))
+        memory = fake_memory(lambda batch: 10**7 + 7 * batch, refused_above=571)(run.batch)
+        return dataclasses.replace(
+            memory, compiled_for=None if memory.refused else "TPU", temporaries_bytes=1
+        )
+
+    (row,) = plan.plan(PlanOptions(fit="20MB"), memory_of)
+    assert row.options.batch == 571
+    assert len({batch for batch, _ in asked}) == len(asked)
+    asked.clear()
+    list(plan.plan(PlanOptions(batch=600), memory_of))
+    assert asked == [(600, True), (300, True)]
+
+
+def test_activations_of_two_targets_are_not_compared(tiny_is_small: None) -> None:
+    def memory_of(run: RunOptions, *, exact: bool = True) -> Memory:
+        assert exact
+        memory = fake_memory(lambda batch: 10**7 * batch, refused_above=1)(run.batch)
+        compiled_for = "v5p:1x1x1" if memory.refused else "v5e:1x1"
+        return dataclasses.replace(memory, compiled_for=compiled_for, temporaries_bytes=1)
+
+    (row,) = plan.plan(PlanOptions(batch=1), memory_of)
+    assert row.activations_bytes is None
+
+
 def test_fit_agrees_with_the_memory_of_each_batch(
     uncompiled: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +354,7 @@ def fails(args: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) 
         (["--fit", "much"], "--fit 'much' is no size"),
         (["--fit", "1kB"], "--fit 1kB is too small: apollo-mini does not fit at batch 1, which needs "),
         (["--compare", "adamw,adam"], "--compare 'adam' is unknown; choose one of: adamw, "),
+        (["--compare", ","], "--compare names no optimizer; give some as adamw,apollo, or leave it out"),
         (["--compare", "adamw", "adamw"], "--compare adamw is given twice; give each optimizer once"),
         (["--compare", "adamw,galore", "--layerwise"], "--layerwise can't be done with --optimizer galore"),
         (["--plot", "memory.txt"], "--plot memory.txt is no .png in a folder that is there"),
@@ -441,6 +471,12 @@ def test_the_benchmark_goes_on_where_it_was_cut_off(
         benchmark.main(args)
         assert capsys.readouterr().out == table
         assert len(asked) == 2 * len(benchmark.VARIANTS) + 1
+    for line, message in (("{}", "is of another version"), ("no JSON", "is no file of this command's")):
+        file.write_text(line + "\n")
+        with pytest.raises(SystemExit):
+            benchmark.main(args)
+        assert message in capsys.readouterr().err
+        assert file.read_text() == line + "\n"
 
 
 @needs_libtpu

@@ -1,5 +1,6 @@
 """Weights in bfloat16, int8 and host memory, and the layer-wise step, as a run has them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,25 @@ def test_stochastic_rounding_is_a_function_of_seed_and_step(out: Path) -> None:
     assert losses(out / "a") != losses(out / "c")
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.usefixtures("tiny_is_small")
+def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
+    def rounded(seed: int, number: int) -> jax.Array:
+        options, config, tx = run_options(weights="bfloat16", layerwise=layerwise)
+        # Of one seed, so that only what is rounded with is another's.
+        state = build.initial_state(options, config, tx, make_mesh("data=1"))
+        step = build.training_step(dataclasses.replace(options, seed=seed), config, tx)
+        tokens = jax.random.randint(jax.random.key(0), (2, 17), 0, config.vocab_size)
+        for _ in range(2):  # The rate of the first is 0.
+            state, _ = step(state, tokens, number)
+        return kernels(state.params)[0]
+
+    first = rounded(0, 1)
+    np.testing.assert_array_equal(rounded(0, 1), first)
+    for other in (rounded(0, 2), rounded(1, 1)):
+        assert np.mean(np.asarray(other != first)) > 0.01
+
+
 @pytest.mark.parametrize(
     ("args", "fragments"),
     [
@@ -195,6 +215,7 @@ def test_stochastic_rounding_is_a_function_of_seed_and_step(out: Path) -> None:
         (["--offload", "weights"], ["--offload weights", "--layerwise"]),
         (["--layerwise", "--offload", "weight"], ["--offload 'weight'", "weights"]),
         (["--layerwise", "--offload", ""], ["--offload ''", "weights"]),
+        (["--layerwise", "--offload", "weights,weights"], ["names weights twice"]),
         (["--layerwise", "--offload", "weights"], ["--offload weights", "cpu"]),
         (["--layerwise", "--accumulate", "2"], ["--accumulate 2", "--layerwise", "--batch"]),
         (["--layerwise", "--on-nonfinite", "skip"], ["--on-nonfinite skip", "limiter"]),
