@@ -55,7 +55,10 @@ def layerwise_step(
     Args:
       embed: ``(params, batch) -> x``.
       layer: ``(layer_params, x, batch, constants) -> x``, or ``(x, loss)`` with `has_aux_loss`. Wrapped in
-        ``jax.checkpoint`` it keeps less while its gradient is taken.
+        ``jax.checkpoint`` it keeps less while its gradient is taken. XLA may put the gradients of its weights
+        off to their updates and keep the activations that they take until then, which matters with large
+        batches: between its parts, a barrier on the gradients keeps them in order
+        (``gradient_barrier`` in ``examples/llama/model.py``).
       head: ``(params, x, batch) -> loss``, a scalar. A tied embedding is a parameter that both `embed` and
         `head` use: it gets the sum of both gradients, once.
       tx: any Optax transformation that treats leaves, and the layers of a stacked leaf, separately: the
