@@ -294,7 +294,8 @@ class _Optimizer:
         self.norm_dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in self.params.values()))
         self._tx, self._key = tx, key
         self._params_structure, self._state_structure = _structure(params), jax.tree.structure(opt_state)
-        owners = _tree.owners(self.state, self.params)
+        shared = _tree.shared_state(tx.init, self.params_tree({}))
+        owners = _tree.owners(self.state, self.params, shared)
         self._owner = {path: owner.parameter for path, owner in owners.items()}
         quantized = [path for path, leaf in self.params.items() if _is_quantized(leaf)]
         if quantized and key is None:
