@@ -55,7 +55,10 @@ def layerwise_step(
     Args:
       embed: ``(params, batch) -> x``.
       layer: ``(layer_params, x, batch, constants) -> x``, or ``(x, loss)`` with `has_aux_loss`. Wrapped in
-        ``jax.checkpoint`` it keeps less while its gradient is taken.
+        ``jax.checkpoint`` it keeps less while its gradient is taken. XLA may put the gradients of its weights
+        off to their updates and keep the activations that they take until then, which matters with large
+        batches: between its parts, a barrier on the gradients keeps them in order
+        (``gradient_barrier`` in ``examples/llama/model.py``).
       head: ``(params, x, batch) -> loss``, a scalar. A tied embedding is a parameter that both `embed` and
         `head` use: it gets the sum of both gradients, once.
       tx: any Optax transformation that treats leaves, and the layers of a stacked leaf, separately: the
@@ -296,7 +299,8 @@ class _Optimizer:
         self._tx, self._key = tx, key
         self._params_structure, self._state_structure = _structure(params), jax.tree.structure(opt_state)
         self._check_state()
-        owners = _tree.owners(self.state, self.params)
+        shared = _tree.shared_state(tx.init, self.params_tree({}))
+        owners = _tree.owners(self.state, self.params, shared)
         self._owner = {path: owner.parameter for path, owner in owners.items()}
         quantized = [path for path, leaf in self.params.items() if _is_quantized(leaf)]
         if quantized and key is None:

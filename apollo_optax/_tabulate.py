@@ -2,6 +2,7 @@
 
 import collections
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,8 +65,7 @@ def tabulate(
     """
     leaves = _tree.leaves_by_path(params)
     axes = resolve(weight_dimension_numbers, params)
-    ours = _by_parameter(jax.eval_shape(tx.init, params), leaves)
-    adamw = _by_parameter(jax.eval_shape(optax.adamw(1e-3).init, params), leaves)
+    ours, adamw = (_by_parameter(init, params, leaves) for init in (tx.init, optax.adamw(1e-3).init))
 
     rows = []
     totals = {kind: [0, 0] for kind in _KINDS}
@@ -122,11 +122,14 @@ def _shapes(owned: _Owned) -> str:
     return ", ".join(f"{shape} x {count}" for shape, count in counts.items())
 
 
-def _by_parameter(state: Any, leaves: dict[_tree.Path, Any]) -> dict[_tree.Path | None, _Owned]:
+def _by_parameter(
+    init: Callable[[Any], Any], params: Any, leaves: dict[_tree.Path, Any]
+) -> dict[_tree.Path | None, _Owned]:
     """State leaves, with their field, by the parameter they belong to; None: to no parameter."""
-    by_path = _tree.leaves_by_path(state)
+    by_path = _tree.leaves_by_path(jax.eval_shape(init, params))
+    shared = _tree.shared_state(init, jax.tree.map(lambda _: optax.MaskedNode(), params))
     owned: dict[_tree.Path | None, _Owned] = {path: [] for path in [*leaves, None]}
-    for path, (param, field) in _tree.owners(by_path, leaves).items():
+    for path, (param, field) in _tree.owners(by_path, leaves, shared).items():
         owned[param].append((field, by_path[path]))
     return owned
 

@@ -5,7 +5,7 @@ pure ``nnx.State`` without them, or as what a checkpoint restored. Paths of stri
 have in common, so everything here that must agree between two trees goes by path.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -82,11 +82,14 @@ class Owner(NamedTuple):
     field: str | None  # The field of ScaleByApolloState that the leaf is in; None: in none.
 
 
-def owners(state: Mapping[Path, Any], parameters: Container[Path]) -> dict[Path, Owner]:
+def owners(
+    state: Mapping[Path, Any], parameters: Container[Path], shared: Container[Path] = ()
+) -> dict[Path, Owner]:
     """The owner of each leaf of a state.
 
     In a ScaleByApolloState the rest of the path after the field is the parameter's. Elsewhere it is the
-    longest end of the path that is one.
+    longest end of the path that is one, unless the leaf is known to be `shared`: a path alone does not
+    tell Adam's `count` from the state of a parameter called so.
     """
     prefixes = _apollo_prefixes(state)
 
@@ -96,10 +99,17 @@ def owners(state: Mapping[Path, Any], parameters: Container[Path]) -> dict[Path,
                 rest = path[end + 1 :]
                 is_tree = path[end] in ("mu", "nu", "norm", "projection")
                 return Owner(rest if is_tree and rest in parameters else None, path[end])
+        if path in shared:
+            return Owner(None, None)
         ends = (path[i:] for i in range(len(path) + 1))
         return Owner(next((end for end in ends if end in parameters), None), None)
 
     return {path: owner(path) for path in state}
+
+
+def shared_state(init: Callable[[Any], Any], masked_params: Any) -> Container[Path]:
+    """The leaves of a state that no parameter owns: those it has where all parameters are masked out."""
+    return leaves_by_path(jax.eval_shape(init, masked_params)).keys()
 
 
 def _apollo_prefixes(state: Mapping[Path, Any]) -> set[Path]:

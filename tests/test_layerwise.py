@@ -349,6 +349,23 @@ def test_any_model(name):
     assert model.has_aux_loss == (float(loss) < float(expected[1].loss[0]) - 0.01)
 
 
+@pytest.mark.usefixtures("x64")
+def test_parameters_named_as_fields_of_a_state():
+    """`count` and `learning_rate` of the state are nobody's, whatever the parameters are called."""
+    model = toy()
+
+    def one_head(params, x, batch):
+        return cross_entropy((x * params["count"] + params["learning_rate"]) @ params["scale"], batch)
+
+    params = {name: model.params[name] for name in ("embed", "layers")}
+    params |= {"count": 1 + normal(4, D), "learning_rate": normal(6), "scale": normal(5, D, V)}
+    model = model._replace(head=one_head, params=params)
+    schedule = optax.linear_schedule(0.1, 0.0, 6)
+    tx = optax.chain(optax.adam(schedule), optax.inject_hyperparams(optax.sgd)(learning_rate=schedule))
+    expected = train(ordinary_step(model, tx), model, tx, steps=3)
+    assert_agree(train(model.step(tx), model, tx, steps=3), expected)
+
+
 def test_bfloat16_stays():
     model, tx = of_dtype(toy(), jnp.bfloat16), apollo(0.1)
     state = tx.init(model.params)

@@ -89,6 +89,14 @@ def test_modules_named_as_our_fields():
         assert table[name][1:3] == ["APOLLO rank 2, 4 contracted", f"(2, {n}) x 2"]
 
 
+def test_parameters_named_as_fields_of_a_state():
+    params = {name: leaf() for name in ("count", "learning_rate")}
+    tx = optax.chain(optax.adam(optax.constant_schedule(0.1)), optax.inject_hyperparams(optax.sgd)(0.1))
+    table = rows(tabulate(tx, params))
+    for name in params:
+        assert table[name][1:] == ["Adam", "8", "8"]
+
+
 def test_scalars_and_the_empty_tree():
     assert rows(tabulate(apollo(0.1), {"t": leaf()}))["t"][:2] == ["()", "Adam"]
     assert rows(tabulate(apollo(0.1), {}))["total"] == ["12", "4"]

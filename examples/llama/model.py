@@ -161,9 +161,14 @@ class Block(nnx.Module):
         self.mlp_norm = rms_norm(config, execution, rngs)
         self.mlp = Mlp(config, execution, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+    def attend(self, x_BxTxD: jax.Array) -> jax.Array:
+        return x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+
+    def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        return self.feed_forward(self.attend(x_BxTxD))
 
 
 class Llama(nnx.Module):
@@ -290,6 +295,15 @@ def cross_entropy(x_BxTxD: jax.Array, head_DxV: jax.Array, tokens_BxS: jax.Array
     return chunked_cross_entropy(x_BxTxD, head_DxV, tokens_BxS[:, 1:], chunks)
 
 
+@jax.custom_vjp
+def gradient_barrier(tree: Any) -> Any:
+    """Returns `tree`; none of its gradients is used before all are there."""
+    return tree
+
+
+gradient_barrier.defvjp(lambda tree: (tree, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
+
+
 class Pieces(NamedTuple):
     """`next_token_loss` as three pure functions, for a step that takes the layers one by one.
 
@@ -310,7 +324,13 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
         return nnx.merge(ends, params).embed(tokens_BxS[:, :-1])
 
     def layer(params: Params, x_BxTxD: jax.Array, *_: Any) -> jax.Array:
-        return nnx.merge(block, params)(x_BxTxD)
+        x_BxTxD = nnx.merge(block, params).attend(x_BxTxD)
+        # The ordinary step puts a gradient into its stack at once. Here XLA for TPU would compute those of
+        # the MLP last, next to their updates, and until then keep its activations, the widest there are,
+        # beside those of attention.
+        late = {name: params[name] for name in ("mlp_norm", "mlp")}
+        late, x_BxTxD = gradient_barrier((late, x_BxTxD))
+        return nnx.merge(block, params | late).feed_forward(x_BxTxD)
 
     def head(params: Params, x_BxTxD: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
         model = nnx.merge(ends, params)

@@ -158,6 +158,25 @@ def test_rematerialisation_within_a_layer(small: LlamaConfig) -> None:
     assert kept("full") < kept("dots") < kept("none")
 
 
+def test_attention_goes_backward_after_the_gradients_of_the_mlp(small: LlamaConfig) -> None:
+    """Nothing but a barrier takes the gradients of the MLP and the one that attention goes on with."""
+    params = jax.tree.map(lambda leaf: leaf[0], init_params(small, seed=0)["layers"])
+    x = jnp.zeros((2, 8, small.hidden_size), jnp.float32)
+    layer = pieces_of(small, in_dtype("float32", "none")).layer
+    jaxpr = jax.make_jaxpr(lambda params, x: jax.vjp(layer, params, x)[1](x)[0])(params, x).jaxpr
+    (barrier,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier")
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    grads = dict(zip(names, jaxpr.outvars, strict=True))
+    behind = {id(var) for var in barrier.outvars}
+    for eqn in jaxpr.eqns[jaxpr.eqns.index(barrier) + 1 :]:
+        if any(id(var) in behind for var in eqn.invars):
+            behind.update(map(id, eqn.outvars))
+    assert all(id(var) in behind for var in grads.values())
+    mlp = {id(var) for name, var in grads.items() if "mlp" in name}
+    assert len(mlp) == 4
+    assert mlp < {id(var) for var in barrier.outvars}
+
+
 @pytest.mark.parametrize("cut", ["fsdp", pytest.param("data", marks=pytest.mark.slow)])
 def test_meshes(cut: str, small: LlamaConfig) -> None:
     """Of eight devices: batches cut over all, weights whole on each or cut over all as well."""
