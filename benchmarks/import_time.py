@@ -6,8 +6,19 @@ Fresh interpreters, the two in turn; medians of the wall time of each import sta
 import statistics
 import subprocess
 import sys
+from typing import NamedTuple
 
-ROUNDS = 9
+from benchmarks.report import markdown
+
+ROUNDS = 15
+
+
+class ImportTimes(NamedTuple):
+    """Medians; times in seconds."""
+
+    ours: float
+    optax: float
+    ratio: float  # Of the two in a round.
 
 
 def seconds(module: str) -> float:
@@ -17,13 +28,23 @@ def seconds(module: str) -> float:
     )
 
 
-def main() -> None:
-    pairs = [(seconds("apollo_optax"), seconds("optax")) for _ in range(ROUNDS)]
+def measure(rounds: int = ROUNDS) -> ImportTimes:
+    seconds("apollo_optax")  # Reads the files into the system's cache and compiles what is not.
+    pairs = []
+    for number in range(rounds):
+        # Back and forth, so that a drift of the machine favours none.
+        order = ("apollo_optax", "optax")[:: 1 if number % 2 == 0 else -1]
+        times = {module: seconds(module) for module in order}
+        pairs.append((times["apollo_optax"], times["optax"]))
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    ratio = statistics.median(a / b for a, b in pairs)
+    return ImportTimes(ours, theirs, statistics.median(a / b for a, b in pairs))
+
+
+def main() -> None:
+    times = measure()
     print(f"python {sys.version.split()[0]}, {ROUNDS} rounds, medians")
-    print("| import apollo_optax, s | import optax, s | ratio |\n|---|---|---|")
-    print(f"| {ours:.2f} | {theirs:.2f} | {ratio:.2f} |")
+    head = ["import apollo_optax, s", "import optax, s", "ratio"]
+    print(markdown(head, [[f"{value:.2f}" for value in times]], numbers_from=0))
 
 
 if __name__ == "__main__":

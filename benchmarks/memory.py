@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.report import markdown
 from examples.llama.build import model_config
 from examples.llama.options import RunOptions, parse
 from examples.llama.plan import PlanOptions, bytes_in, fitting_batch, runs, versions
@@ -259,11 +260,6 @@ VARIANTS = [
     Variant("apollo-mini", "layer-wise", "bfloat16", "apollo"),
     Variant("apollo-mini", "layer-wise", "int8", "apollo"),
 ]
-
-
-def markdown(head: list[str], rows: list[list[str]], numbers_from: int) -> str:
-    rule = ["---"] * numbers_from + ["---:"] * (len(head) - numbers_from)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
 def goals_table(compiled: Compiled, pool: ThreadPoolExecutor) -> str:

@@ -5,14 +5,10 @@ fused AdamW, train the same shape on the same random tokens in blocks of steps t
 that what else the machine does meets all of them. Torch and transformers must be installed.
 """
 
-import contextlib
 import dataclasses
-import datetime
 import importlib
-import importlib.metadata
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.report import cores, made_with
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.flops import flops_per_token, mfu
 from examples.llama.hf_config import hf_config
@@ -73,11 +70,6 @@ class Options:
 
 ON_CPU = Options(model="60m", batch=2, seq=256, dtype="float32", steps=2)
 ON_ACCELERATOR = Options(model="350m", batch=16, seq=1024, dtype="bfloat16", steps=20)
-
-
-def cores() -> int:
-    """Returns the number of cores that this process may use, as XLA counts them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ours(options: Options, config: LlamaConfig, tokens: np.ndarray, optimizer: str) -> RunSteps:
@@ -192,16 +184,6 @@ def table(rates: dict[str, list[float]], options: Options, baseline: str | None)
     return "\n".join(lines)
 
 
-def machine() -> str:
-    if jax.default_backend() != "cpu":
-        return jax.devices()[0].device_kind
-    name = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return f"{name}, {cores()} cores"
-
-
 def measure(options: Options) -> None:
     config = preset(options.model)
     with_torch = not options.skip_torch and torch_runs_here()
@@ -221,8 +203,7 @@ def measure(options: Options) -> None:
     elif not options.skip_torch:
         print("without torch, which can't use this device")
     rates = timed(trainers, options)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    print(f"{machine()}; {versions}; {datetime.date.today()}")
+    print(made_with(packages))
     print(
         f"{options.model} ({param_count(config):,} parameters), {options.dtype}, "
         f"{options.batch} x {options.seq} tokens a step, remat {options.remat}; "

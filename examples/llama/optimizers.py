@@ -97,10 +97,14 @@ def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransfo
 def galore(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     assert options.rank is not None
     assert options.scale is not None
-    scaler = optax.contrib.scale_by_galore(options.rank, scale=options.scale)
+    return with_adam_for_the_rest(galore_over_layers(options.rank, options.scale), options, config)
+
+
+def galore_over_layers(rank: int, scale: float) -> optax.GradientTransformation:
+    """Returns Optax's GaLore, which takes matrices, for stacks of them."""
     moments = optax.ScaleByAdamState(count=UNMAPPED, mu=0, nu=0)
     axes = optax.contrib.GaLoreState(count=UNMAPPED, base_optimizer_state=moments, projector=0)
-    return with_adam_for_the_rest(over_layers(scaler, axes), options, config)
+    return over_layers(optax.contrib.scale_by_galore(rank, scale=scale), axes)
 
 
 # Of a count: on a mapped one, GaLore would compute the SVD at every step.

@@ -1,0 +1,325 @@
+"""One step of each optimizer, timed side by side: python -m benchmarks.optimizer_step.
+
+A step is `update` and `apply_updates` in one jitted program that donates parameters and state, over the
+real shapes of a LLaMA's kernels (attention and MLP of all layers; embeddings, head and norms have Adam
+whatever the optimizer, and are left out). The optimizers take turns, a block of steps each, so that
+what else the machine does meets all of them, and so does a large copy, which gives the machine's
+bandwidth. Each is held against the bytes that it must move at that bandwidth: its floor.
+
+On a GPU: python -m benchmarks.optimizer_step --models 7b --dtype bfloat16 --against-torch
+"""
+
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from benchmarks import import_time, step_torch
+from benchmarks.report import made_with, markdown
+from benchmarks.step_contenders import Contender, Copy, Draw, Measured, OnJax, Setting, methods, tree_bytes
+from examples.llama.config import preset
+from examples.llama.options import parse
+from examples.llama.usage import UsageError, exit_on_usage_error, notice, unknown_name
+
+DTYPES = ("float32", "bfloat16")
+LAYOUTS = ("unstacked", "stacked")
+OPTIMIZERS = tuple(methods(Setting("tiny", "float32", "stacked")))
+PAUSE = 0.2  # Seconds; threads of the one before may spin.
+COPY = "copy"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The time, memory and compile time of one step of each optimizer, side by side."""
+
+    models: tuple[str, ...] = ("60m",)
+    """Presets of examples/llama/config.py."""
+    layouts: tuple[str, ...] = LAYOUTS
+    """unstacked, a leaf for each matrix; stacked, one for the matrices of all layers."""
+    dtype: str = "float32"
+    """float32 or bfloat16, of weights and gradients."""
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    """What to time beside adamw, to which ratios are: sgd, adamw, adafactor, lion, galore, muon, apollo,
+    apollo-mini."""
+    rounds: int = 7
+    """How often each has a turn."""
+    seconds: float = 0.5
+    """How long a turn is at least; it has three steps at the least."""
+    compilations: int = 3
+    """How often each is compiled, to time that."""
+    against_torch: bool = False
+    """Add the authors' release (apollo-torch) and torch's fused AdamW, for unstacked float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            preset(name)
+        for flag, names, known in (
+            ("--layouts", self.layouts, LAYOUTS),
+            ("--dtype", (self.dtype,), DTYPES),
+            ("--optimizers", self.optimizers, OPTIMIZERS),
+        ):
+            for name in names:
+                if name not in known:
+                    raise unknown_name(flag, name, known)
+        for name in ("rounds", "seconds", "compilations"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name} {getattr(self, name)} is out of range; give a number above 0")
+
+    def settings(self) -> list[Setting]:
+        return [Setting(model, self.dtype, layout) for model in self.models for layout in self.layouts]
+
+
+Results = dict[Setting, dict[str, Measured]]  # By the contenders' names.
+
+
+def contenders(setting: Setting, options: Options) -> dict[str, Contender]:
+    kernels = setting.kernels()
+    draw = Draw(kernels)
+    found: dict[str, Contender] = {COPY: Copy()}
+    for name, group in methods(setting).items():
+        if name in ("adamw", *options.optimizers):
+            found |= {method.name: OnJax(method, kernels, draw) for method in group}
+    if options.against_torch and not setting.stacked:
+        found |= step_torch.contenders(setting, kernels)
+    return found
+
+
+def measure(setting: Setting, options: Options) -> dict[str, Measured]:
+    """Compiles all, then has them take turns."""
+    taking_turns = contenders(setting, options)
+    for number in range(options.compilations):
+        notice(f"{setting.model}, {setting.layout}: compilation {number + 1} of {options.compilations}")
+        for contender in taking_turns.values():
+            contender.compile()
+    for number in range(options.rounds):
+        notice(f"{setting.model}, {setting.layout}: round {number + 1} of {options.rounds}")
+        # Back and forth, so that a drift of the machine favours none.
+        for name in list(taking_turns)[:: 1 if number % 2 == 0 else -1]:
+            run_block(name, taking_turns[name], options.seconds)
+    return {name: contender.measured for name, contender in taking_turns.items()}
+
+
+def run_block(name: str, contender: Contender, seconds: float) -> None:
+    if contender.measured.out_of_memory:
+        return
+    time.sleep(PAUSE)
+    try:
+        contender.run_block(seconds)
+    except MemoryError as error:
+        notice(f"{name} does not fit: {error}")
+        contender.measured.out_of_memory = True
+
+
+def ratio(ours: Measured, theirs: Measured) -> float | None:
+    """Returns the median over the rounds of the ratio of two steps' times."""
+    if ours.out_of_memory or theirs.out_of_memory:
+        return None
+    return statistics.median(a / b for a, b in zip(ours.by_round(), theirs.by_round(), strict=True))
+
+
+def over_floor(ours: Measured, copy: Measured) -> float | None:
+    """Returns the time of a step over what the copy would take for the bytes that it must move."""
+    over_copy = ratio(ours, copy)
+    return over_copy and over_copy * copy.floor_bytes / ours.floor_bytes
+
+
+def compilation_ratio(ours: Measured, theirs: Measured) -> float:
+    return statistics.median(a / b for a, b in zip(ours.compilations, theirs.compilations, strict=True))
+
+
+ADAMW = {moments: f"adamw, {moments} moments" for moments in DTYPES}
+HEAD = (
+    *("optimizer", "ms a step", "10% to 90%", "over adamw, float32 moments", "bfloat16 moments"),
+    *("least MB", "over its floor", "compile, s", "over adamw", "temporaries, MB", "state, MB"),
+)
+
+
+def table(setting: Setting, results: dict[str, Measured]) -> str:
+    """Returns a row for each optimizer, and what goes for all of them."""
+    kernels = setting.kernels()
+    matrices = [tree_bytes([leaf]) // (leaf.shape[0] if setting.stacked else 1) for leaf in kernels.values()]
+    copy = results[COPY]
+    lines = [
+        f"{setting.model}, {setting.dtype}, {setting.layout}: {sum(x.size for x in kernels.values()):,} "
+        f"parameters in {len(kernels)} leaves, {megabytes(tree_bytes(kernels))} MB, the largest matrix "
+        f"{megabytes(max(matrices))} MB; a copy of {megabytes(copy.floor_bytes // 2)} MB moves "
+        f"{copy.floor_bytes / statistics.median(copy.by_round()) / 1e9:.1f} GB/s",
+        "",
+        markdown(HEAD, [cells(name, results) for name in results if name != COPY], numbers_from=1),
+    ]
+    for name, measured in results.items():
+        if measured.refresh_every and measured.refreshes:
+            lines.append(
+                f"\n{name}: a refresh takes {1e3 * statistics.median(measured.refreshes):,.1f} ms, and is one "
+                f"step in {measured.refresh_every}; counted as that share"
+            )
+    return "\n".join(lines)
+
+
+def cells(name: str, results: dict[str, Measured]) -> list[str]:
+    ours = results[name]
+    floor = megabytes(ours.floor_bytes)
+    if ours.out_of_memory:
+        return [name, "out of memory", "", "", "", floor, *[""] * 5]
+    steps = sorted(ours.steps())
+    adamws = [results[adamw] for adamw in ADAMW.values()]
+    return [
+        name,
+        milliseconds(statistics.median(ours.by_round())),
+        f"{milliseconds(steps[len(steps) // 10])} to {milliseconds(steps[-1 - len(steps) // 10])}",
+        *(number(ratio(ours, adamw)) for adamw in adamws),
+        floor,
+        number(over_floor(ours, results[COPY])),
+        number(statistics.median(ours.compilations)) if ours.compilations else "",
+        number(compilation_ratio(ours, adamws[0])) if ours.compilations else "",
+        megabytes(ours.temporaries_bytes),
+        megabytes(ours.state_bytes),
+    ]
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
+
+
+def megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.1f}"
+
+
+class Goal(NamedTuple):
+    """A ratio to stay within, in each of the layouts that are measured."""
+
+    what: str
+    limit: float
+    model: str
+    dtype: str
+    outcome: Callable[[dict[str, Measured]], float | None]  # None where it was not measured.
+    layouts: tuple[str, ...] = LAYOUTS
+
+
+def goals() -> list[Goal]:
+    def over(ours: str, theirs: str) -> Callable[[dict[str, Measured]], float | None]:
+        return lambda results: (
+            ratio(results[ours], results[theirs]) if {ours, theirs} <= results.keys() else None
+        )
+
+    def over_bytes(ours: str) -> Callable[[dict[str, Measured]], float | None]:
+        return lambda results: over_floor(results[ours], results[COPY]) if ours in results else None
+
+    def to_compile(ours: str) -> Callable[[dict[str, Measured]], float | None]:
+        return lambda results: (
+            compilation_ratio(results[ours], results[ADAMW["float32"]]) if ours in results else None
+        )
+
+    cpu = functools.partial(Goal, model="60m", dtype="float32")
+    gpu = functools.partial(Goal, model="7b", dtype="bfloat16")
+    unstacked = ("unstacked",)
+    mini, quarter, r256 = "apollo-mini", "apollo, rank 128", "apollo, rank 256"
+    f32, bf16 = ADAMW["float32"], ADAMW["bfloat16"]
+    return [
+        cpu("apollo-mini over optax.adamw", 0.6, outcome=over(mini, f32)),
+        cpu(
+            "apollo rank 128 over the authors' release",
+            0.9,
+            outcome=over(quarter, "apollo-torch, rank 128"),
+            layouts=unstacked,
+        ),
+        cpu("apollo rank 128 over optax.contrib.galore", 0.5, outcome=over(quarter, "galore, rank 128")),
+        cpu("compile time of apollo-mini over adamw", 3.0, outcome=to_compile(mini), layouts=unstacked),
+        cpu(
+            "compile time of apollo rank 128 over adamw", 3.0, outcome=to_compile(quarter), layouts=unstacked
+        ),
+        gpu("apollo-mini over its floor of bytes", 1.3, outcome=over_bytes(mini)),
+        gpu("apollo rank 256 over its floor of bytes", 1.45, outcome=over_bytes(r256)),
+        gpu("apollo-mini over adamw, bfloat16 moments", 0.75, outcome=over(mini, bf16)),
+        gpu("apollo-mini over adamw, float32 moments", 0.45, outcome=over(mini, f32)),
+        gpu("apollo rank 256 over adamw, bfloat16 moments", 0.95, outcome=over(r256, bf16)),
+        gpu("apollo rank 256 over adamw, float32 moments", 0.6, outcome=over(r256, f32)),
+        gpu(
+            "apollo-mini over the authors' release",
+            0.3,
+            outcome=over(mini, "apollo-torch, mini"),
+            layouts=unstacked,
+        ),
+    ]
+
+
+def goals_table(results: Results, imports: import_time.ImportTimes) -> str:
+    """Returns what was to be reached, and what is."""
+    rows = [[goal_place(goal), goal.what, f"<= {goal.limit}", *goal_cells(goal, results)] for goal in goals()]
+    met = verdict(imports.ratio <= IMPORT_LIMIT)
+    rows.append(
+        [
+            "anywhere",
+            "import apollo_optax over import optax",
+            f"<= {IMPORT_LIMIT}",
+            number(imports.ratio),
+            met,
+        ]
+    )
+    return markdown(["where", "what", "goal", "measured", ""], rows, numbers_from=5)
+
+
+IMPORT_LIMIT = 1.1
+
+
+def goal_place(goal: Goal) -> str:
+    return f"{'GPU' if goal.model == '7b' else 'CPU'}, {goal.model}, {goal.dtype}"
+
+
+def goal_cells(goal: Goal, results: Results) -> list[str]:
+    on_gpu = jax.default_backend() == "gpu"
+    if goal_place(goal).startswith("GPU") != on_gpu:
+        return ["not measured: " + ("on a GPU" if on_gpu else "no GPU"), ""]
+    found = {
+        layout: outcome
+        for layout in goal.layouts
+        if (measured := results.get(Setting(goal.model, goal.dtype, layout)))
+        and (outcome := goal.outcome(measured)) is not None
+    }
+    if not found:
+        return ["not in this run", ""]
+    return [
+        ", ".join(f"{value:.2f} {layout}" for layout, value in found.items()),
+        verdict(max(found.values()) <= goal.limit),
+    ]
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def report(options: Options) -> None:
+    packages = ["jax", "jaxlib", "optax"]
+    if options.against_torch:
+        # JAX would take three quarters of a GPU's memory at its start.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        step_torch.check()
+        packages += ["torch", "apollo-torch"]
+    jax.config.update("jax_enable_compilation_cache", False)  # Compile times are of cold compilations.
+    print(made_with(packages))
+    print(
+        f"ratios: medians over {options.rounds} rounds of blocks of {options.seconds} s; compile: median of "
+        f"{options.compilations}; MB of 1e6 bytes\n"
+    )
+    results: Results = {}
+    for setting in options.settings():
+        results[setting] = measure(setting, options)
+        print(table(setting, results[setting]) + "\n", flush=True)
+    print(goals_table(results, import_time.measure()))
+
+
+def main(args: list[str] | None = None) -> None:
+    exit_on_usage_error(lambda: report(parse(Options, args, "python -m benchmarks.optimizer_step")))
+
+
+if __name__ == "__main__":
+    main()

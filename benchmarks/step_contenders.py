@@ -1,0 +1,303 @@
+"""The optimizers whose steps benchmarks.optimizer_step times, and the bytes that each must move."""
+
+import dataclasses
+import functools
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+import apollo_optax
+from examples.llama.config import preset
+from examples.llama.model import Execution, init_params
+from examples.llama.optimizers import KERNELS, galore_over_layers, in_float32, moments_in, path_name
+
+FEWEST_STEPS = 3  # Of a block, however slow.
+LEARNING_RATE = 1e-3
+GALORE_GAP = 200  # Optax's default, and the paper's.
+
+
+class Setting(NamedTuple):
+    """What is stepped: the kernels of a model's layers, without embeddings, head and norms."""
+
+    model: str
+    dtype: str  # Of weights and gradients.
+    layout: str  # "unstacked": a leaf for each matrix; "stacked": a leaf for the matrices of all layers.
+
+    @property
+    def stacked(self) -> bool:
+        return self.layout == "stacked"
+
+    def kernels(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes and dtypes by path: (L, in, out) where stacked, else L leaves of (in, out)."""
+        execution = Execution(param_dtype=self.dtype)
+        params = jax.eval_shape(lambda: init_params(preset(self.model), execution, seed=0))
+        stacks = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+        stacks = {name: leaf for name, leaf in stacks.items() if re.search(KERNELS, name)}
+        if self.stacked:
+            return stacks
+        return {
+            name.replace("layers", f"layer_{index}", 1): jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            for name, leaf in stacks.items()
+            for index in range(leaf.shape[0])
+        }
+
+    def quarter_rank(self) -> int:
+        return preset(self.model).hidden_size // 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer, and what its step must read and write.
+
+    Writing of weights, and reading and writing of the state, are the same for all. A matrix is taken to
+    be too large for any cache, so that a second pass over it is a second read.
+    """
+
+    name: str
+    make: Callable[[], optax.GradientTransformation]
+    gradient_reads: int = 1
+    weight_reads: int = 1
+    read_only: str | None = None  # The field of the state that an ordinary step does not write.
+    refresh_every: int | None = None  # Steps from one dearer step to the next.
+
+    def floor_bytes(self, kernels: dict[str, jax.ShapeDtypeStruct]) -> int:
+        """Returns the bytes that an ordinary step must move; gradients have the weights' dtype.
+
+        With W bytes of weights and S of state that is `(gradient_reads + weight_reads + 1) W + 2 S`:
+        SGD 3 W, Adam 3 W + 2 S, and APOLLO 4 W + 2 S, as a gradient must be read whole, to be
+        projected, before the first number of it can be scaled.
+        """
+        state = jax.eval_shape(self.make().init, kernels)
+        unwritten = optax.tree.get(state, self.read_only) if self.read_only else ()
+        passes = self.gradient_reads + self.weight_reads + 1
+        return passes * tree_bytes(kernels) + 2 * tree_bytes(state) - tree_bytes(unwritten)
+
+
+def tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def adamw(setting: Setting, moments: str) -> optax.GradientTransformation:
+    # Optax gives the second moment the parameters' dtype, whatever one asks for.
+    tx = optax.adamw(LEARNING_RATE)
+    if moments == setting.dtype:
+        return tx
+    return in_float32(tx) if moments == "float32" else moments_in(moments, tx)
+
+
+def galore(setting: Setting, rank: int) -> optax.GradientTransformation:
+    if not setting.stacked:
+        return optax.contrib.galore(LEARNING_RATE, rank, update_proj_gap=GALORE_GAP)
+    return optax.chain(galore_over_layers(rank, 1.0), optax.scale_by_learning_rate(LEARNING_RATE))
+
+
+def muon(setting: Setting) -> optax.GradientTransformation:
+    def stacked(params: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params)
+
+    numbers = stacked if setting.stacked else None
+    return optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=numbers)
+
+
+def apollo(setting: Setting, of: Callable[..., Any], **options: Any) -> optax.GradientTransformation:
+    numbers = apollo_optax.ApolloDimensionNumbers(1, 2) if setting.stacked else None
+    return of(LEARNING_RATE, weight_dimension_numbers=numbers, **options)
+
+
+def methods(setting: Setting) -> dict[str, list[Method]]:
+    """Returns what there is to time, by the name that --optimizers has for it."""
+    quarter = setting.quarter_rank()
+    ranks = dict.fromkeys((quarter, 256))
+    twice = functools.partial(Method, gradient_reads=2)
+    of = functools.partial(functools.partial, apollo, setting)
+    return {
+        "sgd": [Method("sgd", lambda: optax.sgd(LEARNING_RATE))],
+        "adamw": [
+            Method(f"adamw, {moments} moments", functools.partial(adamw, setting, moments))
+            for moments in ("float32", "bfloat16")
+        ],
+        # Means of the squared gradient, then the size of the update by them, then the update; its
+        # size goes by that of the weights.
+        "adafactor": [
+            Method("adafactor", lambda: optax.adafactor(LEARNING_RATE), gradient_reads=3, weight_reads=2)
+        ],
+        "lion": [Method("lion", lambda: optax.lion(LEARNING_RATE))],
+        "galore": [
+            Method(
+                f"galore, rank {quarter}",
+                functools.partial(galore, setting, quarter),
+                read_only="projector",
+                refresh_every=GALORE_GAP,
+            )
+        ],
+        "muon": [Method("muon", functools.partial(muon, setting))],
+        "apollo": [
+            *(twice(f"apollo, rank {rank}", of(apollo_optax.apollo, rank=rank)) for rank in ranks),
+            twice(
+                f"apollo, rank {quarter}, rademacher",
+                of(apollo_optax.apollo, rank=quarter, projection="rademacher"),
+            ),
+        ],
+        "apollo-mini": [
+            twice("apollo-mini", of(apollo_optax.apollo_mini)),
+            twice("apollo-mini, rademacher", of(apollo_optax.apollo_mini, projection="rademacher")),
+        ],
+    }
+
+
+@dataclasses.dataclass
+class Measured:
+    """What is known of a contender; times are in seconds."""
+
+    floor_bytes: int
+    refresh_every: int | None = None
+    blocks: list[list[float]] = dataclasses.field(default_factory=list)  # Ordinary steps, by round.
+    refreshes: list[float] = dataclasses.field(default_factory=list)
+    compilations: list[float] = dataclasses.field(default_factory=list)
+    temporaries_bytes: int | None = None
+    state_bytes: int | None = None
+    out_of_memory: bool = False
+
+    def amortised(self, seconds: float) -> float:
+        """Returns what a step takes if an ordinary one takes `seconds`: refreshes at their share."""
+        if self.refresh_every is None:
+            return seconds
+        share = 1 / self.refresh_every
+        return (1 - share) * seconds + share * statistics.median(self.refreshes)
+
+    def by_round(self) -> list[float]:
+        return [self.amortised(statistics.median(block)) for block in self.blocks]
+
+    def steps(self) -> list[float]:
+        return [self.amortised(seconds) for block in self.blocks for seconds in block]
+
+
+class Contender(Protocol):
+    """Something that steps; whatever it needs of the device's memory, it has only within `run_block`."""
+
+    measured: Measured
+
+    def compile(self) -> None:
+        """Compiles, and adds what that took to what is measured."""
+        ...
+
+    def run_block(self, seconds: float) -> None:
+        """Steps for so long, and adds the times to what is measured.
+
+        Raises:
+            MemoryError: where the device has too little.
+        """
+        ...
+
+
+def timed(step: Callable[[], None], seconds: float) -> list[float]:
+    """Returns the times of some steps that take about so long together."""
+    times: list[float] = []
+    while len(times) < FEWEST_STEPS or sum(times) < seconds:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+class Draw:
+    """Draws arrays of the kernels' shapes, compiled once."""
+
+    def __init__(self, kernels: dict[str, jax.ShapeDtypeStruct]) -> None:
+        def draw(seed: jax.Array) -> dict[str, jax.Array]:
+            # The generator that the hardware has: the numbers need be of no quality.
+            keys = jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), len(kernels))
+            return {
+                name: jax.random.uniform(key, leaf.shape, leaf.dtype, -1e-2, 1e-2)
+                for key, (name, leaf) in zip(keys, kernels.items(), strict=True)
+            }
+
+        self._draw = jax.jit(draw).lower(0).compile()
+
+    def __call__(self, seed: int) -> dict[str, jax.Array]:
+        return self._draw(jnp.int32(seed))
+
+
+class OnJax:
+    """An Optax optimizer: update and apply in one program that donates parameters and state."""
+
+    def __init__(self, method: Method, kernels: dict[str, jax.ShapeDtypeStruct], draw: Draw) -> None:
+        self.measured = Measured(method.floor_bytes(kernels), method.refresh_every)
+        self._kernels, self._draw, self._tx = kernels, draw, method.make()
+        self._init = jax.jit(self._tx.init).lower(kernels).compile()
+
+    def compile(self) -> None:
+        jax.clear_caches()  # Cold, as at the first step of a run.
+        start = time.perf_counter()
+        self._step = self._lowered().compile()
+        self.measured.compilations.append(time.perf_counter() - start)
+        sizes = self._step.memory_analysis()
+        self.measured.temporaries_bytes = sizes.temp_size_in_bytes
+        self.measured.state_bytes = sizes.argument_size_in_bytes - 2 * tree_bytes(self._kernels)
+
+    def _lowered(self) -> jax.stages.Lowered:
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, state = self._tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return step.lower(self._kernels, jax.eval_shape(self._tx.init, self._kernels), self._kernels)
+
+    def run_block(self, seconds: float) -> None:
+        try:
+            self._run_block(seconds)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MemoryError(str(error)) from error
+
+    def _run_block(self, seconds: float) -> None:
+        params, grads = self._draw(0), self._draw(1)
+        state = self._init(params)
+        jax.block_until_ready((params, grads, state))
+
+        def step() -> None:
+            nonlocal params, state
+            params, state = self._step(params, state, grads)
+            jax.block_until_ready((params, state))
+
+        start = time.perf_counter()
+        step()  # Counted as 0: of a method with refreshes, one of them.
+        self.measured.refreshes.append(time.perf_counter() - start)
+        self.measured.blocks.append(timed(step, seconds))
+
+
+COPY_BYTES = 2**30
+
+
+class Copy:
+    """A large array read and another written: what the machine's memory gives."""
+
+    def __init__(self, size: int = COPY_BYTES) -> None:
+        self.measured = Measured(2 * size)
+        self._source = jax.ShapeDtypeStruct((size // 4,), jnp.float32)
+
+    def compile(self) -> None:
+        # Into memory that is there; a copy from bits to the same bits may go through one thread.
+        copy = jax.jit(lambda target, source: -source, donate_argnums=0, keep_unused=True)
+        self._copy = copy.lower(self._source, self._source).compile()
+
+    def run_block(self, seconds: float) -> None:
+        source, target = (jnp.ones(self._source.shape, self._source.dtype) for _ in range(2))
+
+        def step() -> None:
+            nonlocal target
+            target = jax.block_until_ready(self._copy(target, source))
+
+        step()
+        self.measured.blocks.append(timed(step, seconds))
+
+    def bytes_a_second(self) -> float:
+        return self.measured.floor_bytes / statistics.median(self.measured.by_round())

@@ -1,0 +1,143 @@
+"""The authors' release and torch's fused AdamW, for benchmarks.optimizer_step --against-torch.
+
+The release (PyPI `apollo-torch`, under a non-commercial licence) is called as its README says.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import apollo_optax
+from benchmarks.report import cores
+from benchmarks.step_contenders import LEARNING_RATE, Measured, Method, Setting, adamw, apollo, timed
+from examples.llama.usage import UsageError
+
+RELEASE_GAP = 200  # As in its README, and in the paper.
+
+
+def imported(name: str) -> Any:
+    """Returns a package that only this comparison needs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(
+            f"--against-torch needs {name} ({error}); make bench-torch, or pip install '.[bench-torch]'"
+        ) from error
+
+
+def device_type() -> str:
+    """Returns torch's name of the device that JAX uses.
+
+    Raises:
+        UsageError: where torch can't use it.
+    """
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "cpu"
+    if backend == "gpu" and imported("torch").cuda.is_available():
+        return "cuda"
+    raise UsageError(f"--against-torch: torch can't use this device ({backend}); leave it out")
+
+
+def check() -> None:
+    """Raises `UsageError` where the packages are not installed, or can't use JAX's device."""
+    imported("apollo_torch")
+    device_type()
+
+
+class OnTorch:
+    """A torch optimizer on the kernels as torch has them, (out, in).
+
+    Args:
+        floor_bytes: what a step must move.
+        kernels: shapes and dtypes as JAX has them.
+        make: an optimizer of parameters, whose projections last for so many steps.
+        refresh_every: that number; None where there are no projections.
+    """
+
+    def __init__(
+        self,
+        floor_bytes: int,
+        kernels: dict[str, jax.ShapeDtypeStruct],
+        make: Callable[[list[Any], int], Any],
+        refresh_every: int | None = None,
+    ) -> None:
+        self.measured = Measured(floor_bytes, refresh_every)
+        self._kernels, self._make = kernels, make
+        self._torch, self._device = imported("torch"), device_type()
+        self._torch.set_num_threads(cores())
+
+    def compile(self) -> None:
+        pass  # Eager.
+
+    def run_block(self, seconds: float) -> None:
+        try:
+            if self.measured.refresh_every is not None:
+                # Drawn anew at each step, the state being there since the first.
+                self.measured.refreshes += self._times(1, 0)
+            self.measured.blocks.append(self._times(RELEASE_GAP, seconds))
+        except self._torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
+        finally:
+            if self._device == "cuda":
+                self._torch.cuda.empty_cache()
+
+    def _times(self, gap: int, seconds: float) -> list[float]:
+        torch = self._torch
+
+        def draw(leaf: jax.ShapeDtypeStruct) -> Any:
+            dtype = getattr(torch, leaf.dtype.name)
+            return torch.empty(leaf.shape[::-1], dtype=dtype, device=self._device).uniform_(-1e-2, 1e-2)
+
+        params = [torch.nn.Parameter(draw(leaf)) for leaf in self._kernels.values()]
+        for param, leaf in zip(params, self._kernels.values(), strict=True):
+            param.grad = draw(leaf)
+        optimizer = self._make(params, gap)
+
+        def step() -> None:
+            optimizer.step()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+
+        step()
+        return timed(step, seconds)
+
+
+def release(params: list[Any], gap: int, **group: Any) -> Any:
+    options = {"proj": "random", "proj_type": "std", "update_proj_gap": gap}
+    groups = [{"params": params, **options, **group}]
+    return imported("apollo_torch").APOLLOAdamW(groups, lr=LEARNING_RATE)
+
+
+def fused_adamw(params: list[Any], gap: int) -> Any:
+    del gap
+    return imported("torch").optim.AdamW(params, lr=LEARNING_RATE, fused=True)
+
+
+def contenders(setting: Setting, kernels: dict[str, jax.ShapeDtypeStruct]) -> dict[str, OnTorch]:
+    """Returns torch's by name; their floors are those of ours, with moments in the weights' dtype."""
+
+    def floor_bytes(make: Callable[..., Any], gradient_reads: int, **options: Any) -> int:
+        return Method("", functools.partial(make, setting, **options), gradient_reads).floor_bytes(kernels)
+
+    ours = functools.partial(floor_bytes, apollo, 2, moment_dtype=setting.dtype)
+    found = {
+        "torch adamw, fused": OnTorch(floor_bytes(adamw, 1, moments=setting.dtype), kernels, fused_adamw),
+        "apollo-torch, mini": OnTorch(
+            ours(of=apollo_optax.apollo_mini),
+            kernels,
+            functools.partial(release, rank=1, scale_type="tensor", scale=128),
+            RELEASE_GAP,
+        ),
+    }
+    for rank in dict.fromkeys((setting.quarter_rank(), 256)):
+        found[f"apollo-torch, rank {rank}"] = OnTorch(
+            ours(of=apollo_optax.apollo, rank=rank),
+            kernels,
+            functools.partial(release, rank=rank, scale_type="channel", scale=1),
+            RELEASE_GAP,
+        )
+    return found
