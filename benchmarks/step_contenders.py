@@ -175,9 +175,6 @@ class Measured:
     def by_round(self) -> list[float]:
         return [self.amortised(statistics.median(block)) for block in self.blocks]
 
-    def steps(self) -> list[float]:
-        return [self.amortised(seconds) for block in self.blocks for seconds in block]
-
 
 class Contender(Protocol):
     """Something that steps; whatever it needs of the device's memory, it has only within `run_block`."""
@@ -236,7 +233,7 @@ class OnJax:
     def compile(self) -> None:
         jax.clear_caches()  # Cold, as at the first step of a run.
         start = time.perf_counter()
-        self._step = self._lowered().compile()
+        self._step: Any = self._lowered().compile()
         self.measured.compilations.append(time.perf_counter() - start)
         sizes = self._step.memory_analysis()
         self.measured.temporaries_bytes = sizes.temp_size_in_bytes
