@@ -31,6 +31,7 @@ LAYOUTS = ("unstacked", "stacked")
 OPTIMIZERS = tuple(methods(Setting("tiny", "float32", "stacked")))
 PAUSE = 0.2  # Seconds; threads of the one before may spin.
 COPY = "copy"
+COPY_BYTES = {"cpu": 2**30, "gpu": 2**32}  # On a GPU a smaller copy would time its launch.
 IMPORT_LIMIT = 1.1  # Of `import apollo_optax` over `import optax`.
 
 
@@ -81,7 +82,7 @@ Results = dict[Setting, dict[str, Measured]]  # By the contenders' names.
 def contenders(setting: Setting, options: Options) -> dict[str, Contender]:
     kernels = setting.kernels()
     draw = Draw(kernels)
-    found: dict[str, Contender] = {COPY: Copy()}
+    found: dict[str, Contender] = {COPY: Copy(COPY_BYTES["cpu" if jax.default_backend() == "cpu" else "gpu"])}
     for name, group in methods(setting).items():
         if name in ("adamw", *options.optimizers):
             found |= {method.name: OnJax(method, kernels, draw) for method in group}

@@ -271,13 +271,14 @@ class OnJax:
         self.measured.blocks.append(timed(step, seconds))
 
 
-COPY_BYTES = 2**30
-
-
 class Copy:
-    """A large array read and another written: what the machine's memory gives."""
+    """An array read and another written: what the machine's memory gives.
 
-    def __init__(self, size: int = COPY_BYTES) -> None:
+    Args:
+        size: bytes of each, too many for any cache.
+    """
+
+    def __init__(self, size: int) -> None:
         self.measured = Measured(2 * size)
         self._source = jax.ShapeDtypeStruct((size // 4,), jnp.float32)
 
@@ -295,6 +296,3 @@ class Copy:
 
         step()
         self.measured.blocks.append(timed(step, seconds))
-
-    def bytes_a_second(self) -> float:
-        return self.measured.floor_bytes / statistics.median(self.measured.by_round())

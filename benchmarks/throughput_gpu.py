@@ -204,7 +204,7 @@ class Bench:
             limit = bytes_in("--caps", case.cap)
             batch = largest_batch(self._line(case.run), MARGIN * limit)
             if self._there.memory_bytes is not None:
-                variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{limit / self._there.memory_bytes:.4f}"
+                variables["XLA_CLIENT_MEM_FRACTION"] = f"{limit / self._there.memory_bytes:.4f}"
         while batch >= 1:
             if time.monotonic() - self._started > BEGIN_BEFORE:
                 return "no time left"
@@ -243,7 +243,7 @@ def cells(case: Case, outcome: Trained | str, adamw: Trained | str | None) -> li
 
 def report(options: Options) -> None:
     started = time.monotonic()
-    there = in_process({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, device)
+    there = in_process({"XLA_CLIENT_MEM_FRACTION": "0.5"}, device)
     check_device(options, there)
     bench = Bench(there, started)
     adamw: dict[str | None, Trained | str] = {}  # By the cap.
