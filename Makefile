@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch tpu lint format bench bench-memory clean
+.PHONY: help train test test-slow torch tpu lint format bench bench-step bench-memory clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -27,6 +27,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.torch: $(VENV)/.test
 	$(INSTALL) -e '.[test,torch]'
+	@touch $@
+
+$(VENV)/.bench-torch: $(VENV)/.torch
+	$(INSTALL) -e '.[test,torch,bench-torch]'
 	@touch $@
 
 $(VENV)/.tpu: $(VENV)/.test
@@ -59,6 +63,9 @@ bench: $(VENV)/.torch  ## the tables that README and docs quote
 	$(BIN)/python -m benchmarks.state_bytes
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.pretrain_throughput
+
+bench-step: $(VENV)/.bench-torch  ## the tables of docs/performance.md: a step of each optimizer, and the authors' release
+	$(BIN)/python -m benchmarks.optimizer_step --against-torch
 
 bench-memory: $(VENV)/.tpu  ## the tables of docs/memory.md; an hour, and goes on where it was cut off
 	$(BIN)/python -m benchmarks.memory

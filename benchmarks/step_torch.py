@@ -24,7 +24,7 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UsageError(
-            f"--against-torch needs {name} ({error}); make bench-torch, or pip install '.[bench-torch]'"
+            f"--against-torch needs {name} ({error}); pip install '.[bench-torch]', or make bench-step"
         ) from error
 
 
