@@ -51,7 +51,7 @@ class Options:
     rounds: int = 7
     """How often each has a turn."""
     seconds: float = 0.5
-    """How long a turn is at least; it has three steps at the least."""
+    """How long a turn is at least; it has a few steps at the least."""
     compilations: int = 3
     """How often each is compiled, to time that."""
     against_torch: bool = False

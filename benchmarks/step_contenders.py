@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 import statistics
 import time
@@ -18,7 +19,8 @@ from examples.llama.config import preset
 from examples.llama.model import Execution, init_params
 from examples.llama.optimizers import KERNELS, galore_over_layers, in_float32, moments_in, path_name
 
-FEWEST_STEPS = 3  # Of a block, however slow.
+FEWEST_TIMES = 3  # Of a block, however slow.
+SECONDS_TOGETHER = 0.1  # Of the steps that are waited for together.
 LEARNING_RATE = 1e-3
 GALORE_GAP = 200  # Optax's default, and the paper's.
 
@@ -194,13 +196,30 @@ class Contender(Protocol):
         ...
 
 
-def timed(step: Callable[[], None], seconds: float) -> list[float]:
-    """Returns the times of some steps that take about so long together."""
-    times: list[float] = []
-    while len(times) < FEWEST_STEPS or sum(times) < seconds:
+def timed(step: Callable[[], None], wait: Callable[[], None], seconds: float) -> list[float]:
+    """Returns the times of some steps, for about so many seconds.
+
+    Args:
+        step: begins a step; need not wait for it.
+        wait: waits for the last step.
+        seconds: how long to go on; there are `FEWEST_TIMES` at the least, however slow.
+
+    Returns:
+        The time of a step as the mean of a few that are waited for together, as in training: the
+        device need not idle while the next step is launched.
+    """
+
+    def mean_of(steps: int) -> float:
         start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+        for _ in range(steps):
+            step()
+        wait()
+        return (time.perf_counter() - start) / steps
+
+    together = max(1, math.ceil(SECONDS_TOGETHER / mean_of(1)))
+    times: list[float] = []
+    while len(times) < FEWEST_TIMES or together * sum(times) < seconds:
+        times.append(mean_of(together))
     return times
 
 
@@ -263,12 +282,15 @@ class OnJax:
         def step() -> None:
             nonlocal params, state
             params, state = self._step(params, state, grads)
+
+        def wait() -> None:
             jax.block_until_ready((params, state))
 
         start = time.perf_counter()
         step()  # Counted as 0: of a method with refreshes, one of them.
+        wait()
         self.measured.refreshes.append(time.perf_counter() - start)
-        self.measured.blocks.append(timed(step, seconds))
+        self.measured.blocks.append(timed(step, wait, seconds))
 
 
 class Copy:
@@ -292,7 +314,6 @@ class Copy:
 
         def step() -> None:
             nonlocal target
-            target = jax.block_until_ready(self._copy(target, source))
+            target = self._copy(target, source)
 
-        step()
-        self.measured.blocks.append(timed(step, seconds))
+        self.measured.blocks.append(timed(step, lambda: jax.block_until_ready(target), seconds))

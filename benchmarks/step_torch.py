@@ -4,6 +4,7 @@ The release (PyPI `apollo-torch`, under a non-commercial licence) is called as i
 """
 
 import functools
+import gc
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,7 @@ class OnTorch:
         except self._torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from error
         finally:
+            gc.collect()  # An optimizer and its parameters refer to each other.
             if self._device == "cuda":
                 self._torch.cuda.empty_cache()
 
@@ -97,13 +99,13 @@ class OnTorch:
             param.grad = draw(leaf)
         optimizer = self._make(params, gap)
 
-        def step() -> None:
-            optimizer.step()
+        def wait() -> None:
             if self._device == "cuda":
                 torch.cuda.synchronize()
 
-        step()
-        return timed(step, seconds)
+        optimizer.step()
+        wait()
+        return timed(optimizer.step, wait, seconds)
 
 
 def release(params: list[Any], gap: int, **group: Any) -> Any:

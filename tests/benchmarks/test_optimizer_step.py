@@ -27,6 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(config.PRESETS, "tiny", SMALL)
     monkeypatch.setattr(optimizer_step, "COPY_BYTES", dict.fromkeys(("cpu", "gpu"), 4096))
     monkeypatch.setattr(optimizer_step, "PAUSE", 0.0)
+    monkeypatch.setattr(step_contenders, "SECONDS_TOGETHER", 0.0)
     before = jax.config.values["jax_enable_compilation_cache"]
     yield
     jax.config.update("jax_enable_compilation_cache", before)
@@ -82,6 +83,24 @@ def test_bytes_that_must_move(layout: str) -> None:
     assert floor(f"galore, rank {RANK}") == 6 * numbers + 2 * (moments + counts) + projections
 
 
+def test_a_time_is_the_mean_of_steps_that_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_contenders, "SECONDS_TOGETHER", 3.5)
+    clock, queued = 0.0, 0
+
+    def step() -> None:
+        nonlocal queued
+        queued += 1
+
+    def wait() -> None:
+        nonlocal clock, queued
+        clock += 1.0 * queued + 0.4  # A launch that is not hidden.
+        queued = 0
+
+    monkeypatch.setattr(step_contenders.time, "perf_counter", lambda: clock)
+    assert step_contenders.timed(step, wait, 13.0) == pytest.approx([1 + 0.4 / 3] * 4)
+    assert step_contenders.timed(step, wait, 1e-9) == pytest.approx([1 + 0.4 / 3] * 3)
+
+
 def test_a_refresh_counts_as_its_share() -> None:
     measured = Measured(floor_bytes=1, refresh_every=4, blocks=[[1.0, 9.0, 1.0], [3.0]], refreshes=[5.0])
     assert measured.by_round() == [2.0, 3.5]
@@ -100,7 +119,7 @@ def test_each_step_runs_in_place(layout: str, dtype: str) -> None:
     assert results.keys() >= {COPY, f"galore, rank {RANK}", "apollo-mini", "adamw, float32 moments"}
     for name, measured in results.items():
         assert len(measured.blocks) == 1
-        assert len(measured.blocks[0]) == step_contenders.FEWEST_STEPS
+        assert len(measured.blocks[0]) == step_contenders.FEWEST_TIMES
         if name != COPY:
             state = jax.eval_shape(method(name, of).make().init, kernels)
             assert measured.state_bytes == step_contenders.tree_bytes(state)
