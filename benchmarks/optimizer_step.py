@@ -55,7 +55,7 @@ class Options:
     compilations: int = 3
     """How often each is compiled, to time that."""
     against_torch: bool = False
-    """Add the authors' release (apollo-torch) and torch's fused AdamW, for unstacked float32 or bfloat16."""
+    """Add the authors' release (apollo-torch) and torch's fused AdamW, to the unstacked layout."""
 
     def __post_init__(self) -> None:
         for name in self.models:
