@@ -83,9 +83,8 @@ def _mapped(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> Call
     return functools.partial(jax.lax.map, function)
 
 
-def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype, out_sharding: Any) -> jax.Array:
-    normal = jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
-    return normal / jnp.sqrt(jnp.asarray(shape[0], dtype))
+def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) / jnp.sqrt(jnp.asarray(shape[0], dtype))
 
 
 def _rademacher(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
@@ -113,19 +112,12 @@ def draw(
       axes: the leaf's axes.
       rank: the rank asked for; clipped to the contracted size.
       dtype: float32 or float64.
-      sharding: under explicit sharding, that of the result; normal entries are then drawn where they are
-        used. (Under automatic sharding XLA sees to that.)
+      sharding: under explicit sharding, that of the result.
 
     Returns:
       An array of shape ``(*batch, r, *contracted)``.
     """
-    batch = len(axes.batch)
-    keys = keys.reshape(axes.batch_shape)
-    one_sharding = None
-    if sharding is not None:
-        keys = _sharding.place(keys, _sharding.pick(sharding, range(batch)))
-        one_sharding = _sharding.pick(sharding, range(batch, batch + 1 + len(axes.contracted)))
-    one_shape = axes.projection_shape(rank)[batch:]
+    one_shape = axes.projection_shape(rank)[len(axes.batch) :]
 
     def draw_one(key: jax.Array) -> jax.Array:
         if not isinstance(projection, str):
@@ -133,12 +125,13 @@ def draw(
             return jnp.asarray(matrix, dtype).reshape(one_shape)
         if projection == "rademacher":
             return _rademacher(key, one_shape, dtype)
-        return _normal(key, one_shape, dtype, one_sharding)
+        return _normal(key, one_shape, dtype)
 
     draw_all: Any = draw_one
     for _ in axes.batch:
         draw_all = _mapped(draw_all, keys)
-    return _sharding.place(draw_all(keys), sharding)
+    # XLA has each device draw the part that it is to hold, whatever the draw is made of.
+    return _sharding.automatic(draw_all, sharding)(keys.reshape(axes.batch_shape))
 
 
 def check_callable(projection: Draw, path: _tree.Path, axes: MatrixAxes, rank: int) -> None:

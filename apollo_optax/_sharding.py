@@ -11,7 +11,7 @@ explicit sharding, where types carry shardings, ``init`` and ``update`` both nam
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,27 @@ def put(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 def place(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     """Under explicit sharding, moves `array` where the next operation's type rules want it."""
     return array if sharding is None else jax.sharding.reshard(array, sharding)
+
+
+def automatic(
+    function: Callable[..., jax.Array], out_sharding: NamedSharding | None
+) -> Callable[..., jax.Array]:
+    """Under explicit sharding, leaves to XLA what `function` computes where, all but its result."""
+    if out_sharding is None:
+        return function
+    types = zip(out_sharding.mesh.axis_names, out_sharding.mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_sharding)
+
+
+def whole_axis(array: jax.Array, axis: int, like: jax.Array) -> jax.Array:
+    """Under automatic sharding, keeps XLA from cutting `axis` on the mesh that `like` is on."""
+    mesh = jax.typeof(like).sharding.mesh
+    if AxisType.Auto not in mesh.axis_types or AxisType.Explicit in mesh.axis_types:
+        return array
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * array.ndim
+    spec[axis] = None
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:

@@ -382,6 +382,8 @@ def _update_matrix_leaf(
     projection, stored = _projections(settings, wide, state, leaf_id, step, axes)
     # Where the moments are, which need not follow from the gradient's sharding but from the parameter's.
     moments_sharding = _sharding.of(state.mu) or _sharding.moments(axes, settings.rank, sharding)
+    # Where the moments are cut along the rank axis, XLA would cut P so too, and gather the gradient for it.
+    projection = _sharding.whole_axis(projection, len(axes.batch), like=wide)
     projected = axes.project(projection, wide, moments_sharding)
     mu, nu = _update_moments(settings, projected, state)
     normalized = mu / (jnp.sqrt(nu) + settings.eps)
