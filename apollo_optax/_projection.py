@@ -161,14 +161,24 @@ def from_svd(gradient: jax.Array, previous: jax.Array, axes: MatrixAxes, rank: i
     Returns:
       An array like `previous`.
     """
-    # One matrix is small; its SVD is not worth distributing.
-    matrix = axes.to_matrix(_sharding.place(gradient, _sharding.replicated(_sharding.of(gradient))))
-    before = _sharding.place(previous, _sharding.replicated(_sharding.of(previous)))
-    u, _, _ = jnp.linalg.svd(matrix, full_matrices=False)
-    rows = jnp.swapaxes(u[..., : axes.clip_rank(rank)], -1, -2)
-    before = before.reshape(rows.shape)
-    largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), -1, keepdims=True), -1)[..., 0]
-    is_first = jnp.all(before == 0, axis=-1)
-    agreement = jnp.where(is_first, largest, jnp.sum(rows * before, axis=-1))
-    signed = jnp.where(agreement < 0, -1, 1)[..., None] * rows
-    return _sharding.place(signed.astype(previous.dtype).reshape(previous.shape), _sharding.of(previous))
+
+    def of_one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        # One matrix is small; its SVD is not worth distributing.
+        tensor, before = map(_sharding.everywhere, pair)
+        u, _, _ = jnp.linalg.svd(tensor.reshape(axes.contracted_size, -1), full_matrices=False)
+        rows = u[:, : axes.clip_rank(rank)].T
+        before = before.reshape(rows.shape)
+        largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), -1, keepdims=True), -1)[..., 0]
+        is_first = jnp.all(before == 0, axis=-1)
+        agreement = jnp.where(is_first, largest, jnp.sum(rows * before, axis=-1))
+        signed = jnp.where(agreement < 0, -1, 1)[..., None] * rows
+        return signed.astype(previous.dtype).reshape(pair[1].shape)
+
+    def of_all(gradient: jax.Array, previous: jax.Array) -> jax.Array:
+        ordered = jnp.transpose(gradient, (*axes.batch, *axes.contracted, *axes.channel))
+        of_batch: Any = of_one
+        for _ in axes.batch:  # One after the other, so that the whole of only one is there at a time.
+            of_batch = functools.partial(jax.lax.map, of_batch)
+        return of_batch((ordered, previous))
+
+    return _sharding.automatic(of_all, _sharding.of(previous))(gradient, previous)

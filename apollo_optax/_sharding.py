@@ -65,6 +65,14 @@ def automatic(
     return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_sharding)
 
 
+def everywhere(array: jax.Array) -> jax.Array:
+    """Under automatic sharding, has every device hold all of `array`."""
+    mesh = jax.typeof(array).sharding.mesh
+    if AxisType.Auto not in mesh.axis_types:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+
+
 def whole_axis(array: jax.Array, axis: int, like: jax.Array) -> jax.Array:
     """Under automatic sharding, keeps XLA from cutting `axis` on the mesh that `like` is on."""
     mesh = jax.typeof(like).sharding.mesh
