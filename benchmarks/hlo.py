@@ -1,0 +1,164 @@
+"""What a compiled program sends between devices, read off the text of its HLO.
+
+Collectives are found in loops, conditionals, fusions and asynchronous pairs alike. Bytes are of the
+algorithms that send the fewest: with k devices in a group and B bytes in the whole of what is reduced,
+gathered or exchanged, each device sends
+
+    all-reduce                                2 (k - 1) / k B
+    reduce-scatter, all-gather, all-to-all      (k - 1) / k B
+    collective-permute, collective-broadcast                B
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = (
+    "all-reduce",
+    "reduce-scatter",
+    "all-gather",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+_COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%\S+ = (.+?) ([a-z][a-z0-9-]*)\((.*)")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_CALLERS = ("fusion", "call", "async-start")  # Others call functions of scalars.
+_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%([^\s,)]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that a partitioned program's devices reduce, gather or exchange."""
+
+    kind: str  # One of KINDS.
+    dtype: str  # As HLO writes it: "bf16".
+    shape: tuple[int, ...]  # Of the whole: what is reduced, what is gathered, what each device exchanges.
+    group_size: int  # How many devices take part together.
+    times: float = 1  # How often it runs; infinity in a loop of which XLA does not know.
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that each device sends, all times together; by the module's docstring."""
+        share = (self.group_size - 1) / self.group_size
+        factors = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        if not (factor := factors.get(self.kind, share)):
+            return 0.0
+        return self.times * factor * self.size * _bits(self.dtype) / 8
+
+
+def collectives(program: str, *, rare: bool = False) -> list[Collective]:
+    """Returns the collectives of a compiled program, those that XLA combined apart.
+
+    Args:
+      program: of ``compiled.as_text()``.
+      rare: whether conditionals go the way that sends the most rather than the least. What is done at some
+        steps only, as a projection's refresh, is the way that sends more.
+
+    Raises:
+      ValueError: for replica groups written in a form that is not known here.
+    """
+    return list(_Program(program, rare).collectives())
+
+
+def drawn_words(program: str) -> int:
+    """Returns the size of the largest array of 32-bit words, which random numbers are made of."""
+    return max((math.prod(shape) for dtype, shape in _arrays(program) if dtype == "u32"), default=0)
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    found = _ARRAY.findall(text)
+    return [(dtype, tuple(map(int, sizes.split(","))) if sizes else ()) for dtype, sizes in found]
+
+
+def _bits(dtype: str) -> int:
+    """The bits of an element type by its name, as bf16, s4 or f8e4m3fn; pred takes a byte."""
+    found = re.match(r"[a-z]+(\d+)", dtype)
+    return int(found[1]) if found else 8
+
+
+class _Program:
+    def __init__(self, text: str, rare: bool) -> None:
+        self._rare = rare
+        self._computations: dict[str, list[tuple[str, str, str]]] = {}  # Result, opcode, rest of the line.
+        self._entry = name = ""
+        for line in text.splitlines():
+            if found := _COMPUTATION.match(line):
+                name = found[2]
+                self._computations[name] = []
+                self._entry = name if found[1] else self._entry
+            elif name and (found := _INSTRUCTION.match(line)):
+                self._computations[name].append((found[1], found[2], found[3]))
+
+    def collectives(self, name: str = "") -> Iterator[Collective]:
+        """Those of the computation `name`, by default of the whole program."""
+        name = name or self._entry
+        for result, opcode, rest in self._computations[name]:
+            if opcode.removesuffix("-start") in KINDS:
+                found = _collectives(result, opcode, rest)
+                # Of TPUs: an all-reduce of which each device keeps its part, so that no more is sent.
+                kept = opcode == "all-reduce" and name.startswith("all-reduce-scatter")
+                yield from (
+                    dataclasses.replace(each, kind="reduce-scatter") if kept else each for each in found
+                )
+            elif opcode == "while":
+                yield from self._loop(rest)
+            elif opcode == "conditional":
+                yield from self._conditional(rest)
+            elif opcode in _CALLERS:
+                for called in _CALLED.findall(rest):
+                    yield from self.collectives(called)
+
+    def _loop(self, rest: str) -> Iterator[Collective]:
+        (body,), count = re.findall(r"body=%([^\s,)]+)", rest), _TRIP_COUNT.search(rest)
+        for collective in self.collectives(body):
+            times = collective.times * (int(count[1]) if count else math.inf)
+            yield dataclasses.replace(collective, times=times)
+
+    def _conditional(self, rest: str) -> Iterator[Collective]:
+        names = [name for listed in _BRANCHES.findall(rest) for name in re.findall(r"%([^\s,]+)", listed)]
+        branches = [list(self.collectives(name)) for name in names or _CALLED.findall(rest)]
+        choose = max if self._rare else min
+        yield from choose(branches, key=lambda branch: sum(each.sent_bytes for each in branch))
+
+
+def _collectives(result: str, opcode: str, rest: str) -> list[Collective]:
+    """Those of one instruction, which may combine several."""
+    arrays, group_size = _arrays(result), _group_size(rest)
+    if opcode in ("all-gather-start", "collective-permute-start"):
+        # A tuple of the operands, the results, and scalars by which the end knows its start.
+        arrays = [array for array in arrays if array != ("u32", ())]
+        arrays = arrays[len(arrays) // 2 :]
+    if opcode == "reduce-scatter":  # Its result is a part of what is reduced.
+        (axis,) = map(int, re.findall(r"dimensions=\{(\d+)\}", rest))
+        arrays = [
+            (dtype, (*shape[:axis], shape[axis] * group_size, *shape[axis + 1 :])) for dtype, shape in arrays
+        ]
+    kind = opcode.removesuffix("-start")
+    return [Collective(kind, dtype, shape, group_size) for dtype, shape in arrays]
+
+
+def _group_size(rest: str) -> int:
+    """The number of devices in a replica group, in any of the forms in which HLO writes the groups."""
+    if "source_target_pairs=" in rest:
+        return 2
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return listed[1].count(",") + 1
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+        return int(iota[1])
+    if by_mesh := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}, ", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_mesh[1]))
+        # An axis may be split, as in 'x':(2)4: its part of size 4 after one of size 2.
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", by_mesh[2])
+        return math.prod(int(size or sizes[axis]) for axis, size in parts)
+    raise ValueError(f"replica groups in an unknown form: {rest[:200]}")
