@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch tpu lint format bench bench-step bench-memory clean
+.PHONY: help train test test-slow torch tpu lint format bench bench-step bench-memory bench-collectives clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -69,6 +69,9 @@ bench-step: $(VENV)/.bench-torch  ## the tables of docs/performance.md: a step o
 
 bench-memory: $(VENV)/.tpu  ## the tables of docs/memory.md; an hour, and goes on where it was cut off
 	$(BIN)/python -m benchmarks.memory
+
+bench-collectives: $(VENV)/.tpu  ## the table of docs/distributed.md; an hour
+	$(BIN)/python -m benchmarks.collectives
 
 clean:  ## remove the virtual environment and what runs wrote
 	rm -rf $(VENV) runs

@@ -1,0 +1,179 @@
+"""What optimizers send between devices and hold on each: python -m benchmarks.collectives.
+
+The step from gradients to new weights is compiled for TPU topologies that need not be there, and nothing is
+run. Gradients come cut as the weights are, as a reduce-scatter over the data leaves them, so that all that is
+sent is sent for the optimizer's sake. Bytes are of one device; benchmarks/hlo.py says how those sent are
+counted.
+"""
+
+import dataclasses
+import json
+import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from benchmarks.hlo import collectives
+from benchmarks.report import made_with, markdown
+from examples.llama.build import abstract_state, model_config, shardings_of
+from examples.llama.config import preset
+from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
+from examples.llama.options import RunOptions, parse
+from examples.llama.plan import versions
+from examples.llama.target import bytes_on_a_device, check_target, environment, mesh_on
+from examples.llama.train import TrainState
+from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
+
+CAPTION = """\
+MB (1e6 bytes) that each device sends in an optimizer step, and holds of the optimizer's state, by the number
+of devices. Weights and gradients in bfloat16, moments in float32; all matrices cut along the hidden size
+(`--mesh fsdp=N`); rank {rank} for apollo and galore; embeddings and head with Adam. Of an array of B bytes,
+each of k devices sends 2 (k - 1) / k B in an all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or
+all-to-all, and B in a permute."""
+TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Prints the table of docs/distributed.md."""
+
+    models: tuple[str, ...] = ("1b", "7b")
+    """Presets of examples/llama/config.py."""
+    optimizers: tuple[str, ...] = ("adamw", "galore", "muon", "apollo", "apollo-mini")
+    """Names that examples.llama.pretrain takes."""
+    devices: tuple[int, ...] = tuple(TOPOLOGIES)
+    """How many devices the weights are cut over; 8, 16, 64 or 256, or any number with --target cpu."""
+    rank: int = 256
+    """APOLLO's and GaLore's."""
+    target: str = "v5e"
+    """v5e or cpu, which is quick to compile for."""
+    jobs: int = 1
+    """Compilations at a time; each takes some GB of memory."""
+
+    def __post_init__(self) -> None:
+        for model in self.models:
+            preset(model)
+        for name in self.optimizers:
+            if name not in RECIPES:
+                raise unknown_name("--optimizers", name, RECIPES)
+        if self.target not in ("v5e", "cpu"):
+            raise unknown_name("--target", self.target, ("v5e", "cpu"))
+        for count in self.devices:
+            if count < 1 or (self.target == "v5e" and count not in TOPOLOGIES):
+                raise UsageError(
+                    f"--devices {count} is no topology here; give {', '.join(map(str, TOPOLOGIES))}"
+                )
+        if self.jobs < 1:
+            raise UsageError(f"--jobs {self.jobs} is out of range; give 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one optimizer step, in bytes of one device."""
+
+    held: int  # In the optimizer's state.
+    sent: float  # At most steps.
+    sent_at_refresh: float  # At those that draw or compute projections anew; infinite where not known.
+
+
+def run_of(options: Options, model: str, optimizer: str, devices: int) -> RunOptions:
+    has_rank = optimizer in ("apollo", "apollo-svd", "galore")
+    run = RunOptions(
+        out=Path("unused"),
+        model=model,
+        optimizer=optimizer,
+        rank=options.rank if has_rank else None,
+        weights="bfloat16",
+        batch=devices,
+        seq=16,
+        mesh=f"fsdp={devices}",
+    )
+    return with_defaults(run, preset(model))
+
+
+def compiled_cost(run: RunOptions, target: str) -> Cost:
+    """Compiles an optimizer step in this process, which for a TPU is one of its own."""
+    config = model_config(run)
+    tx, _ = make_optimizer(run, config)
+    state = abstract_state(run, config, tx, mesh_on(run, config, target))
+
+    def step(state: TrainState, grads: Any) -> TrainState:
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state)
+
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings_of(state))
+    program = jitted.lower(state, state.params).compile().as_text()
+    sent, at_refresh = (
+        sum(each.sent_bytes for each in collectives(program, rare=rare)) for rare in (False, True)
+    )
+    return Cost(bytes_on_a_device(state.opt_state, host=False), sent, at_refresh)
+
+
+def cost(run: RunOptions, target: str, devices: int) -> Cost:
+    print(f"compiling {run.model} {run.optimizer} for {devices} devices", file=sys.stderr)
+    child = subprocess.run(
+        [sys.executable, "-c", "from benchmarks.collectives import answer; answer()"],
+        input=pickle.dumps((run, target)),
+        capture_output=True,
+        env=environment(target, devices),
+    )
+    if child.returncode:
+        raise RuntimeError(f"compiling {run.optimizer} for {target} failed:\n{child.stderr.decode()[-4000:]}")
+    return Cost(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def answer() -> None:
+    """Answers :func:`cost` in the process that it starts: from stdin, in the last line of stdout."""
+    print(json.dumps(dataclasses.asdict(compiled_cost(*pickle.load(sys.stdin.buffer)))))
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.2f}" if math.isfinite(size) else "unbounded"
+
+
+def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[list[str]]:
+    """Yields what each optimizer sends and holds, by the number of devices."""
+
+    def cost_of(pair: tuple[str, int]) -> Cost:
+        optimizer, devices = pair
+        target = options.target if options.target == "cpu" else TOPOLOGIES[devices]
+        return cost(run_of(options, model, optimizer, devices), target, devices)
+
+    pairs = [(optimizer, devices) for optimizer in options.optimizers for devices in options.devices]
+    found = dict(zip(pairs, pool.map(cost_of, pairs), strict=True))
+    for name in options.optimizers:
+        costs = [found[name, devices] for devices in options.devices]
+        held = [megabytes(each.held) for each in costs]
+        yield [name, *(megabytes(each.sent) for each in costs), *held]
+        if any(each.sent_at_refresh != each.sent for each in costs):
+            yield [f"{name}, at a refresh", *(megabytes(each.sent_at_refresh) for each in costs), *held]
+
+
+def table(options: Options, model: str, pool: ThreadPoolExecutor) -> str:
+    head = ["optimizer", *(f"{what}, {count}" for what in ("sent", "held") for count in options.devices)]
+    return markdown(head, rows(options, model, pool), numbers_from=1)
+
+
+def report(options: Options) -> None:
+    target = options.target if options.target == "cpu" else TOPOLOGIES[options.devices[0]]
+    check_target(target)
+    print(f"compiled for {options.target}, none attached, on {made_with(versions(target))}\n")
+    print(CAPTION.format(rank=options.rank))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for model in options.models:
+            print(f"\n{model}:\n\n{table(options, model, pool)}", flush=True)
+
+
+def main(args: list[str] | None = None) -> None:
+    exit_on_usage_error(lambda: report(parse(Options, args, "python -m benchmarks.collectives")))
+
+
+if __name__ == "__main__":
+    main()
