@@ -62,7 +62,8 @@ def automatic(
         return function
     types = zip(out_sharding.mesh.axis_names, out_sharding.mesh.axis_types, strict=True)
     explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
-    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_sharding)
+    wrapped: Any = jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_sharding)
+    return wrapped
 
 
 def everywhere(array: jax.Array) -> jax.Array:

@@ -345,6 +345,18 @@ def test_each_device_draws_its_own_part(kind, shape, spec, numbers):
     assert max(words) <= matrices * 32 * 64 / 8
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("projection", ["random", "svd"])
+def test_inside_a_shard_map_over_some_axes(kind, projection):
+    mesh, tx = mesh_of(kind), scale_by_apollo(4, projection=projection)
+    gradient = put(mesh, (8, 16), P())
+    state = tx.init(gradient)
+    update = jax.shard_map(tx.update, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"})
+    with jax.set_mesh(mesh):
+        updates, _ = jax.jit(update)(gradient, state)
+    np.testing.assert_allclose(updates, tx.update(gradient, state)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_nnx_optimizer():
     """nnx.state of an optimizer has lost the type of our state: its fields are known by name."""
     mesh = mesh_of()
