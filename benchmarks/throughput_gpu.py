@@ -170,7 +170,7 @@ def _train(run: RunOptions) -> Trained:
     tx, _ = make_optimizer(run, config)
     mesh = make_mesh(run.mesh)
     state = build.initial_state(run, config, tx, mesh)
-    step = build.training_step(run, config, tx)
+    step = build.training_step(run, config, tx, mesh)
     drawn = np.random.default_rng(0).integers(config.vocab_size, size=(run.batch, run.seq + 1))
     tokens = jax.device_put(drawn.astype(np.int32), over_data(mesh))
     done, start = 0, 0.0

@@ -3,8 +3,8 @@
 import dataclasses
 import datetime
 import functools
-import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich import filesize
 
 from examples.llama import corpus, data, hf
 from examples.llama.config import LlamaConfig, param_count, preset
-from examples.llama.mesh import on_every_device
+from examples.llama.mesh import make_mesh, on_every_device
 from examples.llama.model import (
     Execution,
     Params,
@@ -26,10 +26,11 @@ from examples.llama.model import (
     pieces_of,
 )
 from examples.llama.options import RunOptions, TrainingOptions
+from examples.llama.partition import check_sizes, parameter_shardings, state_shardings
 from examples.llama.state_size import state_bytes
 from examples.llama.train import TrainState, TrainStep, make_layerwise_train_step, make_train_step
 from examples.llama.usage import UsageError
-from examples.llama.weights import Storage
+from examples.llama.weights import Storage, on_mesh
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
@@ -44,7 +45,22 @@ def model_config(options: TrainingOptions) -> LlamaConfig:
     return config
 
 
-def execution_of(options: TrainingOptions, config: LlamaConfig) -> Execution:
+def mesh_of(
+    options: TrainingOptions, config: LlamaConfig, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """Returns the mesh of a run, of all `devices`, by default those of all processes.
+
+    Raises:
+        UsageError: where its sizes do not multiply to their number, or do not divide the model's.
+    """
+    mesh = make_mesh(options.mesh, devices)
+    check_sizes(options, config)
+    return mesh
+
+
+def execution_of(
+    options: TrainingOptions, config: LlamaConfig, mesh: jax.sharding.Mesh | None = None
+) -> Execution:
     """Returns how the model is computed; raises `UsageError` for --attention that this machine has not."""
     assert options.compute_dtype is not None
     execution = Execution(
@@ -52,6 +68,7 @@ def execution_of(options: TrainingOptions, config: LlamaConfig) -> Execution:
         param_dtype=options.compute_dtype if options.weights == "int8" else options.weights,
         compute_dtype=options.compute_dtype,
         attention=options.attention,
+        mesh=mesh,
     )
     automatic = dataclasses.replace(execution, attention="auto")
     if options.attention == "cudnn" and automatic.attention_implementation(config.head_size) != "cudnn":
@@ -65,7 +82,7 @@ def execution_of(options: TrainingOptions, config: LlamaConfig) -> Execution:
 
 def check_offload(options: TrainingOptions) -> None:
     """Raises `UsageError` for --offload on a machine whose devices have no memory of their own."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     if options.offload and (device.platform == "cpu" or "pinned_host" not in kinds):
         raise UsageError(
@@ -93,8 +110,7 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
 
 def describe(options: RunOptions, config: LlamaConfig, text: corpus.Corpus) -> dict[str, Any]:
     """Returns what the run is, as JSON: two runs with the same description compute the same."""
-    fields = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    return fields | {
+    return options.as_run() | {
         "model_config": dataclasses.asdict(config),
         "corpus": text.key,
         "end_token": text.tokenizer.id_to_token(text.end_id),
@@ -128,7 +144,8 @@ def summary(
 
 def abstract_params(config: LlamaConfig, execution: Execution, mesh: jax.sharding.Mesh) -> Params:
     """Returns the parameters' shapes, dtypes and shardings; allocates nothing."""
-    return placed(jax.eval_shape(lambda: init_params(config, execution, seed=0)), mesh)
+    shapes = jax.eval_shape(lambda: init_params(config, execution, seed=0))
+    return placed(shapes, parameter_shardings(shapes, mesh))
 
 
 def storage_of(options: TrainingOptions, mesh: jax.sharding.Mesh) -> Storage:
@@ -140,55 +157,67 @@ def abstract_state(
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state; allocates nothing."""
     params = abstract_params(config, execution_of(options, config), mesh)
-    opt_state = placed(jax.eval_shape(tx.init, params), mesh)
+    opt_state = jax.eval_shape(tx.init, params)
+    opt_state = placed(opt_state, state_shardings(options, opt_state, params))
     return TrainState(storage_of(options, mesh).abstract(params), opt_state)
 
 
-def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-    sharding = on_every_device(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+def placed(shapes: Any, shardings: Any) -> Any:
+    def place(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings)
+
+
+def shardings_of(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, shapes)
 
 
 def initial_state(
     options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    sharding = on_every_device(mesh)
     shapes = abstract_params(config, execution_of(options, config), mesh)
+    shardings = shardings_of(abstract_state(options, config, tx, mesh).opt_state)
 
     # Of the parameters it takes their shapes only, so they need not all be there in full.
     def init_state() -> optax.OptState:
         return tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
-    opt_state = jax.jit(init_state, out_shardings=sharding)()
+    opt_state = jax.jit(init_state, out_shardings=shardings)()
     return TrainState(initial_params(options, config, mesh), opt_state)
 
 
 def initial_params(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh) -> Params:
     """Returns the weights to start from, as --weights and --offload keep them."""
-    execution, sharding, storage = (
-        execution_of(options, config),
-        on_every_device(mesh),
-        storage_of(options, mesh),
-    )
+    execution, storage = execution_of(options, config), storage_of(options, mesh)
     shapes = abstract_params(config, execution, mesh)
+    shardings = shardings_of(shapes)
+    of_ends = {name: sharding for name, sharding in shardings.items() if name != "layers"}
     if options.init_from:
         given = hf.load_params(options.init_from, config, execution.param_dtype)
         if not storage.a_layer_at_a_time:
-            return jax.device_put(given, sharding)
-        rest = {name: leaf for name, leaf in given.items() if name != "layers"}
+            return jax.tree.map(on_mesh, given, shardings)
+        layers = given.pop("layers")
+        rest = jax.tree.map(on_mesh, given, of_ends)
         return storage.filled(
-            shapes, rest, lambda index: jax.tree.map(lambda x: x[index : index + 1], given["layers"])
+            shapes, rest, lambda index: jax.tree.map(lambda x: x[index : index + 1], layers)
         )
+    arguments = {"config": config, "execution": execution, "seed": options.seed}
     if not storage.a_layer_at_a_time:
-        init = functools.partial(init_params, config, execution, seed=options.seed)
-        return jax.jit(init, out_shardings=sharding)()
-    draw = jax.jit(functools.partial(init_layer, config, execution, seed=options.seed))
-    return storage.filled(shapes, init_ends(config, execution, seed=options.seed), draw)
+        return jax.jit(functools.partial(init_params, **arguments), out_shardings=shardings)()
+    rest = jax.jit(functools.partial(init_ends, **arguments), out_shardings=of_ends)()
+    # The layers' axis is not cut, so a stack of one is cut as that of all.
+    draw = jax.jit(functools.partial(init_layer, **arguments), out_shardings=shardings["layers"])
+    return storage.filled(shapes, rest, lambda index: draw(index=index))
 
 
-def training_step(options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation) -> TrainStep:
+def training_step(
+    options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainStep:
     """Returns the compiled step of a run."""
-    execution = execution_of(options, config)
+    execution = execution_of(options, config, mesh)
+    # Of the metrics too, which every process reads.
+    out_shardings = (shardings_of(abstract_state(options, config, tx, mesh)), on_every_device(mesh))
     rounding_seed = options.seed if options.rounding == "stochastic" else None
     if options.layerwise:
         return make_layerwise_train_step(
@@ -196,6 +225,7 @@ def training_step(options: RunOptions, config: LlamaConfig, tx: optax.GradientTr
             tx,
             offload_inputs="activations" in options.offloaded,
             rounding_seed=rounding_seed,
+            out_shardings=out_shardings,
         )
     return make_train_step(
         graphdef_of(config, execution),
@@ -203,4 +233,5 @@ def training_step(options: RunOptions, config: LlamaConfig, tx: optax.GradientTr
         accumulate=options.accumulate,
         skip_nonfinite=options.on_nonfinite == "skip",
         rounding_seed=rounding_seed,
+        out_shardings=out_shardings,
     )

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Self
 import jax
 import orbax.checkpoint as ocp
 
+from examples.llama.distributed import from_first, together
 from examples.llama.model import Params
 from examples.llama.options import differing_fields
 from examples.llama.run_log import CHECKPOINTS, set_aside
 from examples.llama.train import TrainState
-from examples.llama.usage import UsageError, disk_is_full, first_line, notice
+from examples.llama.usage import UsageError, disk_is_full, first_line, is_first, notice
 
 
 class Restored(NamedTuple):
@@ -27,6 +28,8 @@ class Restored(NamedTuple):
 
 class Checkpoints:
     """The checkpoints of a run; use it in a `with`, which waits for the last one to be written.
+
+    All processes of a run take part, each with what its devices hold; the folder is one for all.
 
     Args:
         run_folder: the run's folder; its checkpoints are in `checkpoints/`.
@@ -113,18 +116,19 @@ class Checkpoints:
             UsageError: for a checkpoint of another configuration, or where none can be read.
         """
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(from_first(self.steps)):
             try:
-                restored = self._restore(step, abstract_state)
+                with together():
+                    restored = self._restore(step, abstract_state)
             # Neither another run's checkpoint, nor one that there is no room or leave to read, is damaged.
             except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # TensorStore raises all sorts of them for damaged files.
                 damaged[step] = first_line(error)
             else:
-                for bad, reason in damaged.items():
-                    aside = set_aside(self.folder / str(bad))
-                    notice(f"checkpoint {bad} cannot be read ({reason}); it is now {aside}")
+                with together():
+                    if is_first():
+                        self._set_aside(damaged)
                 self._manager.reload()
                 return restored
         if damaged:
@@ -134,6 +138,11 @@ class Checkpoints:
                 "or choose another --out"
             )
         return None
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        for step, reason in damaged.items():
+            aside = set_aside(self.folder / str(step))
+            notice(f"checkpoint {step} cannot be read ({reason}); it is now {aside}")
 
     def _restore(self, step: int, abstract_state: TrainState) -> Restored:
         args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())

@@ -1,44 +1,68 @@
-"""The devices of a run: so far, the batch is cut over them and everything else is on each."""
+"""The devices of a run as a grid: `data` cuts the batch, `fsdp` the batch and weights, `tensor` weights."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 
 from examples.llama.usage import UsageError, unknown_name
 
-AXES = ("data",)
+AXES = ("data", "fsdp", "tensor")  # The last is the innermost: its devices are next to each other.
+ROWS = ("data", "fsdp")  # What the sequences of a batch are cut over.
 
 
 def axis_sizes(text: str) -> dict[str, int]:
-    """Returns the sizes that `--mesh data=8` gives, by axis; raises `UsageError` for another form."""
-    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    """Returns the sizes that `--mesh data=2,fsdp=4` gives, by axis, 1 for those that it does not name.
+
+    Raises:
+        UsageError: for another form.
+    """
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in AXES:
             raise unknown_name("--mesh", name, AXES)
         if not size.isdecimal() or int(size) < 1:
-            raise UsageError(f"--mesh {text} is malformed; give a number above 0, as in data=8")
+            raise UsageError(f"--mesh {text} is malformed; give numbers above 0, as in data=2,fsdp=4")
+        if name in sizes:
+            raise UsageError(f"--mesh {text} gives {name} twice; give it once")
         sizes[name] = int(size)
-    return sizes
+    return dict.fromkeys(AXES, 1) | sizes
+
+
+def device_count(text: str) -> int:
+    """Returns how many devices `--mesh` asks for."""
+    return math.prod(axis_sizes(text).values())
+
+
+def row_cuts(text: str) -> int:
+    """Returns into how many parts `--mesh` cuts the sequences of a batch."""
+    return math.prod(axis_sizes(text)[axis] for axis in ROWS)
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Returns the mesh that `--mesh` asks for, of the first of `devices`, by default this machine's.
+    """Returns the mesh that `--mesh` asks for, of all `devices`, by default those of all processes.
+
+    A mesh of one is of the first device, if they are all this process's.
 
     Raises:
-        UsageError: where there are fewer.
+        UsageError: where the sizes do not multiply to the number of devices.
     """
-    sizes = axis_sizes(text)
-    count, devices = int(np.prod(list(sizes.values()))), devices or jax.devices()
-    if count > len(devices):
+    sizes, count = axis_sizes(text), device_count(text)
+    devices = jax.devices() if devices is None else devices
+    if count == 1 and jax.process_count() == 1:
+        devices = devices[:1]
+    if count != len(devices):
+        product = " x ".join(map(str, sizes.values()))
         raise UsageError(
-            f"--mesh {text} needs {count} devices and there are {len(devices)} "
-            f"({devices[0].device_kind}); lower it"
+            f"--mesh {text} needs {count} devices and there are {len(devices)} ({devices[0].device_kind}); "
+            f"give {' x '.join(sizes)} = {len(devices)} in place of {product}"
         )
-    types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices[:count])
+    # Not `jax.make_mesh`, which refuses sizes that are no product of a TPU topology's.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, tuple(sizes), (jax.sharding.AxisType.Auto,) * len(sizes))
 
 
 def on_every_device(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -46,5 +70,37 @@ def on_every_device(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 
 def over_data(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    """Returns where a batch (B, S) goes: rows cut over the devices."""
-    return jax.sharding.NamedSharding(mesh, jax.P("data"))
+    """Returns where a batch (B, S) goes: rows cut over `data` and `fsdp`, the same on all of `tensor`."""
+    return jax.sharding.NamedSharding(mesh, jax.P(ROWS))
+
+
+def ways(mesh: jax.sharding.Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Returns into how many parts these axes of the mesh cut."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def constrained(x: jax.Array, mesh: jax.sharding.Mesh, *cuts: str | tuple[str, ...] | None) -> jax.Array:
+    """Tells the compiler over which mesh axes each axis of `x` is cut.
+
+    An axis that its devices do not divide stays whole, as the one row of a sample does.
+    """
+    if mesh.size == 1:
+        return x
+    spec = jax.P(*(None if size % ways(mesh, cut) else cut for size, cut in zip(x.shape, cuts, strict=True)))
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def batch_share(mesh: jax.sharding.Mesh, batch: int) -> tuple[int, int]:
+    """Returns which part of a batch's rows this process's devices hold, and of how many parts.
+
+    Processes whose devices differ along `tensor` alone hold the same part. Where parts overlap, every
+    process has the whole batch.
+    """
+    held: dict[int, set[int]] = {}
+    for device, (rows, _) in over_data(mesh).devices_indices_map((batch, 1)).items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(batch)))
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != batch or len(set(map(len, parts))) != 1:
+        return 0, 1
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from examples.llama.config import LlamaConfig
 from examples.llama.loss import chunked_cross_entropy, num_chunks
+from examples.llama.mesh import ROWS, constrained, ways
 
 Params = dict[str, Any]  # Nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
 
@@ -37,6 +38,16 @@ class Execution:
     compute_dtype: str = "float32"
     attention: str = "auto"
     """xla, cudnn, or auto: cudnn where its flash attention takes the dtype, the heads and the GPU."""
+    mesh: jax.sharding.Mesh | None = None
+    """What activations are cut over; None leaves that to the compiler."""
+
+    def cut(self, x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+        """Cuts an activation over the mesh, an entry for each of its axes."""
+        return x if self.mesh is None else constrained(x, self.mesh, *axes)
+
+    def on_a_device(self, size: int, axes: str | tuple[str, ...]) -> int:
+        """Returns the part of an axis that a device has of one that is cut so."""
+        return size if self.mesh is None else -(-size // ways(self.mesh, axes))
 
     def attention_implementation(self, head_size: int) -> Any:
         if self.attention != "auto":
@@ -46,7 +57,7 @@ class Execution:
 
 
 def cudnn_has_flash_attention() -> bool:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
     return float(device.compute_capability) >= 8.0  # Ampere.
@@ -124,7 +135,8 @@ class Attention(nnx.Module):
         frequency_h, position_T = rotary_frequencies(self.config), jnp.arange(T)
 
         def heads(y_BxTxE: jax.Array) -> jax.Array:
-            return y_BxTxE.reshape(B, T, -1, self.config.head_size)
+            y_BxTxNxH = y_BxTxE.reshape(B, T, -1, self.config.head_size)
+            return self.execution.cut(y_BxTxNxH, ROWS, None, "tensor", None)
 
         q_BxTxNxH = rotary(heads(self.q_proj(x_BxTxD)), position_T, frequency_h)
         k_BxTxKxH = rotary(heads(self.k_proj(x_BxTxD)), position_T, frequency_h)
@@ -143,29 +155,34 @@ class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        self.execution = execution
         D, F = config.hidden_size, config.intermediate_size
         self.gate_proj = linear(config, execution, D, F, rngs)
         self.up_proj = linear(config, execution, D, F, rngs)
         self.down_proj = linear(config, execution, F, D, rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD))
+        hidden_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD)
+        return self.down_proj(self.execution.cut(hidden_BxTxF, ROWS, None, "tensor"))
 
 
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        self.execution = execution
         self.attention_norm = rms_norm(config, execution, rngs)
         self.attention = Attention(config, execution, rngs=rngs)
         self.mlp_norm = rms_norm(config, execution, rngs)
         self.mlp = Mlp(config, execution, rngs=rngs)
 
     def attend(self, x_BxTxD: jax.Array) -> jax.Array:
-        return x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+        return self.execution.cut(x_BxTxD, ROWS, None, None)
 
     def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
-        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+        x_BxTxD = x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+        return self.execution.cut(x_BxTxD, ROWS, None, None)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         return self.feed_forward(self.attend(x_BxTxD))
@@ -220,7 +237,14 @@ class Llama(nnx.Module):
             # The scan already keeps XLA from merging the recomputation with the forward pass.
             apply_block = nnx.remat(apply_block, prevent_cse=False, policy=policy)
         scan = nnx.scan(apply_block, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        return self.final_norm(scan(self.embed(tokens_BxT), self.layers))
+        return self.final_norm(scan(self.embedded(tokens_BxT), self.layers))
+
+    def embedded(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Returns what the first layer is applied to: (B, T, D) in the compute dtype."""
+        # Rows of the table come from where they are, so only its other axis is brought together.
+        table_VxD = self.execution.cut(self.embed.embedding[...], "tensor", None)
+        x_BxTxD = jnp.take(table_VxD.astype(self.execution.compute_dtype), tokens_BxT, axis=0)
+        return self.execution.cut(x_BxTxD, ROWS, None, None)
 
     def head(self) -> jax.Array:
         """Returns the output head: (D, V) in the parameters' dtype."""
@@ -286,12 +310,17 @@ def next_token_loss(graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: j
         A float32 scalar.
     """
     model = nnx.merge(graphdef, params)
-    return cross_entropy(model.hidden(tokens_BxS[:, :-1]), model.head(), tokens_BxS)
+    return cross_entropy(model.execution, model.hidden(tokens_BxS[:, :-1]), model.head(), tokens_BxS)
 
 
-def cross_entropy(x_BxTxD: jax.Array, head_DxV: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
+def cross_entropy(
+    execution: Execution, x_BxTxD: jax.Array, head_DxV: jax.Array, tokens_BxS: jax.Array
+) -> jax.Array:
     B, T, _ = x_BxTxD.shape
-    chunks = num_chunks(B, T, head_DxV.shape[1])
+    # Of the logits that a device has: each chunk ends in a sum of the head's gradient over the devices.
+    chunks = num_chunks(execution.on_a_device(B, ROWS), T, execution.on_a_device(head_DxV.shape[1], "tensor"))
+    x_BxTxD = execution.cut(x_BxTxD, ROWS, None, None)
+    head_DxV = execution.cut(head_DxV, None, "tensor")
     return chunked_cross_entropy(x_BxTxD, head_DxV, tokens_BxS[:, 1:], chunks)
 
 
@@ -321,7 +350,7 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
     block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, execution, rngs=nnx.Rngs(0))))
 
     def embed(params: Params, tokens_BxS: jax.Array) -> jax.Array:
-        return nnx.merge(ends, params).embed(tokens_BxS[:, :-1])
+        return nnx.merge(ends, params).embedded(tokens_BxS[:, :-1])
 
     def layer(params: Params, x_BxTxD: jax.Array, *_: Any) -> jax.Array:
         x_BxTxD = nnx.merge(block, params).attend(x_BxTxD)
@@ -334,7 +363,7 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
 
     def head(params: Params, x_BxTxD: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
         model = nnx.merge(ends, params)
-        return cross_entropy(model.final_norm(x_BxTxD), model.head(), tokens_BxS)
+        return cross_entropy(execution, model.final_norm(x_BxTxD), model.head(), tokens_BxS)
 
     def logits(params: Params, x: jax.Array) -> jax.Array:
         model = nnx.merge(ends, params)

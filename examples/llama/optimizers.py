@@ -155,6 +155,14 @@ def sgd(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformatio
     return with_adam_for_the_rest(optax.identity(), options, config)
 
 
+def dimension_numbers(options: RunOptions) -> Callable[[Any], Any]:
+    """Returns which axes of the parameters are matrices to APOLLO."""
+    rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2))]
+    if options.embeddings == "apollo":
+        rules += [(name, apollo_optax.ApolloDimensionNumbers(0, 1)) for name in (EMBEDDING, HEAD)]
+    return apollo_optax.dimension_numbers_by_path(rules)
+
+
 def apollo(
     options: RunOptions,
     config: LlamaConfig,
@@ -164,9 +172,6 @@ def apollo(
 ) -> optax.GradientTransformation:
     assert options.rank is not None
     assert options.scale is not None
-    rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2))]
-    if options.embeddings == "apollo":
-        rules += [(name, apollo_optax.ApolloDimensionNumbers(0, 1)) for name in (EMBEDDING, HEAD)]
     return apollo_optax.scale_by_apollo(
         options.rank,
         scale_type=scale_type,
@@ -175,7 +180,7 @@ def apollo(
         scale_front=config.hidden_size <= 768,
         projection=projection,
         key=options.seed,
-        weight_dimension_numbers=apollo_optax.dimension_numbers_by_path(rules),
+        weight_dimension_numbers=dimension_numbers(options),
         moment_dtype=options.moment_dtype,
     )
 

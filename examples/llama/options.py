@@ -1,11 +1,13 @@
 """What a user can set; the classes are the command lines, their docstrings the help."""
 
 import dataclasses
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-from examples.llama.mesh import axis_sizes
+from examples.llama.mesh import row_cuts
 from examples.llama.model import REMAT_POLICIES
 from examples.llama.usage import UsageError, unknown_name
 
@@ -74,7 +76,8 @@ class TrainingOptions(TextOptions):
     """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to start from, instead
     of --model and random weights."""
     mesh: str = "data=1"
-    """data=N: cut each batch over the first N devices."""
+    """The devices, as data=2,fsdp=2,tensor=2: data and fsdp cut each batch, fsdp the weights' hidden size,
+    tensor their heads and columns. The sizes must multiply to the number of devices; those left out are 1."""
     steps: int = 800
     """Training steps; the first tenth warms the learning rates up."""
     batch: int = 8
@@ -145,11 +148,11 @@ class TrainingOptions(TextOptions):
             raise UsageError(
                 f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}; change one"
             )
-        rows, devices = self.batch // self.accumulate, axis_sizes(self.mesh)["data"]
-        if rows % devices:
+        rows, cuts = self.batch // self.accumulate, row_cuts(self.mesh)
+        if rows % cuts:
             raise UsageError(
                 f"--batch {self.batch} in --accumulate {self.accumulate} micro-batches is {rows} sequences, "
-                f"not a multiple of --mesh {self.mesh}; change one"
+                f"not a multiple of the {cuts} that data and fsdp of --mesh {self.mesh} make; change one"
             )
         if self.model and self.init_from:
             raise UsageError(
@@ -220,7 +223,37 @@ class TrainingOptions(TextOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions(TrainingOptions):
+class ProcessOptions:
+    """Which of several processes this is; the same run on another number of them is the same run."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 of several meets the others. Under Slurm, Open MPI, GKE and on TPU pods
+    these three are found out."""
+    processes: int | None = None
+    """How many processes there are; 1: run alone, whatever the cluster says."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+    def check_processes(self) -> None:
+        given = (self.coordinator, self.processes, self.process_id)
+        if given in ((None, None, None), (None, 1, None)):
+            return
+        if self.coordinator is None or self.processes is None or self.process_id is None:
+            raise UsageError(
+                f"--coordinator {self.coordinator}, --processes {self.processes} and --process-id "
+                f"{self.process_id} go together; give all three, or --processes 1 alone"
+            )
+        if not re.fullmatch(r".+:\d+", self.coordinator):
+            raise UsageError(f"--coordinator {self.coordinator} is malformed; give HOST:PORT")
+        if not 0 <= self.process_id < self.processes:
+            raise UsageError(
+                f"--process-id {self.process_id} is out of range; give 0 to {self.processes - 1}, as "
+                f"--processes is {self.processes}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions(ProcessOptions, TrainingOptions):
     """One run: a model trained with one optimizer at one pair of learning rates."""
 
     optimizer: str = "apollo-mini"
@@ -230,8 +263,18 @@ class RunOptions(TrainingOptions):
     lr_embeddings: float | None = None
     """Peak learning rate of embeddings, head and norms; by default the optimizer's own."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_processes()
+
     def numbers(self) -> dict[str, float | None]:
-        return super().numbers() | {"--lr": self.lr, "--lr-embeddings": self.lr_embeddings}
+        more = {"--lr": self.lr, "--lr-embeddings": self.lr_embeddings, "--processes": self.processes}
+        return super().numbers() | more
+
+    def as_run(self) -> dict[str, Any]:
+        """Returns the options that make the run what it is, on whichever process, as JSON."""
+        fields = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return {name: value for name, value in fields.items() if name not in PROCESS_FIELDS}
 
 
 def check_positive(flag: str, value: float) -> None:
@@ -262,6 +305,7 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [f"{name}: {before} -> {now}" for name, (before, now) in pairs.items() if before != now]
 
 
+PROCESS_FIELDS = frozenset(field.name for field in dataclasses.fields(ProcessOptions))
 Options = TypeVar("Options")
 
 

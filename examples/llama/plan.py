@@ -24,7 +24,7 @@ from rich.table import Table
 
 from examples.llama.build import model_config
 from examples.llama.config import LlamaConfig, param_count
-from examples.llama.mesh import axis_sizes
+from examples.llama.mesh import device_count, row_cuts
 from examples.llama.optimizers import RECIPES, unused, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.target import LOCAL, Compiler, CompilerError, Memory, check_target
@@ -95,7 +95,7 @@ def bytes_in(flag: str, text: str) -> int:
 
 def smallest_batch(options: RunOptions) -> int:
     """Returns of what the batch must be a multiple."""
-    return axis_sizes(options.mesh)["data"] * max(1, options.accumulate)
+    return row_cuts(options.mesh) * max(1, options.accumulate)
 
 
 class Row(NamedTuple):
@@ -394,7 +394,7 @@ def report(options: PlanOptions, console: Console) -> None:
     check_target(options.target)
     config = model_config(options)
     rows = []
-    with Compiler(options.target, axis_sizes(options.mesh)["data"]) as compiler:
+    with Compiler(options.target, device_count(options.mesh)) as compiler:
         for row in plan(options, with_progress(compiler, Console(stderr=True))):
             rows.append(row)
             if options.json:

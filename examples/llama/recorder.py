@@ -14,9 +14,8 @@ from tqdm import tqdm
 from examples.llama import flops
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
-from examples.llama.mesh import make_mesh
 from examples.llama.options import RunOptions
-from examples.llama.run_log import Row, RunLog
+from examples.llama.run_log import NoLog, Row, RunLog
 from examples.llama.train import StepMetrics
 from examples.llama.usage import UsageError, notice
 
@@ -39,13 +38,14 @@ class Recorder:
         self,
         options: RunOptions,
         config: LlamaConfig,
+        mesh: jax.sharding.Mesh,
         schedule: optax.Schedule,
-        log: RunLog,
+        log: RunLog | NoLog,
         bar: "tqdm[Any]",
     ) -> None:
         self._options = options
         self._config = config
-        self._devices = list(make_mesh(options.mesh).devices.flat)
+        self._mesh = mesh
         self._tokens = options.batch * options.seq
         # Many at once: computing one a step would wait for the device.
         self._lrs = functools.lru_cache(maxsize=1)(
@@ -119,7 +119,11 @@ class Recorder:
     def _mfu(self, tokens_per_s: float) -> float | None:
         assert self._options.compute_dtype is not None
         return flops.mfu(
-            tokens_per_s, self._config, self._options.seq, self._devices, self._options.compute_dtype
+            tokens_per_s,
+            self._config,
+            self._options.seq,
+            list(self._mesh.devices.flat),
+            self._options.compute_dtype,
         )
 
     def _check(self, loss: float, grad_norm: float, step: int) -> None:
@@ -153,7 +157,7 @@ class Recorder:
         parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
-        if stats := self._devices[0].memory_stats():  # None on a CPU.
+        if stats := self._mesh.local_devices[0].memory_stats():  # None on a CPU.
             parts.append(f"{stats['peak_bytes_in_use'] / 1e9:.1f} GB")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update()

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -125,6 +125,24 @@ class RunLog:
     def sync(self) -> None:
         """Returns when the metrics are on disk, so that no checkpoint is ahead of them."""
         os.fsync(self._file.fileno())
+
+
+class NoLog:
+    """What the processes beside the first write: nothing."""
+
+    rows_before: Sequence[Row] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, row: Row) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
 
 
 def set_aside(path: Path) -> Path:

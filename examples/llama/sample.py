@@ -1,5 +1,6 @@
 """A short text from the model, to look at while it trains."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import tokenizers
 
 from apollo_optax import layerwise_apply
+from examples.llama.mesh import on_every_device
 from examples.llama.model import Params, Pieces
 
 LENGTH = 64  # Tokens.
@@ -15,7 +17,7 @@ TEMPERATURE = 0.8
 
 
 def make_sampler(
-    pieces: Pieces, tokenizer: tokenizers.Tokenizer, end_id: int, *, seed: int
+    pieces: Pieces, tokenizer: tokenizers.Tokenizer, end_id: int, *, seed: int, mesh: jax.sharding.Mesh
 ) -> Callable[[Params, int], str]:
     """Returns a function of the parameters and the step: a text that begins a new document.
 
@@ -23,7 +25,7 @@ def make_sampler(
     """
     known = tokenizer.get_vocab_size()  # The model's vocabulary may be larger.
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=on_every_device(mesh))
     def sampled_tokens(params: Params, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), step)
 

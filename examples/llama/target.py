@@ -27,7 +27,7 @@ from jax.experimental import topologies
 
 from examples.llama import build
 from examples.llama.config import LlamaConfig
-from examples.llama.mesh import make_mesh, on_every_device, over_data
+from examples.llama.mesh import device_count, on_every_device, over_data
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
 from examples.llama.usage import UsageError, first_line
@@ -113,15 +113,15 @@ def devices_of(target: str) -> Sequence[Any]:
         raise UsageError(f"--target {target} is not there ({first_line(error)}); {remedy}") from error
 
 
-def mesh_on(options: RunOptions, target: str) -> jax.sharding.Mesh:
-    devices = devices_of(target)
-    mesh = make_mesh(options.mesh, devices)
-    if target not in LOCAL and mesh.size != len(devices):
+def mesh_on(options: RunOptions, config: LlamaConfig, target: str) -> jax.sharding.Mesh:
+    devices, count = devices_of(target), device_count(options.mesh)
+    if target not in LOCAL and count != len(devices):
         raise UsageError(
-            f"--mesh {options.mesh} is {mesh.size} of the {len(devices)} devices of --target {target}; "
-            f"use all, or give a smaller topology"
+            f"--mesh {options.mesh} is {count} of the {len(devices)} devices of --target {target}; "
+            f"use all, or give another topology"
         )
-    return mesh
+    # A CPU shows as many devices as it is asked for.
+    return build.mesh_of(options, config, devices[:count] if target == "cpu" else devices)
 
 
 def larger_target(devices: int) -> str:
@@ -146,7 +146,7 @@ def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory
     if target in LOCAL:
         build.check_offload(options)
     config = build.model_config(options)
-    mesh = mesh_on(options, target)
+    mesh = mesh_on(options, config, target)
     try:
         return compiled_memory(options, config, mesh, target)
     except jax.errors.JaxRuntimeError as error:
@@ -155,7 +155,7 @@ def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory
     larger = larger_target(mesh.size)
     if exact and larger != target:
         try:
-            memory = compiled_memory(options, config, mesh_on(options, larger), larger)
+            memory = compiled_memory(options, config, mesh_on(options, config, larger), larger)
         except jax.errors.JaxRuntimeError as error:
             refused_bytes(error)
     kind = mesh.devices.flat[0].device_kind
@@ -177,7 +177,7 @@ def binary_bytes(number: str, unit: str) -> int:
 def compiled_memory(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, target: str) -> Memory:
     """Returns the memory of the step that `pretrain` runs, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
-    step: Any = build.training_step(options, config, tx)  # A function, of which jit makes more.
+    step: Any = build.training_step(options, config, tx, mesh)  # A function, of which jit makes more.
     tokens = (options.batch, options.seq + 1)
     compiled = step.lower(
         build.abstract_state(options, config, tx, mesh),

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ def make_train_step(
     accumulate: int = 1,
     skip_nonfinite: bool = False,
     rounding_seed: int | None = None,
+    out_shardings: Any = None,
 ) -> TrainStep:
     """Returns the compiled step.
 
@@ -53,11 +54,12 @@ def make_train_step(
         accumulate: into how many micro-batches the batch is cut, one after the other; must divide B.
         skip_nonfinite: leave the state as it is where the loss or a gradient is not finite.
         rounding_seed: round bfloat16 parameters stochastically, with keys of this seed; None: to nearest.
+        out_shardings: of the state and the metrics, as `jax.jit` takes them; by default the compiler's.
     """
     loss_and_grads = jax.value_and_grad(functools.partial(next_token_loss, graphdef))
 
     # The new state takes over the memory of the old one.
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
         state: TrainState, tokens_BxS: jax.Array, step: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
@@ -89,6 +91,7 @@ def make_layerwise_train_step(
     *,
     offload_inputs: bool = False,
     rounding_seed: int | None = None,
+    out_shardings: Any = None,
 ) -> TrainStep:
     """Returns the compiled step that updates each layer as soon as it has its gradient.
 
@@ -97,10 +100,11 @@ def make_layerwise_train_step(
         tx: an optimizer that treats the layers of a leaf separately.
         offload_inputs: keep the layers' inputs in host memory from the forward to the backward walk.
         rounding_seed: as in `make_train_step`; int8 parameters need it.
+        out_shardings: as there.
     """
     update = layerwise_step(pieces.embed, pieces.layer, pieces.head, tx, offload_inputs=offload_inputs)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
         state: TrainState, tokens_BxS: jax.Array, step: jax.Array
     ) -> tuple[TrainState, StepMetrics]:

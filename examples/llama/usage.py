@@ -13,6 +13,10 @@ class UsageError(Exception):
     """A bad input, or a run that cannot go on: one line that names the value and the remedy."""
 
 
+class OtherProcessError(Exception):
+    """What failed on another process of the run, which says so too."""
+
+
 class RunInterrupted(Exception):  # noqa: N818 (it is no error)
     """A run that was asked to stop, and did; the message says where it can be continued from."""
 
@@ -37,9 +41,15 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
+def is_first() -> bool:
+    """Whether this is process 0 of a run, or all of it; does not make JAX look for devices."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def notice(text: str) -> None:
-    """Writes a line to stderr, above the progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """Writes a line to stderr, above the progress bar if there is one; process 0's stands for all."""
+    if is_first():
+        tqdm.write(text, file=sys.stderr)
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -51,7 +61,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 def explained(error: Exception) -> str | None:
     """Returns what to say of an error, or None for one that is not the user's to mend."""
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | OtherProcessError):
         return str(error)
     if isinstance(error, OSError):
         if disk_is_full(error):
@@ -73,7 +83,8 @@ def exit_on_usage_error(command: Callable[[], object]) -> None:
     try:
         command()
     except RunInterrupted as interruption:
-        print(interruption)
+        if interruption.status or is_first():
+            print(interruption)
         if interruption.status:
             sys.exit(interruption.status)
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ on the device. Both are filled a layer at a time, since the whole stack in bfloa
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,15 @@ import numpy as np
 
 import apollo_optax
 from apollo_optax import QuantizedArray
-from examples.llama.mesh import on_every_device
+from examples.llama.mesh import ways
 from examples.llama.model import Params
 from examples.llama.optimizers import KERNELS, path_name
+from examples.llama.partition import spec_of
+
+
+def on_mesh(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Returns what every process has in full as an array of which each device has its part."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +57,41 @@ class Storage:
 
     def placed(self, params: Params) -> Params:
         """Gives abstract parameters, as `stored` returns them, the shardings of what they stand for."""
-        on_device = on_every_device(self.mesh)
-        in_memory = on_device.with_memory_kind("pinned_host") if self.offload else on_device
 
-        def place(x: Any, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+        def place(x: Any, spec: jax.P, *, in_memory: bool = False) -> jax.ShapeDtypeStruct:
+            kind = "pinned_host" if in_memory and self.offload else None
+            sharding = jax.sharding.NamedSharding(self.mesh, spec, memory_kind=kind)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         def place_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+            name = path_name(path)
             if isinstance(leaf, QuantizedArray):
+                layers, groups, columns = spec = self._group_spec(leaf, spec_of(name))
                 # Zero points stay: of their layers, a TPU can fetch those only whose groups are fours.
                 return dataclasses.replace(
                     leaf,
-                    qvalue=place(leaf.qvalue, in_memory),
-                    scale=place(leaf.scale, in_memory),
-                    zero_point=place(leaf.zero_point, on_device),
+                    qvalue=place(leaf.qvalue, jax.P(layers, groups, None, None, columns), in_memory=True),
+                    scale=place(leaf.scale, spec, in_memory=True),
+                    zero_point=place(leaf.zero_point, spec),
                 )
-            return place(leaf, in_memory if re.search(KERNELS, path_name(path)) else on_device)
+            return place(leaf, spec_of(name), in_memory=bool(re.search(KERNELS, name)))
 
         return jax.tree_util.tree_map_with_path(
             place_leaf, params, is_leaf=lambda x: isinstance(x, QuantizedArray)
         )
+
+    def _group_spec(self, kernel: QuantizedArray, spec: jax.P) -> jax.P:
+        """Returns how groups (L, groups, out) are cut where the kernel (L, in, out) is cut by `spec`.
+
+        A group has one scale and stays on one device. What would cut within groups cuts the outputs
+        instead, or nothing where it does not divide those.
+        """
+        layers, rows, columns = spec
+        _, groups, outputs = kernel.scale.shape
+        if groups % ways(self.mesh, rows) == 0:
+            return spec
+        both = (columns, rows)
+        return jax.P(layers, None, columns if outputs % ways(self.mesh, both) else both)
 
     def abstract(self, shapes: Params) -> Params:
         """Returns shapes, dtypes and shardings of what is kept for parameters of these shapes."""
@@ -82,16 +102,17 @@ class Storage:
 
         Args:
             shapes: all parameters, abstract, in the dtype in which they are computed with.
-            rest: those outside the layers.
+            rest: those outside the layers, in their places.
             layer: the parameters of a layer, by number, as a stack of one.
         """
         layers = self.abstract(shapes)["layers"]
-        stack = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), layers)
+        stack = jax.tree.map(lambda x: on_mesh(np.zeros(x.shape, x.dtype), x.sharding), layers)
+        shardings = jax.tree.map(lambda x: x.sharding, layers)
+        with_layer = jax.jit(self._with_layer, donate_argnums=0, out_shardings=shardings)
         for index in range(jax.tree.leaves(layers)[0].shape[0]):
-            stack = self._with_layer(stack, layer(index), np.int32(index))
-        return {**jax.device_put(rest, on_every_device(self.mesh)), "layers": stack}
+            stack = with_layer(stack, layer(index), np.int32(index))
+        return {**rest, "layers": stack}
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _with_layer(self, stack: Params, layer: Params, index: jax.Array) -> Params:
         def write(stack: jax.Array, row: jax.Array) -> jax.Array:
             row = jax.device_put(row, jax.typeof(stack).memory_space)

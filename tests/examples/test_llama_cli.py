@@ -479,7 +479,7 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
         (["--tokenizer", ""], "--tokenizer is empty"),
         (["--attention", "cudnn"], "--attention cudnn takes an NVIDIA GPU"),
         (["--optimizer", "lion", "--rank", "8"], "--rank 8 means nothing to --optimizer lion; leave it out"),
-        (["--mesh", "rows=2"], "--mesh 'rows' is unknown; choose one of: data"),
+        (["--mesh", "rows=2"], "--mesh 'rows' is unknown; choose one of: fsdp, tensor, data"),
         (["--mesh", "data=two"], "--mesh data=two is malformed"),
         (["--model", "tiny", "--init-from", "x"], "--model tiny and --init-from x both give the model"),
         (["--init-from", "nowhere"], "nowhere/config.json is not there; give a folder"),

@@ -92,10 +92,10 @@ def test_the_memory_is_that_of_the_step_that_is_run(
     run = run_of(small, **changes)
     planned = target.memory_of(run, "cpu")
     tx, _ = make_optimizer(run, small)
-    mesh = make_mesh(run.mesh)
+    mesh = target.mesh_on(run, small, "cpu")
     state = build.initial_state(run, small, tx, mesh)
     tokens = np.zeros((run.batch, run.seq + 1), np.int32)
-    step: Any = build.training_step(run, small, tx)
+    step: Any = build.training_step(run, small, tx, mesh)
     sizes = (
         step.lower(state, jax.device_put(tokens, over_data(mesh)), np.int32(1)).compile().memory_analysis()
     )
@@ -304,7 +304,7 @@ def test_a_program_that_is_refused_has_its_row(
         return compiled(options, config, mesh, name)
 
     monkeypatch.setattr(target, "compiled_memory", refusing)
-    monkeypatch.setattr(target, "mesh_on", lambda options, name: make_mesh(options.mesh))
+    monkeypatch.setattr(target, "mesh_on", lambda options, config, name: make_mesh(options.mesh))
     monkeypatch.setattr(plan, "check_target", lambda name: None)
     monkeypatch.setattr(plan, "versions", lambda name: {})
     args = ["--target", "v5e:1x1"]

@@ -87,8 +87,9 @@ def run_options(**settings: Any) -> tuple[RunOptions, LlamaConfig, optax.Gradien
 
 def stepped(options: RunOptions, config: LlamaConfig, tx: Any, steps: int = 4) -> Any:
     """The state after some steps, and the losses."""
-    state = build.initial_state(options, config, tx, make_mesh("data=1"))
-    step = build.training_step(options, config, tx)
+    mesh = make_mesh("data=1")
+    state = build.initial_state(options, config, tx, mesh)
+    step = build.training_step(options, config, tx, mesh)
     seen = []
     for number in range(1, steps + 1):
         tokens = jax.random.randint(jax.random.key(number), (2, 17), 0, config.vocab_size)

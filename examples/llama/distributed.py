@@ -1,0 +1,165 @@
+"""Several processes that train one model: how they meet, agree and end.
+
+Each runs the same program with the same options on devices of its own. The first, process 0, writes the
+run's files and says what there is to say. Where there is one process, all of this does nothing.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from examples.llama.options import ProcessOptions
+from examples.llama.usage import OtherProcessError, UsageError, explained, first_line, is_first
+
+# A process that gave no sign of life for so long is dead, and JAX ends the others. Its threads give them
+# however busy Python is.
+HEARTBEAT_SECONDS = 30
+SHUTDOWN_SECONDS = 30  # For which one that ends waits for the others.
+
+
+def start(options: ProcessOptions) -> None:
+    """Meets the other processes, as the options or the cluster say; to be called before JAX is used.
+
+    Alone where neither says anything.
+
+    Raises:
+        UsageError: where the others are not met.
+    """
+    if options.processes == 1:
+        return
+    by_flags = options.coordinator is not None
+    try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.processes,
+            options.process_id,
+            # Slurm's plan of a device a process is not that of who gives the flags.
+            cluster_detection_method="deactivate" if by_flags else None,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except ValueError as error:
+        if by_flags or "coordinator_address" not in str(error):
+            raise
+        # What it says where it finds no cluster.
+    except RuntimeError as error:
+        raise UsageError(
+            f"the other processes were not met at {options.coordinator or 'the place the cluster names'} "
+            f"({first_line(error)}); start all of them within five minutes, with a HOST:PORT that is process "
+            "0's and free, or give --processes 1"
+        ) from error
+
+
+def exchange(text: str) -> list[str]:
+    """Returns what each of the processes gives, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.pad(data, (0, max(1, sizes.max()) - data.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def check_same(ours: Mapping[str, Any], what: str) -> None:
+    """Raises `UsageError` on every process where they do not all give the same."""
+    first, *others = map(json.loads, exchange(json.dumps(ours)))
+    for process, other in enumerate(others, start=1):
+        differing = [name for name in first | other if first.get(name) != other.get(name)]
+        if differing:
+            values = "; ".join(
+                f"{name} is {first.get(name)} on process 0 and {other.get(name)} on process {process}"
+                for name in differing
+            )
+            raise UsageError(f"the processes have different {what}: {values}; give all of them the same")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Fails on every process where it fails on one; for what is no computation of all of them."""
+    error = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    said = "" if error is None else explained(error) or f"{type(error).__name__}: {first_line(error)}"
+    failed = {process: other for process, other in enumerate(exchange(said)) if other}
+    if error is not None:
+        raise error
+    for process, other in failed.items():
+        raise OtherProcessError(f"process {process} failed: {other}")
+
+
+def from_first(compute: Callable[[], Any]) -> Any:
+    """Returns what `compute` returns on the first process, where alone it is called, as JSON has it."""
+    value = None
+    with together():
+        if is_first():
+            value = compute()
+    return json.loads(exchange(json.dumps(value))[0])
+
+
+class Vote:
+    """Lets all processes know at the same step that one of them has been asked to stop.
+
+    A vote is counted on the devices and read at the next one, so that no device waits for a host.
+    """
+
+    def __init__(self) -> None:
+        self._running: jax.Array | None = None
+        if jax.process_count() > 1:
+            mesh = jax.make_mesh((jax.device_count(),), ("all",), (jax.sharding.AxisType.Auto,))
+            self._cut = jax.sharding.NamedSharding(mesh, jax.P("all"))
+            self._highest = jax.jit(jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
+
+    def highest(self, number: int) -> int:
+        """Returns the highest number that a process gave at the call before; of one process, `number`."""
+        if jax.process_count() == 1:
+            return number
+        before, shape = self._running, (jax.device_count(),)
+        votes = jax.make_array_from_callback(shape, self._cut, lambda _: np.full(1, number, np.int32))
+        self._running = self._highest(votes)
+        return 0 if before is None else int(before)
+
+
+@contextlib.contextmanager
+def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
+    """Ends one of several processes where it fails alone: with status 2 for an error to mend, else 1.
+
+    An ordinary end waits for the others, which wait for this one in the middle of a step. They end when they
+    miss it.
+
+    Args:
+        agreed: errors that all processes raise at the same step.
+    """
+    try:
+        yield
+    except agreed:
+        raise
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        line = explained(error)
+        if line is None and isinstance(error, jax.errors.JaxRuntimeError):
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, as when "
+                f"another has ended ({first_line(error)}); see what that one says, and start all again with "
+                "--resume auto",
+                file=sys.stderr,
+            )
+        elif line is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {line}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if line is None else 2)

@@ -1,0 +1,228 @@
+"""LLaMA on meshes of one process: the numbers, the places and the checkpoints are those of one device."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from examples.llama import build, partition
+from examples.llama.checkpoint import Checkpoints
+from examples.llama.config import PRESETS, LlamaConfig
+from examples.llama.evaluate import make_evaluator
+from examples.llama.mesh import batch_share, make_mesh, over_data
+from examples.llama.model import pieces_of
+from examples.llama.optimizers import RECIPES, make_optimizer, path_name, with_defaults
+from examples.llama.options import RunOptions
+from examples.llama.train import TrainState
+from examples.llama.usage import UsageError
+
+STEPS = 20
+MESHES = ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"]
+# Eight heads, and sizes that eight devices divide.
+WIDE = LlamaConfig(384, 64, 48, 8, 2, max_seq_len=128)
+INT8 = {"weights": "int8", "layerwise": True, "compute_dtype": "float32"}
+
+Run = tuple[RunOptions, LlamaConfig, optax.GradientTransformation, jax.sharding.Mesh]
+
+
+@pytest.fixture(autouse=True)
+def tiny_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", WIDE)
+
+
+def run_of(mesh: str, devices: int = 8, **settings: Any) -> Run:
+    options = RunOptions(
+        out=Path("nowhere"), **{"batch": 8, "seq": 16, "steps": STEPS, "mesh": mesh, **settings}
+    )
+    config = build.model_config(options)
+    options = with_defaults(options, config)
+    mesh_of_run = build.mesh_of(options, config, jax.devices()[:devices])
+    return options, config, make_optimizer(options, config)[0], mesh_of_run
+
+
+def trained(run: Run, steps: int = STEPS) -> tuple[TrainState, list[float]]:
+    """The state after some steps, and the losses."""
+    options, _, _, mesh = run
+    state, step = build.initial_state(*run), build.training_step(*run)
+    losses = []
+    for number in range(1, steps + 1):
+        # Of a few of the tokens, which is soon learnt.
+        rows = np.random.default_rng(number).integers(0, 16, (options.batch, 17), np.int32)
+        state, metrics = step(state, jax.device_put(rows, over_data(mesh)), number)
+        losses.append(float(metrics.loss))
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> list[float]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", WIDE)
+        return trained(run_of("data=1", optimizer="apollo"))[1]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) -> None:
+    run = run_of(mesh, optimizer="apollo")
+    state, losses = trained(run)
+    assert on_one_device[-1] < on_one_device[0] - 1  # It learns, so the losses tell the states apart.
+    np.testing.assert_allclose(losses, on_one_device, rtol=1e-5)
+    for leaf, expected in zip(
+        jax.tree.leaves(state), jax.tree.leaves(build.abstract_state(*run)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [INT8, {"layerwise": True, "optimizer": "muon"}, {"optimizer": "lion", "accumulate": 2, "batch": 16}],
+    ids=["int8", "layer-wise", "micro-batches"],
+)
+def test_other_steps_on_a_mesh(settings: dict[str, Any]) -> None:
+    mesh = "data=2,fsdp=2,tensor=2"
+    (_, expected), (state, losses) = (trained(run_of(mesh, **settings), 6) for mesh in ("data=1", mesh))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert expected[-1] < expected[0] - 0.1
+    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert on_device < 0.35 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "apollo"}, INT8], ids=["float32", "int8"])
+def test_checkpoints_move_between_meshes_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of eight devices, of four and of one, and cut along other axes."""
+    before, _ = trained(run_of("fsdp=8", **settings), steps=1)
+    saved = before
+    for number, (mesh, devices) in enumerate(
+        [("data=2,fsdp=2", 4), ("data=1", 1), ("tensor=8", 8), ("fsdp=2,tensor=2", 4)], start=1
+    ):
+        with Checkpoints(tmp_path / str(number), keep=1, config={"corpus": ""}) as checkpoints:
+            checkpoints.save(number, saved, {})
+            checkpoints.wait()
+            restored = checkpoints.restore_newest(build.abstract_state(*run_of(mesh, devices, **settings)))
+        assert restored is not None
+        saved = restored.state
+        assert len(jax.tree.leaves(saved)[0].sharding.device_set) == devices
+        jax.tree.map(np.testing.assert_array_equal, saved, before)
+
+
+def test_evaluation_takes_batches_that_the_mesh_does_not_divide() -> None:
+    tokens = np.random.default_rng(0).integers(0, WIDE.vocab_size, (2, 3, 17), np.int32)
+    losses = []
+    for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
+        run = run_of(mesh)
+        pieces = pieces_of(WIDE, build.execution_of(run[0], WIDE, run[3]))
+        losses.append(make_evaluator(pieces, tokens)(build.initial_params(run[0], WIDE, run[3])))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def shards(tree: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """By path, the shape and that of a device's part."""
+    return {
+        path_name(path): (leaf.shape, leaf.sharding.shard_shape(leaf.shape))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@pytest.mark.parametrize("optimizer", RECIPES)
+def test_state_is_cut_as_far_as_its_sizes_allow(optimizer: str) -> None:
+    """Of a model on 8 devices, parameters and all state of matrices are an eighth on each."""
+    run = run_of("fsdp=4,tensor=2", optimizer=optimizer)
+    state = build.abstract_state(*run)
+    assert all(
+        np.prod(part) * 8 == np.prod(shape)
+        for name, (shape, part) in shards(state.params).items()
+        if "norm" not in name
+    )
+    for name, (shape, part) in shards(state.opt_state).items():
+        # The library keeps a projection beside what it multiplies, along one side only.
+        if np.prod(shape) >= WIDE.num_layers * WIDE.hidden_size * 8 and "projection" not in name:
+            assert np.prod(part) * 8 == np.prod(shape), name
+
+
+def test_the_axis_of_layers_is_never_cut() -> None:
+    for offload in (None, "weights"):
+        run = run_of("fsdp=2,tensor=4", **INT8, offload=offload)
+        for name, (shape, part) in shards(build.abstract_state(*run).params["layers"]).items():
+            assert part[0] == shape[0] == WIDE.num_layers, name
+
+
+def test_groups_of_int8_stay_whole() -> None:
+    """Codes of a group are on the device that has their scale."""
+    config = dataclasses.replace(WIDE, hidden_size=512, intermediate_size=384)
+    for mesh in ("fsdp=8", "fsdp=4,tensor=2", "tensor=8"):
+        options = run_of(mesh, **INT8)[0]
+        on = build.mesh_of(options, config)
+        params = build.storage_of(options, on).abstract(
+            build.abstract_params(config, build.execution_of(options, config), on)
+        )
+        for name, (shape, part) in shards(params["layers"]).items():
+            if "qvalue" in name:
+                assert part[2:4] == shape[2:4], name
+                assert np.prod(part) * 8 == np.prod(shape), name
+        for kernel in params["layers"]["mlp"].values():
+            codes, scale = kernel["kernel"].qvalue.sharding.spec, kernel["kernel"].scale.sharding.spec
+            assert (codes[1], codes[4]) == (scale[1], scale[2])
+
+
+def test_every_parameter_has_a_rule() -> None:
+    for config in PRESETS.values():
+        shapes = build.abstract_params(config, build.Execution(), make_mesh("data=1", jax.devices()[:1]))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+            cut = [entry for entry in partition.spec_of(path_name(path)) if entry]
+            assert sorted(cut) == ([] if "norm" in path_name(path) else ["fsdp", "tensor"])
+            assert len(partition.spec_of(path_name(path))) in (0, leaf.ndim)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "message"),
+    [
+        (
+            "1b",
+            "fsdp=4,tensor=2",
+            "cuts the feed-forward size of --model 1b, 5461, over tensor=2, which ",
+        ),
+        (
+            "llama-2-70b",
+            "tensor=16",
+            "cuts the number of key and value heads of --model llama-2-70b, 8, ",
+        ),
+        (
+            "60m",
+            "tensor=3",
+            "cuts the number of heads of --model 60m, 8, over tensor=3, which does ",
+        ),
+        ("7b", "fsdp=3", "cuts the hidden size of --model 7b, 4096, over fsdp=3, which does not divide it; "),
+    ],
+)
+def test_a_size_that_an_axis_does_not_divide(model: str, mesh: str, message: str) -> None:
+    options = RunOptions(out=Path("nowhere"), model=model, mesh=mesh, batch=12)
+    with pytest.raises(UsageError) as error:
+        partition.check_sizes(options, build.model_config(options))
+    assert str(error.value).startswith(f"--mesh {mesh} {message}")
+    partition.check_sizes(
+        dataclasses.replace(options, mesh="data=4"), build.model_config(options)
+    )  # Which cuts none.
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=3", "--mesh data=3 needs 3 devices and there are 8 (cpu); give data x fsdp x tensor = 8 in "),
+        ("data=4,tensor=4", "--mesh data=4,tensor=4 needs 16 devices and there are 8 (cpu); give data x "),
+        ("fsdp=2,fsdp=4", "--mesh fsdp=2,fsdp=4 gives fsdp twice; give it once"),
+        ("fsdp=0", "--mesh fsdp=0 is malformed; give numbers above 0, as in data=2,fsdp=4"),
+        ("model=2", "--mesh 'model' is unknown; choose one of: "),
+    ],
+)
+def test_meshes_that_cannot_be(mesh: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make_mesh(mesh)
+    assert str(error.value).startswith(message)
+
+
+def test_a_process_alone_has_the_whole_batch() -> None:
+    for mesh in MESHES:
+        assert batch_share(make_mesh(mesh), 8) == (0, 1)
