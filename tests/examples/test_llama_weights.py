@@ -195,8 +195,9 @@ def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
     def rounded(seed: int, number: int) -> jax.Array:
         options, config, tx = run_options(weights="bfloat16", layerwise=layerwise)
         # Of one seed, so that only what is rounded with is another's.
-        state = build.initial_state(options, config, tx, make_mesh("data=1"))
-        step = build.training_step(dataclasses.replace(options, seed=seed), config, tx)
+        mesh = make_mesh("data=1")
+        state = build.initial_state(options, config, tx, mesh)
+        step = build.training_step(dataclasses.replace(options, seed=seed), config, tx, mesh)
         tokens = jax.random.randint(jax.random.key(0), (2, 17), 0, config.vocab_size)
         for _ in range(2):  # The rate of the first is 0.
             state, _ = step(state, tokens, number)
