@@ -91,6 +91,16 @@ class MatrixAxes:
     def contracted_size(self) -> int:
         return math.prod(self.contracted_shape)
 
+    def of_row(self) -> "MatrixAxes":
+        """The axes of one element of the first batch axis, a tensor without that axis."""
+        gone = self.batch[0]
+
+        def renumbered(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(axis - (axis > gone) for axis in axes if axis != gone)
+
+        shape = self.shape[:gone] + self.shape[gone + 1 :]
+        return MatrixAxes(shape, *map(renumbered, (self.batch, self.contracted, self.channel)))
+
     def clip_rank(self, rank: int) -> int:
         return min(rank, self.contracted_size)
 
@@ -103,28 +113,62 @@ class MatrixAxes:
         return (*self.batch_shape, self.clip_rank(rank), *self.contracted_shape)
 
     def project(self, projection: jax.Array, tensor: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """``R = P G``: ``(*batch, r, *contracted)`` and a tensor to ``(*batch, r, *channel)``."""
-        rank_axis = len(self.shape)
-        return jnp.einsum(
+        """``R = P G``: ``(*batch, r, *contracted)`` and a tensor to ``(*batch, r, *channel)``.
+
+        In the dtype of `projection`. A bfloat16 tensor is multiplied as it is, without a wider copy: with the
+        projection rounded to bfloat16, products exact, sums in float32. CPUs, no faster at that, multiply in
+        float32.
+        """
+        rank_axis = len(self.batch)
+        if projection.shape[rank_axis] == 1:
+            # As a sum it can be taken in the pass over the tensor that takes the norms.
+            row = self._spread(jnp.squeeze(projection, rank_axis), self.contracted)
+            sums = self._sum_contracted(row * tensor.astype(row.dtype))
+            projected = jnp.expand_dims(sums, rank_axis)
+            return projected if out_sharding is None else jax.sharding.reshard(projected, out_sharding)
+
+        def product(projection: jax.Array, tensor: jax.Array) -> jax.Array:
+            rank = len(self.shape)  # A name for the axis, which the tensor does not have.
+            return jnp.einsum(
+                projection,
+                (*self.batch, rank, *self.contracted),
+                tensor,
+                tuple(range(len(self.shape))),
+                (*self.batch, rank, *self.channel),
+                # Anything less multiplies float32 in bfloat16 on TPUs and in TF32 on GPUs.
+                precision=jax.lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+                out_sharding=out_sharding,
+            )
+
+        dtype = projection.dtype
+        if tensor.dtype != jnp.bfloat16:
+            return product(projection, tensor.astype(dtype))
+        return jax.lax.platform_dependent(
             projection,
-            (*self.batch, rank_axis, *self.contracted),
             tensor,
-            tuple(range(len(self.shape))),
-            (*self.batch, rank_axis, *self.channel),
-            # Anything less multiplies in bfloat16 on TPUs and in TF32 on GPUs.
-            precision=jax.lax.Precision.HIGHEST,
-            out_sharding=out_sharding,
+            cpu=lambda projection, tensor: product(projection, tensor.astype(dtype)),
+            default=lambda projection, tensor: product(projection.astype(tensor.dtype), tensor),
         )
 
     def channel_norms(self, tensor: jax.Array) -> jax.Array:
         """Euclidean norm of each channel of a tensor, ``(*batch, *channel)``."""
-        squares = jnp.sum(jnp.square(tensor), axis=self.contracted)
-        return jnp.sqrt(jnp.transpose(squares, _argsort(_argsort((*self.batch, *self.channel)))))
+        return jnp.sqrt(self._sum_contracted(jnp.square(tensor)))
 
     def spread(self, factors: jax.Array) -> jax.Array:
         """Factors ``(*batch, *channel)`` with size-1 axes added, to multiply the tensor with."""
-        in_place = jnp.transpose(factors, _argsort((*self.batch, *self.channel)))
-        return jnp.expand_dims(in_place, self.contracted)
+        return self._spread(factors, self.channel)
+
+    def _spread(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        """Values ``(*batch, *side)`` in the tensor's order of axes, size 1 on those of the other side."""
+        order = (*self.batch, *side)
+        other = tuple(axis for axis in range(len(self.shape)) if axis not in order)
+        return jnp.expand_dims(jnp.transpose(values, _argsort(order)), other)
+
+    def _sum_contracted(self, tensor: jax.Array) -> jax.Array:
+        """The sum of a tensor over its contracted side, ``(*batch, *channel)``."""
+        sums = jnp.sum(tensor, axis=self.contracted)
+        return jnp.transpose(sums, _argsort(_argsort((*self.batch, *self.channel))))
 
     def per_batch(self, values: jax.Array, ndim: int) -> jax.Array:
         """Values ``(*batch,)`` with size-1 axes appended up to `ndim` axes."""

@@ -20,7 +20,8 @@ from apollo_optax._dimension_numbers import MatrixAxes
 
 Shape = tuple[int, ...]
 Draw = Callable[[jax.Array, Shape], jax.Array]
-NAMES = ("random", "rademacher", "svd")
+DRAWN = ("random", "rademacher")
+NAMES = (*DRAWN, "svd")
 
 _SEED_IMPL = "threefry2x32"  # A seed means the same run whatever JAX's default generator.
 

@@ -32,10 +32,32 @@ from apollo_optax._dimension_numbers import (
 def of(leaf: Any) -> NamedSharding | None:
     """The sharding of an array, concrete, abstract or traced; None where there is none to know."""
     if isinstance(leaf, Tracer):
-        sharding = jax.typeof(leaf).sharding
-        return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+        return of_type(leaf)
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def of_type(array: jax.Array) -> NamedSharding | None:
+    """The sharding in an array's type; None under automatic sharding."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def shows_mesh(array: jax.Array) -> bool:
+    """Whether an array's type says that it is on a mesh of several devices, or names shardings."""
+    mesh = jax.typeof(array).sharding.mesh
+    return not mesh.empty and (mesh.size > 1 or AxisType.Explicit in mesh.axis_types)
+
+
+def is_on_one_device(array: jax.Array) -> bool:
+    """Whether an array is sure to be in one piece.
+
+    A type without a mesh is no proof: ``jit`` with ``in_shardings`` does not tell the types of what it is not
+    called with.
+    """
+    if jax.typeof(array).sharding.mesh.empty:
+        return jax.device_count() == 1
+    return not shows_mesh(array)
 
 
 def zeros(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None) -> jax.Array:
@@ -139,6 +161,11 @@ def channels(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding 
 def norms(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding | None:
     """For ``(*batch,)``."""
     return pick(sharding, axes.batch)
+
+
+def stacked(sharding: NamedSharding | None) -> NamedSharding | None:
+    """For several arrays along a new first axis."""
+    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
 def replicated(sharding: NamedSharding | None) -> NamedSharding | None:

@@ -8,6 +8,7 @@ low-rank projection of the gradient; they serve to scale the channels of the gra
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from apollo_optax import _check, _projection, _sharding, _tree
+from apollo_optax import _check, _projection, _schedule, _sharding, _tree
 from apollo_optax._dimension_numbers import (
     MatrixAxes,
     WeightDimensionNumbers,
@@ -285,21 +286,24 @@ def scale_by_apollo(
             correction=jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count),
             batch_index=jnp.asarray(batch_index),
         )
-        new_updates = []
+        new_updates, matrices = {}, {}
         for path, leaf in leaves.items():
             accumulator = _check.accumulator_dtype(path, leaf)
             gradient, matrix, old = jnp.asarray(leaf), axes[path], states[path]
             _check_leaf_state(path, leaf, old, matrix, rank)
             if matrix is None:
-                update, new = _update_adam_leaf(settings, gradient, old, count, accumulator)
+                new_updates[path], states[path] = _update_adam_leaf(
+                    settings, gradient, old, count, accumulator
+                )
             else:
                 _check.not_varying(path, leaf)
-                leaf_id = _projection.leaf_id(path)
-                update, new = _update_matrix_leaf(settings, gradient, old, leaf_id, step, matrix)
-            new_updates.append(update)
-            states[path] = new
+                matrices[path] = _Matrix(gradient, old, _projection.leaf_id(path), matrix)
+        for group in _alike(settings, matrices):
+            results = _update_alike(settings, step, [matrices[path] for path in group])
+            for path, (update, new) in zip(group, results, strict=True):
+                new_updates[path], states[path] = update, new
         return (
-            jax.tree.unflatten(jax.tree.structure(updates), new_updates),
+            jax.tree.unflatten(jax.tree.structure(updates), [new_updates[path] for path in leaves]),
             _with_leaf_states(state._replace(count=count), states),
         )
 
@@ -363,6 +367,92 @@ def _update_adam_leaf(
     return _narrow(update, gradient.dtype), _store(state, mu=mu, nu=nu)
 
 
+class _Matrix(NamedTuple):
+    """A leaf that is one matrix or a batch of them."""
+
+    gradient: jax.Array
+    state: _LeafState
+    leaf_id: np.uint32
+    axes: MatrixAxes
+
+
+def _alike(settings: _Settings, matrices: dict[_tree.Path, _Matrix]) -> list[list[_tree.Path]]:
+    """The leaves in groups whose projections one loop can draw."""
+    groups: dict[Any, list[_tree.Path]] = {}
+    for path, (gradient, _, _, axes) in matrices.items():
+        dtype = _check.accumulator_dtype(path, gradient)
+        group: Any = path
+        if settings.projection in _projection.DRAWN and not _schedule.is_by_rows(
+            axes, settings.rank, gradient, dtype
+        ):
+            sharding = _sharding.projections(axes, _sharding.of_type(gradient))
+            group = (axes.batch_shape, axes.projection_shape(settings.rank), dtype, sharding)
+        groups.setdefault(group, []).append(path)
+    return list(groups.values())
+
+
+def _update_alike(
+    settings: _Settings, step: _Step, matrices: list[_Matrix]
+) -> Iterator[tuple[jax.Array, _LeafState]]:
+    """Updates the leaves of a group in turn, drawing as many projections at once as memory allows."""
+    if len(matrices) == 1:
+        ((gradient, state, leaf_id, axes),) = matrices
+        yield _update_matrix_leaf(settings, gradient, state, None, leaf_id, step, axes)
+        return
+    largest = max(matrices, key=lambda matrix: matrix.gradient.nbytes)
+    size, like = largest.gradient.nbytes, largest.axes  # All have projections of one shape.
+    dtype = _check.accumulator_dtype((), largest.gradient)
+    sharding = _sharding.projections(like, _sharding.of_type(largest.gradient))
+    of_projection, of_projected = _schedule.computed_bytes(like, settings.rank, dtype)
+    draws = math.ceil(len(matrices) / max(1, (size - of_projected) // of_projection))
+    at_once = math.ceil(len(matrices) / draws)
+    keys = _leaf_keys(step, np.array([matrix.leaf_id for matrix in matrices]), like)
+    drawn = jnp.zeros((at_once, *like.projection_shape(settings.rank)), dtype)
+    drawn = _sharding.place(drawn, _sharding.stacked(sharding))
+    place = None if _sharding.shows_mesh(largest.gradient) else _schedule.first_place(step.refresh)
+    for start in range(0, len(matrices), at_once):
+        some = matrices[start : start + at_once]
+        first = start if place is None else place
+        drawn = _draw_into(settings, drawn, keys, first, len(some), like, sharding)
+        for i, (gradient, state, leaf_id, axes) in enumerate(some):
+            index = i if place is None else place - first
+            projection = jax.lax.dynamic_index_in_dim(drawn, index, keepdims=False)
+            update, new = _update_matrix_leaf(settings, gradient, state, projection, leaf_id, step, axes)
+            place = None if place is None else _schedule.next_place(place, new.norm)
+            yield update, new
+
+
+@functools.partial(jax.jit, static_argnames=("axes",))
+def _leaf_keys(step: _Step, leaf_ids: jax.Array, axes: MatrixAxes) -> jax.Array:
+    """The keys of leaves of one batch shape, ``(leaves, batch size)``."""
+    return jax.lax.map(lambda leaf_id: _batch_keys(step, leaf_id, axes), leaf_ids)
+
+
+def _batch_keys(step: _Step, leaf_id: jax.typing.ArrayLike, axes: MatrixAxes) -> jax.Array:
+    first = step.batch_index * math.prod(axes.batch_shape[1:])
+    return _projection.batch_keys(step.key, leaf_id, step.refresh, axes.batch_size, first)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "axes", "sharding"))
+def _draw_into(
+    settings: _Settings,
+    drawn: jax.Array,
+    keys: jax.Array,
+    first: jax.typing.ArrayLike,
+    count: int,
+    axes: MatrixAxes,
+    sharding: Any,
+) -> jax.Array:
+    """Step 1 for `count` leaves, from the `first` of `keys` on, in the place of what was drawn before."""
+
+    def body(i: jax.Array, drawn: jax.Array) -> jax.Array:
+        of_leaf = jax.lax.dynamic_index_in_dim(keys, first + i, keepdims=False)
+        one = _projection.draw(settings.projection, of_leaf, axes, settings.rank, drawn.dtype, sharding)
+        return jax.lax.dynamic_update_index_in_dim(drawn, one, i, 0)
+
+    return jax.lax.fori_loop(0, count, body, drawn)
+
+
 # Jitted for itself, so that leaves of one shape share a trace and an eager step computes what a jitted
 # one does.
 @functools.partial(jax.jit, static_argnames=("axes",))
@@ -370,21 +460,51 @@ def _update_matrix_leaf(
     settings: _Settings,
     gradient: jax.Array,
     state: _LeafState,
+    projection: jax.Array | None,
     leaf_id: jax.typing.ArrayLike,
     step: _Step,
     axes: MatrixAxes,
 ) -> tuple[jax.Array, _LeafState]:
     """Steps 1 to 8 of the algorithm for one leaf; `state` and result as in ScaleByApolloState."""
+    keys = _batch_keys(step, leaf_id, axes)
+
+    def of_row(
+        gradient: jax.Array, state: _LeafState, row: jax.Array, axes: MatrixAxes
+    ) -> tuple[jax.Array, _LeafState]:
+        of_its_matrices = jax.lax.dynamic_slice_in_dim(keys, row * axes.batch_size, axes.batch_size)
+        return _update_factors(settings, gradient, state, None, of_its_matrices, step, axes)
+
+    dtype = _check.accumulator_dtype((), gradient)
+    if _schedule.is_by_rows(axes, settings.rank, gradient, dtype):
+        factors, new = _schedule.by_rows(of_row, gradient, state, axes)
+    else:
+        factors, new = _update_factors(settings, gradient, state, projection, keys, step, axes)
+    # Here and not in the loop, so that what applies the update takes it as it is computed.
+    return _narrow(gradient.astype(dtype) * axes.spread(factors), gradient.dtype), new
+
+
+def _update_factors(
+    settings: _Settings,
+    gradient: jax.Array,
+    state: _LeafState,
+    projection: jax.Array | None,
+    keys: jax.Array,
+    step: _Step,
+    axes: MatrixAxes,
+) -> tuple[jax.Array, _LeafState]:
+    """Steps 1 to 8 as factors of the gradient, ``(*batch, *channel)`` or of size 1 on the channel axes."""
     sharding = _sharding.of(gradient)
     wide = gradient.astype(_check.accumulator_dtype((), gradient))
     scale = jnp.sqrt(jnp.asarray(settings.scale, wide.dtype))
 
-    projection, stored = _projections(settings, wide, state, leaf_id, step, axes)
+    stored = None
+    if projection is None:
+        projection, stored = _projections(settings, wide, state, keys, step, axes)
     # Where the moments are, which need not follow from the gradient's sharding but from the parameter's.
     moments_sharding = _sharding.of(state.mu) or _sharding.moments(axes, settings.rank, sharding)
     # Where the moments are cut along the rank axis, XLA would cut P so too, and gather the gradient for it.
     projection = _sharding.whole_axis(projection, len(axes.batch), like=wide)
-    projected = axes.project(projection, wide, moments_sharding)
+    projected = axes.project(projection, gradient, moments_sharding)
     mu, nu = _update_moments(settings, projected, state)
     normalized = mu / (jnp.sqrt(nu) + settings.eps)
     factors = _scaling_factors(settings, normalized, projected, axes, sharding)
@@ -402,16 +522,14 @@ def _update_matrix_leaf(
     if not settings.scale_front:
         factors = scale * factors
     factors = step.correction.astype(wide.dtype) * factors
-
-    update = _narrow(wide * axes.spread(factors), gradient.dtype)
-    return update, _store(state, mu=mu, nu=nu, norm=norm, projection=stored)
+    return factors, _store(state, mu=mu, nu=nu, norm=norm, projection=stored)
 
 
 def _projections(
     settings: _Settings,
     gradient: jax.Array,
     state: _LeafState,
-    leaf_id: jax.typing.ArrayLike,
+    keys: jax.Array,
     step: _Step,
     axes: MatrixAxes,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -425,8 +543,6 @@ def _projections(
             state.projection,
         )
         return _sharding.place(stored, sharding), stored
-    first = step.batch_index * math.prod(axes.batch_shape[1:])
-    keys = _projection.batch_keys(step.key, leaf_id, step.refresh, axes.batch_size, first)
     return _projection.draw(settings.projection, keys, axes, settings.rank, gradient.dtype, sharding), None
 
 
