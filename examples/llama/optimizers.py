@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ def apollo(
     config: LlamaConfig,
     *,
     scale_type: Literal["channel", "tensor"],
-    projection: Literal["random", "svd"],
+    svd: bool = False,
 ) -> optax.GradientTransformation:
     assert options.rank is not None
     assert options.scale is not None
@@ -178,7 +178,7 @@ def apollo(
         scale=options.scale,
         # The paper's order for models of up to 130M parameters.
         scale_front=config.hidden_size <= 768,
-        projection=projection,
+        projection="svd" if svd else cast(Any, options.projection),
         key=options.seed,
         weight_dimension_numbers=dimension_numbers(options),
         moment_dtype=options.moment_dtype,
@@ -204,9 +204,9 @@ def quarter_of_width(config: LlamaConfig) -> int:
     return config.hidden_size // 4
 
 
-def channel_wise(projection: Literal["random", "svd"]) -> Recipe:
+def channel_wise(*, svd: bool = False) -> Recipe:
     return Recipe(
-        functools.partial(apollo, scale_type="channel", projection=projection),
+        functools.partial(apollo, scale_type="channel", svd=svd),
         lr=1e-2,
         lr_embeddings=3e-2,
         rank_of=quarter_of_width,
@@ -216,15 +216,15 @@ def channel_wise(projection: Literal["random", "svd"]) -> Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2),
-    "apollo": channel_wise("random"),
+    "apollo": channel_wise(),
     "apollo-mini": Recipe(
-        functools.partial(apollo, scale_type="tensor", projection="random"),
+        functools.partial(apollo, scale_type="tensor"),
         lr=7e-3,
         lr_embeddings=3e-2,
         rank_of=lambda config: 1,
         scale=128.0,
     ),
-    "apollo-svd": channel_wise("svd"),
+    "apollo-svd": channel_wise(svd=True),
     "galore": Recipe(
         galore, lr=2e-2, lr_embeddings=3e-2, rank_of=quarter_of_width, scale=0.25, layerwise=False
     ),
@@ -270,8 +270,9 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
             ("--rank", options.rank, recipe.rank_of(config) is not None),
             ("--scale", options.scale, recipe.scale is not None),
             ("--embeddings", options.embeddings, options.optimizer.startswith("apollo")),
+            ("--projection", options.projection, options.optimizer in ("apollo", "apollo-mini")),
         )
-        if value not in (None, "adam") and not has_use
+        if value not in (None, "adam", "random") and not has_use
     }
 
 

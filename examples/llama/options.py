@@ -19,6 +19,7 @@ CHOICES = {
     "--attention": ("auto", "xla", "cudnn"),
     "--moment-dtype": ("float32", "bfloat16"),
     "--embeddings": ("adam", "apollo"),
+    "--projection": ("random", "rademacher"),
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
 }
@@ -131,6 +132,8 @@ class TrainingOptions(TextOptions):
     a second moment hardly forgets, as 0.999 of it rounds to itself."""
     embeddings: str = "adam"
     """What APOLLO does with the embeddings and the head: adam, or apollo as with the kernels."""
+    projection: str = "random"
+    """What apollo and apollo-mini project with: random (normal entries) or rademacher (random signs)."""
 
     def __post_init__(self) -> None:
         for flag, value in self.numbers().items():

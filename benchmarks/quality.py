@@ -1,0 +1,72 @@
+"""Trains the tiny LLaMA in several ways, all else equal, a run a seed, and compares perplexities."""
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from examples.llama.evaluate import perplexity
+from examples.llama.interrupt import StopRequest
+from examples.llama.options import RunOptions
+from examples.llama.pretrain import pretrain
+
+Ways = dict[str, dict[str, Any]]  # What sets each way apart, by its name.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualityOptions:
+    """The same run in each way."""
+
+    out: Path
+    """Folder for the runs; those that have ended are not run again."""
+    steps: int = 800
+    """Training steps."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run each."""
+    compute_dtype: str = "float32"
+    """float32 or bfloat16, of activations and products."""
+
+
+def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
+    """Returns the perplexity of each way's runs; a run that was cut off goes on."""
+
+    def run(way: str, seed: int, stop: StopRequest) -> float:
+        name = f"{way.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+        run_options = RunOptions(
+            out=options.out / name,
+            steps=options.steps,
+            seed=seed,
+            compute_dtype=options.compute_dtype,
+            resume="auto",
+            **ways[way],
+        )
+        return perplexity(pretrain(run_options, stop).val_loss)
+
+    with StopRequest() as stop:
+        return {way: [run(way, seed, stop) for seed in options.seeds] for way in ways}
+
+
+def table(
+    options: QualityOptions, what: str, over: str, results: dict[str, list[float]], reference: dict[str, str]
+) -> str:
+    """Returns means, standard deviations, and how far each mean is from that of the way it is held against.
+
+    Args:
+        options: of the runs.
+        what: what they have in common.
+        over: the head of the last column.
+        results: from `perplexities`.
+        reference: for each way, the name of the other.
+    """
+
+    def row(way: str) -> tuple[str, ...]:
+        mean, other = (statistics.mean(results[name]) for name in (way, reference[way]))
+        spread = statistics.stdev(results[way]) if len(results[way]) > 1 else 0.0
+        return way, f"{mean:.2f}", f"{spread:.2f}", f"{mean / other - 1:+.1%}"
+
+    return (
+        f"{what}, {options.steps} steps, {len(options.seeds)} seeds, products in {options.compute_dtype}\n"
+        f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
+        f"{report.markdown(('way', 'val ppl', '±', over), map(row, results), 1)}"
+    )
