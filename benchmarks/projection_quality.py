@@ -31,11 +31,9 @@ def main(args: list[str] | None = None) -> None:
             for optimizer in OPTIMIZERS
             for projection in PROJECTIONS
         }
-        rows = quality.perplexities(options, ways)
-        print("\n| projection | val ppl | ± | over random |\n|---|---|---|---|")
-        for name, values in rows.items():
-            print(quality.row(name, values, rows[f"{ways[name]['optimizer']}, random"]))
-        print(f"\n{quality.made_with(options, 'tiny')}")
+        results = quality.perplexities(options, ways)
+        reference = {name: f"{way['optimizer']}, random" for name, way in ways.items()}
+        print(quality.table(options, "tiny", "over random", results, reference))
 
     exit_on_usage_error(command)
 

@@ -1,14 +1,11 @@
 """Trains the tiny LLaMA in several ways, all else equal, a run a seed, and compares perplexities."""
 
 import dataclasses
-import datetime
 import statistics
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from benchmarks import report
 from examples.llama.evaluate import perplexity
 from examples.llama.interrupt import StopRequest
 from examples.llama.options import RunOptions
@@ -50,15 +47,26 @@ def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
         return {way: [run(way, seed, stop) for seed in options.seeds] for way in ways}
 
 
-def row(name: str, values: list[float], reference: list[float]) -> str:
-    """Returns a line of a table: mean, standard deviation, and how far the mean is from the reference's."""
-    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"| {name} | {mean:.2f} | {spread:.2f} | {mean / statistics.mean(reference) - 1:+.1%} |"
+def table(
+    options: QualityOptions, what: str, over: str, results: dict[str, list[float]], reference: dict[str, str]
+) -> str:
+    """Returns means, standard deviations, and how far each mean is from that of the way it is held against.
 
+    Args:
+        options: of the runs.
+        what: what they have in common.
+        over: the head of the last column.
+        results: from `perplexities`.
+        reference: for each way, the name of the other.
+    """
 
-def made_with(options: QualityOptions, what: str) -> str:
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
+    def row(way: str) -> tuple[str, ...]:
+        mean, other = (statistics.mean(results[name]) for name in (way, reference[way]))
+        spread = statistics.stdev(results[way]) if len(results[way]) > 1 else 0.0
+        return way, f"{mean:.2f}", f"{spread:.2f}", f"{mean / other - 1:+.1%}"
+
     return (
-        f"({what}, {options.steps} steps, {len(options.seeds)} seeds, products in {options.compute_dtype}; "
-        f"{jax.devices()[0].device_kind}, {versions}, {datetime.date.today()})"
+        f"{what}, {options.steps} steps, {len(options.seeds)} seeds, products in {options.compute_dtype}\n"
+        f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
+        f"{report.markdown(('way', 'val ppl', '±', over), map(row, results), 1)}"
     )

@@ -31,11 +31,9 @@ class WeightsOptions(quality.QualityOptions):
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(WeightsOptions, args, "python -m benchmarks.weights_quality")
-        rows = quality.perplexities(options, WAYS)
-        print("\n| weights | val ppl | ± | over float32 |\n|---|---|---|---|")
-        for name, values in rows.items():
-            print(quality.row(name, values, rows["float32"]))
-        print(f"\n{quality.made_with(options, 'tiny, apollo-mini')}")
+        results = quality.perplexities(options, WAYS)
+        reference = dict.fromkeys(WAYS, "float32")
+        print(quality.table(options, "tiny, apollo-mini", "over float32", results, reference))
 
     exit_on_usage_error(command)
 
