@@ -27,7 +27,14 @@ from examples.llama.config import preset
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.plan import versions
-from examples.llama.target import bytes_on_a_device, check_target, environment, mesh_on
+from examples.llama.target import (
+    bytes_on_a_device,
+    check_target,
+    environment,
+    larger_target,
+    mesh_on,
+    refused_bytes,
+)
 from examples.llama.train import TrainState
 from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
 
@@ -36,7 +43,7 @@ MB (1e6 bytes) that each device sends in an optimizer step, and holds of the opt
 of devices. Weights and gradients in bfloat16, moments in float32; all matrices cut along the hidden size
 (`--mesh fsdp=N`); rank {rank} for apollo and galore; embeddings and head with Adam. Of an array of B bytes,
 each of k devices sends 2 (k - 1) / k B in an all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or
-all-to-all, and B in a permute."""
+all-to-all, and B in a permute. *: too large for the chip's memory, so compiled for v5p."""
 TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 
 
@@ -80,7 +87,8 @@ class Cost:
 
     held: int  # In the optimizer's state.
     sent: float  # At most steps.
-    sent_at_refresh: float  # At those that draw or compute projections anew; infinite where not known.
+    sent_at_refresh: float  # At those that compute projections anew; infinite where not known.
+    fits: bool = True  # If not, it was compiled for as many larger chips.
 
 
 def run_of(options: Options, model: str, optimizer: str, devices: int) -> RunOptions:
@@ -102,14 +110,20 @@ def compiled_cost(run: RunOptions, target: str) -> Cost:
     """Compiles an optimizer step in this process, which for a TPU is one of its own."""
     config = model_config(run)
     tx, _ = make_optimizer(run, config)
-    state = abstract_state(run, config, tx, mesh_on(run, config, target))
+    mesh = mesh_on(run, config, target)
+    state = abstract_state(run, config, tx, mesh)
 
     def step(state: TrainState, grads: Any) -> TrainState:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state)
+        params: Any = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state)
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings_of(state))
-    program = jitted.lower(state, state.params).compile().as_text()
+    try:
+        program = jitted.lower(state, state.params).compile().as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        refused_bytes(error)  # Raises what is no lack of memory.
+        return dataclasses.replace(compiled_cost(run, larger_target(mesh.size)), fits=False)
     sent, at_refresh = (
         sum(each.sent_bytes for each in collectives(program, rare=rare)) for rare in (False, True)
     )
@@ -117,7 +131,6 @@ def compiled_cost(run: RunOptions, target: str) -> Cost:
 
 
 def cost(run: RunOptions, target: str, devices: int) -> Cost:
-    print(f"compiling {run.model} {run.optimizer} for {devices} devices", file=sys.stderr)
     child = subprocess.run(
         [sys.executable, "-c", "from benchmarks.collectives import answer; answer()"],
         input=pickle.dumps((run, target)),
@@ -126,7 +139,9 @@ def cost(run: RunOptions, target: str, devices: int) -> Cost:
     )
     if child.returncode:
         raise RuntimeError(f"compiling {run.optimizer} for {target} failed:\n{child.stderr.decode()[-4000:]}")
-    return Cost(**json.loads(child.stdout.splitlines()[-1]))
+    found = Cost(**json.loads(child.stdout.splitlines()[-1]))
+    print(f"{run.model} {run.optimizer} on {devices} devices: {found}", file=sys.stderr)
+    return found
 
 
 def answer() -> None:
@@ -151,7 +166,8 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
     for name in options.optimizers:
         costs = [found[name, devices] for devices in options.devices]
         held = [megabytes(each.held) for each in costs]
-        yield [name, *(megabytes(each.sent) for each in costs), *held]
+        sent = [megabytes(each.sent) + ("" if each.fits else "*") for each in costs]
+        yield [name, *sent, *held]
         if any(each.sent_at_refresh != each.sent for each in costs):
             yield [f"{name}, at a refresh", *(megabytes(each.sent_at_refresh) for each in costs), *held]
 
