@@ -312,8 +312,9 @@ class _Optimizer:
 
     def _check_state(self) -> None:
         """Raises for a state of another optimizer, or of other parameters."""
-        params = self.params_tree(self.params)
-        expected = jax.eval_shape(lambda params: self._tx.init(dequantize(params)), params)
+        # Of shapes: dequantizing what is partly in host memory would mix memories.
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in self.params.items()}
+        expected = jax.eval_shape(self._tx.init, self.params_tree(shapes))
         ours, theirs = (
             {path: jnp.shape(leaf) for path, leaf in leaves.items()}
             for leaves in (_tree.leaves_by_path(expected), self.state)

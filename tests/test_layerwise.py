@@ -1,5 +1,6 @@
 """The update fused into the backward pass: the ordinary step's numbers, without its memory."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -510,6 +511,20 @@ def test_host_memory_changes_no_bit():
     for name, part in actual[0].items():
         kind = "pinned_host" if name == "layers" else "device"
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(part)} == {kind}
+
+
+def test_int8_codes_in_host_memory_change_no_bit():
+    """Their scales stay on the device, as in the trainer."""
+    model, tx = in_int8(toy()), apollo(0.1)
+    here = SingleDeviceSharding(jax.devices()[0])
+
+    params = jax.device_put(model.params, here)
+    kernel = params["layers"]["block"]["kernel"]
+    kernel = dataclasses.replace(kernel, qvalue=jax.device_put(kernel.qvalue, on_host(here)))
+    params["layers"]["block"]["kernel"] = kernel
+    step, state = jax.jit(model.step(tx)), tx.init(dequantize(model.params))
+    expected = step(model.params, state, batches()[0], key=KEY)
+    chex.assert_trees_all_equal(step(params, state, batches()[0], key=KEY), expected)
 
 
 def test_states_may_be_in_host_memory_too():
