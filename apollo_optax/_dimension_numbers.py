@@ -117,15 +117,10 @@ class MatrixAxes:
 
         In the dtype of `projection`. A bfloat16 tensor is multiplied as it is, without a wider copy: with the
         projection rounded to bfloat16, products exact, sums in float32. CPUs, no faster at that, multiply in
-        float32.
+        float32. At rank 1 the product is a sum, taken in the pass over the tensor that takes the norms; not
+        on TPUs, where it keeps weights in host memory (:func:`layerwise_step`) from being fetched in turn.
         """
-        rank_axis = len(self.batch)
-        if projection.shape[rank_axis] == 1:
-            # As a sum it can be taken in the pass over the tensor that takes the norms.
-            row = self._spread(jnp.squeeze(projection, rank_axis), self.contracted)
-            sums = self._sum_contracted(row * tensor.astype(row.dtype))
-            projected = jnp.expand_dims(sums, rank_axis)
-            return projected if out_sharding is None else jax.sharding.reshard(projected, out_sharding)
+        rank_axis, dtype = len(self.batch), projection.dtype
 
         def product(projection: jax.Array, tensor: jax.Array) -> jax.Array:
             rank = len(self.shape)  # A name for the axis, which the tensor does not have.
@@ -141,15 +136,24 @@ class MatrixAxes:
                 out_sharding=out_sharding,
             )
 
-        dtype = projection.dtype
-        if tensor.dtype != jnp.bfloat16:
+        def widened(projection: jax.Array, tensor: jax.Array) -> jax.Array:
             return product(projection, tensor.astype(dtype))
-        return jax.lax.platform_dependent(
-            projection,
-            tensor,
-            cpu=lambda projection, tensor: product(projection, tensor.astype(dtype)),
-            default=lambda projection, tensor: product(projection.astype(tensor.dtype), tensor),
-        )
+
+        def as_it_is(projection: jax.Array, tensor: jax.Array) -> jax.Array:
+            return product(projection.astype(tensor.dtype), tensor)
+
+        def summed(projection: jax.Array, tensor: jax.Array) -> jax.Array:
+            row = self._spread(jnp.squeeze(projection, rank_axis), self.contracted)
+            sums = self._sum_contracted(row * tensor.astype(dtype))
+            projected = jnp.expand_dims(sums, rank_axis)
+            return projected if out_sharding is None else jax.sharding.reshard(projected, out_sharding)
+
+        on_accelerators = as_it_is if tensor.dtype == jnp.bfloat16 else widened
+        if projection.shape[rank_axis] == 1:
+            return jax.lax.platform_dependent(projection, tensor, tpu=on_accelerators, default=summed)
+        if on_accelerators is widened:
+            return widened(projection, tensor)
+        return jax.lax.platform_dependent(projection, tensor, cpu=widened, default=on_accelerators)
 
     def channel_norms(self, tensor: jax.Array) -> jax.Array:
         """Euclidean norm of each channel of a tensor, ``(*batch, *channel)``."""

@@ -207,9 +207,9 @@ def test_the_attention_kernel_is_the_one_asked_for(monkeypatch: pytest.MonkeyPat
         (device("gpu", "rocm 60300", "gfx942"), "xla"),
         (device("tpu", "TFRT TPU v5", ""), "xla"),
     ):
-        monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
+        monkeypatch.setattr(jax, "local_devices", lambda gpu=gpu: [gpu])
         assert half.attention_implementation(64) == expected
-    monkeypatch.setattr(jax, "devices", lambda: [device("gpu", "cuda 12080", "9.0")])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device("gpu", "cuda 12080", "9.0")])
     assert Execution().attention_implementation(64) == "xla"  # cuDNN's takes no float32.
     assert half.attention_implementation(160) == "xla"
     assert half.attention_implementation(12) == "xla"
