@@ -159,6 +159,11 @@ class MatrixAxes:
         """Euclidean norm of each channel of a tensor, ``(*batch, *channel)``."""
         return jnp.sqrt(self._sum_contracted(jnp.square(tensor)))
 
+    def tensor_norms(self, tensor: jax.Array) -> jax.Array:
+        """Euclidean norm of each matrix of a tensor, ``(*batch,)``."""
+        sums = jnp.sum(jnp.square(tensor), axis=(*self.contracted, *self.channel))
+        return jnp.sqrt(jnp.transpose(sums, _argsort(_argsort(self.batch))))
+
     def spread(self, factors: jax.Array) -> jax.Array:
         """Factors ``(*batch, *channel)`` with size-1 axes added, to multiply the tensor with."""
         return self._spread(factors, self.channel)

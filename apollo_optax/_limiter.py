@@ -135,7 +135,6 @@ def _limit_leaf(
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     wide = update.astype(dtype)
-    channel_norms = axes.channel_norms(wide)
-    factor, norm = limit_norm(axes.norm(channel_norms), remembered, norm_growth_limit)
-    factors = axes.spread(axes.per_batch(factor, channel_norms.ndim))
+    factor, norm = limit_norm(axes.tensor_norms(wide), remembered, norm_growth_limit)
+    factors = axes.spread(axes.per_batch(factor, len(axes.batch) + len(axes.channel)))
     return (wide * factors).astype(update.dtype), norm

@@ -6,11 +6,12 @@ axis that a mesh may have cut.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from apollo_optax import _sharding
 from apollo_optax._dimension_numbers import MatrixAxes
@@ -55,12 +56,12 @@ def by_rows(
     """
 
     def body(state: State, row: jax.Array) -> tuple[State, jax.Array]:
-        old = jax.tree.map(lambda field: jax.lax.dynamic_index_in_dim(field, row, keepdims=False), state)
-        row_gradient = jax.lax.dynamic_index_in_dim(gradient, row, axes.batch[0], keepdims=False)
+        old = jax.tree.map(lambda field: at(field, row), state)
+        row_gradient = at(gradient, row, axes.batch[0])
         result, new = update(row_gradient, old, row, axes.of_row())
 
         def write(field: jax.Array, value: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(field, value, row, 0)
+            return jax.lax.dynamic_update_index_in_dim(field, value, row, 0, allow_negative_indices=False)
 
         return jax.tree.map(write, state, new), result
 
@@ -68,25 +69,37 @@ def by_rows(
     return results, state
 
 
-# XLA for CPU compiles anew what differs in a constant, as in the place of a leaf among its like; and of
-# leaves that do not wait for each other it projects all, and holds what comes of it, before it updates the
-# first. So places are counted at run time, each from what became of the leaf before. Elsewhere that would
-# cost more than it saves.
+def is_in_turn(gradients: Sequence[jax.Array], sizes: Sequence[tuple[int, int]]) -> bool:
+    """Whether what is computed of leaves, of these `sizes`, is too much to be in memory at the same time."""
+    return sum(map(sum, sizes)) > max(gradient.nbytes for gradient in gradients)
+
+
+def draws_at_once(gradients: Sequence[jax.Array], sizes: Sequence[tuple[int, int]]) -> int:
+    """How many projections to draw: what fits in the largest gradient beside one that is projected."""
+    of_projection, of_projected = map(max, zip(*sizes, strict=True))
+    room = max(gradient.nbytes for gradient in gradients) - of_projected
+    draws = math.ceil(len(gradients) / max(1, room // of_projection))  # About as many each time.
+    return math.ceil(len(gradients) / draws)
+
+
+def at(array: jax.Array, index: jax.typing.ArrayLike, axis: int = 0) -> jax.Array:
+    """An element of an axis."""
+    return jax.lax.dynamic_index_in_dim(array, index, axis, keepdims=False, allow_negative_indices=False)
+
+
+def place(index: int, after: jax.Array) -> jax.Array:
+    """`index`, which XLA for CPU neither knows, nor has before `after`, which is not negative.
+
+    It compiles anew what differs in a constant, as in the place of a leaf among its like; and of leaves
+    that do not wait for each other it projects all, and holds what comes of it, before it updates the first.
+    """
+    return _place(np.array([index, 0], np.int32), after)
 
 
 @jax.jit
-def first_place(not_negative: jax.Array) -> jax.Array:
-    """0, which XLA for CPU can't tell."""
-    return jax.lax.platform_dependent(
-        not_negative, cpu=lambda number: jnp.minimum(number, 0), default=jnp.zeros_like
-    )
+def _place(number: jax.Array, after: jax.Array) -> jax.Array:
+    def unknown(number: jax.Array, after: jax.Array) -> jax.Array:
+        # A constant that is no scalar stays outside of the code that uses it.
+        return jnp.sum(jnp.where(jnp.ravel(after)[0] < 0, 0, number))
 
-
-@jax.jit
-def next_place(place: jax.Array, norm: jax.Array) -> jax.Array:
-    """``place + 1``, on CPUs not before a leaf's `norm` is there, which is not negative."""
-
-    def after(place: jax.Array, norm: jax.Array) -> jax.Array:
-        return jax.lax.cond(jnp.ravel(norm)[0] < 0, lambda place: place, lambda place: place + 1, place)
-
-    return jax.lax.platform_dependent(place, norm, cpu=after, default=lambda place, norm: place + 1)
+    return jax.lax.platform_dependent(number, after, cpu=unknown, default=lambda number, after: number[0])

@@ -399,27 +399,26 @@ def _update_alike(
         ((gradient, state, leaf_id, axes),) = matrices
         yield _update_matrix_leaf(settings, gradient, state, None, leaf_id, step, axes)
         return
-    largest = max(matrices, key=lambda matrix: matrix.gradient.nbytes)
-    size, like = largest.gradient.nbytes, largest.axes  # All have projections of one shape.
-    dtype = _check.accumulator_dtype((), largest.gradient)
-    sharding = _sharding.projections(like, _sharding.of_type(largest.gradient))
-    of_projection, of_projected = _schedule.computed_bytes(like, settings.rank, dtype)
-    draws = math.ceil(len(matrices) / max(1, (size - of_projected) // of_projection))
-    at_once = math.ceil(len(matrices) / draws)
+    gradients, like = [matrix.gradient for matrix in matrices], matrices[0].axes
+    dtype = _check.accumulator_dtype((), gradients[0])
+    sizes = [_schedule.computed_bytes(matrix.axes, settings.rank, dtype) for matrix in matrices]
+    at_once = _schedule.draws_at_once(gradients, sizes)
     keys = _leaf_keys(step, np.array([matrix.leaf_id for matrix in matrices]), like)
+    sharding = _sharding.projections(like, _sharding.of_type(gradients[0]))
     drawn = jnp.zeros((at_once, *like.projection_shape(settings.rank)), dtype)
     drawn = _sharding.place(drawn, _sharding.stacked(sharding))
-    place = None if _sharding.shows_mesh(largest.gradient) else _schedule.first_place(step.refresh)
+    on_mesh, in_turn = _sharding.shows_mesh(gradients[0]), _schedule.is_in_turn(gradients, sizes)
+    after = step.refresh
     for start in range(0, len(matrices), at_once):
         some = matrices[start : start + at_once]
-        first = start if place is None else place
+        first = start if on_mesh else _schedule.place(start, after)
         drawn = _draw_into(settings, drawn, keys, first, len(some), like, sharding)
-        for i, (gradient, state, leaf_id, axes) in enumerate(some):
-            index = i if place is None else place - first
-            projection = jax.lax.dynamic_index_in_dim(drawn, index, keepdims=False)
+        for index, (gradient, state, leaf_id, axes) in enumerate(some):
+            projection = _schedule.at(drawn, index if on_mesh else _schedule.place(index, after))
             update, new = _update_matrix_leaf(settings, gradient, state, projection, leaf_id, step, axes)
-            place = None if place is None else _schedule.next_place(place, new.norm)
             yield update, new
+            if in_turn:
+                after = new.norm
 
 
 @functools.partial(jax.jit, static_argnames=("axes",))
@@ -441,14 +440,15 @@ def _draw_into(
     first: jax.typing.ArrayLike,
     count: int,
     axes: MatrixAxes,
-    sharding: Any,
+    sharding: Any = None,
 ) -> jax.Array:
     """Step 1 for `count` leaves, from the `first` of `keys` on, in the place of what was drawn before."""
 
     def body(i: jax.Array, drawn: jax.Array) -> jax.Array:
-        of_leaf = jax.lax.dynamic_index_in_dim(keys, first + i, keepdims=False)
-        one = _projection.draw(settings.projection, of_leaf, axes, settings.rank, drawn.dtype, sharding)
-        return jax.lax.dynamic_update_index_in_dim(drawn, one, i, 0)
+        one = _projection.draw(
+            settings.projection, _schedule.at(keys, first + i), axes, settings.rank, drawn.dtype, sharding
+        )
+        return jax.lax.dynamic_update_index_in_dim(drawn, one, i, 0, allow_negative_indices=False)
 
     return jax.lax.fori_loop(0, count, body, drawn)
 
@@ -513,8 +513,12 @@ def _update_factors(
         factors = scale * factors
     norm = state.norm
     if settings.norm_growth_limit is not None:
-        # |U| without a pass over the gradient: |U|^2 = sum_j s_j^2 |G_j|^2.
-        update_norm = axes.norm(factors * axes.channel_norms(wide))
+        # |U| without a pass over the update: |U|^2 = sum_j s_j^2 |G_j|^2, over what has a factor of its own.
+        if settings.scale_type == "channel":
+            norms = axes.channel_norms(wide)
+        else:
+            norms = axes.per_batch(axes.tensor_norms(wide), factors.ndim)
+        update_norm = axes.norm(factors * norms)
         update_norm = _sharding.place(update_norm, _sharding.of(state.norm))
         limit, norm = limit_norm(update_norm, state.norm, settings.norm_growth_limit)
         limit = _sharding.place(limit, _sharding.norms(axes, sharding))

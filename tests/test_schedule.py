@@ -1,6 +1,7 @@
 """What an update costs: memory of the compiled step, draws compiled once; and order changes no number."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -72,6 +73,22 @@ def test_leaves_of_one_shape_share_what_draws(projection):
         return jax.jit(tx.update).lower(gradients, tx.init(gradients)).compile().as_text().count(" while(")
 
     assert loops(3) == loops(9)
+
+
+@pytest.mark.parametrize(("rank", "scale_type"), [(16, "channel"), (1, "tensor")])
+def test_leaves_of_one_shape_share_their_kernels(rank, scale_type):
+    """What is compiled for leaves of one shape does not differ, in a constant for one, so is compiled once."""
+
+    def kernels(leaves):
+        gradients = {str(i): one_device(normal((64, 96))) for i in range(leaves)}
+        tx = scale_by_apollo(rank, scale_type=scale_type)
+        compiled = jax.jit(tx.update).lower(gradients, tx.init(gradients)).compile().as_text()
+        bodies = re.findall(r"^%(?:fused|wrapped)[^\n]*\{\n(.*?)^\}", compiled, re.MULTILINE | re.DOTALL)
+        return {re.sub(r", metadata=\{.*?\}|(?<=%)[\w.-]+", "", body) for body in bodies}
+
+    few, many = kernels(12), kernels(24)
+    assert len(few) > 5
+    assert len(many) <= len(few) + 5  # What is for the group as a whole knows how many it has.
 
 
 def test_a_nan_does_not_hold_up_the_leaves_after_it():
