@@ -77,7 +77,7 @@ def test_leaves_of_one_shape_share_what_draws(projection):
 
 @pytest.mark.parametrize(("rank", "scale_type"), [(16, "channel"), (1, "tensor")])
 def test_leaves_of_one_shape_share_their_kernels(rank, scale_type):
-    """What is compiled for leaves of one shape does not differ, in a constant for one, so is compiled once."""
+    """What is compiled for leaves of one shape differs in no constant, so it is compiled once."""
 
     def kernels(leaves):
         gradients = {str(i): one_device(normal((64, 96))) for i in range(leaves)}
