@@ -161,8 +161,7 @@ class MatrixAxes:
 
     def tensor_norms(self, tensor: jax.Array) -> jax.Array:
         """Euclidean norm of each matrix of a tensor, ``(*batch,)``."""
-        sums = jnp.sum(jnp.square(tensor), axis=(*self.contracted, *self.channel))
-        return jnp.sqrt(jnp.transpose(sums, _argsort(_argsort(self.batch))))
+        return jnp.sqrt(jnp.sum(jnp.square(tensor), axis=(*self.contracted, *self.channel)))
 
     def spread(self, factors: jax.Array) -> jax.Array:
         """Factors ``(*batch, *channel)`` with size-1 axes added, to multiply the tensor with."""

@@ -31,7 +31,7 @@ def is_by_rows(axes: MatrixAxes, rank: int, gradient: jax.Array, dtype: Any) -> 
     Not where that of all rows is smaller than one row of the gradient, as at rank 1. Nor where there may be
     a mesh, which may have cut the stack between its rows: a loop over them would gather it.
     """
-    if not axes.batch or not _sharding.is_on_one_device(gradient):
+    if not axes.batch or axes.batch_shape[0] == 1 or not _sharding.is_on_one_device(gradient):
         return False
     return sum(computed_bytes(axes, rank, dtype)) > gradient.nbytes // axes.batch_shape[0]
 
@@ -100,6 +100,6 @@ def place(index: int, after: jax.Array) -> jax.Array:
 def _place(number: jax.Array, after: jax.Array) -> jax.Array:
     def unknown(number: jax.Array, after: jax.Array) -> jax.Array:
         # A constant that is no scalar stays outside of the code that uses it.
-        return jnp.sum(jnp.where(jnp.ravel(after)[0] < 0, 0, number))
+        return jnp.sum(jnp.where(jnp.ravel(after)[0] < 0, 0, number), dtype=number.dtype)
 
     return jax.lax.platform_dependent(number, after, cpu=unknown, default=lambda number, after: number[0])

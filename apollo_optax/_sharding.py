@@ -43,21 +43,16 @@ def of_type(array: jax.Array) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def shows_mesh(array: jax.Array) -> bool:
-    """Whether an array's type says that it is on a mesh of several devices, or names shardings."""
-    mesh = jax.typeof(array).sharding.mesh
-    return not mesh.empty and (mesh.size > 1 or AxisType.Explicit in mesh.axis_types)
-
-
 def is_on_one_device(array: jax.Array) -> bool:
     """Whether an array is sure to be in one piece.
 
     A type without a mesh is no proof: ``jit`` with ``in_shardings`` does not tell the types of what it is not
     called with.
     """
-    if jax.typeof(array).sharding.mesh.empty:
+    mesh = jax.typeof(array).sharding.mesh
+    if mesh.empty:
         return jax.device_count() == 1
-    return not shows_mesh(array)
+    return mesh.size == 1 and AxisType.Explicit not in mesh.axis_types
 
 
 def zeros(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None) -> jax.Array:
@@ -163,11 +158,6 @@ def norms(axes: MatrixAxes, sharding: NamedSharding | None) -> NamedSharding | N
     return pick(sharding, axes.batch)
 
 
-def stacked(sharding: NamedSharding | None) -> NamedSharding | None:
-    """For several arrays along a new first axis."""
-    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-
-
 def replicated(sharding: NamedSharding | None) -> NamedSharding | None:
     return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
 
@@ -254,7 +244,7 @@ def state_sharding(
 def of_field(field: str, axes: MatrixAxes | None, rank: int, sharding: NamedSharding) -> NamedSharding | None:
     """For a field of ScaleByApolloState; `axes` is None for a leaf that is no matrix."""
     if axes is None:
-        return sharding if field in ("mu", "nu") else replicated(sharding)
+        return sharding if field in ("mu", "nu") else pick(sharding, ())
     if field == "norm":
         return norms(axes, sharding)
     if field == "projection":

@@ -382,11 +382,13 @@ def _alike(settings: _Settings, matrices: dict[_tree.Path, _Matrix]) -> list[lis
     for path, (gradient, _, _, axes) in matrices.items():
         dtype = _check.accumulator_dtype(path, gradient)
         group: Any = path
-        if settings.projection in _projection.DRAWN and not _schedule.is_by_rows(
-            axes, settings.rank, gradient, dtype
+        # Not where there may be a mesh, which may cut leaves of one shape along different axes.
+        if (
+            settings.projection in _projection.DRAWN
+            and _sharding.is_on_one_device(gradient)
+            and not _schedule.is_by_rows(axes, settings.rank, gradient, dtype)
         ):
-            sharding = _sharding.projections(axes, _sharding.of_type(gradient))
-            group = (axes.batch_shape, axes.projection_shape(settings.rank), dtype, sharding)
+            group = (axes.batch_shape, axes.projection_shape(settings.rank), dtype)
         groups.setdefault(group, []).append(path)
     return list(groups.values())
 
@@ -404,21 +406,19 @@ def _update_alike(
     sizes = [_schedule.computed_bytes(matrix.axes, settings.rank, dtype) for matrix in matrices]
     at_once = _schedule.draws_at_once(gradients, sizes)
     keys = _leaf_keys(step, np.array([matrix.leaf_id for matrix in matrices]), like)
-    sharding = _sharding.projections(like, _sharding.of_type(gradients[0]))
     drawn = jnp.zeros((at_once, *like.projection_shape(settings.rank)), dtype)
-    drawn = _sharding.place(drawn, _sharding.stacked(sharding))
-    on_mesh, in_turn = _sharding.shows_mesh(gradients[0]), _schedule.is_in_turn(gradients, sizes)
-    after = step.refresh
-    for start in range(0, len(matrices), at_once):
-        some = matrices[start : start + at_once]
-        first = start if on_mesh else _schedule.place(start, after)
-        drawn = _draw_into(settings, drawn, keys, first, len(some), like, sharding)
-        for index, (gradient, state, leaf_id, axes) in enumerate(some):
-            projection = _schedule.at(drawn, index if on_mesh else _schedule.place(index, after))
-            update, new = _update_matrix_leaf(settings, gradient, state, projection, leaf_id, step, axes)
-            yield update, new
-            if in_turn:
-                after = new.norm
+    in_turn, first, after = _schedule.is_in_turn(gradients, sizes), 0, step.refresh
+    for index, (gradient, state, leaf_id, axes) in enumerate(matrices):
+        if index % at_once == 0:
+            first = min(
+                index, len(matrices) - at_once
+            )  # As many each time, so that they share a loop's code.
+            drawn = _draw_into(settings, drawn, keys, _schedule.place(first, after), like)
+        projection = _schedule.at(drawn, _schedule.place(index - first, after))
+        update, new = _update_matrix_leaf(settings, gradient, state, projection, leaf_id, step, axes)
+        yield update, new
+        if in_turn:
+            after = new.nu
 
 
 @functools.partial(jax.jit, static_argnames=("axes",))
@@ -432,25 +432,18 @@ def _batch_keys(step: _Step, leaf_id: jax.typing.ArrayLike, axes: MatrixAxes) ->
     return _projection.batch_keys(step.key, leaf_id, step.refresh, axes.batch_size, first)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "axes", "sharding"))
+@functools.partial(jax.jit, static_argnames=("axes",))
 def _draw_into(
-    settings: _Settings,
-    drawn: jax.Array,
-    keys: jax.Array,
-    first: jax.typing.ArrayLike,
-    count: int,
-    axes: MatrixAxes,
-    sharding: Any = None,
+    settings: _Settings, drawn: jax.Array, keys: jax.Array, first: jax.Array, axes: MatrixAxes
 ) -> jax.Array:
-    """Step 1 for `count` leaves, from the `first` of `keys` on, in the place of what was drawn before."""
+    """Step 1 for several leaves, from the `first` of `keys` on, in the place of what was drawn before."""
 
     def body(i: jax.Array, drawn: jax.Array) -> jax.Array:
-        one = _projection.draw(
-            settings.projection, _schedule.at(keys, first + i), axes, settings.rank, drawn.dtype, sharding
-        )
+        of_leaf = _schedule.at(keys, first + i)
+        one = _projection.draw(settings.projection, of_leaf, axes, settings.rank, drawn.dtype)
         return jax.lax.dynamic_update_index_in_dim(drawn, one, i, 0, allow_negative_indices=False)
 
-    return jax.lax.fori_loop(0, count, body, drawn)
+    return jax.lax.fori_loop(0, drawn.shape[0], body, drawn)
 
 
 # Jitted for itself, so that leaves of one shape share a trace and an eager step computes what a jitted
@@ -466,6 +459,7 @@ def _update_matrix_leaf(
     axes: MatrixAxes,
 ) -> tuple[jax.Array, _LeafState]:
     """Steps 1 to 8 of the algorithm for one leaf; `state` and result as in ScaleByApolloState."""
+    dtype = _check.accumulator_dtype((), gradient)
     keys = _batch_keys(step, leaf_id, axes)
 
     def of_row(
@@ -474,7 +468,6 @@ def _update_matrix_leaf(
         of_its_matrices = jax.lax.dynamic_slice_in_dim(keys, row * axes.batch_size, axes.batch_size)
         return _update_factors(settings, gradient, state, None, of_its_matrices, step, axes)
 
-    dtype = _check.accumulator_dtype((), gradient)
     if _schedule.is_by_rows(axes, settings.rank, gradient, dtype):
         factors, new = _schedule.by_rows(of_row, gradient, state, axes)
     else:
@@ -595,7 +588,8 @@ def _store(state: _LeafState, **new: jax.Array | None) -> _LeafState:
 
 
 def _narrow(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Casts; what is finite stays so in a dtype that ends earlier, as float16 does at 65504."""
+    """Casts; what is finite, and nothing else, stays so in a dtype that ends earlier, as float16 at 65504."""
     if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max:
-        array = jnp.clip(array, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
+        clipped = jnp.clip(array, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
+        array = jnp.where(jnp.isinf(array), array, clipped)
     return array.astype(dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers
@@ -35,9 +36,12 @@ def normal(seed, shape, dtype: Any = jnp.float32):
 
 
 def make_tree(seed, dtype: Any = jnp.float32) -> Any:
-    """A leaf for each treatment: a matrix, a vector and a scalar."""
-    shapes = {"matrix": (4, 6), "vector": (5,), "scalar": ()}
-    return {name: normal(seed + i, shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
+    """A leaf for each treatment: matrices that may be drawn together, a vector and a scalar."""
+    shapes = {"matrix": (4, 6), "vector": (5,), "scalar": (), "like it": (4, 6)}
+    tree = {name: normal(seed + i, shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
+    # On a mesh of one device, which says in the type that there is no other.
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def static_args(factory):
@@ -236,7 +240,7 @@ def test_map_params_with_a_tree_beside_the_state():
 
 @pytest.mark.parametrize("name", ["apollo", "svd"])
 def test_map_params_under_masked(name):
-    tx: Any = optax.masked(OPTIMIZERS[name](0.1), {"matrix": True, "vector": False, "scalar": True})
+    tx: Any = optax.masked(OPTIMIZERS[name](0.1), {"matrix": True, "like it": True, "vector": False, "scalar": True})
     state = tx.init(make_tree(0))
     mapped = replace_params_leaves(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)
@@ -247,7 +251,7 @@ def test_map_params_under_masked(name):
 @pytest.mark.parametrize("name", ["apollo", "svd"])
 def test_map_params_under_partition(name):
     transforms: Any = {"matrices": OPTIMIZERS[name](0.1), "others": optax.adam(0.1)}
-    labels = {"matrix": "matrices", "vector": "others", "scalar": "others"}
+    labels = {"matrix": "matrices", "like it": "matrices", "vector": "others", "scalar": "others"}
     tx: Any = optax.partition(transforms, labels)
     state = tx.init(make_tree(0))
     mapped = replace_params_leaves(tx, state)

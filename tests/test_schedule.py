@@ -49,7 +49,7 @@ def temporaries(tx, params):
 def test_leaves_that_are_drawn_together_draw_what_they_do_alone(projection):
     """Bit for bit, in the first draw and in later ones; with leaves of other shapes between."""
     shapes = {f"layer_{i}": (8, 24) if i % 3 else (24, 8) for i in range(10)}
-    gradients = {name: normal(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    gradients = {name: one_device(normal(shape, i)) for i, (name, shape) in enumerate(shapes.items())}
     tx = scale_by_apollo(2, projection=projection, update_proj_gap=1)
     of_projection, of_projected = _schedule.computed_bytes(
         matrix_axes(("w",), (8, 24), ApolloDimensionNumbers()), 2, jnp.float32
@@ -65,14 +65,43 @@ def test_leaves_that_are_drawn_together_draw_what_they_do_alone(projection):
 
 @pytest.mark.parametrize("projection", RANDOM)
 def test_leaves_of_one_shape_share_what_draws(projection):
-    """The compiled step has no more loops for more leaves, as long as one draw has memory for all."""
+    """The compiled step has no more loops for more leaves, as long as as few draws have memory for all."""
 
-    def loops(leaves):
-        gradients = {str(i): normal((16, 64)) for i in range(leaves)}
-        tx = scale_by_apollo(1, projection=projection)
+    def loops(leaves, shape, rank):
+        gradients = {str(i): one_device(normal(shape)) for i in range(leaves)}
+        tx = scale_by_apollo(rank, projection=projection)
         return jax.jit(tx.update).lower(gradients, tx.init(gradients)).compile().as_text().count(" while(")
 
-    assert loops(3) == loops(9)
+    assert loops(3, (16, 64), 1) == loops(9, (16, 64), 1)
+    # Eleven to twenty are drawn in two, the last of which may overlap with the first.
+    assert loops(11, (64, 96), 8) == loops(15, (64, 96), 8) == loops(20, (64, 96), 8)
+    assert loops(10, (64, 96), 8) < loops(11, (64, 96), 8) < loops(21, (64, 96), 8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_several_leaves_with_x64(dtype, jit):
+    with jax.enable_x64(True):
+        gradients = {str(i): one_device(jnp.asarray(normal((8, 24), i), dtype)) for i in range(5)}
+        tx = scale_by_apollo(2)
+        update = jax.jit(tx.update) if jit else tx.update
+        updates, _ = update(gradients, tx.init(gradients))
+        for name, gradient in gradients.items():
+            alone = {name: gradient}
+            expected, _ = update(alone, tx.init(alone))
+            assert updates[name].dtype == dtype
+            chex.assert_trees_all_equal(updates[name], expected[name])
+
+
+def test_several_leaves_of_an_explicit_mesh_without_set_mesh():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    on_mesh = NamedSharding(mesh, P(None, "x"))
+    gradients = {str(i): normal((16, 24), i) for i in range(3)}
+    tx = scale_by_apollo(4)
+    expected, _ = tx.update(gradients, tx.init(gradients))
+    gradients = jax.device_put(gradients, on_mesh)
+    updates, _ = tx.update(gradients, tx.init(gradients))
+    chex.assert_trees_all_close(jax.device_get(updates), jax.device_get(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("rank", "scale_type"), [(16, "channel"), (1, "tensor")])
@@ -92,7 +121,7 @@ def test_leaves_of_one_shape_share_their_kernels(rank, scale_type):
 
 
 def test_a_nan_does_not_hold_up_the_leaves_after_it():
-    gradients = {str(i): normal((8, 24), i) for i in range(5)}
+    gradients = {str(i): one_device(normal((8, 24), i)) for i in range(5)}
     broken = gradients | {"1": gradients["1"].at[0, 0].set(jnp.nan)}
     tx = scale_by_apollo(2)
     updates, _ = jax.jit(tx.update)(broken, tx.init(gradients))
@@ -103,12 +132,14 @@ def test_a_nan_does_not_hold_up_the_leaves_after_it():
 
 @pytest.mark.parametrize(("rank", "scale_type"), [(64, "channel"), (16, "tensor"), (1, "tensor")])
 @pytest.mark.parametrize("projection", RANDOM)
-def test_temporaries_of_separate_leaves(rank, scale_type, projection):
+@pytest.mark.parametrize("limit", [1.01, None])
+def test_temporaries_of_separate_leaves(rank, scale_type, projection, limit):
     """At most twice the largest matrix: no gradient or update beside the weights."""
     shapes = [(256, 256), (256, 688), (688, 256)] * 4
-    params = {str(i): normal(shape, i) for i, shape in enumerate(shapes)}
+    params = {str(i): one_device(normal(shape, i)) for i, shape in enumerate(shapes)}
     tx = optax.chain(
-        scale_by_apollo(rank, scale_type=scale_type, projection=projection), optax.scale_by_learning_rate(0.1)
+        scale_by_apollo(rank, scale_type=scale_type, projection=projection, norm_growth_limit=limit),
+        optax.scale_by_learning_rate(0.1),
     )
     assert temporaries(tx, params) <= 2 * 4 * 256 * 688
 
@@ -139,6 +170,15 @@ def test_by_rows_is_all_at_once(shape, numbers, projection):
         updates, by_rows = tx.update(one_device(gradient), by_rows)
         np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-5)
         chex.assert_trees_all_close(jax.device_get(by_rows), jax.device_get(at_once), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stack_of_one_is_not_taken_by_rows():
+    """A layer-wise step's slices: a loop of one row saves nothing."""
+    numbers = ApolloDimensionNumbers(1, 2)
+    for layers, by_rows in ((1, False), (2, True)):
+        gradient = one_device(normal((layers, 64, 64)))
+        axes = matrix_axes(("w",), gradient.shape, numbers)
+        assert _schedule.is_by_rows(axes, 40, gradient, jnp.float32) == by_rows
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

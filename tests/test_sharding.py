@@ -289,7 +289,8 @@ def test_the_kind_of_memory_follows_the_parameter():
     host = NamedSharding(mesh_of(), P("model"), memory_kind="pinned_host")
     params = {name: jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=host) for name in ("kernel", "bias")}
     places = state_sharding(jax.eval_shape(scale_by_apollo(4).init, params), params)
-    assert places.mu["kernel"].memory_kind == places.mu["bias"].memory_kind == "pinned_host"
+    for field in (places.mu, places.norm):
+        assert field["kernel"].memory_kind == field["bias"].memory_kind == "pinned_host"
 
 
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])

@@ -146,6 +146,44 @@ def test_only_projections_cross_the_wire(name, settings, kind):
         assert place.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
+@pytest.mark.parametrize("told", [*KINDS, "in_shardings"])
+@pytest.mark.parametrize("layers", [(), (8,)], ids=["separate", "stacked"])
+def test_leaves_of_one_shape_may_be_cut_differently(layers, told):
+    """As those of attention are, before and after the heads: no more is sent than of each alone."""
+    mesh = make_mesh(AxisType.Auto if told == "in_shardings" else told)
+    specs = {"q": P(D, M), "k": P(D, M), "o": P(M, D), "p": P(None, M), "r": P((D, M))}
+    specs = {name: P(*[None] * len(layers), *spec) for name, spec in specs.items()}
+    tx = scale_by_apollo(RANK, weight_dimension_numbers=ApolloDimensionNumbers(-2, -1))
+
+    def program(names):
+        def abstract(shape, dtype, place):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=None if told == "in_shardings" else place)
+
+        params = {
+            name: jax.ShapeDtypeStruct(
+                (*layers, 256, 256), jnp.float32, sharding=NamedSharding(mesh, specs[name])
+            )
+            for name in names
+        }
+        state = jax.eval_shape(tx.init, params)
+        places = state_sharding(state, params, weight_dimension_numbers=ApolloDimensionNumbers(-2, -1))
+        given = jax.tree.map(lambda x: x.sharding, params), places
+        params = jax.tree.map(lambda x: abstract(x.shape, x.dtype, x.sharding), params)
+        state = jax.tree.map(lambda x, place: abstract(x.shape, x.dtype, place), state, places)
+        by_hand = {"in_shardings": given, "out_shardings": given} if told == "in_shardings" else {}
+        found = collectives(jax.jit(tx.update, **by_hand).lower(params, state).compile().as_text())
+        assert {each.kind for each in found} <= {
+            "all-reduce",
+            "reduce-scatter",
+            "all-gather",
+            "collective-permute",
+        }
+        return sum(each.sent_bytes for each in found)
+
+    together = program(specs)
+    assert 0 < together <= sum(program([name]) for name in specs)
+
+
 def test_a_gathered_gradient_would_be_noticed():
     case, mesh = CASES["contracted"], make_mesh(AxisType.Auto)
     param = jax.ShapeDtypeStruct(case.shape, jnp.float32, sharding=NamedSharding(mesh, case.spec))

@@ -222,6 +222,15 @@ def test_float16_updates_saturate():
     assert state.norm > 65504
 
 
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16", "float16"])
+def test_infinite_gradients_stay_visible_in_the_moments(moment_dtype):
+    tx = scale_by_apollo(2, moment_dtype=moment_dtype)
+    params = {"matrix": jnp.ones((4, 6)), "vector": jnp.ones(4)}
+    _, state = tx.update(jax.tree.map(lambda x: x * jnp.inf, params), tx.init(params))
+    updates, _ = tx.update(params, state)
+    assert all(jnp.isnan(update).all() for update in updates.values())
+
+
 def test_float16_moments_saturate():
     _, state = run(scale_by_apollo(2, moment_dtype="float16"), [jnp.full((4, 6), 1e5)] * 3)
     chex.assert_tree_all_finite(state)
