@@ -240,7 +240,8 @@ def test_map_params_with_a_tree_beside_the_state():
 
 @pytest.mark.parametrize("name", ["apollo", "svd"])
 def test_map_params_under_masked(name):
-    tx: Any = optax.masked(OPTIMIZERS[name](0.1), {"matrix": True, "like it": True, "vector": False, "scalar": True})
+    mask = {"matrix": True, "like it": True, "vector": False, "scalar": True}
+    tx: Any = optax.masked(OPTIMIZERS[name](0.1), mask)
     state = tx.init(make_tree(0))
     mapped = replace_params_leaves(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,6 +25,8 @@ from examples.llama.usage import OtherProcessError, UsageError, explained, first
 # however busy Python is.
 HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 30  # For which one that ends waits for the others.
+MEETING_SECONDS = 300  # For which one that has started waits for the others,
+SILENT_SECONDS = 10  # and after which it says that it does.
 
 
 def start(options: ProcessOptions) -> None:
@@ -37,6 +40,11 @@ def start(options: ProcessOptions) -> None:
     if options.processes == 1:
         return
     by_flags = options.coordinator is not None
+    place = options.coordinator or "the place that the cluster names"
+    waits = f"this process waits for the others at {place}, {MEETING_SECONDS} seconds at the most"
+    said = threading.Timer(SILENT_SECONDS, lambda: print(waits, file=sys.stderr, flush=True))
+    said.daemon = True
+    said.start()
     try:
         jax.distributed.initialize(
             options.coordinator,
@@ -44,6 +52,7 @@ def start(options: ProcessOptions) -> None:
             options.process_id,
             # Slurm's plan of a device a process is not that of who gives the flags.
             cluster_detection_method="deactivate" if by_flags else None,
+            initialization_timeout=MEETING_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
@@ -53,10 +62,12 @@ def start(options: ProcessOptions) -> None:
         # What it says where it finds no cluster.
     except RuntimeError as error:
         raise UsageError(
-            f"the other processes were not met at {options.coordinator or 'the place the cluster names'} "
-            f"({first_line(error)}); start all of them within five minutes, with a HOST:PORT that is process "
-            "0's and free, or give --processes 1"
+            f"the other processes were not met at {place} ({first_line(error)}); see whether one ended with an "
+            f"error of its own, start all of them within {MEETING_SECONDS} seconds, with a HOST:PORT that is "
+            "process 0's and free, or give --processes 1"
         ) from error
+    finally:
+        said.cancel()
 
 
 def exchange(text: str) -> list[str]:

@@ -21,8 +21,8 @@ def axis_sizes(text: str) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in AXES:
+        name, equals, size = part.partition("=")
+        if equals and name not in AXES:
             raise unknown_name("--mesh", name, AXES)
         if not size.isdecimal() or int(size) < 1:
             raise UsageError(f"--mesh {text} is malformed; give numbers above 0, as in data=2,fsdp=4")
@@ -56,9 +56,10 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
         devices = devices[:1]
     if count != len(devices):
         product = " x ".join(map(str, sizes.values()))
+        shown = f", or set JAX_NUM_CPU_DEVICES={count}" if devices[0].platform == "cpu" else ""
         raise UsageError(
-            f"--mesh {text} needs {count} devices and there are {len(devices)} ({devices[0].device_kind}); "
-            f"give {' x '.join(sizes)} = {len(devices)} in place of {product}"
+            f"--mesh {text} needs {count} devices, and the devices here are {len(devices)} "
+            f"({devices[0].device_kind}); give {' x '.join(sizes)} = {len(devices)} in place of {product}{shown}"
         )
     # Not `jax.make_mesh`, which refuses sizes that are no product of a TPU topology's.
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)

@@ -202,7 +202,8 @@ class TrainingOptions(TextOptions):
         if self.accumulate > 1:
             raise UsageError(
                 f"--accumulate {self.accumulate} can't be done with --layerwise, which drops a layer's "
-                "gradient before the next micro-batch; leave it out, and lower --batch if that does not fit"
+                "gradient before the next micro-batch; leave it out, and if the batch does not fit, add --remat "
+                "full or devices to --mesh, or lower --batch"
             )
         if self.on_nonfinite == "skip":
             raise UsageError(
@@ -242,9 +243,11 @@ class ProcessOptions:
         if given in ((None, None, None), (None, 1, None)):
             return
         if self.coordinator is None or self.processes is None or self.process_id is None:
+            flags = dict(zip(("--coordinator HOST:PORT", "--processes", "--process-id"), given, strict=True))
+            missing = " and ".join(flag for flag, value in flags.items() if value is None)
             raise UsageError(
-                f"--coordinator {self.coordinator}, --processes {self.processes} and --process-id "
-                f"{self.process_id} go together; give all three, or --processes 1 alone"
+                f"--coordinator, --processes and --process-id go together; add {missing}, or give "
+                "--processes 1 alone"
             )
         if not re.fullmatch(r".+:\d+", self.coordinator):
             raise UsageError(f"--coordinator {self.coordinator} is malformed; give HOST:PORT")

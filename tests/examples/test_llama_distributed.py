@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from examples.llama import pretrain, run_log
+from examples.llama import distributed, pretrain, run_log
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.options import RunOptions
 from examples.llama.usage import UsageError
@@ -223,7 +224,7 @@ def when(processes: list["subprocess.Popen[str]"], happens: Callable[[], bool]) 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"processes": 2}, "--coordinator None, --processes 2 and --process-id None go together; give all"),
+        ({"processes": 2}, "--coordinator, --processes and --process-id go together; add --coordinator HOST:PORT and --process-id"),
         (
             {"coordinator": "here", "processes": 2, "process_id": 0},
             "--coordinator here is malformed; give",
@@ -241,6 +242,23 @@ def test_flags_that_make_no_process(given: dict[str, Any], message: str) -> None
     assert str(error.value).startswith(message)
 
 
+def test_who_waits_for_the_others_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def initialize(*args: Any, **settings: Any) -> None:
+        assert settings["initialization_timeout"] == 300
+        time.sleep(0.5)
+        raise RuntimeError("DEADLINE_EXCEEDED: too late")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(distributed, "SILENT_SECONDS", 0.1)
+    options = RunOptions(out=Path("nowhere"), coordinator="host0:9876", processes=2, process_id=1)
+    with pytest.raises(UsageError, match="not met at host0:9876 .DEADLINE_EXCEEDED: too late.; see whether one"):
+        distributed.start(options)
+    waits = "this process waits for the others at host0:9876, 300 seconds at the most\n"
+    assert capsys.readouterr().err == waits
+
+
 def test_without_a_cluster_a_command_runs_alone(processes: Processes) -> None:
     alone = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, processes.options), "--mesh", "data=3", "--batch", "6"],
@@ -249,4 +267,4 @@ def test_without_a_cluster_a_command_runs_alone(processes: Processes) -> None:
         text=True,
     )
     (line,) = errors_of([(alone.returncode, alone.stdout, alone.stderr)])
-    assert "--mesh data=3 needs 3 devices and there are 4 (cpu)" in line
+    assert "--mesh data=3 needs 3 devices, and the devices here are 4 (cpu)" in line

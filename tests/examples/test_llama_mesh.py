@@ -210,9 +210,10 @@ def test_a_size_that_an_axis_does_not_divide(model: str, mesh: str, message: str
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("data=3", "--mesh data=3 needs 3 devices and there are 8 (cpu); give data x fsdp x tensor = 8 in "),
-        ("data=4,tensor=4", "--mesh data=4,tensor=4 needs 16 devices and there are 8 (cpu); give data x "),
+        ("data=3", "--mesh data=3 needs 3 devices, and the devices here are 8 (cpu); give data x fsdp x "),
+        ("data=4,tensor=4", "--mesh data=4,tensor=4 needs 16 devices, and the devices here are 8 (cpu); "),
         ("fsdp=2,fsdp=4", "--mesh fsdp=2,fsdp=4 gives fsdp twice; give it once"),
+        ("fsdp:8", "--mesh fsdp:8 is malformed; give numbers above 0, as in data=2,fsdp=4"),
         ("fsdp=0", "--mesh fsdp=0 is malformed; give numbers above 0, as in data=2,fsdp=4"),
         ("model=2", "--mesh 'model' is unknown; choose one of: "),
     ],
