@@ -62,9 +62,9 @@ def start(options: ProcessOptions) -> None:
         # What it says where it finds no cluster.
     except RuntimeError as error:
         raise UsageError(
-            f"the other processes were not met at {place} ({first_line(error)}); see whether one ended with an "
-            f"error of its own, start all of them within {MEETING_SECONDS} seconds, with a HOST:PORT that is "
-            "process 0's and free, or give --processes 1"
+            f"the other processes were not met at {place} ({first_line(error)}); see whether one ended with "
+            f"an error of its own, start all of them within {MEETING_SECONDS} seconds, with a HOST:PORT that "
+            "is process 0's and free, or give --processes 1"
         ) from error
     finally:
         said.cancel()

@@ -55,11 +55,11 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
     if count == 1 and jax.process_count() == 1:
         devices = devices[:1]
     if count != len(devices):
-        product = " x ".join(map(str, sizes.values()))
+        here, axes, product = len(devices), " x ".join(sizes), " x ".join(map(str, sizes.values()))
         shown = f", or set JAX_NUM_CPU_DEVICES={count}" if devices[0].platform == "cpu" else ""
         raise UsageError(
-            f"--mesh {text} needs {count} devices, and the devices here are {len(devices)} "
-            f"({devices[0].device_kind}); give {' x '.join(sizes)} = {len(devices)} in place of {product}{shown}"
+            f"--mesh {text} needs {count} devices, and the devices here are {here} "
+            f"({devices[0].device_kind}); give {axes} = {here} in place of {product}{shown}"
         )
     # Not `jax.make_mesh`, which refuses sizes that are no product of a TPU topology's.
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)

@@ -202,8 +202,8 @@ class TrainingOptions(TextOptions):
         if self.accumulate > 1:
             raise UsageError(
                 f"--accumulate {self.accumulate} can't be done with --layerwise, which drops a layer's "
-                "gradient before the next micro-batch; leave it out, and if the batch does not fit, add --remat "
-                "full or devices to --mesh, or lower --batch"
+                "gradient before the next micro-batch; leave it out, and if the batch does not fit, add "
+                "--remat full or devices to --mesh, or lower --batch"
             )
         if self.on_nonfinite == "skip":
             raise UsageError(

@@ -108,7 +108,9 @@ def devices_of(target: str) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=target, **more).devices
     except RuntimeError as error:
         remedy = (
-            "give cpu or a TPU topology as v5e:1x1" if target in LOCAL else "give a topology that there is, as v5e:1x1, v5e:4x4 or v5p:2x2x2"
+            "give cpu or a TPU topology as v5e:1x1"
+            if target in LOCAL
+            else "give one as v5e:1x1, v5e:4x4 or v5p:2x2x2"
         )
         raise UsageError(f"--target {target} is not there ({first_line(error)}); {remedy}") from error
 

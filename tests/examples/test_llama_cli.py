@@ -467,7 +467,10 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
             ["--batch", "12", "--accumulate", "2", "--mesh", "data=8"],
             "--batch 12 in --accumulate 2 micro-batc",
         ),
-        (["--mesh", "data=16", "--batch", "16"], "--mesh data=16 needs 16 devices, and the devices here are 8 (cpu)"),
+        (
+            ["--mesh", "data=16", "--batch", "16"],
+            "--mesh data=16 needs 16 devices, and the devices here are 8 (cpu)",
+        ),
         (["--seed", "4294967296"], "--seed 4294967296 is out of range; give 0 to 4294967295"),
         (
             ["--optimizer", "sgd", "--embeddings", "apollo"],

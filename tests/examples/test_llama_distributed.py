@@ -224,7 +224,10 @@ def when(processes: list["subprocess.Popen[str]"], happens: Callable[[], bool]) 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"processes": 2}, "--coordinator, --processes and --process-id go together; add --coordinator HOST:PORT and --process-id"),
+        (
+            {"processes": 2},
+            "--coordinator, --processes and --process-id go together; add --coordinator HOST:PORT and ",
+        ),
         (
             {"coordinator": "here", "processes": 2, "process_id": 0},
             "--coordinator here is malformed; give",
@@ -253,7 +256,9 @@ def test_who_waits_for_the_others_says_so(
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(distributed, "SILENT_SECONDS", 0.1)
     options = RunOptions(out=Path("nowhere"), coordinator="host0:9876", processes=2, process_id=1)
-    with pytest.raises(UsageError, match="not met at host0:9876 .DEADLINE_EXCEEDED: too late.; see whether one"):
+    with pytest.raises(
+        UsageError, match="not met at host0:9876 .DEADLINE_EXCEEDED: too late.; see whether one"
+    ):
         distributed.start(options)
     waits = "this process waits for the others at host0:9876, 300 seconds at the most\n"
     assert capsys.readouterr().err == waits
