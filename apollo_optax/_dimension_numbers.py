@@ -112,20 +112,27 @@ class MatrixAxes:
         """``(*batch, r, *contracted)``, the shape of a projection."""
         return (*self.batch_shape, self.clip_rank(rank), *self.contracted_shape)
 
-    def project(self, projection: jax.Array, tensor: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def project(
+        self,
+        projection: jax.Array,
+        tensor: jax.Array,
+        out_sharding: Any = None,
+        placed: Callable[[jax.Array], jax.Array] = lambda projection: projection,
+    ) -> jax.Array:
         """``R = P G``: ``(*batch, r, *contracted)`` and a tensor to ``(*batch, r, *channel)``.
 
         In the dtype of `projection`. A bfloat16 tensor is multiplied as it is, without a wider copy: with the
         projection rounded to bfloat16, products exact, sums in float32. CPUs, no faster at that, multiply in
         float32. At rank 1 the product is a sum, taken in the pass over the tensor that takes the norms; not
         on TPUs, where it keeps weights in host memory (:func:`layerwise_step`) from being fetched in turn.
+        `placed` says where the projection is to be, in the dtype in which it is multiplied.
         """
         rank_axis, dtype = len(self.batch), projection.dtype
 
         def product(projection: jax.Array, tensor: jax.Array) -> jax.Array:
             rank = len(self.shape)  # A name for the axis, which the tensor does not have.
             return jnp.einsum(
-                projection,
+                placed(projection),
                 (*self.batch, rank, *self.contracted),
                 tensor,
                 tuple(range(len(self.shape))),

@@ -496,8 +496,8 @@ def _update_factors(
     # Where the moments are, which need not follow from the gradient's sharding but from the parameter's.
     moments_sharding = _sharding.of(state.mu) or _sharding.moments(axes, settings.rank, sharding)
     # Where the moments are cut along the rank axis, XLA would cut P so too, and gather the gradient for it.
-    projection = _sharding.whole_axis(projection, len(axes.batch), like=wide)
-    projected = axes.project(projection, gradient, moments_sharding)
+    placed = functools.partial(_sharding.whole_axis, axis=len(axes.batch), like=wide)
+    projected = axes.project(projection, gradient, moments_sharding, placed)
     mu, nu = _update_moments(settings, projected, state)
     normalized = mu / (jnp.sqrt(nu) + settings.eps)
     factors = _scaling_factors(settings, normalized, projected, axes, sharding)
