@@ -168,7 +168,7 @@ def test_bad_input_ends_every_process(processes: Processes) -> None:
     """Each with a line of its own: here of the mesh, and of what the first alone looks at."""
     lines = errors_of(processes.run("--mesh", "data=4"))
     assert lines[0] == lines[1]
-    assert lines[0].startswith("error: --mesh data=4 needs 4 devices and there are 8 (cpu); give data x ")
+    assert lines[0].startswith("error: --mesh data=4 needs 4 devices, and the devices here are 8 (cpu); ")
     assert not processes.out.exists()
     processes.out.mkdir()
     (processes.out / "metrics.jsonl").write_text("earlier")

@@ -360,7 +360,7 @@ def fails(args: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) 
         (["--plot", "memory.txt"], "--plot memory.txt is no .png in a folder that is there"),
         (["--plot", "nowhere/memory.png"], "--plot nowhere/memory.png is no .png in a folder that is"),
         (["--batch", "3", "--mesh", "data=2"], "--batch 3 in --accumulate 1 micro-batches is 3 sequences"),
-        (["--mesh", "data=9", "--batch", "9"], "--mesh data=9 needs 9 devices and there are 8"),
+        (["--mesh", "data=9", "--batch", "9"], "--mesh data=9 needs 9 devices, and the devices here are 8"),
         (["--attention", "cudnn"], "--attention cudnn takes a GPU, and --target is cpu; leave it out"),
         (["--layerwise", "--offload", "weights"], "--offload weights moves what a GPU or TPU has no room"),
         (["--weights", "int8"], "--weights int8 takes --layerwise"),
@@ -427,7 +427,7 @@ def test_a_process_of_its_own_gives_the_same_memory(small: LlamaConfig) -> None:
     run = run_of(PRESETS["tiny"], mesh="data=2")
     with Compiler("cpu", devices=2) as compiler:
         memory = compiler(run)
-        with pytest.raises(UsageError, match="--mesh data=4 needs 4 devices and there are 2"):
+        with pytest.raises(UsageError, match="--mesh data=4 needs 4 devices, and the devices here are 2"):
             compiler(dataclasses.replace(run, batch=4, mesh="data=4"))
         with pytest.raises(CompilerError, match="(?s)Traceback.*KeyError: 'unknown'"):
             compiler(dataclasses.replace(run, optimizer="unknown"))
