@@ -410,9 +410,8 @@ def _update_alike(
     in_turn, first, after = _schedule.is_in_turn(gradients, sizes), 0, step.refresh
     for index, (gradient, state, leaf_id, axes) in enumerate(matrices):
         if index % at_once == 0:
-            first = min(
-                index, len(matrices) - at_once
-            )  # As many each time, so that they share a loop's code.
+            # As many each time, so that all times share a loop's code.
+            first = min(index, len(matrices) - at_once)
             drawn = _draw_into(settings, drawn, keys, _schedule.place(first, after), like)
         projection = _schedule.at(drawn, _schedule.place(index - first, after))
         update, new = _update_matrix_leaf(settings, gradient, state, projection, leaf_id, step, axes)
