@@ -22,10 +22,11 @@ import optax
 
 from benchmarks.hlo import collectives
 from benchmarks.report import made_with, markdown
-from examples.llama.build import abstract_state, model_config, shardings_of
+from examples.llama.build import abstract_state, model_config, placed, shardings_of
 from examples.llama.config import preset
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
+from examples.llama.partition import state_shardings
 from examples.llama.plan import versions
 from examples.llama.target import (
     bytes_on_a_device,
@@ -40,10 +41,14 @@ from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
 
 CAPTION = """\
 MB (1e6 bytes) that each device sends in an optimizer step, and holds of the optimizer's state, by the number
-of devices. Weights and gradients in bfloat16, moments in float32; all matrices cut along the hidden size
-(`--mesh fsdp=N`); rank {rank} for apollo and galore; embeddings and head with Adam. Of an array of B bytes,
-each of k devices sends 2 (k - 1) / k B in an all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or
-all-to-all, and B in a permute. *: too large for the chip's memory, so compiled for v5p."""
+of devices. {cut}. Weights and gradients in bfloat16, moments in float32; rank {rank} for apollo and galore;
+embeddings and head with Adam. Of an array of B bytes, each of k devices sends 2 (k - 1) / k B in an
+all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B in a permute. *: too large for
+the chip's memory, so compiled for v5p."""
+CUTS = {
+    "trainer": "Matrices are cut as by `--mesh fsdp=N`, layers' along APOLLO's channels where N divides them",
+    "contracted": "The layers' matrices are cut along the side that APOLLO projects away",
+}
 TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 
 
@@ -59,6 +64,8 @@ class Options:
     """How many devices the weights are cut over; 8, 16, 64 or 256, or any number with --target cpu."""
     rank: int = 256
     """APOLLO's and GaLore's."""
+    cut: str = "trainer"
+    """trainer: weights as the trainer cuts them; contracted: the layers' along the other side."""
     target: str = "v5e"
     """v5e or cpu, which is quick to compile for."""
     jobs: int = 1
@@ -70,6 +77,8 @@ class Options:
         for name in self.optimizers:
             if name not in RECIPES:
                 raise unknown_name("--optimizers", name, RECIPES)
+        if self.cut not in CUTS:
+            raise unknown_name("--cut", self.cut, CUTS)
         if self.target not in ("v5e", "cpu"):
             raise unknown_name("--target", self.target, ("v5e", "cpu"))
         for count in self.devices:
@@ -106,12 +115,29 @@ def run_of(options: Options, model: str, optimizer: str, devices: int) -> RunOpt
     return with_defaults(run, preset(model))
 
 
-def compiled_cost(run: RunOptions, target: str) -> Cost:
+def along_the_contracted_side(params: Any) -> Any:
+    """Gives the layers' kernels, as shapes, the cut that sums the largest projections over the devices."""
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if len(x.shape) != 3:
+            return x
+        spec = jax.P(None, None, "fsdp") if x.shape[1] > x.shape[2] else jax.P(None, "fsdp", None)
+        sharding = jax.sharding.NamedSharding(x.sharding.mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return {**params, "layers": jax.tree.map(place, params["layers"])}
+
+
+def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
     """Compiles an optimizer step in this process, which for a TPU is one of its own."""
     config = model_config(run)
     tx, _ = make_optimizer(run, config)
     mesh = mesh_on(run, config, target)
     state = abstract_state(run, config, tx, mesh)
+    if cut == "contracted":
+        params = along_the_contracted_side(state.params)
+        opt_state = placed(state.opt_state, state_shardings(run, state.opt_state, params))
+        state = TrainState(params, opt_state)
 
     def step(state: TrainState, grads: Any) -> TrainState:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -123,17 +149,17 @@ def compiled_cost(run: RunOptions, target: str) -> Cost:
         program = jitted.lower(state, state.params).compile().as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         refused_bytes(error)  # Raises what is no lack of memory.
-        return dataclasses.replace(compiled_cost(run, larger_target(mesh.size)), fits=False)
+        return dataclasses.replace(compiled_cost(run, larger_target(mesh.size), cut), fits=False)
     sent, at_refresh = (
         sum(each.sent_bytes for each in collectives(program, rare=rare)) for rare in (False, True)
     )
     return Cost(bytes_on_a_device(state.opt_state, host=False), sent, at_refresh)
 
 
-def cost(run: RunOptions, target: str, devices: int) -> Cost:
+def cost(run: RunOptions, target: str, devices: int, cut: str = "trainer") -> Cost:
     child = subprocess.run(
         [sys.executable, "-c", "from benchmarks.collectives import answer; answer()"],
-        input=pickle.dumps((run, target)),
+        input=pickle.dumps((run, target, cut)),
         capture_output=True,
         env=environment(target, devices),
     )
@@ -150,7 +176,8 @@ def answer() -> None:
 
 
 def megabytes(size: float) -> str:
-    return f"{size / 1e6:,.2f}" if math.isfinite(size) else "unbounded"
+    digits = 5 if 0 < size < 1e6 else 2
+    return f"{size / 1e6:,.{digits}f}" if math.isfinite(size) else "unbounded"
 
 
 def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[list[str]]:
@@ -159,7 +186,7 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
     def cost_of(pair: tuple[str, int]) -> Cost:
         optimizer, devices = pair
         target = options.target if options.target == "cpu" else TOPOLOGIES[devices]
-        return cost(run_of(options, model, optimizer, devices), target, devices)
+        return cost(run_of(options, model, optimizer, devices), target, devices, options.cut)
 
     pairs = [(optimizer, devices) for optimizer in options.optimizers for devices in options.devices]
     found = dict(zip(pairs, pool.map(cost_of, pairs), strict=True))
@@ -181,7 +208,7 @@ def report(options: Options) -> None:
     target = options.target if options.target == "cpu" else TOPOLOGIES[options.devices[0]]
     check_target(target)
     print(f"compiled for {options.target}, none attached, on {made_with(versions(target))}\n")
-    print(CAPTION.format(rank=options.rank))
+    print(CAPTION.format(rank=options.rank, cut=CUTS[options.cut]))
     with ThreadPoolExecutor(options.jobs) as pool:
         for model in options.models:
             print(f"\n{model}:\n\n{table(options, model, pool)}", flush=True)

@@ -74,7 +74,16 @@ def test_the_table(capsys):
     for sent_by_2, sent_by_8, held_by_2, held_by_8 in numbers.values():
         assert sent_by_8 <= 2 * sent_by_2  # Of a whole that stays, each sends (k - 1) / k.
         assert held_by_8 < held_by_2 / 3
-    assert numbers["apollo-mini"][0] > 0
+    assert 0 < numbers["apollo-mini"][0] < 0.001  # Norms alone.
+
+
+def test_the_other_cut_sends_vectors(capsys):
+    sizes = ["--target", "cpu", "--models", "tiny", "--devices", "8", "--optimizers", "apollo-mini"]
+    benchmark.main([*sizes, "--cut", "contracted"])
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| apollo-mini"))
+    sent = float(row.split("|")[2])
+    channels = 4 * (4 * 128 + 3 * 344)
+    assert sent == pytest.approx(2 * 7 / 8 * channels * 4 / 1e6, rel=0.02)  # An all-reduce of float32.
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,7 @@ def test_the_table(capsys):
         ("--optimizers shampoo", "shampoo"),
         ("--devices 12", "12"),
         ("--target v9", "v9"),
+        ("--cut channel", "channel"),
         ("--jobs 0", "0"),
     ],
 )

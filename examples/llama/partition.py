@@ -1,9 +1,11 @@
 """What is cut over which axis of the mesh: one table for the parameters, and what follows from it.
 
-`fsdp` cuts every matrix along the hidden size: a device keeps its part, and is sent the rest when a layer is
-computed. `tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM does
+`tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM does
 (https://arxiv.org/abs/1909.08053): what comes back to the hidden size is summed over the devices, once after
-attention and once after the MLP. `data` cuts no parameter. Activations are cut in `model.py`.
+attention and once after the MLP. `fsdp` cuts every matrix: a device keeps its part, and is sent the rest when
+a layer is computed, for which any side would do. It is that of APOLLO's channels, so that each device
+projects whole channels and the update sends norms alone. `data` cuts no parameter. Activations are cut in
+`model.py`.
 """
 
 import math
@@ -15,26 +17,48 @@ import optax
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
-from examples.llama.mesh import axis_sizes, ways
+from examples.llama.mesh import axes_in, axis_sizes, ways
 from examples.llama.optimizers import dimension_numbers, path_name
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.usage import UsageError
 
-# By path; the first that matches counts. The axis of layers is never cut: a step takes them one by one.
+# What `tensor` cuts, by path; the first that matches counts. The axis of layers is never cut: a step takes
+# them one by one.
 PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
-    (r"^embed/embedding$", jax.P("tensor", "fsdp")),  # (V, D)
-    (r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$", jax.P(None, "fsdp", "tensor")),  # (L, D, heads)
-    (r"^layers/.*/o_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, heads, D)
-    (r"^layers/.*/(gate_proj|up_proj)/kernel$", jax.P(None, "fsdp", "tensor")),  # (L, D, F)
-    (r"^layers/.*/down_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, F, D)
-    (r"^lm_head/kernel$", jax.P("fsdp", "tensor")),  # (D, V)
+    (r"^embed/embedding$", jax.P("tensor", None)),  # (V, D)
+    (r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$", jax.P(None, None, "tensor")),  # (L, D, heads)
+    (r"^layers/.*/o_proj/kernel$", jax.P(None, "tensor", None)),  # (L, heads, D)
+    (r"^layers/.*/(gate_proj|up_proj)/kernel$", jax.P(None, None, "tensor")),  # (L, D, F)
+    (r"^layers/.*/down_proj/kernel$", jax.P(None, "tensor", None)),  # (L, F, D)
+    (r"^lm_head/kernel$", jax.P(None, "tensor")),  # (D, V)
     (r"norm/scale$", jax.P()),
 )
 
 
-def spec_of(name: str) -> jax.P:
-    """Returns how the parameter called `name` is cut."""
-    return next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
+def spec_of(
+    name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, parts: tuple[int, ...] | None = None
+) -> jax.P:
+    """Returns how a parameter is cut: over `tensor` by `PARTITION_RULES`, and over `fsdp` one of its sides.
+
+    In a layer it is the larger one, or of equal ones the outputs, where all that cuts it divides it.
+    Otherwise, and of embedding and head, it is the one that `tensor` leaves, the hidden size.
+
+    Args:
+        name: its path.
+        shape: its shape.
+        mesh: the devices.
+        parts: how many parts an axis has that stay whole, such as groups of numbers with one scale; by
+            default `shape`.
+    """
+    spec = next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
+    if not spec:
+        return spec
+    rows, columns = len(shape) - 2, len(shape) - 1
+    hidden = rows if spec[columns] else columns
+    larger = rows if shape[rows] > shape[columns] else columns
+    divides = (parts or shape)[larger] % ways(mesh, (*axes_in(spec[larger]), "fsdp")) == 0
+    side = larger if name.startswith("layers/") and divides else hidden
+    return jax.P(*spec[:side], (*axes_in(spec[side]), "fsdp"), *spec[side + 1 :])
 
 
 def cut_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
@@ -65,10 +89,10 @@ def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
 
 
 def parameter_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the sharding of every parameter, of arrays or shapes, by `PARTITION_RULES`."""
+    """Returns the sharding of every parameter, of arrays or shapes, by `spec_of`."""
 
-    def place(path: tuple[Any, ...], _: Any) -> jax.sharding.NamedSharding:
-        return jax.sharding.NamedSharding(mesh, spec_of(path_name(path)))
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
+        return jax.sharding.NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, params)
 
@@ -103,5 +127,5 @@ def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> 
 
 def cuts(sharding: jax.sharding.NamedSharding) -> tuple[str, ...]:
     """Returns the axes of the mesh that cut an array."""
-    names = [name for entry in sharding.spec for name in (entry if isinstance(entry, tuple) else (entry,))]
-    return tuple(name for name in names if name is not None and sharding.mesh.shape[name] > 1)
+    names = [name for entry in sharding.spec for name in axes_in(entry)]
+    return tuple(name for name in names if sharding.mesh.shape[name] > 1)

@@ -15,7 +15,7 @@ import numpy as np
 
 import apollo_optax
 from apollo_optax import QuantizedArray
-from examples.llama.mesh import ways
+from examples.llama.mesh import axes_in, ways
 from examples.llama.model import Params
 from examples.llama.optimizers import KERNELS, path_name
 from examples.llama.partition import spec_of
@@ -66,7 +66,7 @@ class Storage:
         def place_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
             name = path_name(path)
             if isinstance(leaf, QuantizedArray):
-                layers, groups, columns = spec = self._group_spec(leaf, spec_of(name))
+                layers, groups, columns = spec = self._group_spec(name, leaf)
                 # Zero points stay: of their layers, a TPU can fetch those only whose groups are fours.
                 return dataclasses.replace(
                     leaf,
@@ -74,23 +74,24 @@ class Storage:
                     scale=place(leaf.scale, spec, in_memory=True),
                     zero_point=place(leaf.zero_point, spec),
                 )
-            return place(leaf, spec_of(name), in_memory=bool(re.search(KERNELS, name)))
+            spec = spec_of(name, leaf.shape, self.mesh)
+            return place(leaf, spec, in_memory=bool(re.search(KERNELS, name)))
 
         return jax.tree_util.tree_map_with_path(
             place_leaf, params, is_leaf=lambda x: isinstance(x, QuantizedArray)
         )
 
-    def _group_spec(self, kernel: QuantizedArray, spec: jax.P) -> jax.P:
-        """Returns how groups (L, groups, out) are cut where the kernel (L, in, out) is cut by `spec`.
+    def _group_spec(self, name: str, kernel: QuantizedArray) -> jax.P:
+        """Returns how the groups (L, groups, out) of a kernel (L, in, out) are cut.
 
         A group has one scale and stays on one device. What would cut within groups cuts the outputs
         instead, or nothing where it does not divide those.
         """
-        layers, rows, columns = spec
         _, groups, outputs = kernel.scale.shape
+        layers, rows, columns = spec = spec_of(name, kernel.shape, self.mesh, kernel.scale.shape)
         if groups % ways(self.mesh, rows) == 0:
             return spec
-        both = (columns, rows)
+        both = (*axes_in(columns), *axes_in(rows))
         return jax.P(layers, None, columns if outputs % ways(self.mesh, both) else both)
 
     def abstract(self, shapes: Params) -> Params:

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.hlo import collectives
 from examples.llama import build, partition
 from examples.llama.checkpoint import Checkpoints
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
-from examples.llama.mesh import batch_share, make_mesh, over_data
+from examples.llama.mesh import axes_in, batch_share, make_mesh, over_data
 from examples.llama.model import pieces_of
 from examples.llama.optimizers import RECIPES, make_optimizer, path_name, with_defaults
 from examples.llama.options import RunOptions
@@ -167,13 +168,58 @@ def test_groups_of_int8_stay_whole() -> None:
             assert (codes[1], codes[4]) == (scale[1], scale[2])
 
 
-def test_every_parameter_has_a_rule() -> None:
+def spec_of(model: str, mesh: str, name: str) -> tuple[Any, ...]:
+    config, on = PRESETS[model], make_mesh(mesh)
+    shapes = build.abstract_params(config, build.Execution(), on)
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    return tuple(leaves[name].sharding.spec)
+
+
+def test_every_parameter_is_cut_by_both_axes() -> None:
+    mesh = make_mesh("fsdp=4,tensor=2")
     for config in PRESETS.values():
         shapes = build.abstract_params(config, build.Execution(), make_mesh("data=1", jax.devices()[:1]))
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-            cut = [entry for entry in partition.spec_of(path_name(path)) if entry]
+            spec = partition.spec_of(path_name(path), leaf.shape, mesh)
+            cut = [axis for entry in spec for axis in axes_in(entry)]
             assert sorted(cut) == ([] if "norm" in path_name(path) else ["fsdp", "tensor"])
-            assert len(partition.spec_of(path_name(path))) in (0, leaf.ndim)
+            assert len(spec) in (0, leaf.ndim)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "kernel", "spec"),
+    [
+        ("7b", "fsdp=8", "attention/q_proj", (None, None, ("tensor", "fsdp"))),
+        ("7b", "fsdp=8", "attention/o_proj", (None, "tensor", "fsdp")),
+        ("7b", "fsdp=4,tensor=2", "mlp/up_proj", (None, None, ("tensor", "fsdp"))),
+        ("7b", "fsdp=4,tensor=2", "mlp/down_proj", (None, ("tensor", "fsdp"), None)),
+        ("llama-2-70b", "fsdp=8", "attention/k_proj", (None, "fsdp", "tensor")),  # 8192 x 1024.
+        ("1b", "fsdp=8", "mlp/up_proj", (None, "fsdp", "tensor")),  # Of 5461 columns.
+        ("1b", "fsdp=8", "mlp/down_proj", (None, "tensor", "fsdp")),
+    ],
+)
+def test_fsdp_cuts_the_channels_that_it_divides(
+    model: str, mesh: str, kernel: str, spec: tuple[Any, ...]
+) -> None:
+    assert spec_of(model, mesh, f"layers/{kernel}/kernel") == spec
+
+
+@pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini"])
+def test_the_update_sends_norms_alone(optimizer: str) -> None:
+    """Each device projects whole channels; what crosses is a scalar for each matrix of a stack."""
+    for mesh in ("fsdp=8", "data=4,fsdp=2"):
+        options, config, tx, on = run_of(mesh, optimizer=optimizer)
+        state = build.abstract_state(options, config, tx, on)
+
+        def step(state: TrainState, grads: Any, tx: Any = tx) -> TrainState:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            return TrainState(optax.apply_updates(state.params, updates), opt_state)
+
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=build.shardings_of(state))
+        sent = collectives(jitted.lower(state, state.params).compile().as_text())
+        assert sent
+        assert {each.kind for each in sent} == {"all-reduce"}
+        assert max(each.size for each in sent) <= WIDE.num_layers
 
 
 @pytest.mark.parametrize(
