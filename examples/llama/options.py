@@ -77,7 +77,7 @@ class TrainingOptions(TextOptions):
     """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to start from, instead
     of --model and random weights."""
     mesh: str = "data=1"
-    """The devices, as data=2,fsdp=2,tensor=2: data and fsdp cut each batch, fsdp the weights' hidden size,
+    """The devices, as data=2,fsdp=2,tensor=2: data and fsdp cut each batch, fsdp every matrix of weights,
     tensor their heads and columns. The sizes must multiply to the number of devices; those left out are 1."""
     steps: int = 800
     """Training steps; the first tenth warms the learning rates up."""
