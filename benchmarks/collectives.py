@@ -14,10 +14,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from benchmarks.hlo import collectives
@@ -43,8 +46,9 @@ CAPTION = """\
 MB (1e6 bytes) that each device sends in an optimizer step, and holds of the optimizer's state, by the number
 of devices. {cut}. Weights and gradients in bfloat16, moments in float32; rank {rank} for apollo and galore;
 embeddings and head with Adam. Of an array of B bytes, each of k devices sends 2 (k - 1) / k B in an
-all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B in a permute. *: too large for
-the chip's memory, so compiled for v5p."""
+all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B in a permute. For TPUs, an SVD
+is compiled as something else that needs and gives whole matrices on each device. *: too large for the chip's
+memory, so compiled for v5p."""
 CUTS = {
     "trainer": "Matrices are cut as by `--mesh fsdp=N`, layers' along APOLLO's channels where N divides them",
     "contracted": "The layers' matrices are cut along the side that APOLLO projects away",
@@ -146,7 +150,8 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings_of(state))
     try:
-        program = jitted.lower(state, state.params).compile().as_text() or ""
+        with nullcontext() if compiles_svds(target) else no_svds(mesh):
+            program = jitted.lower(state, state.params).compile().as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         refused_bytes(error)  # Raises what is no lack of memory.
         return dataclasses.replace(compiled_cost(run, larger_target(mesh.size), cut), fits=False)
@@ -154,6 +159,26 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
         sum(each.sent_bytes for each in collectives(program, rare=rare)) for rare in (False, True)
     )
     return Cost(bytes_on_a_device(state.opt_state, host=False), sent, at_refresh)
+
+
+def compiles_svds(target: str) -> bool:
+    """Whether compiling SVDs of matrices of thousands of rows comes to an end: for TPUs, not in hours."""
+    return target == "cpu"
+
+
+@contextmanager
+def no_svds(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Has something in the place of SVDs that needs and gives the same: whole matrices on each device."""
+
+    def everywhere(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, jax.P()))
+
+    def svd(matrix: jax.Array, **_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        matrix, k = everywhere(matrix), min(matrix.shape)
+        return everywhere(matrix[:, :k]), everywhere(matrix[:k, 0]), everywhere(matrix[:k])
+
+    with mock.patch.object(jnp.linalg, "svd", svd):
+        yield
 
 
 def cost(run: RunOptions, target: str, devices: int, cut: str = "trainer") -> Cost:

@@ -77,6 +77,15 @@ def test_the_table(capsys):
     assert 0 < numbers["apollo-mini"][0] < 0.001  # Norms alone.
 
 
+@pytest.mark.parametrize("optimizer", ["galore", "apollo-svd"])
+def test_what_stands_for_an_svd_sends_as_much(optimizer, monkeypatch):
+    run = benchmark.run_of(benchmark.Options(rank=8), "tiny", optimizer, 8)
+    with_svd = benchmark.compiled_cost(run, "cpu")
+    monkeypatch.setattr(benchmark, "compiles_svds", lambda target: False)
+    assert benchmark.compiled_cost(run, "cpu") == with_svd
+    assert with_svd.sent_at_refresh > with_svd.sent
+
+
 def test_the_other_cut_sends_vectors(capsys):
     sizes = ["--target", "cpu", "--models", "tiny", "--devices", "8", "--optimizers", "apollo-mini"]
     benchmark.main([*sizes, "--cut", "contracted"])
