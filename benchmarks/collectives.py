@@ -120,7 +120,7 @@ def run_of(options: Options, model: str, optimizer: str, devices: int) -> RunOpt
 
 
 def along_the_contracted_side(params: Any) -> Any:
-    """Gives the layers' kernels, as shapes, the cut that sums the largest projections over the devices."""
+    """Cuts the layers' kernels, as shapes, along the side that APOLLO projects away."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if len(x.shape) != 3:

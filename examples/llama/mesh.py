@@ -75,14 +75,10 @@ def over_data(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.P(ROWS))
 
 
-def axes_in(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the axes of the mesh in an entry of a `PartitionSpec`."""
-    return (entry,) if isinstance(entry, str) else entry or ()
-
-
 def ways(mesh: jax.sharding.Mesh, axes: str | tuple[str, ...] | None) -> int:
     """Returns into how many parts these axes of the mesh cut."""
-    return math.prod(mesh.shape[name] for name in axes_in(axes))
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def constrained(x: jax.Array, mesh: jax.sharding.Mesh, *cuts: str | tuple[str, ...] | None) -> jax.Array:

@@ -2,10 +2,10 @@
 
 `tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM does
 (https://arxiv.org/abs/1909.08053): what comes back to the hidden size is summed over the devices, once after
-attention and once after the MLP. `fsdp` cuts every matrix: a device keeps its part, and is sent the rest when
-a layer is computed, for which any side would do. It is that of APOLLO's channels, so that each device
-projects whole channels and the update sends norms alone. `data` cuts no parameter. Activations are cut in
-`model.py`.
+attention and once after the MLP. `fsdp` cuts every matrix along the hidden size: a device keeps its part, and
+is sent the rest when a layer is computed. Without `tensor` that can be any side, and is that of APOLLO's
+channels where it divides: then each device projects whole channels of a layer's matrices, and sends norms
+alone. `data` cuts no parameter. Activations are cut in `model.py`.
 """
 
 import math
@@ -17,20 +17,19 @@ import optax
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
-from examples.llama.mesh import axes_in, axis_sizes, ways
-from examples.llama.optimizers import dimension_numbers, path_name
+from examples.llama.mesh import axis_sizes, ways
+from examples.llama.optimizers import KERNELS, dimension_numbers, path_name
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.usage import UsageError
 
-# What `tensor` cuts, by path; the first that matches counts. The axis of layers is never cut: a step takes
-# them one by one.
+# By path; the first that matches counts. The axis of layers is never cut: a step takes them one by one.
 PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
-    (r"^embed/embedding$", jax.P("tensor", None)),  # (V, D)
-    (r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$", jax.P(None, None, "tensor")),  # (L, D, heads)
-    (r"^layers/.*/o_proj/kernel$", jax.P(None, "tensor", None)),  # (L, heads, D)
-    (r"^layers/.*/(gate_proj|up_proj)/kernel$", jax.P(None, None, "tensor")),  # (L, D, F)
-    (r"^layers/.*/down_proj/kernel$", jax.P(None, "tensor", None)),  # (L, F, D)
-    (r"^lm_head/kernel$", jax.P(None, "tensor")),  # (D, V)
+    (r"^embed/embedding$", jax.P("tensor", "fsdp")),  # (V, D)
+    (r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$", jax.P(None, "fsdp", "tensor")),  # (L, D, heads)
+    (r"^layers/.*/o_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, heads, D)
+    (r"^layers/.*/(gate_proj|up_proj)/kernel$", jax.P(None, "fsdp", "tensor")),  # (L, D, F)
+    (r"^layers/.*/down_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, F, D)
+    (r"^lm_head/kernel$", jax.P("fsdp", "tensor")),  # (D, V)
     (r"norm/scale$", jax.P()),
 )
 
@@ -38,10 +37,7 @@ PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
 def spec_of(
     name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, parts: tuple[int, ...] | None = None
 ) -> jax.P:
-    """Returns how a parameter is cut: over `tensor` by `PARTITION_RULES`, and over `fsdp` one of its sides.
-
-    In a layer it is the larger one, or of equal ones the outputs, where all that cuts it divides it.
-    Otherwise, and of embedding and head, it is the one that `tensor` leaves, the hidden size.
+    """Returns how a parameter is cut: by `PARTITION_RULES`, or along APOLLO's channels.
 
     Args:
         name: its path.
@@ -51,14 +47,14 @@ def spec_of(
             default `shape`.
     """
     spec = next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
-    if not spec:
+    # Of a side that both cut, XLA would gather the parts of `tensor` too, where `data` has as many devices.
+    if not re.search(KERNELS, name) or mesh.shape["tensor"] > 1:
         return spec
-    rows, columns = len(shape) - 2, len(shape) - 1
-    hidden = rows if spec[columns] else columns
-    larger = rows if shape[rows] > shape[columns] else columns
-    divides = (parts or shape)[larger] % ways(mesh, (*axes_in(spec[larger]), "fsdp")) == 0
-    side = larger if name.startswith("layers/") and divides else hidden
-    return jax.P(*spec[:side], (*axes_in(spec[side]), "fsdp"), *spec[side + 1 :])
+    channels = 1 if shape[1] > shape[2] else 2  # The larger side, or the outputs, as apollo_optax has it.
+    if spec[channels] == "fsdp" or (parts or shape)[channels] % mesh.shape["fsdp"]:
+        return spec
+    layers, rows, columns = spec
+    return jax.P(layers, columns, rows)
 
 
 def cut_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
@@ -127,5 +123,5 @@ def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> 
 
 def cuts(sharding: jax.sharding.NamedSharding) -> tuple[str, ...]:
     """Returns the axes of the mesh that cut an array."""
-    names = [name for entry in sharding.spec for name in axes_in(entry)]
-    return tuple(name for name in names if sharding.mesh.shape[name] > 1)
+    names = [name for entry in sharding.spec for name in (entry if isinstance(entry, tuple) else (entry,))]
+    return tuple(name for name in names if name is not None and sharding.mesh.shape[name] > 1)

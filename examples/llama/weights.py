@@ -15,7 +15,7 @@ import numpy as np
 
 import apollo_optax
 from apollo_optax import QuantizedArray
-from examples.llama.mesh import axes_in, ways
+from examples.llama.mesh import ways
 from examples.llama.model import Params
 from examples.llama.optimizers import KERNELS, path_name
 from examples.llama.partition import spec_of
@@ -91,7 +91,7 @@ class Storage:
         layers, rows, columns = spec = spec_of(name, kernel.shape, self.mesh, kernel.scale.shape)
         if groups % ways(self.mesh, rows) == 0:
             return spec
-        both = (*axes_in(columns), *axes_in(rows))
+        both = (columns, rows)
         return jax.P(layers, None, columns if outputs % ways(self.mesh, both) else both)
 
     def abstract(self, shapes: Params) -> Params:
