@@ -34,8 +34,8 @@ GAP = 7
 # XLA for CPU leaves sums and products to a library, which takes them in an order that follows from the shape
 # of the whole array: those of a stack differ in the last digit from those of its layers. float32 needs that
 # digit. Adam's first update of an embedding, of a token not met before, is a whole step up or down, also
-# where the gradient is 0 but for a rounding: so far apart end also two runs of the ordinary step whose weights
-# differ by a unit in the last place. The option is experimental; a jaxlib without it refuses it by name.
+# where the gradient is 0 but for a rounding: two runs of the ordinary step whose weights differ by a unit in
+# the last place end as far apart. The option is experimental; a jaxlib without it refuses it by name.
 SUMS_BY_XLA = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
