@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from rich import filesize
 
-from examples.llama import corpus, data, hf
+from examples.llama import corpus, hf
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.mesh import make_mesh, on_every_device
 from examples.llama.model import (
@@ -31,6 +31,7 @@ from examples.llama.state_size import state_bytes
 from examples.llama.train import TrainState, TrainStep, make_layerwise_train_step, make_train_step
 from examples.llama.usage import UsageError
 from examples.llama.weights import Storage, on_mesh
+from examples.llama.windows import token_count
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
@@ -132,7 +133,7 @@ def summary(
 ) -> str:
     """Returns what is about to run, in a line."""
     tokens = options.steps * options.batch * options.seq
-    there = data.token_count(text.train)
+    there = token_count(text.train)
     state = sum(state_bytes(tx, abstract_params(config, execution_of(options, config), mesh)))
     return (
         f"{options.model or options.init_from}: {param_count(config):,} parameters in {options.weights}, "

@@ -24,6 +24,8 @@ from examples.llama.shards import ShardWriter, read_shards, write_tokens
 from examples.llama.sources import Source, open_source
 from examples.llama.split import TRAIN, VALIDATION, Labelled, split
 from examples.llama.tokenizer import (
+    PYTHON_TOKENIZER,
+    PYTHON_VOCAB,
     SMALLEST_VOCAB,
     TOKENIZER_FILE,
     Encoder,
@@ -63,7 +65,9 @@ def load_corpus(
     Args:
         data: see `sources.open_source`.
         vocab_size: the model's; every token id is below it.
-        tokenizer: see `tokenizer.load_tokenizer`; by default a BPE is trained on `data`.
+        tokenizer: see `tokenizer.load_tokenizer`. By default a BPE is trained on `data`;
+            for `python` there is one in this repository, which a vocabulary of its size or
+            more takes.
         vocab: tokens of that BPE, by default `vocab_size`.
         max_tokens: stop reading after the training document with which there are so many tokens.
         validation: held-out text, named as `data` is. By default, and of a data set of the hub, the
@@ -74,6 +78,8 @@ def load_corpus(
     """
     check_sizes(vocab_size, tokenizer, vocab, max_tokens)
     source = open_source("--data", data)
+    if data == "python" and not tokenizer and vocab is None and vocab_size >= PYTHON_VOCAB:
+        tokenizer = str(PYTHON_TOKENIZER)
     held_out = open_source("--validation", validation) if validation else None
     encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
     vocab = vocab or vocab_size

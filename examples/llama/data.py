@@ -1,42 +1,16 @@
-"""Windows of tokens: shuffled batches to train on, fixed ones to validate on.
-
-S is a window's length, one more than the model's sequence length T: inputs are its first T tokens
-and targets its last T.
-"""
+"""Shuffled batches of windows to train on, read ahead by Grain."""
 
 from collections.abc import Sequence
-from typing import SupportsIndex
 
 import grain
 import numpy as np
 
 from examples.llama.usage import UsageError
+from examples.llama.windows import Windows, token_count
 
 BATCHES_AHEAD = 4  # Read by each worker before they are asked for.
 # Without end, for all purposes; Grain's own endless repetition is too long to be cut into batches of 1.
 EPOCHS = 10**6
-
-
-class Windows(grain.sources.RandomAccessDataSource[np.ndarray]):
-    """The consecutive windows of each shard of tokens; each overlaps the next by one token."""
-
-    def __init__(self, shards: Sequence[np.ndarray], seq: int) -> None:
-        self._shards = shards
-        self._seq = seq
-        counts = [max(0, (shard.size - 1) // seq) for shard in shards]
-        self._ends = np.cumsum(counts, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
-        index = int(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        start = (index - int(self._ends[number - 1] if number else 0)) * self._seq
-        return np.asarray(self._shards[number][start : start + self._seq + 1], np.int32)
-
-    def __repr__(self) -> str:  # Grain prints its sources.
-        return f"Windows({len(self)} of {self._seq} + 1 tokens)"
 
 
 def train_loader(
@@ -82,32 +56,3 @@ def train_loader(
     batches = shuffled[process_index::process_count].batch(batch // process_count)
     ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=BATCHES_AHEAD * workers)
     return iter(batches.to_iter_dataset(ahead))
-
-
-def validation_batches(
-    shards: Sequence[np.ndarray], *, seq: int, count: int = 128, batch: int = 8
-) -> np.ndarray:
-    """Returns windows spread evenly over `shards`, the same for every run: int32 (batches, B, S).
-
-    Args:
-        shards: validation tokens (1-D).
-        seq: T, tokens a sequence.
-        count: windows at the most, rounded down to whole batches.
-        batch: B.
-
-    Raises:
-        UsageError: where there are fewer windows than one batch takes.
-    """
-    windows = Windows(shards, seq)
-    if len(windows) < batch:
-        raise UsageError(
-            f"--seq {seq} in validation batches of {batch} needs {batch * seq + 1} validation tokens and "
-            f"there are {token_count(shards)}; lower --seq, or give more text with --validation"
-        )
-    count = max(batch, min(count, len(windows)) // batch * batch)
-    chosen = np.linspace(0, len(windows) - 1, count).astype(int)
-    return np.stack([windows[index] for index in chosen]).reshape(-1, batch, seq + 1)
-
-
-def token_count(shards: Sequence[np.ndarray]) -> int:
-    return sum(shard.size for shard in shards)

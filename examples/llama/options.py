@@ -51,8 +51,9 @@ class TextOptions:
     """What decides which tokens there are, beside the model's vocabulary."""
 
     data: str = "stdlib"
-    """stdlib: the source of Python's standard library, which needs no network. Or a file, a folder or a
-    quoted glob of text, .jsonl or .parquet (field `text`), or hf:OWNER/NAME[/CONFIG] from the hub."""
+    """stdlib: the source of Python's standard library, which needs no network. python: that and the
+    source of all installed packages. Or a file, a folder or a quoted glob of text, .jsonl or .parquet (field
+    `text`), or hf:OWNER/NAME[/CONFIG] from the hub."""
     validation: str | None = None
     """The same for held-out text; by default one document in twenty of --data."""
     data_tokens: int | None = None

@@ -37,6 +37,7 @@ from examples.llama.run_log import (
 from examples.llama.sample import make_sampler
 from examples.llama.train import TrainState, TrainStep
 from examples.llama.usage import RunInterrupted, exit_on_usage_error, is_first, notice
+from examples.llama.windows import validation_batches
 
 
 def run_steps(
@@ -109,7 +110,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
             process_index=share,
             process_count=shares,
         )
-        held_out = data.validation_batches(text.validation, seq=options.seq, count=options.eval_windows)
+        held_out = validation_batches(text.validation, seq=options.seq, count=options.eval_windows)
         description = build.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)

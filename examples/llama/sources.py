@@ -2,6 +2,8 @@
 
 import dataclasses
 import glob
+import hashlib
+import itertools
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -83,6 +85,7 @@ def open_source(flag: str, data: str) -> Source:
     It is one of
 
     * `stdlib`: the `.py` files of the running Python's standard library;
+    * `python`: those, and the `.py` files of all packages installed beside it;
     * a file, a folder (with the folders in it, hidden ones aside) or a glob such as `corpus/**/*.txt`.
       A row of a `.jsonl`, `.jsonl.gz`, `.json.gz` or `.parquet` file is a document, its text in the
       field `text`. Any other file is a document of text in UTF-8; one of more than 64 KiB is cut
@@ -95,6 +98,8 @@ def open_source(flag: str, data: str) -> Source:
     """
     if data == "stdlib":
         return stdlib(flag)
+    if data == "python":
+        return installed_python(flag)
     if data.startswith(PREFIX):
         return HubSource.parse(flag, data)
     files = find_files(data)
@@ -105,7 +110,7 @@ def open_source(flag: str, data: str) -> Source:
     if glob.has_magic(data):
         raise UsageError(f"{flag} {data!r} matches no file; give a glob that does, such as 'corpus/**/*.txt'")
     raise UsageError(
-        f"{unknown_name(flag, data, ['stdlib'])}, or give a file, folder or glob that exists, "
+        f"{unknown_name(flag, data, ['stdlib', 'python'])}, or give a file, folder or glob that exists, "
         "or hf:OWNER/NAME for a data set of the hub"
     )
 
@@ -125,6 +130,68 @@ def stdlib(flag: str = "--data") -> FileSource:
 def read_module(name: str, path: Path) -> list[Document]:
     # A few files declare another encoding; a replacement character in a comment does no harm.
     return [Document(name, path.read_text("utf-8", errors="replace"))]
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutRepeats:
+    """The documents of a source, each text once, and each file's opening comment once.
+
+    Packages vendor copies of one another, and thousands of files open with the same
+    licence. A model would spend its tokens on learning those by heart.
+    """
+
+    source: FileSource
+
+    def __iter__(self) -> Iterator[Document]:
+        seen: set[bytes] = set()
+
+        def is_new(text: str) -> bool:
+            digest = hashlib.sha256(text.encode()).digest()
+            known = digest in seen
+            seen.add(digest)
+            return not known
+
+        for document in self.source:
+            opening, body = split_opening_comment(document.text)
+            text = opening + body if opening and is_new(opening) else body
+            if body.strip() and is_new(body):
+                yield Document(document.name, text)
+
+    def fingerprint(self) -> str:
+        return f"without repeats {self.source.fingerprint()}"
+
+    def held_out(self) -> None:
+        return None
+
+
+def split_opening_comment(text: str) -> tuple[str, str]:
+    """Returns the comment lines, and blank lines among them, that a module opens with.
+
+    Also returns the rest of the module.
+    """
+    lines = text.splitlines(keepends=True)
+    opening = list(itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), lines))
+    return "".join(opening), "".join(lines[len(opening) :])
+
+
+def site_folders() -> dict[str, Path]:
+    """Returns the folders of installed packages, by the start of their documents' names."""
+    folders = {name: Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    return folders if folders["purelib"] != folders["platlib"] else {"purelib": folders["purelib"]}
+
+
+def installed_python(flag: str = "--data") -> WithoutRepeats:
+    """Returns the `.py` files of the running Python and of the packages installed beside it.
+
+    They are hundreds of megabytes where PyTorch and JAX are installed, and need no network.
+    Tests are among them: there are too few other files for a model of 60M parameters.
+    """
+    library = stdlib(flag)
+    files = {f"stdlib/{name}": path for name, path in library.files.items()}
+    for start, folder in site_folders().items():
+        paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
+        files |= {f"{start}/{path.as_posix()}": folder / path for path in paths}
+    return WithoutRepeats(FileSource(flag, "python", files, read_module))
 
 
 def find_files(data: str) -> dict[str, Path]:

@@ -5,11 +5,13 @@ on a machine without accelerators that shares the cache (XDG_CACHE_HOME).
 """
 
 import dataclasses
+from pathlib import Path
 
-from examples.llama import corpus, data
+from examples.llama import corpus
 from examples.llama.config import preset
 from examples.llama.options import TextOptions, parse
 from examples.llama.usage import exit_on_usage_error
+from examples.llama.windows import token_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,8 @@ class TokeniseOptions(TextOptions):
 
     model: str = "tiny"
     """The run's --model: its vocabulary is the size of a tokenizer trained here."""
+    save_tokenizer: Path | None = None
+    """Write the tokenizer to this .json too, for other texts' --tokenizer."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -31,8 +35,11 @@ def main(args: list[str] | None = None) -> None:
             max_tokens=options.data_tokens,
             validation=options.validation,
         )
+        if options.save_tokenizer:
+            options.save_tokenizer.parent.mkdir(parents=True, exist_ok=True)
+            text.tokenizer.save(str(options.save_tokenizer), pretty=False)
         print(
-            f"{data.token_count(text.train):,} training and {data.token_count(text.validation):,} validation "
+            f"{token_count(text.train):,} training and {token_count(text.validation):,} validation "
             f"tokens of {text.tokenizer.get_vocab_size():,} kinds, ready for runs"
         )
 

@@ -17,6 +17,9 @@ END = "<|end|>"  # Follows every document, so that no window mistakes one for it
 KNOWN_ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 SMALLEST_VOCAB = 256 + 1  # A token for each byte, and `END`.
 TOKENIZER_FILE, CONFIG_FILE = TOKENIZER_FILES
+# A BPE of 32,000 tokens for `--data python`, so that no GPU waits for one to be trained.
+PYTHON_TOKENIZER = Path(__file__).parent / "tokenizers" / "python-32k.json"
+PYTHON_VOCAB = 32_000
 
 
 class Encoder(NamedTuple):

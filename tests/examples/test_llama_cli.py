@@ -402,7 +402,7 @@ def test_exported_weights_are_those_of_the_checkpoint(out: Path, tmp_path: Path)
 
 
 def held_out(out: Path) -> np.ndarray:
-    return data.validation_batches(corpus.load_corpus("stdlib", vocab_size=384).validation, seq=16)
+    return validation_batches(corpus.load_corpus("stdlib", vocab_size=384).validation, seq=16)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from examples.llama import data
 from examples.llama.usage import UsageError
+from examples.llama.windows import Windows, validation_batches
 
 # The windows of 9 begin with 0, 9, ... 540, then 700, 709, ...: none has a token of two shards.
 SHARDS = [np.arange(550, dtype=np.uint16), np.arange(700, 1151, dtype=np.uint32)]
@@ -22,18 +23,18 @@ def first_batches(count: int = 5, **settings: int) -> np.ndarray:
 
 
 def test_windows_overlap_by_one_token() -> None:
-    windows = data.Windows([np.arange(13)], 4)
+    windows = Windows([np.arange(13)], 4)
     assert [windows[i].tolist() for i in range(len(windows))] == [
         [0, 1, 2, 3, 4],
         [4, 5, 6, 7, 8],
         [8, 9, 10, 11, 12],
     ]
-    assert len(data.Windows([np.arange(12)], 4)) == 2
+    assert len(Windows([np.arange(12)], 4)) == 2
 
 
 def test_windows_stay_within_a_shard() -> None:
     # The second has too few tokens for a window.
-    windows = data.Windows([np.arange(7), np.arange(10, 13), np.arange(20, 28)], 3)
+    windows = Windows([np.arange(7), np.arange(10, 13), np.arange(20, 28)], 3)
     assert [windows[i].tolist() for i in range(len(windows))] == [
         [0, 1, 2, 3],
         [3, 4, 5, 6],
@@ -96,14 +97,14 @@ def test_a_checkpoint_moves_between_process_counts_and_workers() -> None:
 
 def test_validation_windows_are_spread_and_fixed() -> None:
     shards = [np.arange(60_000), np.arange(60_000, 100_000)]
-    batches_KxBxS = data.validation_batches(shards, seq=10)
+    batches_KxBxS = validation_batches(shards, seq=10)
     assert batches_KxBxS.shape == (16, 8, 11)
     assert batches_KxBxS.dtype == np.int32
     assert batches_KxBxS[0, 0, 0] == 0
     assert batches_KxBxS[-1, -1, -1] > 99_900
-    np.testing.assert_array_equal(batches_KxBxS, data.validation_batches(shards, seq=10))
-    assert data.validation_batches([np.arange(50)], seq=10, batch=4).shape == (1, 4, 11)
-    assert data.validation_batches(shards, seq=10, batch=200).shape == (1, 200, 11)
+    np.testing.assert_array_equal(batches_KxBxS, validation_batches(shards, seq=10))
+    assert validation_batches([np.arange(50)], seq=10, batch=4).shape == (1, 4, 11)
+    assert validation_batches(shards, seq=10, batch=200).shape == (1, 200, 11)
 
 
 def test_too_few_tokens_are_refused() -> None:
@@ -114,9 +115,9 @@ def test_too_few_tokens_are_refused() -> None:
         "--seq 10 in validation batches of 8 needs 81 validation tokens and there are 50; lower --seq, or"
     )
     with pytest.raises(UsageError, match=message):
-        data.validation_batches([np.arange(50)], seq=10)
+        validation_batches([np.arange(50)], seq=10)
     with pytest.raises(UsageError, match="there are 1001; lower --seq, or give more text with --validation"):
-        data.validation_batches(SHARDS, seq=1000, batch=1)
+        validation_batches(SHARDS, seq=1000, batch=1)
 
 
 def test_processes_must_divide_the_batch() -> None:

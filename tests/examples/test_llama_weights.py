@@ -171,7 +171,7 @@ def test_an_int8_run_trains_resumes_and_is_exported(
     small = PRESETS["tiny"]
     params = load_params(exported, small, "bfloat16")
     text = build.load_corpus(RunOptions(out=out), small)
-    held_out = data.validation_batches(text.validation, seq=16, count=128)
+    held_out = validation_batches(text.validation, seq=16, count=128)
     computed = Execution(param_dtype="bfloat16", compute_dtype="bfloat16")
     loss = make_evaluator(pieces_of(small, computed), held_out)(params)
     assert loss == pytest.approx(rows[-1]["val_loss"], abs=1e-3)
