@@ -5,8 +5,7 @@ real shapes of a LLaMA's kernels (attention and MLP of all layers; embeddings, h
 whatever the optimizer, and are left out). The optimizers take turns, a block of steps each, so that
 what else the machine does meets all of them, and so does a large copy, which gives the machine's
 bandwidth. Each is held against the bytes that it must move at that bandwidth: its floor.
-
-On a GPU: python -m benchmarks.optimizer_step --models 7b --dtype bfloat16 --against-torch
+On a GPU, `python -m benchmarks.gpu step` times the same contenders.
 """
 
 import dataclasses
@@ -94,6 +93,8 @@ def contenders(setting: Setting, options: Options) -> dict[str, Contender]:
 def measure(setting: Setting, options: Options) -> dict[str, Measured]:
     """Compiles all, then has them take turns."""
     taking_turns = contenders(setting, options)
+    for contender in taking_turns.values():
+        contender.measured.copy = taking_turns[COPY].measured
     for number in range(options.compilations):
         notice(f"{setting.model}, {setting.layout}: compilation {number + 1} of {options.compilations}")
         for contender in taking_turns.values():
@@ -124,10 +125,11 @@ def ratio(ours: Measured, theirs: Measured) -> float | None:
     return statistics.median(a / b for a, b in zip(ours.by_round(), theirs.by_round(), strict=True))
 
 
-def over_floor(ours: Measured, copy: Measured) -> float | None:
-    """Returns the time of a step over what the copy would take for the bytes that it must move."""
-    over_copy = ratio(ours, copy)
-    return over_copy and over_copy * copy.floor_bytes / ours.floor_bytes
+def over_floor(ours: Measured) -> float | None:
+    """Returns the time of a step over what its copy would take for the bytes that it must move."""
+    if ours.copy is None or (over_copy := ratio(ours, ours.copy)) is None:
+        return None
+    return over_copy * ours.copy.floor_bytes / ours.floor_bytes
 
 
 def compilation_ratio(ours: Measured, theirs: Measured) -> float:
@@ -159,27 +161,28 @@ def table(setting: Setting, results: dict[str, Measured]) -> str:
             refresh = milliseconds(statistics.median(measured.refreshes))
             lines += [
                 "",
-                f"{name}: every {measured.refresh_every} steps one takes {refresh} ms; averaged over",
+                f"{name}: one step in {measured.refresh_every} takes {refresh} ms, amortised into the table",
             ]
     return "\n".join(lines)
 
 
 def cells(name: str, results: dict[str, Measured]) -> list[str]:
+    """Returns the row of a contender; ratios to what is not in the results are left out."""
     ours = results[name]
     floor = megabytes(ours.floor_bytes)
     if ours.out_of_memory:
         return [name, "out of memory", "", "", "", floor, *[""] * 5]
     blocks = ours.by_round()
-    adamws = [results[adamw] for adamw in ADAMW.values()]
+    adamws = [results.get(adamw) for adamw in ADAMW.values()]
     return [
         name,
         milliseconds(statistics.median(blocks)),
         f"{milliseconds(min(blocks))}, {milliseconds(max(blocks))}",
-        *(number(ratio(ours, adamw)) for adamw in adamws),
+        *(number(adamw and ratio(ours, adamw)) for adamw in adamws),
         floor,
-        number(over_floor(ours, results[COPY])),
+        number(over_floor(ours)),
         number(statistics.median(ours.compilations)) if ours.compilations else "",
-        number(compilation_ratio(ours, adamws[0])) if ours.compilations else "",
+        number(compilation_ratio(ours, adamws[0])) if ours.compilations and adamws[0] else "",
         megabytes(ours.temporaries_bytes),
         megabytes(ours.state_bytes),
     ]
@@ -197,81 +200,71 @@ def megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:,.1f}"
 
 
+Outcome = Callable[[dict[str, Measured]], float | None]  # None where it was not measured.
+
+
 class Goal(NamedTuple):
     """A ratio to stay within, in each of the layouts that are measured."""
 
     what: str
     limit: float
-    model: str
-    dtype: str
-    outcome: Callable[[dict[str, Measured]], float | None]  # None where it was not measured.
+    place: str
+    setting: Setting  # In whichever layout.
+    outcome: Outcome
     layouts: tuple[str, ...] = LAYOUTS
+
+    def cells(self, results: Results) -> list[str]:
+        place = f"{self.place}, {self.setting.model}, {self.setting.dtype}"
+        head = [place, self.what, f"<= {self.limit}"]
+        found = {
+            layout: outcome
+            for layout in self.layouts
+            if (measured := results.get(self.setting._replace(layout=layout)))
+            and (outcome := self.outcome(measured)) is not None
+        }
+        if not found:
+            return [*head, "not in this run", ""]
+        values = ", ".join(f"{value:.2f} {layout}" for layout, value in found.items())
+        return [*head, values, verdict(max(found.values()) <= self.limit)]
+
+
+def over(ours: str, theirs: str) -> Outcome:
+    """Returns the ratio of two contenders' times as a function of the results."""
+    return lambda results: (
+        ratio(results[ours], results[theirs]) if {ours, theirs} <= results.keys() else None
+    )
 
 
 def goals() -> list[Goal]:
-    def over(ours: str, theirs: str) -> Callable[[dict[str, Measured]], float | None]:
-        return lambda results: (
-            ratio(results[ours], results[theirs]) if {ours, theirs} <= results.keys() else None
-        )
+    """Returns the goals on a CPU; those on a GPU are in `benchmarks.gpu.step`."""
 
-    def over_bytes(ours: str) -> Callable[[dict[str, Measured]], float | None]:
-        return lambda results: over_floor(results[ours], results[COPY]) if ours in results else None
-
-    def to_compile(ours: str) -> Callable[[dict[str, Measured]], float | None]:
+    def to_compile(ours: str) -> Outcome:
         return lambda results: (
             compilation_ratio(results[ours], results[ADAMW["float32"]]) if ours in results else None
         )
 
-    cpu = functools.partial(Goal, model="60m", dtype="float32")
-    gpu = functools.partial(Goal, model="7b", dtype="bfloat16")
+    cpu = functools.partial(Goal, place="CPU", setting=Setting("60m", "float32", "unstacked"))
     alone = ("unstacked",)
-    mini, r128, r256 = "apollo-mini", "apollo, rank 128", "apollo, rank 256"
-    f32, bf16 = ADAMW["float32"], ADAMW["bfloat16"]
-    release_mini, release_128 = over(mini, "apollo-torch, mini"), over(r128, "apollo-torch, rank 128")
+    mini, r128 = "apollo-mini", "apollo, rank 128"
+    release_128 = over(r128, "apollo-torch, rank 128")
     return [
-        cpu("apollo-mini over optax.adamw", 0.6, outcome=over(mini, f32)),
+        cpu("apollo-mini over optax.adamw", 0.6, outcome=over(mini, ADAMW["float32"])),
         cpu("apollo rank 128 over the authors' release", 0.9, outcome=release_128, layouts=alone),
         cpu("apollo rank 128 over optax.contrib.galore", 0.5, outcome=over(r128, "galore, rank 128")),
         cpu("compile time, apollo-mini over adamw", 3.0, outcome=to_compile(mini), layouts=alone),
         cpu("compile time, apollo rank 128 over adamw", 3.0, outcome=to_compile(r128), layouts=alone),
-        gpu("apollo-mini over its floor of bytes", 1.3, outcome=over_bytes(mini)),
-        gpu("apollo rank 256 over its floor of bytes", 1.45, outcome=over_bytes(r256)),
-        gpu("apollo-mini over adamw, bfloat16 moments", 0.75, outcome=over(mini, bf16)),
-        gpu("apollo-mini over adamw, float32 moments", 0.45, outcome=over(mini, f32)),
-        gpu("apollo rank 256 over adamw, bfloat16 moments", 0.95, outcome=over(r256, bf16)),
-        gpu("apollo rank 256 over adamw, float32 moments", 0.6, outcome=over(r256, f32)),
-        gpu("apollo-mini over the authors' release", 0.3, outcome=release_mini, layouts=alone),
     ]
+
+
+GOALS_HEAD = ("where", "what", "goal", "measured", "")
 
 
 def goals_table(results: Results, imports: import_time.ImportTimes) -> str:
     """Returns what was to be reached, and what is."""
-    rows = [[goal_place(goal), goal.what, f"<= {goal.limit}", *goal_cells(goal, results)] for goal in goals()]
+    rows = [goal.cells(results) for goal in goals()]
     imported = [number(imports.ratio), verdict(imports.ratio <= IMPORT_LIMIT)]
     rows.append(["anywhere", "import apollo_optax over import optax", f"<= {IMPORT_LIMIT}", *imported])
-    return markdown(["where", "what", "goal", "measured", ""], rows, numbers_from=5)
-
-
-def goal_place(goal: Goal) -> str:
-    return f"{'GPU' if goal.model == '7b' else 'CPU'}, {goal.model}, {goal.dtype}"
-
-
-def goal_cells(goal: Goal, results: Results) -> list[str]:
-    on_gpu = jax.default_backend() == "gpu"
-    if goal_place(goal).startswith("GPU") != on_gpu:
-        return ["not measured: " + ("on a GPU" if on_gpu else "no GPU"), ""]
-    found = {
-        layout: outcome
-        for layout in goal.layouts
-        if (measured := results.get(Setting(goal.model, goal.dtype, layout)))
-        and (outcome := goal.outcome(measured)) is not None
-    }
-    if not found:
-        return ["not in this run", ""]
-    return [
-        ", ".join(f"{value:.2f} {layout}" for layout, value in found.items()),
-        verdict(max(found.values()) <= goal.limit),
-    ]
+    return markdown(GOALS_HEAD, rows, numbers_from=5)
 
 
 def verdict(met: bool) -> str:

@@ -31,6 +31,7 @@ class Setting(NamedTuple):
     model: str
     dtype: str  # Of weights and gradients.
     layout: str  # "unstacked": a leaf for each matrix; "stacked": a leaf for the matrices of all layers.
+    layers: int | None = None  # How many of the model's layers; None: all.
 
     @property
     def stacked(self) -> bool:
@@ -38,8 +39,10 @@ class Setting(NamedTuple):
 
     def kernels(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes and dtypes by path: (L, in, out) where stacked, else L leaves of (in, out)."""
-        execution = Execution(param_dtype=self.dtype)
-        params = jax.eval_shape(lambda: init_params(preset(self.model), execution, seed=0))
+        config, execution = preset(self.model), Execution(param_dtype=self.dtype)
+        if self.layers is not None:
+            config = dataclasses.replace(config, num_layers=self.layers)
+        params = jax.eval_shape(lambda: init_params(config, execution, seed=0))
         stacks = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
         stacks = {name: leaf for name, leaf in stacks.items() if re.search(KERNELS, name)}
         if self.stacked:
@@ -142,9 +145,12 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
         "muon": [Method("muon", functools.partial(muon, setting))],
         "apollo": [
             *(twice(f"apollo, rank {rank}", of(apollo_optax.apollo, rank=rank)) for rank in ranks),
-            twice(
-                f"apollo, rank {quarter}, rademacher",
-                of(apollo_optax.apollo, rank=quarter, projection="rademacher"),
+            *(
+                twice(
+                    f"apollo, rank {rank}, rademacher",
+                    of(apollo_optax.apollo, rank=rank, projection="rademacher"),
+                )
+                for rank in ranks
             ),
         ],
         "apollo-mini": [
@@ -166,6 +172,7 @@ class Measured:
     temporaries_bytes: int | None = None
     state_bytes: int | None = None
     out_of_memory: bool = False
+    copy: "Measured | None" = None  # The large copy that was timed beside it.
 
     def amortised(self, seconds: float) -> float:
         """Returns what a step takes if an ordinary one takes `seconds`: refreshes at their share."""
@@ -248,6 +255,11 @@ class OnJax:
         self.measured = Measured(method.floor_bytes(kernels), method.refresh_every)
         self._kernels, self._draw, self._tx = kernels, draw, method.make()
         self._init = jax.jit(self._tx.init).lower(kernels).compile()
+
+    @property
+    def program(self) -> jax.stages.Compiled:
+        """The step, after `compile`."""
+        return self._step
 
     def compile(self) -> None:
         jax.clear_caches()  # Cold, as at the first step of a run.

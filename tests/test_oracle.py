@@ -1,56 +1,18 @@
 """Golden trajectories from the paper authors' release; tests/data/README.md says what each array is."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from apollo_optax import scale_by_apollo
-
-DATA = pathlib.Path(__file__).parent / "data"
-CASES = json.loads((DATA / "index.json").read_text())
-ARGUMENTS = (
-    *("rank", "scale_type", "scale", "update_proj_gap", "scale_front", "norm_growth_limit"),
-    *("b1", "b2", "eps"),
-)
-TOLERANCES = {"float64": 1e-13, "float32": 1e-5}
+from benchmarks.golden import CASES, DATA, TOLERANCES, arguments, relative_error, replay
 
 
 @pytest.fixture(params=["float64", "float32"])
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):
         yield request.param
-
-
-def arguments(case, **changed):
-    return {name: CASES[case][name] for name in ARGUMENTS} | changed
-
-
-def relative_error(actual, expected):
-    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
-
-
-def replay(case, dtype):
-    """Runs a case with its recorded projections, a stretch at a time; returns errors and final state."""
-    golden = np.load(DATA / f"{case}.npz")
-    gap, steps = CASES[case]["update_proj_gap"], CASES[case]["steps"]
-    state, errors, norms = None, [], []
-    for stretch, projection in enumerate(golden["projections"]):
-        fixed = jnp.asarray(projection, dtype)
-        tx = scale_by_apollo(**arguments(case, projection=lambda key, shape, fixed=fixed: fixed))
-        update = jax.jit(tx.update)
-        if state is None:
-            state = tx.init(jnp.zeros(CASES[case]["shape"], dtype))
-        for t in range(stretch * gap, min((stretch + 1) * gap, steps)):
-            direction, state = update(jnp.asarray(golden["grads"][t], dtype), state)
-            assert direction.dtype == dtype
-            errors.append(relative_error(direction, golden["directions"][t]))
-            norms.append(float(state.norm))
-    assert len(errors) == steps
-    return errors, np.array(norms), state, golden
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -178,15 +178,32 @@ def binary_bytes(number: str, unit: str) -> int:
 
 def compiled_memory(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, target: str) -> Memory:
     """Returns the memory of the step that `pretrain` runs, compiled for the devices of a mesh."""
+    return memory_of_step(compiled_step(options, config, mesh), options, config, mesh, target)
+
+
+def compiled_step(
+    options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+    """Returns the step that `pretrain` runs, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
     step: Any = build.training_step(options, config, tx, mesh)  # A function, of which jit makes more.
     tokens = (options.batch, options.seq + 1)
-    compiled = step.lower(
+    return step.lower(
         build.abstract_state(options, config, tx, mesh),
         jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=over_data(mesh)),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=on_every_device(mesh)),
     ).compile()
-    sizes = compiled.memory_analysis()
+
+
+def memory_of_step(
+    compiled: jax.stages.Compiled,
+    options: RunOptions,
+    config: LlamaConfig,
+    mesh: jax.sharding.Mesh,
+    target: str,
+) -> Memory:
+    """Returns the memory of a compiled step; the other arguments are what it was compiled of."""
+    sizes: Any = compiled.memory_analysis()
     return shapes_memory(
         options,
         config,

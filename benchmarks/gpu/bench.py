@@ -1,0 +1,157 @@
+"""What the parts share: the device, the time that is left, and rows in waves."""
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.worker import Failed, Row, Worker
+from benchmarks.report import cores, made_with
+from examples.llama.usage import notice
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
+NO_TIME = Failed("no time left")
+
+
+class Device(NamedTuple):
+    """Where the rows run."""
+
+    platform: str
+    kind: str
+    memory_bytes: int | None  # All there is; None where the device does not tell.
+    made_with: str
+
+
+def device_row() -> Generator[Device]:
+    """Yields the device; a process that has looked for one holds some of its memory."""
+    fraction = 0.5
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    yield Device(
+        jax.default_backend(),
+        jax.devices()[0].device_kind,
+        limit and int(limit / fraction),
+        made_with(PACKAGES),
+    )
+
+
+def this_device() -> Device:
+    """Returns the device that JAX finds, as a process of its own sees it.
+
+    Raises:
+        RuntimeError: where JAX cannot start on it.
+    """
+    with Worker(device_row, variables={"XLA_CLIENT_MEM_FRACTION": "0.5"}) as worker:
+        found = worker.prepared(time.monotonic() + 120)
+    if isinstance(found, Failed):
+        raise RuntimeError(f"JAX cannot use the device: {found.reason}")
+    return found
+
+
+class Job(NamedTuple):
+    """A row to be measured."""
+
+    name: str
+    row: Row
+    args: tuple[Any, ...]
+    variables: dict[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A part that is under way."""
+
+    report: Report
+    device: Device
+    deadline: float  # By `time.monotonic`.
+    rehearse: bool
+    dump: bool  # Whether to keep the optimised HLO of each step.
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.platform == "gpu"
+
+    def left(self) -> float:
+        """Returns the seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def measure(self, jobs: Iterable[Job], put: Callable[[Job, Any, Any], None]) -> None:
+        """Measures each job; `put` gets the job, what it prepared and what it found.
+
+        As many jobs as the host has cores for prepare at a time. None of them measures
+        before the last of these has prepared, since compiling tries kernels on the GPU.
+        """
+        for wave in batched(jobs, rows_per_wave()):
+            with contextlib.ExitStack() as stack:
+                started = self._start(stack, wave)
+                prepared = [worker.prepared(self.deadline) for worker in started]
+                for job, worker, known in zip(wave[: len(started)], started, prepared, strict=True):
+                    self.measure_one(job, worker, known, put)
+            for job in wave[len(started) :]:
+                put(job, NO_TIME, NO_TIME)
+
+    def _start(self, stack: contextlib.ExitStack, wave: Iterable[Job]) -> list[Worker]:
+        started: list[Worker] = []
+        for job in wave:
+            if self.left() <= 0:
+                break
+            notice(f"{self.report.part}: preparing {job.name}")
+            worker = Worker(job.row, *job.args, variables=job.variables)
+            started.append(stack.enter_context(worker))
+        return started
+
+    def measure_one(
+        self, job: Job, worker: Worker, known: Any, put: Callable[[Job, Any, Any], None]
+    ) -> None:
+        if isinstance(known, Failed):
+            put(job, known, known)
+            return
+        notice(f"{self.report.part}: measuring {job.name} ({self.left():.0f} s left)")
+        with worker:  # Its memory is for the next row.
+            found = worker.ask(self.deadline)
+        put(job, known, found)
+
+    def hlo(self, name: str) -> Path | None:
+        """Returns where a row keeps its program, or None where it need not."""
+        if not self.dump:
+            return None
+        return self._hlo_folder() / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.txt"
+
+    def pack_hlo(self) -> None:
+        """Puts the programs of all rows into one file, OUT/PART-hlo.zip."""
+        folder = self._hlo_folder()
+        if not folder.exists():
+            return
+        packed = self.report.folder / f"{self.report.part}-hlo.zip"
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+            for path in sorted(folder.iterdir()):
+                file.write(path, path.name)
+        shutil.rmtree(folder)
+
+    def _hlo_folder(self) -> Path:
+        return self.report.folder / f"{self.report.part}-hlo"
+
+
+def rows_per_wave() -> int:
+    """Returns how many rows prepare at a time: one a core."""
+    return max(2, cores())
+
+
+def keep_hlo(path: Path | None, compiled: jax.stages.Compiled) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(compiled.as_text() or "")
+
+
+def batched(jobs: Iterable[Job], size: int) -> Iterable[list[Job]]:
+    remaining = iter(jobs)
+    while batch := list(itertools.islice(remaining, size)):
+        yield batch

@@ -1,0 +1,208 @@
+"""`check`: whether this device computes what the CPU does in the tests."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import apollo_optax
+from apollo_optax import apply_updates_stochastic
+from benchmarks.golden import CASES, TOLERANCES, worst_error
+from benchmarks.gpu.bench import Bench, Job
+from benchmarks.gpu.worker import Failed
+from benchmarks.memory import step_of
+from examples.llama import build
+from examples.llama.config import preset
+from examples.llama.mesh import make_mesh, over_data
+from examples.llama.model import cudnn_has_flash_attention
+from examples.llama.optimizers import make_optimizer
+from examples.llama.options import RunOptions
+from examples.llama.plan import runs
+
+SECONDS = 60.0
+STEPS = 5  # Of each comparison of two ways to train.
+HEAD = ("check", "measured", "limit", "")
+
+
+class Outcome(NamedTuple):
+    """A number that must not exceed its limit."""
+
+    what: str
+    measured: float
+    limit: float
+
+
+def checked(
+    check: Callable[..., list[Outcome] | Failed], *args: Any
+) -> Generator[None | list[Outcome] | Failed]:
+    """Makes a row of a check, which needs no device of its own: all is preparation."""
+    found = check(*args)
+    yield None
+    yield found
+
+
+def golden(dtype: str) -> list[Outcome]:
+    with jax.enable_x64(dtype == "float64"):
+        errors = [worst_error(case, dtype) for case in CASES]
+    what = f"golden trajectories, {dtype}, largest error of {len(errors)}"
+    return [Outcome(what, max(errors), TOLERANCES[dtype])]
+
+
+def jitted_against_eager() -> list[Outcome]:
+    shapes = {"kernel": (64, 96), "tall": (96, 64), "stack": (3, 32, 48), "bias": (96,)}
+    numbers = {"stack": apollo_optax.ApolloDimensionNumbers(1, 2)}
+    rules = apollo_optax.dimension_numbers_by_path(list(numbers.items()))
+    apollo = functools.partial(apollo_optax.scale_by_apollo, weight_dimension_numbers=rules)
+    found = []
+    for name, tx in (
+        ("apollo", apollo(rank=8, update_proj_gap=2)),
+        ("apollo-mini", apollo(rank=1, scale_type="tensor", scale=128.0)),
+    ):
+        state = eager = tx.init({key: jnp.zeros(shape) for key, shape in shapes.items()})
+        update, errors = jax.jit(tx.update), []
+        for step in range(STEPS):
+            keys = jax.random.split(jax.random.key(step), len(shapes))
+            drawn = zip(keys, shapes.items(), strict=True)
+            grads = {n: jax.random.normal(key, shape) for key, (n, shape) in drawn}
+            updates, state = update(grads, state)
+            others, eager = tx.update(grads, eager)
+            errors.append(largest_difference(updates, others))
+        found.append(Outcome(f"{name}, jitted against eager, {STEPS} steps", max(errors), 1e-5))
+    return found
+
+
+def largest_difference(tree: Any, other: Any) -> float:
+    """Returns the largest difference of two trees' leaves, relative to their largest entry."""
+
+    def difference(x: Any, y: Any) -> float:
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        return float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-30))
+
+    return max(map(difference, jax.tree.leaves(tree), jax.tree.leaves(other)))
+
+
+def stochastic_rounding() -> list[Outcome]:
+    count, step = 2**20, 2.0**-11  # Above 1, a bfloat16 step is 2^-7.
+    params = {"kernel": jnp.ones((count,), jnp.bfloat16)}
+    updates = {"kernel": jnp.full((count,), step)}
+    apply = jax.jit(lambda: apply_updates_stochastic(params, updates, jax.random.key(0)))
+    here = np.asarray(apply()["kernel"], np.float64)
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = jax.tree.map(np.asarray, (params, updates))
+        there = apply_updates_stochastic(*on_cpu, jax.random.key(0))["kernel"]
+    unit = 2.0**-7
+    share = step / unit
+    standard_error = unit * np.sqrt(share * (1 - share) / count)
+    bias = abs(float(here.mean()) - 1 - step) / standard_error
+    differing = int((here != np.asarray(there, np.float64)).sum())
+    return [
+        Outcome(f"stochastic rounding of {count:,} numbers, other than on the CPU", differing, 0),
+        Outcome("their mean's distance from the unrounded, standard errors", bias, 5),
+    ]
+
+
+def small_run(**options: Any) -> RunOptions:
+    """Returns a run of the tiny model in float32, with its defaults filled in."""
+    fields = {"weights": "float32", "moment_dtype": "float32", "batch": 4, "seq": 64} | options
+    (run,) = runs(step_of("tiny", "apollo-mini", **fields), preset("tiny"))
+    return run
+
+
+def trained(run: RunOptions, steps: int = STEPS) -> tuple[list[float], Any]:
+    """Returns the losses of some steps on random tokens, and the parameters after them."""
+    config, mesh = build.model_config(run), make_mesh(run.mesh)
+    tx, _ = make_optimizer(run, config)
+    state = build.initial_state(run, config, tx, mesh)
+    train_step = build.training_step(run, config, tx, mesh)
+    losses, rng = [], np.random.default_rng(0)
+    for step in range(1, steps + 1):
+        tokens = rng.integers(config.vocab_size, size=(run.batch, run.seq + 1), dtype=np.int32)
+        state, metrics = train_step(state, jax.device_put(tokens, over_data(mesh)), np.int32(step))
+        losses.append(float(metrics.loss))
+    return losses, jax.device_get(state.params)
+
+
+def compared(what: str, ours: RunOptions, theirs: RunOptions) -> list[Outcome]:
+    (losses, params), (others, other_params) = trained(ours), trained(theirs)
+    by_loss = max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
+    return [
+        Outcome(f"{what}, losses of {STEPS} steps", by_loss, 1e-5),
+        Outcome(f"{what}, parameters after them", largest_difference(params, other_params), 1e-4),
+    ]
+
+
+def layerwise_against_ordinary() -> list[Outcome]:
+    jax.config.update("jax_default_matmul_precision", "highest")  # Else TF32 on a GPU.
+    layerwise = small_run(layerwise=True)
+    return compared("layer-wise against ordinary step", layerwise, small_run())
+
+
+def in_host_memory(offload: str) -> list[Outcome] | Failed:
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if jax.default_backend() == "cpu" or "pinned_host" not in kinds:
+        return Failed("needs a device with a memory of its own")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    run = small_run(layerwise=True)
+    return compared(f"{offload} in host memory", dataclasses.replace(run, offload=offload), run)
+
+
+def flash_attention(head_size: int) -> list[Outcome] | Failed:
+    if not cudnn_has_flash_attention():
+        return Failed("needs cuDNN's flash attention")
+    # Queries, keys, values and the gradient of the result.
+    keys = jax.random.split(jax.random.key(0), 4)
+    given = [jax.random.normal(key, (4, 256, 8, head_size), jnp.bfloat16) for key in keys]
+
+    def computed(dtype: Any, implementation: Any) -> Iterator[np.ndarray]:
+        *inputs, cotangent = (x.astype(dtype) for x in given)
+        attention = functools.partial(
+            jax.nn.dot_product_attention, is_causal=True, implementation=implementation
+        )
+        out, backward = jax.vjp(attention, *inputs)
+        return (np.asarray(x, np.float64) for x in (out, *backward(cotangent)))
+
+    with jax.default_matmul_precision("highest"):
+        exact = list(computed(jnp.float32, "xla"))
+
+    def errors(implementation: Any) -> list[float]:
+        pairs = zip(computed(jnp.bfloat16, implementation), exact, strict=True)
+        return [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs]
+
+    ratios = [ours / theirs for ours, theirs in zip(errors("cudnn"), errors("xla"), strict=True)]
+    what = f"cuDNN's attention, heads of {head_size}: its error and its gradients' over XLA's"
+    return [Outcome(what, max(ratios), 2.0)]
+
+
+def jobs() -> list[Job]:
+    checks: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        *((f"golden trajectories, {dtype}", golden, (dtype,)) for dtype in TOLERANCES),
+        ("jitted against eager", jitted_against_eager, ()),
+        ("stochastic rounding", stochastic_rounding, ()),
+        ("layer-wise against ordinary step", layerwise_against_ordinary, ()),
+        *((f"cuDNN's attention, heads of {size}", flash_attention, (size,)) for size in (64, 128)),
+        *((f"{what} in host memory", in_host_memory, (what,)) for what in ("weights", "activations")),
+    ]
+    return [Job(name, checked, (check, *args)) for name, check, args in checks]
+
+
+def run(bench: Bench) -> None:
+    table = bench.report.table("Checks on this device", HEAD, numbers_from=1)
+    rows = itertools.count()
+
+    def put(job: Job, known: Any, found: list[Outcome] | Failed) -> None:
+        del known
+        if isinstance(found, Failed):
+            table.put(str(next(rows)), [job.name, found.reason])
+            return
+        for what, measured, limit in found:
+            verdict = "passed" if measured <= limit else "FAILED"
+            cells = [what, f"{measured:.3g}", f"<= {limit:g}", verdict]
+            table.put(str(next(rows)), cells, {"measured": measured, "limit": limit})
+
+    bench.measure(jobs(), put)

@@ -1,0 +1,152 @@
+"""`throughput`: what a small state is worth, the larger batch that fits beside it.
+
+AdamW with bfloat16 moments, and APOLLO-Mini by the ordinary and by the layer-wise step,
+each train 7B at the largest batch that fits a part of the GPU's memory, on random tokens.
+The largest batch is where a line through the memory of two compiled batches meets it.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.gpu.bench import NO_TIME, Bench, Job
+from benchmarks.gpu.memory import Trained, trained
+from benchmarks.gpu.worker import Failed, Worker
+from benchmarks.memory import step_of
+from examples.llama.build import model_config
+from examples.llama.config import preset
+from examples.llama.flops import flops_per_token, peak_flops
+from examples.llama.options import RunOptions
+from examples.llama.plan import PlanOptions, bytes_in, runs
+from examples.llama.target import memory_of
+from examples.llama.usage import notice
+
+SECONDS = 240.0
+PLANNED_BATCHES = (64, 256)  # Large enough for activations, not gradients, to make the peak.
+MARGIN = 0.97  # Of the memory, for what the compiler does not count.
+STEP_DOWN = 0.9  # Of the batch, after one that did not fit.
+HEAD = (
+    *("memory", "optimizer", "batch", "tokens/s", "over adamw", "of the peak flops"),
+    "allocator's peak, GB",
+)
+
+
+class Case(NamedTuple):
+    """A row of the table."""
+
+    limit_bytes: int | None  # The memory that the run gets; None: all, at the run's batch.
+    name: str
+    run: RunOptions
+
+    @property
+    def memory(self) -> str:
+        return "all" if self.limit_bytes is None else f"{self.limit_bytes / 1e9:g} GB"
+
+
+def cases(model: str, seq: int, limits: list[int]) -> list[Case]:
+    """Returns what to run; what comes last may find no time left."""
+    step = functools.partial(step_of, model, target="gpu", seq=seq)
+    adamw = step("adamw", remat="full")
+    mini = step("apollo-mini", remat="full", embeddings="apollo")
+    layerwise = dataclasses.replace(mini, layerwise=True)
+    int8 = step("apollo-mini", weights="int8", layerwise=True)
+    found: list[tuple[int | None, str, PlanOptions]] = [
+        *((limit, "adamw, bfloat16 moments", adamw) for limit in limits),
+        *((limit, "apollo-mini, layer-wise", layerwise) for limit in limits),
+        (None, "apollo-mini, layer-wise, int8 weights", int8),
+        *((limit, "apollo-mini", mini) for limit in limits),
+    ]
+    return [Case(limit, name, *runs(plan, preset(model))) for limit, name, plan in found]
+
+
+def line(run: RunOptions, platform: str) -> Generator[tuple[float, float]]:
+    """Yields the bytes at batch 0 and those per sequence, by two compiled batches."""
+    (low, base), (high, top) = (
+        (batch, memory_of(dataclasses.replace(run, batch=batch), platform).peak_bytes)
+        for batch in PLANNED_BATCHES
+    )
+    slope = (top - base) / (high - low)
+    yield base - slope * low, slope
+
+
+def largest_batch(line: tuple[float, float], limit: float) -> int:
+    """Returns how many sequences the line has at `limit` bytes; 0 or less where none fits."""
+    base, slope = line
+    return int((limit - base) // slope)
+
+
+def line_of(bench: Bench, run: RunOptions) -> tuple[float, float] | Failed:
+    notice(f"throughput: planning {run.optimizer}{', layer-wise' * run.layerwise}")
+    # Programs that are not run need not be tuned.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    variables = {"XLA_FLAGS": flags} if bench.on_gpu else {}
+    with Worker(line, run, bench.device.platform, variables=variables) as worker:
+        return worker.prepared(bench.deadline)
+
+
+def measured(
+    bench: Bench, case: Case, line: tuple[float, float] | Failed | None
+) -> tuple[int, Trained | Failed]:
+    """Returns the batch and what it showed, smaller ones tried where it does not fit."""
+    variables, batch = {}, case.run.batch
+    if case.limit_bytes is not None:
+        if isinstance(line, Failed):
+            return 0, line
+        assert line is not None
+        batch = largest_batch(line, MARGIN * case.limit_bytes)
+        if bench.device.memory_bytes is not None:
+            share = case.limit_bytes / bench.device.memory_bytes
+            variables = {
+                "XLA_CLIENT_MEM_FRACTION": f"{share:.4f}",
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
+            }
+    while batch >= 1:
+        if bench.left() <= 0:
+            return batch, NO_TIME
+        run = dataclasses.replace(case.run, batch=batch)
+        found: list[Trained | Failed] = []
+        hlo: Path | None = bench.hlo(f"{case.name}, {case.memory}")
+        job = Job(f"{case.name}, {case.memory}, batch {batch}", trained, (run, hlo), variables)
+        bench.measure([job], lambda job, known, result: found.append(result))
+        if found[0] != Failed("out of memory"):
+            return batch, found[0]
+        batch = int(STEP_DOWN * batch)
+    return batch, Failed("does not fit")
+
+
+def run(bench: Bench) -> None:
+    model, seq, limits = ("tiny", 16, [60_000_000]) if bench.rehearse else ("7b", 256, [])
+    if not limits:
+        there = bench.device.memory_bytes or 0
+        limits = [min(bytes_in("", "80GB"), there), bytes_in("", "64GB")]
+    title = (
+        f"{model}, bfloat16 weights unless said, sequences of {seq}, remat full (none for int8); "
+        "GB of 1e9 bytes"
+    )
+    table = bench.report.table(title, HEAD, numbers_from=2)
+    lines: dict[tuple[str, bool], tuple[float, float] | Failed] = {}
+    adamw: dict[int | None, float] = {}  # Tokens a second by the memory.
+    for case in cases(model, seq, limits):
+        kind = (case.run.optimizer, case.run.layerwise)
+        if case.limit_bytes is not None and kind not in lines:
+            lines[kind] = line_of(bench, case.run)
+        batch, found = measured(bench, case, lines.get(kind))
+        name = f"{case.name}, {case.memory}"
+        if isinstance(found, Failed):
+            table.put(name, [case.memory, case.name, found.reason])
+            continue
+        rate = batch * seq / found.seconds
+        if case.run.optimizer == "adamw":
+            adamw[case.limit_bytes] = rate
+        peak = peak_flops(bench.device.kind, "bfloat16")
+        flops = rate * flops_per_token(model_config(case.run), seq)
+        cells = [
+            *(case.memory, case.name, f"{batch:,}", f"{rate:,.0f}"),
+            f"{rate / adamw[case.limit_bytes]:.2f}" if case.limit_bytes in adamw else "",
+            f"{flops / peak:.1%}" if peak else "",
+            f"{found.peak_bytes / 1e9:.2f}" if found.peak_bytes else "",
+        ]
+        table.put(name, cells, {"batch": batch, "line": lines.get(kind), **found._asdict()})

@@ -1,0 +1,328 @@
+"""`train`: model-flops utilisation, then the quality of optimizers at 60M parameters.
+
+All optimizers train on the same batches, for as many tokens each as fit the time. Runs are
+kept in OUT/train.json with their curves; another call with the same OUT adds seeds and
+rates to them.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.gpu.bench import Bench, Job, keep_hlo, rows_per_wave
+from benchmarks.gpu.memory import Trained, trained
+from benchmarks.gpu.report import Table
+from benchmarks.gpu.worker import Failed, Worker
+from benchmarks.memory import step_of
+from examples.llama import build, corpus
+from examples.llama.config import LlamaConfig, preset
+from examples.llama.evaluate import make_evaluator, perplexity
+from examples.llama.flops import flops_per_token, peak_flops
+from examples.llama.mesh import make_mesh, over_data
+from examples.llama.model import pieces_of
+from examples.llama.optimizers import make_optimizer
+from examples.llama.options import RunOptions
+from examples.llama.plan import runs
+from examples.llama.target import Memory, compiled_step
+from examples.llama.usage import notice
+from examples.llama.windows import Windows, validation_batches
+
+SECONDS = 300.0
+UTILISATION_GOAL = 0.5
+OPTIMIZERS = ("adamw", "apollo-mini", "muon", "apollo", "adafactor")
+PREPARE_SECONDS = 25.0  # What a wave of runs takes to compile, for the plan of the time.
+RUN_SECONDS = 4.0  # What a run takes beside its steps: initial weights, evaluations.
+SHARE_OF_TIME = 0.9  # That the plan fills, as not all optimizers are as fast as AdamW.
+EVALUATIONS = 10
+EVALUATION_WINDOWS = 1024
+CURVE_POINTS = 100
+UTILISATION_HEAD = ("model", "optimizer", "batch", "seq", "tokens/s", "of the peak flops", "s a step")
+QUALITY_HEAD = (
+    *("optimizer", "lr", "lr emb", "seed", "steps", "tokens", "val ppl", "train loss", "tokens/s"),
+)
+
+
+class Sizes(NamedTuple):
+    """What is trained."""
+
+    quality: RunOptions  # The model and the batch of the quality runs, whichever optimizer.
+    utilisation: tuple[RunOptions, ...]
+    data_tokens: int | None  # None: all there are.
+
+
+def bfloat16_run(model: str, optimizer: str, **options: Any) -> RunOptions:
+    (run,) = runs(step_of(model, optimizer, target="gpu", **options), preset(model))
+    return run
+
+
+def sizes(rehearse: bool) -> Sizes:
+    # Weights in float32 and products in bfloat16: AdamW at its best.
+    mixed = {"weights": "float32", "compute_dtype": "bfloat16", "moment_dtype": "float32"}
+    if rehearse:
+        quality = bfloat16_run("tiny", "adamw", batch=4, seq=32, **mixed)
+        return Sizes(quality, (quality,), 100_000)
+    quality = bfloat16_run("60m", "adamw", batch=512, seq=256, **mixed)
+    large = functools.partial(bfloat16_run, seq=1024, remat="dots")
+    utilisation = (
+        quality,
+        large("350m", "apollo-mini", batch=64),
+        large("1b", "apollo-mini", batch=32),
+        large("350m", "adamw", batch=64),
+        large("1b", "adamw", batch=32),
+    )
+    return Sizes(quality, utilisation, None)
+
+
+class Text(NamedTuple):
+    """A corpus on disk."""
+
+    train_tokens: int
+    validation_tokens: int
+    key: str
+
+
+def load(data: str, config: LlamaConfig, max_tokens: int | None) -> corpus.Corpus:
+    return corpus.load_corpus(data, vocab_size=config.vocab_size, max_tokens=max_tokens)
+
+
+def tokenised(data: str, config: LlamaConfig, max_tokens: int | None) -> Generator[Text]:
+    """Yields once the tokens are on disk."""
+    text = load(data, config, max_tokens)
+    count = [sum(shard.size for shard in part) for part in (text.train, text.validation)]
+    yield Text(*count, text.key)
+
+
+class Curve(NamedTuple):
+    """What a run of an optimizer showed."""
+
+    train: list[tuple[int, float]]  # Steps, and the mean loss since the one before.
+    validation: list[tuple[int, float]]  # Steps and losses.
+    tokens_per_s: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of the last evaluation."""
+        return perplexity(self.validation[-1][1])
+
+
+def quality_run(
+    run: RunOptions, data: str, max_tokens: int | None, hlo: Path | None
+) -> Generator[None | Curve]:
+    """Yields when compiled, then the curves of a run; see `worker.Row`."""
+    config, mesh = build.model_config(run), make_mesh(run.mesh)
+    compiled = compiled_step(run, config, mesh)
+    keep_hlo(hlo, compiled)
+    text = load(data, config, max_tokens)
+    windows = Windows(text.train, run.seq)
+    held_out = validation_batches(
+        text.validation, seq=run.seq, count=EVALUATION_WINDOWS, batch=min(128, run.batch)
+    )
+    # The same order for every optimizer and seed of weights.
+    order = np.random.default_rng(run.seed).permutation(len(windows))
+    yield None
+
+    tx, _ = make_optimizer(run, config)
+    step: Any = compiled
+    state = build.initial_state(run, config, tx, mesh)
+    evaluate = make_evaluator(pieces_of(config, build.execution_of(run, config, mesh)), held_out)
+    losses, validation, seconds = [], [], 0.0
+    evaluated = sorted({round(run.steps * (k + 1) / EVALUATIONS) for k in range(EVALUATIONS)} - {0})
+    start = time.perf_counter()
+    for number in range(1, run.steps + 1):
+        chosen = order[np.arange((number - 1) * run.batch, number * run.batch) % len(order)]
+        tokens = np.stack([windows[int(index)] for index in chosen])
+        placed = jax.device_put((tokens, np.int32(number)), (over_data(mesh), build.on_every_device(mesh)))
+        state, metrics = step(state, *placed)
+        losses.append(metrics.loss)
+        if number in evaluated:
+            jax.block_until_ready(state)
+            seconds += time.perf_counter() - start
+            validation.append((number, evaluate(state.params)))
+            start = time.perf_counter()
+    yield Curve(
+        thinned(np.array(jax.device_get(losses))),
+        validation,
+        run.steps * run.batch * run.seq / seconds,
+    )
+
+
+def thinned(losses: np.ndarray) -> list[tuple[int, float]]:
+    """Returns means of consecutive losses, each with the number of its last step."""
+    parts = np.array_split(losses, min(CURVE_POINTS, len(losses)))
+    ends = itertools.accumulate(len(part) for part in parts)
+    return [(end, float(part.mean())) for end, part in zip(ends, parts, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityOptions:
+    """Which runs the `train` part adds to those in OUT."""
+
+    data: str = "python"
+    seeds: tuple[int, ...] = (0,)
+    lr_factors: tuple[float, ...] = (1.0,)
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    steps: int | None = None  # None: those of the runs in OUT, else as many as fit.
+
+
+def utilisation(bench: Bench, planned: tuple[RunOptions, ...]) -> dict[str, float]:
+    """Fills the first table; returns tokens a second by model and optimizer."""
+    title = (
+        "Model-flops utilisation; 60m with float32 weights and bfloat16 products, the others all in "
+        "bfloat16, remat dots"
+    )
+    table = bench.report.table(title, UTILISATION_HEAD, numbers_from=2)
+    rates: dict[str, float] = {}
+
+    def put(job: Job, known: Memory | Failed, found: Trained | Failed) -> None:
+        del known
+        run: RunOptions = job.args[0]
+        cells = [str(run.model), run.optimizer, f"{run.batch}", f"{run.seq}"]
+        if isinstance(found, Failed):
+            table.put(job.name, [*cells, found.reason])
+            return
+        rate = run.batch * run.seq / found.seconds
+        rates[job.name] = rate
+        peak = peak_flops(bench.device.kind, "bfloat16")
+        flops = rate * flops_per_token(build.model_config(run), run.seq)
+        share = f"{flops / peak:.1%}" if peak else ""
+        table.put(job.name, [*cells, f"{rate:,.0f}", share, f"{found.seconds:.4f}"], found._asdict())
+
+    jobs = []
+    for run in planned:
+        name = f"{run.model}, {run.optimizer}"
+        jobs.append(Job(name, trained, (run, bench.hlo(name))))
+    bench.measure(jobs, put)
+    return rates
+
+
+def json_of(bench: Bench) -> Path:
+    return bench.report.folder / f"{bench.report.part}.json"
+
+
+def kept_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the runs in the OUT/train.json of an earlier call, by name."""
+    if not path.exists():
+        return {}
+    tables = json.loads(path.read_text())["tables"]
+    rows = [row for table in tables for row in table["rows"]]
+    return {row["name"]: row for row in rows if row["values"] and "validation" in row["values"]}
+
+
+def steps_that_fit(bench: Bench, run: RunOptions, text: Text, rate: float, count: int) -> int:
+    """Returns how many steps each of `count` runs gets, at most one pass over the text."""
+    waves = -(-count // rows_per_wave())
+    seconds = SHARE_OF_TIME * (bench.left() - waves * PREPARE_SECONDS) / count - RUN_SECONDS
+    tokens = min(seconds * rate, text.train_tokens)
+    return int(tokens // (run.batch * run.seq))
+
+
+def quality_jobs(bench: Bench, sizes: Sizes, options: QualityOptions, steps: int) -> list[Job]:
+    jobs, base = [], sizes.quality
+    grid = itertools.product(options.seeds, options.lr_factors, options.optimizers)
+    fields = ("batch", "seq", "weights", "compute_dtype", "moment_dtype")
+    for seed, factor, optimizer in grid:
+        given = {name: getattr(base, name) for name in fields}
+        run = bfloat16_run(str(base.model), optimizer, steps=steps, seed=seed, **given)
+        assert run.lr is not None
+        run = dataclasses.replace(run, lr=float(f"{factor * run.lr:.6g}"))
+        name = f"{optimizer}, lr {run.lr:g}, seed {seed}, {steps} steps"
+        jobs.append(Job(name, quality_run, (run, options.data, sizes.data_tokens, bench.hlo(name))))
+    return jobs
+
+
+def quality(
+    bench: Bench,
+    sizes: Sizes,
+    options: QualityOptions,
+    text: Text,
+    rate: float,
+    kept: dict[str, dict[str, Any]],
+) -> None:
+    """Fills the second table, beginning with the runs of earlier calls, and draws the curves."""
+    base = sizes.quality
+    count = len(options.seeds) * len(options.lr_factors) * len(options.optimizers)
+    steps = options.steps or next((row["values"]["steps"] for row in kept.values()), None)
+    steps = steps or steps_that_fit(bench, base, text, rate, count)
+    if bench.rehearse:
+        steps = 4
+    tokens = base.batch * base.seq
+    title = (
+        f"Quality: {base.model}, {steps:,} steps of {tokens:,} tokens of `--data {options.data}` "
+        f"({text.train_tokens:,} training tokens, key {text.key}), {base.weights} weights, "
+        f"{base.compute_dtype} products; rates warmed up over a tenth, then a cosine to a tenth"
+    )
+    table = bench.report.table(title, QUALITY_HEAD, numbers_from=1)
+    for name, row in kept.items():
+        table.put(name, list(row["cells"].values()), row["values"])
+    if steps < 1:
+        bench.report.note("Quality: no time left.")
+        return
+
+    def put(job: Job, known: Any, found: Curve | Failed) -> None:
+        del known
+        put_quality(table, job, found)
+
+    bench.measure(
+        [j for j in quality_jobs(bench, sizes, options, steps) if j.name not in kept], put
+    )
+    draw(bench.report.folder / "train.png", kept_runs(json_of(bench)))
+
+
+def put_quality(table: Table, job: Job, found: Curve | Failed) -> None:
+    run: RunOptions = job.args[0]
+    rates = [f"{run.lr:g}", f"{run.lr_embeddings:g}"]
+    cells = [run.optimizer, *rates, f"{run.seed}", f"{run.steps:,}"]
+    cells.append(f"{run.steps * run.batch * run.seq:,}")
+    if isinstance(found, Failed):
+        table.put(job.name, [*cells, found.reason])
+        return
+    last = statistics.mean(loss for _, loss in found.train[-5:])
+    cells += [f"{found.perplexity:.2f}", f"{last:.3f}", f"{found.tokens_per_s:,.0f}"]
+    names = ("optimizer", "lr", "lr_embeddings", "seed", "steps", "batch", "seq")
+    values = {name: getattr(run, name) for name in names} | found._asdict()
+    table.put(job.name, cells, values)
+
+
+def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
+    """Draws validation perplexity by tokens, a line a run."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, row in found.items():
+        values = row["values"]
+        tokens = values["batch"] * values["seq"]
+        steps, losses = zip(*values["validation"], strict=True)
+        axes.plot([tokens * step for step in steps], list(map(perplexity, losses)), label=name, marker=".")
+    axes.set(xlabel="tokens", ylabel="validation perplexity", yscale="log")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    if found:
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def run(bench: Bench, options: QualityOptions) -> None:
+    kept = kept_runs(json_of(bench))  # The first row of this call replaces the file.
+    planned = sizes(bench.rehearse)
+    base = planned.quality
+    config = build.model_config(base)
+    # The CPU makes the tokens while the GPU is measured.
+    on_cpu = {"JAX_PLATFORMS": "cpu"}
+    with Worker(tokenised, options.data, config, planned.data_tokens, variables=on_cpu) as worker:
+        rates = utilisation(bench, planned.utilisation)
+        notice(f"{bench.report.part}: waiting for the text")
+        text = worker.prepared(bench.deadline)
+    rate = rates.get(f"{base.model}, {base.optimizer}")
+    if isinstance(text, Failed) or rate is None:
+        reason = text.reason if isinstance(text, Failed) else "the rate of AdamW is not known"
+        bench.report.note(f"Quality: {reason}.")
+        return
+    quality(bench, planned, options, text, rate, kept)

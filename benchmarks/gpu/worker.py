@@ -1,0 +1,134 @@
+"""Rows measured in processes of their own: they prepare side by side, then measure alone."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from examples.llama.usage import UsageError
+
+Row = Callable[..., Generator[Any, Any, None]]
+"""A measurement, as a generator: it prepares until its first `yield`, which may carry what
+is known by then. It measures after that and yields the result. What the caller sends with
+`Worker.ask` is the value of the `yield` before."""
+
+ENDS_WITHIN_SECONDS = 10.0  # By itself, or it is killed.
+_environment = threading.Lock()  # Of this process, while a worker inherits it.
+
+
+class Failed(NamedTuple):
+    """A row without a result."""
+
+    reason: str  # As the table says it.
+
+
+class Worker:
+    """A row in a process of its own: `with Worker(row, ...) as worker: worker.ask(...)`.
+
+    An allocator's limits and the compiler's flags are read once per process, and only the
+    end of a process gives all of its memory back.
+
+    Args:
+        row: a function that can be pickled.
+        args: its arguments, which can be pickled too.
+        variables: more variables for the environment of the process.
+    """
+
+    def __init__(self, row: Row, *args: Any, variables: Mapping[str, str] = {}) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, row, args), daemon=True)
+        # JAX would take three quarters of a GPU at its start, and rows prepare side by side.
+        with inherited({"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables}):
+            self._process.start()
+        theirs.close()  # Or the end of the process would not show here.
+        self._failed: Failed | None = None
+        self._is_asked = True  # Whether it has not answered yet.
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        if not self._is_asked:  # Then it waits, and ends as the connection does.
+            self._process.join(ENDS_WITHIN_SECONDS)
+        self._process.kill()
+        self._process.join()
+
+    def prepared(self, deadline: float) -> Any:
+        """Returns what the row yields first, or `Failed`; `deadline` is by `time.monotonic`."""
+        return self._receive(deadline)
+
+    def ask(self, deadline: float, message: Any = None) -> Any:
+        """Sends the row on and returns what it yields next, or `Failed`."""
+        if self._failed is None:
+            self._is_asked = True
+            # A process that has ended is noticed by what is received.
+            with contextlib.suppress(BrokenPipeError):
+                self._connection.send(message)
+        return self._receive(deadline)
+
+    def _receive(self, deadline: float) -> Any:
+        if self._failed is None:
+            try:
+                if self._connection.poll(max(0.0, deadline - time.monotonic())):
+                    answer = self._connection.recv()
+                    self._is_asked = False
+                else:
+                    answer = Failed("no time left")
+            except (EOFError, ConnectionResetError):
+                self._process.join()
+                answer = Failed(ended_with(self._process.exitcode))
+            if not isinstance(answer, Failed):
+                return answer
+            self._failed = answer
+        return self._failed
+
+
+def ended_with(status: int | None) -> str:
+    if status is not None and status < 0:
+        return f"ended with {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
+@contextlib.contextmanager
+def inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of this process's environment for the processes that it starts."""
+    with _environment:
+        before = dict(os.environ)
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _serve(connection: Any, row: Row, args: tuple[Any, ...]) -> None:
+    steps, message = row(*args), None
+    with contextlib.suppress(EOFError, StopIteration):  # The caller is gone, or the row over.
+        while True:
+            try:
+                answer = steps.send(message)
+            except StopIteration:
+                raise
+            except UsageError as error:  # What this machine cannot do.
+                answer = Failed(str(error).partition(";")[0])
+            except Exception as error:
+                traceback.print_exc()  # The table has room for a line of it only.
+                answer = Failed(reason_of(error))
+            connection.send(answer)
+            message = connection.recv()
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what a table says of a row that raised `error`."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory"
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line[:120]}".replace("|", "/")
