@@ -177,7 +177,7 @@ def layerwise_step(
             squares += _sum_of_squares(grads, squares.dtype)
             before = jnp.maximum(index - 1, 0)
             fetched = _fetch_after(new.params, stack, before)
-            stack = _write(stack, new.params, index)
+            stack = _write(_after_fetch(stack, fetched), new.params, index)
             states = _write(states, {path: new.state[path] for path in states}, index)
             stored = _row_major(_rows(stack, fetched, before))
             state = _rows(states, _fetch(states, before), before)
@@ -525,6 +525,18 @@ def _fetch_after(new: Leaves, stack: Leaves, index: jax.Array) -> Leaves:
     """:func:`_fetch`, each leaf as soon as its `new` row is there and can give up its memory."""
     when = {path: jax.lax.optimization_barrier((index, leaf))[0] for path, leaf in new.items()}
     return {path: _fetch(leaf, when[path]) for path, leaf in stack.items()}
+
+
+def _after_fetch(stack: Leaves, fetched: Leaves) -> Leaves:
+    """`stack`, of which no leaf in host memory is written before its row is `fetched`.
+
+    Without this order XLA for GPUs copies the whole stack, so that it can do both at once.
+    """
+
+    def after(array: jax.Array, row: jax.Array | None) -> jax.Array:
+        return array if row is None else jax.lax.optimization_barrier((array, row))[0]
+
+    return {path: jax.tree.map(after, leaf, fetched[path]) for path, leaf in stack.items()}
 
 
 def _rows(stack: Any, fetched: Any, index: jax.typing.ArrayLike) -> Any:

@@ -78,10 +78,10 @@ def batch_keys(
         data = jnp.append(of_leaf, index.astype(jnp.uint32))
         return jax.lax.fori_loop(0, 3, lambda i, key: jax.random.fold_in(key, data[i]), key)
 
-    return _mapped(of_element, key)(jnp.asarray(first) + jnp.arange(size))
+    return mapped(of_element, key)(jnp.asarray(first) + jnp.arange(size))
 
 
-def _mapped(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def mapped(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Maps over an axis what draws with keys like these."""
     if str(jax.random.key_impl(keys)) == _SEED_IMPL:
         return jax.vmap(function)
@@ -135,7 +135,7 @@ def draw(
 
     draw_all: Any = draw_one
     for _ in axes.batch:
-        draw_all = _mapped(draw_all, keys)
+        draw_all = mapped(draw_all, keys)
     # XLA has each device draw the part that it is to hold, whatever the draw is made of.
     return _sharding.automatic(draw_all, sharding)(keys.reshape(axes.batch_shape))
 

@@ -82,6 +82,15 @@ def draws_at_once(gradients: Sequence[jax.Array], sizes: Sequence[tuple[int, int
     return math.ceil(len(gradients) / draws)
 
 
+def is_small(drawn: jax.Array, gradients: Sequence[jax.Array]) -> bool:
+    """Whether projections are drawn in one operation, not leaf after leaf.
+
+    A GPU takes as long to launch a small draw as to make it. What a draw computes on the way takes
+    several times the memory of its result.
+    """
+    return 8 * drawn.nbytes <= max(gradient.nbytes for gradient in gradients)
+
+
 def at(array: jax.Array, index: jax.typing.ArrayLike, axis: int = 0) -> jax.Array:
     """An element of an axis."""
     return jax.lax.dynamic_index_in_dim(array, index, axis, keepdims=False, allow_negative_indices=False)

@@ -412,7 +412,8 @@ def _update_alike(
         if index % at_once == 0:
             # As many each time, so that all times share a loop's code.
             first = min(index, len(matrices) - at_once)
-            drawn = _draw_into(settings, drawn, keys, _schedule.place(first, after), like)
+            start = _schedule.place(first, after)
+            drawn = _draw_into(settings, drawn, keys, start, like, _schedule.is_small(drawn, gradients))
         projection = _schedule.at(drawn, _schedule.place(index - first, after))
         update, new = _update_matrix_leaf(settings, gradient, state, projection, leaf_id, step, axes)
         yield update, new
@@ -423,7 +424,8 @@ def _update_alike(
 @functools.partial(jax.jit, static_argnames=("axes",))
 def _leaf_keys(step: _Step, leaf_ids: jax.Array, axes: MatrixAxes) -> jax.Array:
     """The keys of leaves of one batch shape, ``(leaves, batch size)``."""
-    return jax.lax.map(lambda leaf_id: _batch_keys(step, leaf_id, axes), leaf_ids)
+    of_leaf = functools.partial(_batch_keys, step, axes=axes)
+    return _projection.mapped(of_leaf, step.key)(leaf_ids)
 
 
 def _batch_keys(step: _Step, leaf_id: jax.typing.ArrayLike, axes: MatrixAxes) -> jax.Array:
@@ -431,15 +433,26 @@ def _batch_keys(step: _Step, leaf_id: jax.typing.ArrayLike, axes: MatrixAxes) ->
     return _projection.batch_keys(step.key, leaf_id, step.refresh, axes.batch_size, first)
 
 
-@functools.partial(jax.jit, static_argnames=("axes",))
+@functools.partial(jax.jit, static_argnames=("axes", "at_once"))
 def _draw_into(
-    settings: _Settings, drawn: jax.Array, keys: jax.Array, first: jax.Array, axes: MatrixAxes
+    settings: _Settings,
+    drawn: jax.Array,
+    keys: jax.Array,
+    first: jax.Array,
+    axes: MatrixAxes,
+    at_once: bool,
 ) -> jax.Array:
     """Step 1 for several leaves, from the `first` of `keys` on, in the place of what was drawn before."""
 
+    def draw(of_leaf: jax.Array) -> jax.Array:
+        return _projection.draw(settings.projection, of_leaf, axes, settings.rank, drawn.dtype)
+
+    if at_once:
+        given = jax.lax.dynamic_slice_in_dim(keys, first, drawn.shape[0])
+        return _projection.mapped(draw, keys)(given)
+
     def body(i: jax.Array, drawn: jax.Array) -> jax.Array:
-        of_leaf = _schedule.at(keys, first + i)
-        one = _projection.draw(settings.projection, of_leaf, axes, settings.rank, drawn.dtype)
+        one = draw(_schedule.at(keys, first + i))
         return jax.lax.dynamic_update_index_in_dim(drawn, one, i, 0, allow_negative_indices=False)
 
     return jax.lax.fori_loop(0, drawn.shape[0], body, drawn)

@@ -39,6 +39,9 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dump", nargs="+", default=[], metavar="PART", help="keep the optimised HLO of each step"
     )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="measure rows whose name contains one of these"
+    )
     parser.add_argument("--needs", action="store_true", help="list the packages and their versions")
     quality = parser.add_argument_group("quality runs of the part train")
     quality.add_argument("--data", help="as in pretrain; python unless rehearsed")
@@ -120,7 +123,9 @@ def measure(given: argparse.Namespace) -> None:
             notice(f"{name}: no time left")
             continue
         report = Report(given.out, name, device.made_with)
-        bench = Bench(report, device, time.monotonic() + seconds, given.rehearse, name in given.dump)
+        deadline = time.monotonic() + seconds
+        dump, only = name in given.dump, tuple(given.only)
+        bench = Bench(report, device, deadline, given.rehearse, dump, only)
         parts[name](bench)
         bench.pack_hlo()
         print(report.as_markdown(), flush=True)

@@ -21,7 +21,6 @@ from examples.llama.options import RunOptions
 from examples.llama.plan import runs
 from examples.llama.target import Memory, compiled_step, memory_of_step
 
-SECONDS = 120.0
 TIMED_SECONDS = 2.0
 FEWEST_STEPS = 3
 HEAD = (

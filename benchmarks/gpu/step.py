@@ -34,7 +34,6 @@ from benchmarks.step_contenders import (
     tree_bytes,
 )
 
-SECONDS = 120.0
 LAYERS = 16  # Of 7B's 32, so that AdamW with float32 moments fits 78 GiB.
 ROUNDS = 3  # How often the copy and the step take turns.
 BLOCK_SECONDS = 0.2  # How long a turn is at least.

@@ -24,7 +24,6 @@ from examples.llama.plan import PlanOptions, bytes_in, runs
 from examples.llama.target import memory_of
 from examples.llama.usage import notice
 
-SECONDS = 240.0
 PLANNED_BATCHES = (64, 256)  # Large enough for activations, not gradients, to make the peak.
 MARGIN = 0.97  # Of the memory, for what the compiler does not count.
 STEP_DOWN = 0.9  # Of the batch, after one that did not fit.

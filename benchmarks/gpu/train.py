@@ -37,8 +37,7 @@ from examples.llama.target import Memory, compiled_step
 from examples.llama.usage import notice
 from examples.llama.windows import Windows, validation_batches
 
-SECONDS = 300.0
-UTILISATION_GOAL = 0.5
+UTILISATION_SECONDS = 75.0  # At most, of a part's time.
 OPTIMIZERS = ("adamw", "apollo-mini", "muon", "apollo", "adafactor")
 PREPARE_SECONDS = 25.0  # What a wave of runs takes to compile, for the plan of the time.
 RUN_SECONDS = 4.0  # What a run takes beside its steps: initial weights, evaluations.
@@ -129,13 +128,13 @@ def quality_run(
     )
     # The same order for every optimizer and seed of weights.
     order = np.random.default_rng(run.seed).permutation(len(windows))
-    yield None
-
     tx, _ = make_optimizer(run, config)
     step: Any = compiled
     state = build.initial_state(run, config, tx, mesh)
     evaluate = make_evaluator(pieces_of(config, build.execution_of(run, config, mesh)), held_out)
-    losses, validation, seconds = [], [], 0.0
+    losses, validation, seconds = [], [(0, evaluate(state.params))], 0.0
+    yield None
+
     evaluated = sorted({round(run.steps * (k + 1) / EVALUATIONS) for k in range(EVALUATIONS)} - {0})
     start = time.perf_counter()
     for number in range(1, run.steps + 1):
@@ -317,7 +316,9 @@ def run(bench: Bench, options: QualityOptions) -> None:
     # The CPU makes the tokens while the GPU is measured.
     on_cpu = {"JAX_PLATFORMS": "cpu"}
     with Worker(tokenised, options.data, config, planned.data_tokens, variables=on_cpu) as worker:
-        rates = utilisation(bench, planned.utilisation)
+        share = min(UTILISATION_SECONDS, bench.left() / 4)
+        first = dataclasses.replace(bench, deadline=time.monotonic() + share)
+        rates = utilisation(first, planned.utilisation)
         notice(f"{bench.report.part}: waiting for the text")
         text = worker.prepared(bench.deadline)
     rate = rates.get(f"{base.model}, {base.optimizer}")
