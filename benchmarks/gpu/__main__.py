@@ -40,7 +40,7 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         "--dump", nargs="+", default=[], metavar="PART", help="keep the optimised HLO of each step"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="TEXT", help="measure rows whose name contains one of these"
+        "--only", default="", metavar="REGEX", help="measure rows with a matching name alone"
     )
     parser.add_argument("--needs", action="store_true", help="list the packages and their versions")
     quality = parser.add_argument_group("quality runs of the part train")
@@ -124,7 +124,7 @@ def measure(given: argparse.Namespace) -> None:
             continue
         report = Report(given.out, name, device.made_with)
         deadline = time.monotonic() + seconds
-        dump, only = name in given.dump, tuple(given.only)
+        dump, only = name in given.dump, given.only
         bench = Bench(report, device, deadline, given.rehearse, dump, only)
         parts[name](bench)
         bench.pack_hlo()

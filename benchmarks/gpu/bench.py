@@ -74,7 +74,7 @@ class Bench:
     deadline: float  # By `time.monotonic`.
     rehearse: bool
     dump: bool  # Whether to keep the optimised HLO of each step.
-    only: tuple[str, ...] = ()  # What the names of rows must contain one of; (): no matter.
+    only: str = ""  # A regular expression that the names of rows must match.
 
     @property
     def on_gpu(self) -> bool:
@@ -90,7 +90,7 @@ class Bench:
         As many jobs as the host has cores for prepare at a time. None of them measures
         before the last of these has prepared, since compiling tries kernels on the GPU.
         """
-        wanted = [job for job in jobs if not self.only or any(part in job.name for part in self.only)]
+        wanted = [job for job in jobs if re.search(self.only, job.name)]
         for wave in batched(wanted, rows_per_wave()):
             with contextlib.ExitStack() as stack:
                 started = self._start(stack, wave)
