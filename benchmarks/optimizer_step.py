@@ -230,9 +230,7 @@ class Goal(NamedTuple):
 
 def over(ours: str, theirs: str) -> Outcome:
     """Returns the ratio of two contenders' times as a function of the results."""
-    return lambda results: (
-        ratio(results[ours], results[theirs]) if {ours, theirs} <= results.keys() else None
-    )
+    return lambda results: ratio(results[ours], results[theirs]) if {ours, theirs} <= results.keys() else None
 
 
 def goals() -> list[Goal]:

@@ -1,12 +1,13 @@
 """The command line of the GPU's benchmarks.
 
-    python -m benchmarks.gpu                      all parts
-    python -m benchmarks.gpu check step memory    these, in this order
-    python -m benchmarks.gpu --rehearse           all, at tiny sizes, on any machine
-    python -m benchmarks.gpu --needs              what must be installed
+python -m benchmarks.gpu                      all parts
+python -m benchmarks.gpu check step memory    these, in this order
+python -m benchmarks.gpu --rehearse           all, at tiny sizes, on any machine
+python -m benchmarks.gpu --needs              what must be installed
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -39,9 +40,7 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dump", nargs="+", default=[], metavar="PART", help="keep the optimised HLO of each step"
     )
-    parser.add_argument(
-        "--only", default="", metavar="REGEX", help="measure rows with a matching name alone"
-    )
+    parser.add_argument("--only", default="", metavar="REGEX", help="measure rows with a matching name alone")
     parser.add_argument("--needs", action="store_true", help="list the packages and their versions")
     quality = parser.add_argument_group("quality runs of the part train")
     quality.add_argument("--data", help="as in pretrain; python unless rehearsed")
@@ -63,6 +62,10 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         given.budgets[name] = float(seconds)
     if given.total_seconds is not None and not given.total_seconds > 0:
         parser.error(f"--total-seconds {given.total_seconds} is out of range; give a number above 0")
+    try:
+        re.compile(given.only)
+    except re.error as error:
+        parser.error(f"--only {given.only!r} is no regular expression ({error})")
     if given.steps is not None and given.steps < 1:
         parser.error(f"--steps {given.steps} is out of range; give 1 or more")
     return given
@@ -89,7 +92,7 @@ def runners(given: argparse.Namespace) -> dict[str, Callable[..., None]]:
         data=given.data or ("stdlib" if given.rehearse else "python"),
         seeds=tuple(given.seeds),
         lr_factors=tuple(given.lr_factors),
-        optimizers=tuple(given.optimizers or train.OPTIMIZERS),
+        optimizers=tuple(given.optimizers or (train.REHEARSED if given.rehearse else train.OPTIMIZERS)),
         steps=given.steps,
     )
     return {

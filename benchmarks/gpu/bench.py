@@ -7,8 +7,9 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ class Job(NamedTuple):
     name: str
     row: Row
     args: tuple[Any, ...]
-    variables: dict[str, str] = {}
+    variables: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +85,17 @@ class Bench:
         """Returns the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
+    def wants(self, name: str) -> bool:
+        """Returns whether --only leaves a row in."""
+        return bool(re.search(self.only, name))
+
     def measure(self, jobs: Iterable[Job], put: Callable[[Job, Any, Any], None]) -> None:
         """Measures each job; `put` gets the job, what it prepared and what it found.
 
         As many jobs as the host has cores for prepare at a time. None of them measures
         before the last of these has prepared, since compiling tries kernels on the GPU.
         """
-        wanted = [job for job in jobs if re.search(self.only, job.name)]
+        wanted = [job for job in jobs if self.wants(job.name)]
         for wave in batched(wanted, rows_per_wave()):
             with contextlib.ExitStack() as stack:
                 started = self._start(stack, wave)
@@ -100,19 +105,27 @@ class Bench:
             for job in wave[len(started) :]:
                 put(job, NO_TIME, NO_TIME)
 
+    def measure_alone(self, job: Job) -> Any:
+        """Returns what one job found, or `Failed`."""
+        found: list[Any] = []
+        self.measure([job], lambda job, known, result: found.append(result))
+        return found[0]
+
     def _start(self, stack: contextlib.ExitStack, wave: Iterable[Job]) -> list[Worker]:
         started: list[Worker] = []
         for job in wave:
             if self.left() <= 0:
                 break
             notice(f"{self.report.part}: preparing {job.name}")
-            worker = Worker(job.row, *job.args, variables=job.variables)
+            worker = Worker(job.row, *job.args, variables={**self.quick(), **job.variables})
             started.append(stack.enter_context(worker))
         return started
 
-    def measure_one(
-        self, job: Job, worker: Worker, known: Any, put: Callable[[Job, Any, Any], None]
-    ) -> None:
+    def quick(self) -> dict[str, str]:
+        """Returns variables with which a rehearsal compiles with less care."""
+        return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} if self.rehearse else {}
+
+    def measure_one(self, job: Job, worker: Worker, known: Any, put: Callable[[Job, Any, Any], None]) -> None:
         if isinstance(known, Failed):
             put(job, known, known)
             return

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import apollo_optax
 from apollo_optax import apply_updates_stochastic
 from benchmarks.golden import CASES, TOLERANCES, worst_error
 from benchmarks.gpu.bench import Bench, Job
+from benchmarks.gpu.report import Table
 from benchmarks.gpu.worker import Failed
 from benchmarks.memory import step_of
 from examples.llama import build
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 
 def checked(
     check: Callable[..., list[Outcome] | Failed], *args: Any
-) -> Generator[None | list[Outcome] | Failed]:
+) -> Generator[list[Outcome] | Failed | None]:
     """Makes a row of a check, which needs no device of its own: all is preparation."""
     found = check(*args)
     yield None
@@ -95,8 +95,8 @@ def stochastic_rounding() -> list[Outcome]:
     apply = jax.jit(lambda: apply_updates_stochastic(params, updates, jax.random.key(0)))
     here = np.asarray(apply()["kernel"], np.float64)
     with jax.default_device(jax.devices("cpu")[0]):
-        on_cpu = jax.tree.map(np.asarray, (params, updates))
-        there = apply_updates_stochastic(*on_cpu, jax.random.key(0))["kernel"]
+        ours, theirs = (jax.tree.map(np.asarray, tree) for tree in (params, updates))
+        there = apply_updates_stochastic(ours, theirs, jax.random.key(0))["kernel"]
     unit = 2.0**-7
     share = step / unit
     standard_error = unit * np.sqrt(share * (1 - share) / count)
@@ -198,6 +198,13 @@ def jobs(on_gpu: bool) -> list[Job]:
     return [Job(name, checked, (check, *args), variables) for name, check, args in checks]
 
 
+def put_outcome(table: Table, name: str, outcome: Outcome) -> None:
+    what, measured, limit = outcome
+    verdict = "passed" if measured <= limit else "FAILED"
+    cells = [what, f"{measured:.3g}", f"<= {limit:g}", verdict]
+    table.put(name, cells, {"measured": measured, "limit": limit})
+
+
 def run(bench: Bench) -> None:
     table = bench.report.table("Checks on this device", HEAD, numbers_from=1)
     rows = itertools.count()
@@ -207,9 +214,7 @@ def run(bench: Bench) -> None:
         if isinstance(found, Failed):
             table.put(str(next(rows)), [job.name, found.reason])
             return
-        for what, measured, limit in found:
-            verdict = "passed" if measured <= limit else "FAILED"
-            cells = [what, f"{measured:.3g}", f"<= {limit:g}", verdict]
-            table.put(str(next(rows)), cells, {"measured": measured, "limit": limit})
+        for outcome in found:
+            put_outcome(table, str(next(rows)), outcome)
 
     bench.measure(jobs(bench.on_gpu), put)

@@ -126,7 +126,7 @@ def run(bench: Bench) -> None:
         cells += [f"{result.seconds:.3f}", f"{rate:,.0f}"]
         table.put(job.name, cells, values | result._asdict())
 
-    planned = planned_runs(model, seq)[: 4 if bench.rehearse else None]
+    planned = planned_runs(model, seq)[: 2 if bench.rehearse else None]
     jobs = [Job(name_of(run), trained, (run, bench.hlo(name_of(run)))) for run in planned]
     bench.measure(jobs, put)
     if bench.on_gpu and not bench.rehearse:

@@ -19,9 +19,7 @@ class Table:
         numbers_from: the first column to align to the right.
     """
 
-    def __init__(
-        self, report: "Report", title: str, head: Sequence[str], numbers_from: int
-    ) -> None:
+    def __init__(self, report: "Report", title: str, head: Sequence[str], numbers_from: int) -> None:
         self._report, self._title = report, title
         self._head, self._numbers_from = head, numbers_from
         self._cells: dict[str, Sequence[str]] = {}

@@ -81,7 +81,7 @@ def line_of(bench: Bench, run: RunOptions) -> tuple[float, float] | Failed:
     notice(f"throughput: planning {run.optimizer}{', layer-wise' * run.layerwise}")
     # Programs that are not run need not be tuned.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    variables = {"XLA_FLAGS": flags} if bench.on_gpu else {}
+    variables = {"XLA_FLAGS": flags} if bench.on_gpu else bench.quick()
     with Worker(line, run, bench.device.platform, variables=variables) as worker:
         return worker.prepared(bench.deadline)
 
@@ -106,12 +106,11 @@ def measured(
         if bench.left() <= 0:
             return batch, NO_TIME
         run = dataclasses.replace(case.run, batch=batch)
-        found: list[Trained | Failed] = []
         hlo: Path | None = bench.hlo(f"{case.name}, {case.memory}")
         job = Job(f"{case.name}, {case.memory}, batch {batch}", trained, (run, hlo), variables)
-        bench.measure([job], lambda job, known, result: found.append(result))
-        if found[0] != Failed("out of memory"):
-            return batch, found[0]
+        found = bench.measure_alone(job)
+        if found != Failed("out of memory"):
+            return batch, found
         batch = int(STEP_DOWN * batch)
     return batch, Failed("does not fit")
 
@@ -128,7 +127,9 @@ def run(bench: Bench) -> None:
     table = bench.report.table(title, HEAD, numbers_from=2)
     lines: dict[tuple[str, bool], tuple[float, float] | Failed] = {}
     adamw: dict[int | None, float] = {}  # Tokens a second by the memory.
-    for case in cases(model, seq, limits):
+    for case in cases(model, seq, limits)[: 2 if bench.rehearse else None]:
+        if not bench.wants(f"{case.name}, {case.memory}"):
+            continue
         kind = (case.run.optimizer, case.run.layerwise)
         if case.limit_bytes is not None and kind not in lines:
             lines[kind] = line_of(bench, case.run)

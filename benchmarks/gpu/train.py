@@ -35,7 +35,7 @@ from examples.llama.options import RunOptions
 from examples.llama.plan import runs
 from examples.llama.target import Memory, compiled_step
 from examples.llama.usage import notice
-from examples.llama.windows import Windows, validation_batches
+from examples.llama.windows import Windows, token_count, validation_batches
 
 UTILISATION_SECONDS = 75.0  # At most, of a part's time.
 OPTIMIZERS = ("adamw", "apollo-mini", "muon", "apollo", "adafactor")
@@ -49,6 +49,9 @@ UTILISATION_HEAD = ("model", "optimizer", "batch", "seq", "tokens/s", "of the pe
 QUALITY_HEAD = (
     *("optimizer", "lr", "lr emb", "seed", "steps", "tokens", "val ppl", "train loss", "tokens/s"),
 )
+
+
+REHEARSED = ("adamw", "apollo-mini")
 
 
 class Sizes(NamedTuple):
@@ -86,7 +89,6 @@ class Text(NamedTuple):
     """A corpus on disk."""
 
     train_tokens: int
-    validation_tokens: int
     key: str
 
 
@@ -97,8 +99,7 @@ def load(data: str, config: LlamaConfig, max_tokens: int | None) -> corpus.Corpu
 def tokenised(data: str, config: LlamaConfig, max_tokens: int | None) -> Generator[Text]:
     """Yields once the tokens are on disk."""
     text = load(data, config, max_tokens)
-    count = [sum(shard.size for shard in part) for part in (text.train, text.validation)]
-    yield Text(*count, text.key)
+    yield Text(token_count(text.train), text.key)
 
 
 class Curve(NamedTuple):
@@ -116,7 +117,7 @@ class Curve(NamedTuple):
 
 def quality_run(
     run: RunOptions, data: str, max_tokens: int | None, hlo: Path | None
-) -> Generator[None | Curve]:
+) -> Generator[Curve | None]:
     """Yields when compiled, then the curves of a run; see `worker.Row`."""
     config, mesh = build.model_config(run), make_mesh(run.mesh)
     compiled = compiled_step(run, config, mesh)
@@ -271,9 +272,7 @@ def quality(
         del known
         put_quality(table, job, found)
 
-    bench.measure(
-        [j for j in quality_jobs(bench, sizes, options, steps) if j.name not in kept], put
-    )
+    bench.measure([j for j in quality_jobs(bench, sizes, options, steps) if j.name not in kept], put)
     draw(bench.report.folder / "train.png", kept_runs(json_of(bench)))
 
 

@@ -181,9 +181,7 @@ def compiled_memory(options: RunOptions, config: LlamaConfig, mesh: jax.sharding
     return memory_of_step(compiled_step(options, config, mesh), options, config, mesh, target)
 
 
-def compiled_step(
-    options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
-) -> jax.stages.Compiled:
+def compiled_step(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     """Returns the step that `pretrain` runs, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
     step: Any = build.training_step(options, config, tx, mesh)  # A function, of which jit makes more.

@@ -28,6 +28,7 @@ from examples.llama.evaluate import make_evaluator
 from examples.llama.hf import load_params
 from examples.llama.model import graphdef_of, init_params, next_token_loss, pieces_of
 from examples.llama.options import CHOICES
+from examples.llama.windows import validation_batches
 
 SHORT = ["--steps", "3", "--batch", "2", "--seq", "16", "--eval-every", "2"]
 RESUMED = ["--batch", "4", "--seq", "16", "--steps", "12", "--checkpoint-every", "4", "--resume", "auto"]

@@ -396,3 +396,17 @@ def test_tokenizer_is_trained_on_a_prefix_of_the_training_documents(monkeypatch:
     built = load()
     assert seen == texts(built, built.train)[: len(seen)]
     assert 500 <= sum(map(len, seen)) < 500 + len(seen[-1])
+
+
+def test_python_comes_with_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model's vocabulary has room for it, and none is asked for."""
+    monkeypatch.setattr(sources, "stdlib_folder", lambda: Path("corpus"))
+    monkeypatch.setattr(sources, "site_folders", lambda: {"purelib": Path("packages")})
+    for number in range(40):
+        Path(f"corpus/{number}.py").write_text(f"def function_{number}(x):\n    return x + {number}\n")
+    built = load("python", vocab_size=32_000)
+    assert built.tokenizer.get_vocab_size() == tokenizer.PYTHON_VOCAB
+    assert built.end_id == 0
+    assert texts(built, built.train)[0].startswith("def function_")
+    assert load("python", vocab_size=384).tokenizer.get_vocab_size() <= 384
+    assert load("python", vocab_size=32_000, vocab=300).tokenizer.get_vocab_size() <= 300

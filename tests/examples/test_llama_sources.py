@@ -372,3 +372,55 @@ except UsageError as error:
     (line,) = run(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert line.startswith("--data 'hf:allenai/c4/en' cannot be read (Couldn't reach 'allenai/c4' on the Hub")
     assert "check the name, the network" in line
+
+
+@pytest.fixture
+def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A standard library of one file, and a folder for packages beside it."""
+    write("stdlib/os.py", "import sys\n")
+    (folder / "packages").mkdir()
+    monkeypatch.setattr(sources, "stdlib_folder", lambda: folder / "stdlib")
+    monkeypatch.setattr(sources, "site_folders", lambda: {"purelib": folder / "packages"})
+    return folder / "packages"
+
+
+LICENCE = "# Copyright the authors.\n#\n# Licensed under terms.\n\n"
+
+
+def test_python_has_each_text_and_each_opening_comment_once(installed: Path) -> None:
+    write("packages/a/one.py", LICENCE + "one = 1\n")
+    write("packages/a/two.py", LICENCE + "two = 2\n")
+    write("packages/a/vendored.py", LICENCE + "one = 1\n")
+    write("packages/a/only_comment.py", "# Nothing to see.\n")
+    write("packages/a/empty.py", "")
+    write("packages/a/notes.txt", "not Python")
+    documents = {document.name: document.text for document in sources.open_source("--data", "python")}
+    assert documents == {
+        "stdlib/os.py": "import sys\n",
+        "purelib/a/one.py": LICENCE + "one = 1\n",
+        "purelib/a/two.py": "two = 2\n",
+    }
+    # Read again, it is the same: what was seen is of one reading.
+    assert names("python") == list(documents)
+
+
+def test_the_fingerprint_of_python_follows_its_files(installed: Path) -> None:
+    write("packages/a.py", "a = 1\n")
+    before = sources.open_source("--data", "python").fingerprint()
+    assert sources.open_source("--data", "python").fingerprint() == before
+    assert sources.open_source("--data", "stdlib").fingerprint() != before
+    write("packages/a.py", "a = 22\n")
+    assert sources.open_source("--data", "python").fingerprint() != before
+
+
+def test_an_opening_comment_ends_with_the_first_line_of_code() -> None:
+    opening, body = sources.split_opening_comment("#!/bin/python\n\n# Note.\nx = 1  # One.\n# Two.\n")
+    assert opening == "#!/bin/python\n\n# Note.\n"
+    assert body == "x = 1  # One.\n# Two.\n"
+    assert sources.split_opening_comment('"""Doc."""\n')[0] == ""
+
+
+def test_the_folders_of_packages_are_of_this_python() -> None:
+    found = list(sources.site_folders().values())
+    assert len(set(found)) == len(found)
+    assert any((folder / "jax" / "__init__.py").exists() for folder in found)

@@ -1,0 +1,316 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import bench as benches
+from benchmarks.gpu import check, memory, needs, step, throughput, train
+from benchmarks.gpu.bench import Bench, Device, Job
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.worker import Failed, Worker, reason_of
+from benchmarks.step_contenders import Setting, methods
+from examples.llama.options import RunOptions
+from examples.llama.usage import UsageError
+
+ROOT = Path(__file__).parents[2]
+SOON = 60.0  # Seconds; a process starts in a few.
+
+
+def deadline(seconds: float = SOON) -> float:
+    return time.monotonic() + seconds
+
+
+def echoing(first: str) -> Generator[str, str]:
+    message = yield first
+    while True:
+        message = yield f"{first} {message}"
+
+
+def variable(name: str) -> Generator[str | None]:
+    yield os.environ.get(name)
+
+
+def failing(kind: str) -> Generator[str | None]:
+    if kind == "usage":
+        raise UsageError("--batch 0 is out of range; give 1")
+    if kind == "memory":
+        raise MemoryError("allocating 1 TB")
+    yield None
+    if kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "hang":
+        time.sleep(1000)
+    yield "not reached"
+
+
+def test_a_worker_answers_one_message_after_the_other() -> None:
+    with Worker(echoing, "a") as worker:
+        assert worker.prepared(deadline()) == "a"
+        assert worker.ask(deadline(), "b") == "a b"
+        assert worker.ask(deadline(), "c") == "a c"
+
+
+def test_a_worker_has_more_variables_and_leaves_none() -> None:
+    before = dict(os.environ)
+    with Worker(variable, "APOLLO_TEST", variables={"APOLLO_TEST": "1"}) as worker:
+        assert worker.prepared(deadline()) == "1"
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "prepared", "reason"),
+    [
+        ("usage", False, "--batch 0 is out of range"),
+        ("memory", False, "out of memory"),
+        ("crash", True, "ended with SIGSEGV"),
+        ("hang", True, "no time left"),
+    ],
+)
+def test_a_failing_row_says_why(kind: str, prepared: bool, reason: str) -> None:
+    started = time.monotonic()
+    with Worker(failing, kind) as worker:
+        assert worker.prepared(deadline()) == (None if prepared else Failed(reason))
+        assert worker.ask(deadline(1 if kind == "hang" else SOON)) == Failed(reason)
+        assert worker.ask(deadline()) == Failed(reason)  # And goes on saying so.
+    assert time.monotonic() - started < 100  # A row that hangs is ended.
+
+
+def test_a_reason_fits_a_cell() -> None:
+    assert reason_of(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 TB")) == "out of memory"
+    reason = reason_of(ValueError("a | b\nsecond line"))
+    assert reason == "ValueError: a / b"
+
+
+def make_bench(folder: Path, **changed: Any) -> Bench:
+    report = Report(folder, "part", "a card")
+    device = Device("cpu", "cpu", None, "a card")
+    fields = {"deadline": deadline(), "rehearse": True, "dump": False, "only": ""} | changed
+    return Bench(report, device, **fields)
+
+
+def test_each_job_is_put_and_a_failure_costs_its_row_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benches, "rows_per_wave", lambda: 2)
+    jobs = [
+        Job("fine", echoing, ("a",)),
+        Job("crash", failing, ("crash",)),
+        Job("left out", echoing, ("b",)),
+        Job("last", echoing, ("c",)),
+    ]
+    found = {}
+    make_bench(tmp_path, only="fine|crash|last").measure(
+        jobs, lambda job, known, result: found.update({job.name: result})
+    )
+    assert found == {"fine": "a None", "crash": Failed("ended with SIGSEGV"), "last": "c None"}
+
+
+def test_without_time_nothing_is_started(tmp_path: Path) -> None:
+    found = []
+    make_bench(tmp_path, deadline=deadline(-1)).measure(
+        [Job("late", echoing, ("a",))], lambda job, known, result: found.append((job.name, result))
+    )
+    assert found == [("late", Failed("no time left"))]
+
+
+def test_a_report_is_on_disk_after_each_row(tmp_path: Path) -> None:
+    report = Report(tmp_path, "part", "a card; 2026-11-27")
+    table = report.table("A title", ("name", "number"), numbers_from=1)
+    table.put("a", ["a", "1"], {"number": 1})
+    assert "| a | 1 |" in (tmp_path / "part.md").read_text()
+    table.put("b", ["b"])
+    table.put("a", ["a", "2"], {"number": 2})
+    report.note("A note.")
+    text = (tmp_path / "part.md").read_text()
+    assert text.startswith("`python -m benchmarks.gpu part` (a card; 2026-11-27)\n\nA title\n")
+    assert text.endswith("| a | 2 |\n| b |  |\n\nA note.\n")
+    kept = json.loads((tmp_path / "part.json").read_text())
+    (row, _) = kept["tables"][0]["rows"]
+    assert row == {"name": "a", "cells": {"name": "a", "number": "2"}, "values": {"number": 2}}
+
+
+def test_programs_are_packed_into_one_file(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, dump=True)
+    compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    benches.keep_hlo(bench.hlo("adamw, float32 moments"), compiled)
+    bench.pack_hlo()
+    assert [path.name for path in tmp_path.iterdir()] == ["part-hlo.zip"]
+    assert make_bench(tmp_path).hlo("a row") is None
+
+
+def test_every_row_of_the_step_is_known() -> None:
+    setting = Setting("7b", "bfloat16", "unstacked", step.LAYERS)
+    known = {method.name for group in methods(setting).values() for method in group}
+    assert known.issuperset(step.ROWS)
+    # AdamW with float32 moments, and what an update adds, fit a card of 78 GiB.
+    adamw = next(m for m in methods(setting)["adamw"] if m.name == step.ADAMW["float32"])
+    kernels = setting.kernels()
+    assert len(kernels) == 7 * step.LAYERS
+    state = step.tree_bytes(jax.eval_shape(adamw.make().init, kernels))
+    assert 2 * step.tree_bytes(kernels) + state < 0.6 * 78 * 2**30
+
+
+def test_checks_fail_where_the_numbers_differ(tmp_path: Path) -> None:
+    table = Report(tmp_path, "check", "").table("", check.HEAD, 1)
+    check.put_outcome(table, "0", check.Outcome("too far", 2e-5, 1e-5))
+    check.put_outcome(table, "1", check.Outcome("near", 1e-5, 1e-5))
+    check.put_outcome(table, "2", check.Outcome("not a number", float("nan"), 1e-5))
+    rows = table.as_json()["rows"]
+    assert [row["cells"][""] for row in rows] == ["FAILED", "passed", "FAILED"]
+    assert check.largest_difference({"a": np.ones(3)}, {"a": np.array([1, 1, 2])}) == 0.5
+
+
+def test_memory_rows_come_in_the_order_of_their_worth() -> None:
+    names = [memory.name_of(run) for run in memory.planned_runs("7b", 256)]
+    assert names[:3] == [
+        "int8, embeddings under adam, batch 1",
+        "bfloat16 in host memory, embeddings under apollo, batch 1",
+        "bfloat16 in host memory, embeddings under apollo, batch 8",
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_the_line_gives_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory_of(run: RunOptions, platform: str) -> Any:
+        assert platform == "cpu"
+        return type("Memory", (), {"peak_bytes": 100 + 7 * run.batch})
+
+    monkeypatch.setattr(throughput, "memory_of", memory_of)
+    run = throughput.cases("tiny", 16, [10])[0].run
+    (line,) = throughput.line(run, "cpu")
+    assert line == (100.0, 7.0)
+    assert throughput.largest_batch(line, 170.0) == 10
+    assert throughput.largest_batch(line, 169.9) == 9
+    assert throughput.largest_batch(line, 99.0) < 1
+
+
+def test_a_batch_that_does_not_fit_is_tried_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, tried = make_bench(tmp_path), []
+    bench = Bench(bench.report, Device("gpu", "", 200 * 10**9, ""), deadline(), True, False)
+
+    def measure(self: Bench, jobs: list[Job], put: Any) -> None:
+        run = jobs[0].args[0]
+        tried.append((run.batch, jobs[0].variables["XLA_CLIENT_MEM_FRACTION"]))
+        put(jobs[0], None, "trained" if run.batch <= 80 else Failed("out of memory"))
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    case = throughput.cases("tiny", 16, [100 * 10**9])[0]
+    assert throughput.measured(bench, case, (0.0, 9.7e8)) == (72, "trained")
+    assert tried == [(batch, "0.5000") for batch in (100, 90, 81, 72)]
+    too_small = throughput.measured(bench, case, (2e11, 9.7e8))
+    assert too_small[1] == Failed("does not fit")
+    assert throughput.measured(bench, case, Failed("crashed"))[1] == Failed("crashed")
+
+
+def test_steps_fill_the_time_but_not_more_than_one_pass(tmp_path: Path) -> None:
+    run = train.sizes(True).quality
+    tokens = run.batch * run.seq
+    text = train.Text(10**9, "key")
+    bench = make_bench(tmp_path, deadline=deadline(train.PREPARE_SECONDS + 200))
+    steps = train.steps_that_fit(bench, run, text, rate=1e6, count=2)
+    expected = (train.SHARE_OF_TIME * 100 - train.RUN_SECONDS) * 1e6 / tokens
+    assert steps == pytest.approx(expected, rel=0.01)
+    short = text._replace(train_tokens=10 * tokens + 1)
+    assert train.steps_that_fit(bench, run, short, rate=1e6, count=2) == 10
+    late = make_bench(tmp_path, deadline=deadline(1))
+    assert train.steps_that_fit(late, run, text, rate=1e6, count=2) < 1
+
+
+def test_losses_are_thinned_to_means() -> None:
+    losses = np.arange(250.0)
+    curve = train.thinned(losses)
+    assert len(curve) == train.CURVE_POINTS
+    assert curve[0] == (3, 1.0)
+    assert curve[-1] == (250, 248.5)
+    assert train.thinned(np.array([2.0])) == [(1, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["steps"], "'steps'"),
+        (["--dump", "all"], "'all'"),
+        (["--seconds", "60"], "'60'"),
+        (["--seconds", "check=-1"], "'check=-1'"),
+        (["--total-seconds", "0"], "0.0"),
+        (["--steps", "0"], "--steps 0"),
+        (["--only", "("], "'('"),
+        (["--optimizers", "adam"], "'adam'"),
+    ],
+)
+def test_bad_options_are_named(args: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(args)
+    assert named in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benches, "this_device", lambda: Device("cpu", "a CPU", None, ""))
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert "finds no GPU, only a CPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_needs_are_listed_without_jax() -> None:
+    code = (
+        "import sys; sys.modules['jax'] = None; from benchmarks.gpu import __main__ as m; m.main(['--needs'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    lines = dict(line.split(", ", 1) for line in done.stdout.splitlines())
+    assert lines.keys() >= {*needs.REQUIRED, *needs.OPTIONAL}
+    assert all("MISSING" not in lines[name] for name in needs.REQUIRED)
+
+
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(needs.REQUIRED, "no-such-package", "nothing")
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["check"])
+    assert "no-such-package must be installed" in capsys.readouterr().err
+
+
+def test_rehearsal(tmp_path: Path) -> None:
+    """All parts run at tiny sizes, and a second call adds to the quality runs of the first."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(12):
+        (text / f"{number}.txt").write_text(f"Document {number}: " + "some words of text, " * 400)
+    out = tmp_path / "out"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    rehearse = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", out, "--data", text]
+
+    def run(*args: str) -> str:
+        command = [*map(str, rehearse), *args]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = run("--only", "stochastic|cuDNN.*64|adamw|^int8", "--dump", "step")
+    for part in gpu.PARTS:
+        found = json.loads((out / f"{part}.json").read_text())
+        assert found["part"] == part
+        assert (out / f"{part}.md").read_text() in printed
+        rows = [row for table in found["tables"] for row in table["rows"]]
+        assert any(row["values"] for row in rows), part
+    assert (out / "step-hlo.zip").exists()
+    assert "needs cuDNN's flash attention" in printed
+
+    run("train", "--only", "adamw", "--optimizers", "adamw", "--seeds", "1")
+    runs = train.kept_runs(out / "train.json")
+    assert [row["values"]["seed"] for row in runs.values()] == [0, 1]
+    assert {row["values"]["steps"] for row in runs.values()} == {4}
+    assert (out / "train.png").exists()
