@@ -28,6 +28,12 @@ _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%\S+ = (.+?) ([a-z][a-z0-9-]*)\((.*)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLERS = ("fusion", "call", "async-start")  # Others call functions of scalars.
+_NO_KERNELS = frozenset(
+    (
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+        *("copy-done", "fusion-done", "async-done", "partition-id", "replica-id", "opt-barrier"),
+    )
+)
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%([^\s,)]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -69,6 +75,15 @@ def collectives(program: str, *, rare: bool = False) -> list[Collective]:
       ValueError: for replica groups written in a form that is not known here.
     """
     return list(_Program(program, rare).collectives())
+
+
+def launches(program: str) -> float:
+    """Returns how many kernels a step of a compiled program launches on a GPU.
+
+    Copies and calls of libraries count as kernels. Loops count as often as they run, of
+    conditionals the dearest branch.
+    """
+    return _Program(program, rare=True).launches()
 
 
 def drawn_words(program: str) -> int:
@@ -119,6 +134,26 @@ class _Program:
                 for called in _CALLED.findall(rest):
                     yield from self.collectives(called)
 
+    def launches(self, name: str = "") -> float:
+        """The kernels of the computation `name`, by default of the whole program."""
+        total = 0.0
+        for _, opcode, rest in self._computations[name or self._entry]:
+            if opcode == "while":
+                (body,), count = re.findall(r"body=%([^\s,)]+)", rest), _TRIP_COUNT.search(rest)
+                total += self.launches(body) * (int(count[1]) if count else math.inf)
+            elif opcode == "conditional":
+                total += max(map(self.launches, self._branches(rest)))
+            elif opcode in ("call", "async-start"):
+                total += sum(map(self.launches, _CALLED.findall(rest)))
+            elif opcode not in _NO_KERNELS:
+                total += 1
+        return total
+
+    def _branches(self, rest: str) -> list[str]:
+        listed = _BRANCHES.findall(rest)
+        names = [name for names in listed for name in re.findall(r"%([^\s,]+)", names)]
+        return names or _CALLED.findall(rest)
+
     def _loop(self, rest: str) -> Iterator[Collective]:
         (body,), count = re.findall(r"body=%([^\s,)]+)", rest), _TRIP_COUNT.search(rest)
         for collective in self.collectives(body):
@@ -126,8 +161,7 @@ class _Program:
             yield dataclasses.replace(collective, times=times)
 
     def _conditional(self, rest: str) -> Iterator[Collective]:
-        names = [name for listed in _BRANCHES.findall(rest) for name in re.findall(r"%([^\s,]+)", listed)]
-        branches = [list(self.collectives(name)) for name in names or _CALLED.findall(rest)]
+        branches = [list(self.collectives(name)) for name in self._branches(rest)]
         choose = max if self._rare else min
         yield from choose(branches, key=lambda branch: sum(each.sent_bytes for each in branch))
 

@@ -1,9 +1,11 @@
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import hlo
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import bench as benches
-from benchmarks.gpu import check, memory, needs, step, throughput, train
+from benchmarks.gpu import check, launches, memory, needs, step, throughput, train
 from benchmarks.gpu.bench import Bench, Device, Job
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.worker import Failed, Worker, reason_of
@@ -314,3 +317,60 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert [row["values"]["seed"] for row in runs.values()] == [0, 1]
     assert {row["values"]["steps"] for row in runs.values()} == {4}
     assert (out / "train.png").exists()
+
+
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %neg = f32[4]{0} negate(%p)
+}
+
+%body (carry: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %carry = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%carry), index=1
+  %a = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+  %b = f32[4]{0} custom-call(%a), custom_call_target="gemm"
+  ROOT %next = (s32[], f32[4]{0}) tuple(%x, %b)
+}
+
+%cond (carry: (s32[], f32[4])) -> pred[] {
+  %carry.1 = (s32[], f32[4]{0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+%one (p.1: f32[4]) -> f32[4] {
+  ROOT %p.1 = f32[4]{0} parameter(0)
+}
+
+ENTRY %main (x.1: f32[4]) -> f32[4] {
+  %x.1 = f32[4]{0} parameter(0)
+  %start = (s32[], f32[4]{0}) tuple(%x.1)
+  %loop = (s32[], f32[4]{0}) while(%start), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %which = s32[] copy(%start)
+  %chosen = f32[4]{0} conditional(%which, %x.1, %x.1), branch_computations={%one, %fused}
+  ROOT %last = f32[4]{0} fusion(%chosen), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_launches_count_loops_and_the_dearest_branch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A fusion is a kernel, whatever it fuses: five times two, a copy, a branch and the last.
+    assert hlo.launches(PROGRAM) == 5 * 2 + 1 + 1 + 1
+    unknown = PROGRAM.replace('{"known_trip_count":{"n":"5"}}', "{}")
+    assert hlo.launches(unknown) == math.inf
+    with zipfile.ZipFile(tmp_path / "step-hlo.zip", "w") as file:
+        file.writestr("adamw.txt", PROGRAM)
+    launches.main([str(tmp_path / "step-hlo.zip")])
+    assert "| adamw | 13 |" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_dump_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "step.md").write_text("no zip")
+    for name in ("step.md", "missing.zip"):
+        with pytest.raises(SystemExit, match="2"):
+            launches.main([str(tmp_path / name)])
+        assert f"{name} is no file of --dump" in capsys.readouterr().err
