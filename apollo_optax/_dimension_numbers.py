@@ -166,10 +166,15 @@ class MatrixAxes:
         """Euclidean norm of each channel of a tensor, ``(*batch, *channel)``."""
         return jnp.sqrt(self._sum_contracted(jnp.square(tensor)))
 
-    def tensor_norms(self, tensor: jax.Array) -> jax.Array:
-        """Euclidean norm of each matrix of a tensor, ``(*batch,)``."""
-        # Through the channels': XLA for GPUs then takes the projection's sum in the same pass.
-        return self.norm(self.channel_norms(tensor))
+    def tensor_norms(self, tensor: jax.Array, *, through_channels: bool = False) -> jax.Array:
+        """Euclidean norm of each matrix of a tensor, ``(*batch,)``.
+
+        `through_channels` sums each channel first, so that XLA for GPUs takes the projection's sum in the
+        same pass. On a mesh that cuts the contracted side it would send a number a channel, not one.
+        """
+        if through_channels:
+            return self.norm(self.channel_norms(tensor))
+        return jnp.sqrt(jnp.sum(jnp.square(tensor), axis=(*self.contracted, *self.channel)))
 
     def spread(self, factors: jax.Array) -> jax.Array:
         """Factors ``(*batch, *channel)`` with size-1 axes added, to multiply the tensor with."""

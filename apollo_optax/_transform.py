@@ -522,7 +522,8 @@ def _update_factors(
         if settings.scale_type == "channel":
             norms = axes.channel_norms(wide)
         else:
-            norms = axes.per_batch(axes.tensor_norms(wide), factors.ndim)
+            of_tensor = axes.tensor_norms(wide, through_channels=_sharding.is_on_one_device(gradient))
+            norms = axes.per_batch(of_tensor, factors.ndim)
         update_norm = axes.norm(factors * norms)
         update_norm = _sharding.place(update_norm, _sharding.of(state.norm))
         limit, norm = limit_norm(update_norm, state.norm, settings.norm_growth_limit)

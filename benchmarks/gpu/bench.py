@@ -99,9 +99,13 @@ class Bench:
         for wave in batched(wanted, rows_per_wave()):
             with contextlib.ExitStack() as stack:
                 started = self._start(stack, wave)
-                prepared = [worker.prepared(self.deadline) for worker in started]
-                for job, worker, known in zip(wave[: len(started)], started, prepared, strict=True):
-                    self.measure_one(job, worker, known, put)
+                # A row that hangs leaves half of the time to the others.
+                half = self.deadline - self.left() / 2
+                prepared = [worker.prepared(half) for worker in started]
+                rows = zip(wave[: len(started)], started, prepared, strict=True)
+                for job, worker, known in rows:
+                    share = 1 if job is wanted[-1] else 1 / 2
+                    self.measure_one(job, worker, known, share * self.left(), put)
             for job in wave[len(started) :]:
                 put(job, NO_TIME, NO_TIME)
 
@@ -125,13 +129,20 @@ class Bench:
         """Returns variables with which a rehearsal compiles with less care."""
         return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} if self.rehearse else {}
 
-    def measure_one(self, job: Job, worker: Worker, known: Any, put: Callable[[Job, Any, Any], None]) -> None:
+    def measure_one(
+        self,
+        job: Job,
+        worker: Worker,
+        known: Any,
+        seconds: float,
+        put: Callable[[Job, Any, Any], None],
+    ) -> None:
         if isinstance(known, Failed):
             put(job, known, known)
             return
         notice(f"{self.report.part}: measuring {job.name} ({self.left():.0f} s left)")
         with worker:  # Its memory is for the next row.
-            found = worker.ask(self.deadline)
+            found = worker.ask(time.monotonic() + seconds)
         put(job, known, found)
 
     def hlo(self, name: str) -> Path | None:

@@ -80,7 +80,7 @@ class Worker:
                     answer = self._connection.recv()
                     self._is_asked = False
                 else:
-                    answer = Failed("no time left")
+                    answer = Failed("ran out of time")
             except (EOFError, ConnectionResetError):
                 self._process.join()
                 answer = Failed(ended_with(self._process.exitcode))

@@ -76,7 +76,7 @@ def test_a_worker_has_more_variables_and_leaves_none() -> None:
         ("usage", False, "--batch 0 is out of range"),
         ("memory", False, "out of memory"),
         ("crash", True, "ended with SIGSEGV"),
-        ("hang", True, "no time left"),
+        ("hang", True, "ran out of time"),
     ],
 )
 def test_a_failing_row_says_why(kind: str, prepared: bool, reason: str) -> None:
@@ -116,6 +116,15 @@ def test_each_job_is_put_and_a_failure_costs_its_row_only(
         jobs, lambda job, known, result: found.update({job.name: result})
     )
     assert found == {"fine": "a None", "crash": Failed("ended with SIGSEGV"), "last": "c None"}
+
+
+def test_a_row_that_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
+    jobs = [Job("hang", failing, ("hang",)), Job("fine", echoing, ("a",))]
+    found = {}
+    make_bench(tmp_path, deadline=deadline(40)).measure(
+        jobs, lambda job, known, result: found.update({job.name: result})
+    )
+    assert found == {"hang": Failed("ran out of time"), "fine": "a None"}
 
 
 def test_without_time_nothing_is_started(tmp_path: Path) -> None:
@@ -287,7 +296,7 @@ def test_a_missing_package_is_named(
 
 
 def test_rehearsal(tmp_path: Path) -> None:
-    """All parts run at tiny sizes, and a second call adds to the quality runs of the first."""
+    """All parts run at tiny sizes."""
     text = tmp_path / "text"
     text.mkdir()
     for number in range(12):
@@ -295,28 +304,46 @@ def test_rehearsal(tmp_path: Path) -> None:
     out = tmp_path / "out"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     rehearse = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", out, "--data", text]
-
-    def run(*args: str) -> str:
-        command = [*map(str, rehearse), *args]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    printed = run("--only", "stochastic|cuDNN.*64|adamw|^int8", "--dump", "step")
+    some = ["--only", "stochastic|cuDNN.*64|adamw|^int8", "--dump", "step"]
+    done = subprocess.run(
+        [*map(str, rehearse), *some], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     for part in gpu.PARTS:
         found = json.loads((out / f"{part}.json").read_text())
         assert found["part"] == part
-        assert (out / f"{part}.md").read_text() in printed
+        assert (out / f"{part}.md").read_text() in done.stdout
         rows = [row for table in found["tables"] for row in table["rows"]]
         assert any(row["values"] for row in rows), part
     assert (out / "step-hlo.zip").exists()
-    assert "needs cuDNN's flash attention" in printed
-
-    run("train", "--only", "adamw", "--optimizers", "adamw", "--seeds", "1")
-    runs = train.kept_runs(out / "train.json")
-    assert [row["values"]["seed"] for row in runs.values()] == [0, 1]
-    assert {row["values"]["steps"] for row in runs.values()} == {4}
+    assert "needs cuDNN's flash attention" in done.stdout
     assert (out / "train.png").exists()
+    (name,) = train.kept_runs(out / "train.json")
+    assert name == "adamw, lr 0.002, seed 0, 4 steps"
+
+
+def test_a_second_call_adds_to_the_runs_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(self: Bench, jobs: list[Job], put: Any) -> None:
+        measured.extend(job.name for job in jobs)
+        for job in jobs:
+            put(job, None, train.Curve([(4, 7.0)], [(0, 8.0), (4, 7.5)], 1e6))
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    sizes, text = train.sizes(True), train.Text(10**6, "key")
+
+    def call(*seeds: int) -> list[str]:
+        bench = make_bench(tmp_path)
+        options = train.QualityOptions(optimizers=("adamw", "muon"), seeds=seeds)
+        train.quality(bench, sizes, options, text, 1e6, train.kept_runs(train.json_of(bench)))
+        return list(train.kept_runs(train.json_of(bench)))
+
+    first = ["adamw, lr 0.002, seed 0, 4 steps", "muon, lr 0.007, seed 0, 4 steps"]
+    assert call(0) == first
+    assert call(0, 1) == [*first, *(name.replace("seed 0", "seed 1") for name in first)]
+    assert len(measured) == 4  # None of the first again.
+    assert (tmp_path / "train.png").exists()
 
 
 PROGRAM = """\

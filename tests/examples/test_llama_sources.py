@@ -253,7 +253,7 @@ def bad_parquet() -> None:
         (
             None,
             "std",
-            "--data 'std' is unknown; choose one of: stdlib, or give a file, folder or glob that ex",
+            "--data 'std' is unknown; choose one of: stdlib, python, or give a file, folder or glob that ex",
         ),
         (None, "no/*.txt", r"--data 'no/\*.txt' matches no file; give a glob that does"),
         (lambda: Path("d").mkdir(), "d", "--data 'd' is a folder without files; give one with text"),
