@@ -23,8 +23,8 @@ TOLERANCES = {"float64": 1e-13, "float32": 1e-5}
 class Replay(NamedTuple):
     """What a case gave with its recorded projections."""
 
-    errors: list[float]  # Of the direction at each step.
-    norms: np.ndarray  # Of the limiter, after each step.
+    errors: list[float]  # The error of the direction at each step.
+    norms: np.ndarray  # What the limiter remembers after each step.
     state: ScaleByApolloState
     golden: Any  # The recorded arrays, by name.
 

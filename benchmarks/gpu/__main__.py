@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.gpu import needs
 
-# In the order in which they run: what is known soonest first.
+# The parts run in this order, so that what takes least time is known first.
 DEFAULT_SECONDS = {"check": 60.0, "step": 120.0, "memory": 120.0, "throughput": 240.0, "train": 300.0}
 PARTS = tuple(DEFAULT_SECONDS)
 

@@ -72,7 +72,7 @@ class Bench:
 
     report: Report
     device: Device
-    deadline: float  # By `time.monotonic`.
+    deadline: float  # `time.monotonic` at which the part must end.
     rehearse: bool
     dump: bool  # Whether to keep the optimised HLO of each step.
     only: str = ""  # A regular expression that the names of rows must match.

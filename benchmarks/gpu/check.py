@@ -27,7 +27,7 @@ from examples.llama.options import RunOptions
 from examples.llama.plan import runs
 
 UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-STEPS = 5  # Of each comparison of two ways to train.
+STEPS = 5  # Each comparison of two ways to train takes so many steps.
 HEAD = ("check", "measured", "limit", "")
 
 

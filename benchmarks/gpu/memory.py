@@ -32,8 +32,8 @@ HEAD = (
 class Trained(NamedTuple):
     """What some steps showed."""
 
-    seconds: float  # A step, the median.
-    peak_bytes: int | None  # By the allocator; None where the device does not tell.
+    seconds: float  # The median time of a step.
+    peak_bytes: int | None  # The allocator's peak; None where the device does not tell.
     initial_peak_bytes: int | None  # The same before the first step.
 
 

@@ -3,7 +3,7 @@
 from importlib import metadata
 from pathlib import Path
 
-# By distribution: why it is needed. Their own requirements come with them from an index.
+# Each distribution has the reason why it is needed. An index adds their own requirements.
 REQUIRED = {
     "jax": "everything; on a GPU with its CUDA plugin",
     "jaxlib": "everything",

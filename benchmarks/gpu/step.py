@@ -34,7 +34,8 @@ from benchmarks.step_contenders import (
     tree_bytes,
 )
 
-LAYERS = 16  # Of 7B's 32, so that AdamW with float32 moments fits 78 GiB.
+# Half of 7B's 32 layers are stepped, so that AdamW with float32 moments fits 78 GiB.
+LAYERS = 16
 ROUNDS = 3  # How often the copy and the step take turns.
 BLOCK_SECONDS = 0.2  # How long a turn is at least.
 MINI, RANK_256 = "apollo-mini", "apollo, rank 256"

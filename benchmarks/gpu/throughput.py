@@ -25,8 +25,8 @@ from examples.llama.target import memory_of
 from examples.llama.usage import notice
 
 PLANNED_BATCHES = (64, 256)  # Large enough for activations, not gradients, to make the peak.
-MARGIN = 0.97  # Of the memory, for what the compiler does not count.
-STEP_DOWN = 0.9  # Of the batch, after one that did not fit.
+MARGIN = 0.97  # The rest of the memory is for what the compiler does not count.
+STEP_DOWN = 0.9  # A batch that does not fit is multiplied by this.
 HEAD = (
     *("memory", "optimizer", "batch", "tokens/s", "over adamw", "of the peak flops"),
     "allocator's peak, GB",

@@ -14,11 +14,10 @@ from examples.llama.usage import UsageError
 
 Row = Callable[..., Generator[Any, Any, None]]
 """A measurement, as a generator: it prepares until its first `yield`, which may carry what
-is known by then. It measures after that and yields the result. What the caller sends with
-`Worker.ask` is the value of the `yield` before."""
+is known by then. It measures after that and yields the result."""
 
-ENDS_WITHIN_SECONDS = 10.0  # By itself, or it is killed.
-_environment = threading.Lock()  # Of this process, while a worker inherits it.
+ENDS_WITHIN_SECONDS = 10.0  # A process that takes longer to end is killed.
+_environment = threading.Lock()  # Only one worker at a time inherits a changed environment.
 
 
 class Failed(NamedTuple):
@@ -46,7 +45,7 @@ class Worker:
         # JAX would take three quarters of a GPU at its start, and rows prepare side by side.
         with inherited({"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables}):
             self._process.start()
-        theirs.close()  # Or the end of the process would not show here.
+        theirs.close()  # The end of the process shows only if no one else has this end open.
         self._failed: Failed | None = None
         self._is_asked = True  # Whether it has not answered yet.
 
@@ -64,13 +63,13 @@ class Worker:
         """Returns what the row yields first, or `Failed`; `deadline` is by `time.monotonic`."""
         return self._receive(deadline)
 
-    def ask(self, deadline: float, message: Any = None) -> Any:
+    def ask(self, deadline: float) -> Any:
         """Sends the row on and returns what it yields next, or `Failed`."""
         if self._failed is None:
             self._is_asked = True
             # A process that has ended is noticed by what is received.
             with contextlib.suppress(BrokenPipeError):
-                self._connection.send(message)
+                self._connection.send(None)
         return self._receive(deadline)
 
     def _receive(self, deadline: float) -> Any:
@@ -110,11 +109,11 @@ def inherited(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _serve(connection: Any, row: Row, args: tuple[Any, ...]) -> None:
-    steps, message = row(*args), None
+    steps = row(*args)
     with contextlib.suppress(EOFError, StopIteration):  # The caller is gone, or the row over.
         while True:
             try:
-                answer = steps.send(message)
+                answer = next(steps)
             except StopIteration:
                 raise
             except UsageError as error:  # What this machine cannot do.
@@ -123,7 +122,7 @@ def _serve(connection: Any, row: Row, args: tuple[Any, ...]) -> None:
                 traceback.print_exc()  # The table has room for a line of it only.
                 answer = Failed(reason_of(error))
             connection.send(answer)
-            message = connection.recv()
+            connection.recv()
 
 
 def reason_of(error: Exception) -> str:

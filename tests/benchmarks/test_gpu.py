@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -33,10 +34,9 @@ def deadline(seconds: float = SOON) -> float:
     return time.monotonic() + seconds
 
 
-def echoing(first: str) -> Generator[str, str]:
-    message = yield first
-    while True:
-        message = yield f"{first} {message}"
+def counting(name: str) -> Generator[str]:
+    for number in itertools.count():
+        yield f"{name} {number}"
 
 
 def variable(name: str) -> Generator[str | None]:
@@ -56,11 +56,11 @@ def failing(kind: str) -> Generator[str | None]:
     yield "not reached"
 
 
-def test_a_worker_answers_one_message_after_the_other() -> None:
-    with Worker(echoing, "a") as worker:
-        assert worker.prepared(deadline()) == "a"
-        assert worker.ask(deadline(), "b") == "a b"
-        assert worker.ask(deadline(), "c") == "a c"
+def test_a_worker_answers_as_often_as_it_is_asked() -> None:
+    with Worker(counting, "a") as worker:
+        assert worker.prepared(deadline()) == "a 0"
+        assert worker.ask(deadline()) == "a 1"
+        assert worker.ask(deadline()) == "a 2"
 
 
 def test_a_worker_has_more_variables_and_leaves_none() -> None:
@@ -106,31 +106,31 @@ def test_each_job_is_put_and_a_failure_costs_its_row_only(
 ) -> None:
     monkeypatch.setattr(benches, "rows_per_wave", lambda: 2)
     jobs = [
-        Job("fine", echoing, ("a",)),
+        Job("fine", counting, ("a",)),
         Job("crash", failing, ("crash",)),
-        Job("left out", echoing, ("b",)),
-        Job("last", echoing, ("c",)),
+        Job("left out", counting, ("b",)),
+        Job("last", counting, ("c",)),
     ]
     found = {}
     make_bench(tmp_path, only="fine|crash|last").measure(
         jobs, lambda job, known, result: found.update({job.name: result})
     )
-    assert found == {"fine": "a None", "crash": Failed("ended with SIGSEGV"), "last": "c None"}
+    assert found == {"fine": "a 1", "crash": Failed("ended with SIGSEGV"), "last": "c 1"}
 
 
 def test_a_row_that_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
-    jobs = [Job("hang", failing, ("hang",)), Job("fine", echoing, ("a",))]
+    jobs = [Job("hang", failing, ("hang",)), Job("fine", counting, ("a",))]
     found = {}
     make_bench(tmp_path, deadline=deadline(40)).measure(
         jobs, lambda job, known, result: found.update({job.name: result})
     )
-    assert found == {"hang": Failed("ran out of time"), "fine": "a None"}
+    assert found == {"hang": Failed("ran out of time"), "fine": "a 1"}
 
 
 def test_without_time_nothing_is_started(tmp_path: Path) -> None:
     found = []
     make_bench(tmp_path, deadline=deadline(-1)).measure(
-        [Job("late", echoing, ("a",))], lambda job, known, result: found.append((job.name, result))
+        [Job("late", counting, ("a",))], lambda job, known, result: found.append((job.name, result))
     )
     assert found == [("late", Failed("no time left"))]
 
