@@ -22,6 +22,7 @@ import apollo_optax
 from apollo_optax import (
     ApolloDimensionNumbers,
     LayerwiseMetrics,
+    _layerwise,
     apply_updates_stochastic,
     dequantize,
     dimension_numbers_by_path,
@@ -817,3 +818,16 @@ def test_int8_groups_along_the_layers(axis):
     model = toy()
     model.params["layers"]["scale"] = quantize(model.params["layers"]["scale"], axis=axis, group_size=8)
     refuses(model, optax.sgd(0.1), "'layers/scale'")
+
+
+def test_a_stack_in_host_memory_is_written_after_it_is_read():
+    """Otherwise XLA for GPUs copies all of it for each layer; a stack on the device needs no order."""
+
+    def after(stack, row):
+        return _layerwise._after_fetch({"w": stack}, {"w": row})["w"]
+
+    stack, row = jnp.zeros((3, 4)), jnp.ones((1, 4))
+    (equation,) = jax.make_jaxpr(after)(stack, row).eqns
+    assert equation.primitive.name == "optimization_barrier"
+    assert len(equation.invars) == 2
+    assert not jax.make_jaxpr(lambda stack: after(stack, None))(stack).eqns

@@ -248,3 +248,16 @@ def test_temporaries_on_a_tpu(rank, layout):
         env=os.environ | environment,
     )
     assert int(result.stdout.split()[-1]) <= 2 * 2 * 1024 * 2752
+
+
+def test_keys_and_small_draws_take_no_loop_over_leaves():
+    """A GPU launches each iteration's kernels anew, which took longer than the update."""
+
+    def lengths(leaves):
+        gradients = {str(i): one_device(normal((32, 128))) for i in range(leaves)}
+        tx = scale_by_apollo(1, scale_type="tensor")
+        jaxpr = str(jax.make_jaxpr(tx.update)(gradients, tx.init(gradients)))
+        return jaxpr.count(f"length={leaves}\n"), jaxpr.count("while[")
+
+    assert lengths(7)[0] == 0
+    assert lengths(7)[1] == lengths(9)[1]
