@@ -2,12 +2,13 @@
 
 from apollo_optax._alias import apollo, apollo_mini
 from apollo_optax._dimension_numbers import ApolloDimensionNumbers, dimension_numbers_by_path
+from apollo_optax._hyperparams import STATIC_ARGS
 from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
 from apollo_optax._quantization import QuantizedArray, apply_updates_stochastic, dequantize, quantize
-from apollo_optax._sharding import state_sharding
-from apollo_optax._tabulate import tabulate
-from apollo_optax._transform import STATIC_ARGS, ScaleByApolloState, scale_by_apollo
+from apollo_optax._state import ScaleByApolloState, state_owners, state_sharding
+from apollo_optax._tabulate import StateBytes, state_bytes, tabulate
+from apollo_optax._transform import scale_by_apollo
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "LimitNormGrowthState",
     "QuantizedArray",
     "ScaleByApolloState",
+    "StateBytes",
     "apollo",
     "apollo_mini",
     "apply_updates_stochastic",
@@ -28,6 +30,8 @@ __all__ = [
     "limit_norm_growth",
     "quantize",
     "scale_by_apollo",
+    "state_bytes",
+    "state_owners",
     "state_sharding",
     "tabulate",
 ]

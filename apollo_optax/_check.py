@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apollo_optax import _tree
+from apollo_optax._dtypes import wide_dtype
 
 _STATIC = (
     "it decides shapes or code and must be known when the step is compiled; under "
@@ -89,7 +90,7 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
             f"'{_tree.show(path)}' has dtype {dtype}, of too few bits to add an update to; keep the "
             "parameter in bfloat16 or wider"
         )
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return wide_dtype(dtype)
 
 
 def not_varying(path: _tree.Path, leaf: Any) -> None:
@@ -125,12 +126,13 @@ def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
         )
 
 
-def svd_state(is_svd: bool, stored: Any) -> None:
-    if is_svd != (stored is not None):
-        holds = "no projections" if stored is None else "projections"
+def stored_projection(is_stored: bool, projection: Any) -> None:
+    if is_stored != (projection is not None):
+        holds = "projections" if projection is not None else "no projections"
+        wants = "one that is stored, as svd is" if is_stored else "not stored, as svd is"
         raise ValueError(
-            f"the state holds {holds}, and projection is {'' if is_svd else 'not '}'svd'; the state comes "
-            "from another setting: use the projection it was made with, or call init again"
+            f"the state holds {holds}, and projection is {wants}; the state comes from "
+            "another setting: use the projection it was made with, or call init again"
         )
 
 

@@ -1,9 +1,8 @@
-"""Which axes of a tensor are its matrix and which are batch: the only place that knows axes.
+"""Which axes of a tensor form its matrix and which are batch axes.
 
-The algorithm speaks of a matrix with a *contracted* side, projected away, and a *channel* side,
-along which scaling factors live. Tensors are never reshaped into that form: a reshape that merges
-a sharded axis would make XLA gather it. :class:`MatrixAxes` contracts, reduces and broadcasts over
-the axes where they are.
+The algorithm speaks of a matrix with a *contracted* side, which is projected away, and a
+*channel* side, along which scaling factors live. Which axes these are follows from the
+caller's dimension numbers, or from a rule over names and shapes.
 """
 
 import dataclasses
@@ -61,11 +60,7 @@ _VECTOR_NAMES = ("bias", "scale")  # Also when stacked, or in the shape of a Den
 
 @dataclasses.dataclass(frozen=True)
 class MatrixAxes:
-    """A tensor seen as a batch of matrices, contracted side and channel side.
-
-    Shapes below: ``batch``, ``contracted`` and ``channel`` stand for the sizes of those axes, in
-    this order of axes; ``m`` and ``n`` are the products of the latter two; ``r`` is the rank.
-    """
+    """Which axes of a tensor are batch, contracted side and channel side."""
 
     shape: tuple[int, ...]
     batch: tuple[int, ...]
@@ -76,22 +71,10 @@ class MatrixAxes:
         return tuple(self.shape[axis] for axis in axes)
 
     @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return self.sizes(self.batch)
-
-    @property
-    def batch_size(self) -> int:
-        return math.prod(self.batch_shape)
-
-    @property
-    def contracted_shape(self) -> tuple[int, ...]:
-        return self.sizes(self.contracted)
-
-    @property
     def contracted_size(self) -> int:
-        return math.prod(self.contracted_shape)
+        return math.prod(self.sizes(self.contracted))
 
-    def of_row(self) -> "MatrixAxes":
+    def without_batch_axis(self) -> "MatrixAxes":
         """The axes of one element of the first batch axis, a tensor without that axis."""
         gone = self.batch[0]
 
@@ -99,114 +82,8 @@ class MatrixAxes:
             return tuple(axis - (axis > gone) for axis in axes if axis != gone)
 
         shape = self.shape[:gone] + self.shape[gone + 1 :]
-        return MatrixAxes(shape, *map(renumbered, (self.batch, self.contracted, self.channel)))
-
-    def clip_rank(self, rank: int) -> int:
-        return min(rank, self.contracted_size)
-
-    def moment_shape(self, rank: int) -> tuple[int, ...]:
-        """``(*batch, r, *channel)``, the shape of a projected gradient."""
-        return (*self.batch_shape, self.clip_rank(rank), *self.sizes(self.channel))
-
-    def projection_shape(self, rank: int) -> tuple[int, ...]:
-        """``(*batch, r, *contracted)``, the shape of a projection."""
-        return (*self.batch_shape, self.clip_rank(rank), *self.contracted_shape)
-
-    def project(
-        self,
-        projection: jax.Array,
-        tensor: jax.Array,
-        out_sharding: Any = None,
-        placed: Callable[[jax.Array], jax.Array] = lambda projection: projection,
-    ) -> jax.Array:
-        """``R = P G``: ``(*batch, r, *contracted)`` and a tensor to ``(*batch, r, *channel)``.
-
-        In the dtype of `projection`. A bfloat16 tensor is multiplied as it is, without a wider copy: with the
-        projection rounded to bfloat16, products exact, sums in float32. CPUs, no faster at that, multiply in
-        float32. At rank 1 the product is a sum, taken in the pass over the tensor that takes the norms; not
-        on TPUs, where it keeps weights in host memory (:func:`layerwise_step`) from being fetched in turn.
-        `placed` says where the projection is to be, in the dtype in which it is multiplied.
-        """
-        rank_axis, dtype = len(self.batch), projection.dtype
-
-        def product(projection: jax.Array, tensor: jax.Array) -> jax.Array:
-            rank = len(self.shape)  # A name for the axis, which the tensor does not have.
-            return jnp.einsum(
-                placed(projection),
-                (*self.batch, rank, *self.contracted),
-                tensor,
-                tuple(range(len(self.shape))),
-                (*self.batch, rank, *self.channel),
-                # Anything less multiplies float32 in bfloat16 on TPUs and in TF32 on GPUs.
-                precision=jax.lax.Precision.HIGHEST,
-                preferred_element_type=dtype,
-                out_sharding=out_sharding,
-            )
-
-        def widened(projection: jax.Array, tensor: jax.Array) -> jax.Array:
-            return product(projection, tensor.astype(dtype))
-
-        def as_it_is(projection: jax.Array, tensor: jax.Array) -> jax.Array:
-            return product(projection.astype(tensor.dtype), tensor)
-
-        def summed(projection: jax.Array, tensor: jax.Array) -> jax.Array:
-            row = self._spread(jnp.squeeze(projection, rank_axis), self.contracted)
-            sums = self._sum_contracted(row * tensor.astype(dtype))
-            projected = jnp.expand_dims(sums, rank_axis)
-            return projected if out_sharding is None else jax.sharding.reshard(projected, out_sharding)
-
-        on_accelerators = as_it_is if tensor.dtype == jnp.bfloat16 else widened
-        if projection.shape[rank_axis] == 1:
-            return jax.lax.platform_dependent(projection, tensor, tpu=on_accelerators, default=summed)
-        if on_accelerators is widened:
-            return widened(projection, tensor)
-        return jax.lax.platform_dependent(projection, tensor, cpu=widened, default=on_accelerators)
-
-    def channel_norms(self, tensor: jax.Array) -> jax.Array:
-        """Euclidean norm of each channel of a tensor, ``(*batch, *channel)``."""
-        return jnp.sqrt(self._sum_contracted(jnp.square(tensor)))
-
-    def tensor_norms(self, tensor: jax.Array, *, through_channels: bool = False) -> jax.Array:
-        """Euclidean norm of each matrix of a tensor, ``(*batch,)``.
-
-        `through_channels` sums each channel first, so that XLA for GPUs takes the projection's sum in the
-        same pass. On a mesh that cuts the contracted side it would send a number a channel, not one.
-        """
-        if through_channels:
-            return self.norm(self.channel_norms(tensor))
-        return jnp.sqrt(jnp.sum(jnp.square(tensor), axis=(*self.contracted, *self.channel)))
-
-    def spread(self, factors: jax.Array) -> jax.Array:
-        """Factors ``(*batch, *channel)`` with size-1 axes added, to multiply the tensor with."""
-        return self._spread(factors, self.channel)
-
-    def _spread(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:
-        """Values ``(*batch, *side)`` in the tensor's order of axes, size 1 on those of the other side."""
-        order = (*self.batch, *side)
-        other = tuple(axis for axis in range(len(self.shape)) if axis not in order)
-        return jnp.expand_dims(jnp.transpose(values, _argsort(order)), other)
-
-    def _sum_contracted(self, tensor: jax.Array) -> jax.Array:
-        """The sum of a tensor over its contracted side, ``(*batch, *channel)``."""
-        sums = jnp.sum(tensor, axis=self.contracted)
-        return jnp.transpose(sums, _argsort(_argsort((*self.batch, *self.channel))))
-
-    def per_batch(self, values: jax.Array, ndim: int) -> jax.Array:
-        """Values ``(*batch,)`` with size-1 axes appended up to `ndim` axes."""
-        return jnp.expand_dims(values, tuple(range(len(self.batch), ndim)))
-
-    def norm(self, array: jax.Array) -> jax.Array:
-        """Euclidean norm over all but the batch axes of an array whose leading axes those are."""
-        return jnp.sqrt(jnp.sum(jnp.square(array), axis=tuple(range(len(self.batch), array.ndim))))
-
-    def to_matrix(self, tensor: jax.Array) -> jax.Array:
-        """The tensor as ``(*batch, m, n)``; merges axes, so only for what is replicated anyway."""
-        ordered = jnp.transpose(tensor, (*self.batch, *self.contracted, *self.channel))
-        return ordered.reshape(*self.batch_shape, self.contracted_size, -1)
-
-
-def _argsort(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
+        sides = map(renumbered, (self.batch, self.contracted, self.channel))
+        return MatrixAxes(shape, *sides)
 
 
 def matrix_axes(path: _tree.Path, shape: tuple[int, ...], numbers: ApolloDimensionNumbers) -> MatrixAxes:
@@ -350,24 +227,6 @@ def resolve(
         # A leaf of no elements has no channels to scale.
         axes[path] = None if given is None or 0 in shape else matrix_axes(path, shape, given)
     return axes
-
-
-def state_shapes(axes: MatrixAxes | None, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a leaf's fields in ScaleByApolloState; `axes` is None for a leaf that is no matrix."""
-    if axes is None:
-        return {"mu": shape, "nu": shape, "norm": (), "projection": ()}
-    moments = axes.moment_shape(rank)
-    return {
-        "mu": moments,
-        "nu": moments,
-        "norm": axes.batch_shape,
-        "projection": axes.projection_shape(rank),
-    }
-
-
-def rank_in(axes: MatrixAxes | None, moment: tuple[int, ...]) -> int:
-    """The rank that a moment's shape says it was made with; 0 where it says none."""
-    return moment[len(axes.batch)] if axes is not None and len(moment) > len(axes.batch) else 0
 
 
 def _entry_for(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from apollo_optax import _tree
+from apollo_optax import _state, _tree
 from apollo_optax._quantization import QuantizedArray, apply_updates_stochastic, dequantize
 
 Leaves = dict[_tree.Path, Any]
@@ -299,8 +299,8 @@ class _Optimizer:
         self._tx, self._key = tx, key
         self._params_structure, self._state_structure = _structure(params), jax.tree.structure(opt_state)
         self._check_state()
-        shared = _tree.shared_state(tx.init, self.params_tree({}))
-        owners = _tree.owners(self.state, self.params, shared)
+        shared = _state.shared_state(tx.init, self.params_tree({}))
+        owners = _state.owners(self.state, self.params, shared)
         self._owner = {path: owner.parameter for path, owner in owners.items()}
         quantized = [path for path, leaf in self.params.items() if _is_quantized(leaf)]
         if quantized and key is None:

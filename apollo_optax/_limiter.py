@@ -4,14 +4,15 @@ An update's norm may grow by at most a factor `norm_growth_limit` from one step 
 the place of gradient clipping without a norm over all parameters, so each matrix stands alone.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _check, _sharding, _tree
+from apollo_optax import _check, _tree
 from apollo_optax._dimension_numbers import MatrixAxes, WeightDimensionNumbers, resolve
+from apollo_optax._matrix import Matrix
 
 
 def limit_norm(
@@ -87,54 +88,48 @@ def limit_norm_growth(
 
     def leaf_axes(tree: Any) -> dict[_tree.Path, MatrixAxes]:
         axes = resolve(weight_dimension_numbers, tree)
-        shapes = {path: jnp.shape(leaf) for path, leaf in _tree.leaves_by_path(tree).items()}
-        return {
-            path: matrix or MatrixAxes(shapes[path], (), tuple(range(len(shapes[path]))), ())
-            for path, matrix in axes.items()
-        }
+        for path, leaf in _tree.leaves_by_path(tree).items():
+            if axes[path] is None:
+                # A leaf that is no matrix has one norm, over all its axes.
+                shape = jnp.shape(leaf)
+                axes[path] = MatrixAxes(shape, (), tuple(range(len(shape))), ())
+        return cast(dict[_tree.Path, MatrixAxes], axes)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init_fn(params: optax.Params) -> LimitNormGrowthState:
         axes = leaf_axes(params)
-        norms = []
+        norms = {}
         for path, leaf in _tree.leaves_by_path(params).items():
             dtype = _check.accumulator_dtype(path, leaf)
-            sharding = _sharding.norms(axes[path], _sharding.of(leaf))
-            norms.append(_sharding.zeros(axes[path].batch_shape, dtype, sharding))
-        return LimitNormGrowthState(jax.tree.unflatten(jax.tree.structure(_tree.unbox(params)), norms))
+            matrix = Matrix.of_parameter(leaf, axes[path], dtype)
+            norms[path] = jnp.zeros(
+                matrix.batch_shape, dtype, device=matrix.norm_sharding
+            )
+        return LimitNormGrowthState(_tree.rebuild(_tree.unbox(params), norms))
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: LimitNormGrowthState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, LimitNormGrowthState]:
         del params, extra_args
         axes, leaves = leaf_axes(updates), _tree.leaves_by_path(updates)
         remembered = _check.same_paths(leaves, state.norm)
         limited, norms = {}, {}
         for path, leaf in leaves.items():
-            dtype = _check.accumulator_dtype(path, leaf)
+            dtype, update = _check.accumulator_dtype(path, leaf), jnp.asarray(leaf)
             _check.not_varying(path, leaf)
-            _check.state_shape(path, "norm", remembered[path], axes[path].batch_shape)
-            limited[path], norms[path] = _limit_leaf(
-                jnp.asarray(leaf), remembered[path], norm_growth_limit, axes[path], dtype
+            matrix = Matrix.of_gradient(update, axes[path], dtype)
+            _check.state_shape(path, "norm", remembered[path], matrix.batch_shape)
+            factor, norms[path] = limit_norm(
+                matrix.tensor_norms(update.astype(dtype)),
+                remembered[path],
+                norm_growth_limit,
             )
+            limited[path] = matrix.scale(update, matrix.per_channel(factor))
         return (
             jax.tree.unflatten(jax.tree.structure(updates), list(limited.values())),
             LimitNormGrowthState(_tree.rebuild(state.norm, norms)),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _limit_leaf(
-    update: jax.Array,
-    remembered: jax.Array,
-    norm_growth_limit: jax.typing.ArrayLike,
-    axes: MatrixAxes,
-    dtype: Any,
-) -> tuple[jax.Array, jax.Array]:
-    wide = update.astype(dtype)
-    factor, norm = limit_norm(axes.tensor_norms(wide), remembered, norm_growth_limit)
-    factors = axes.spread(axes.per_batch(factor, len(axes.batch) + len(axes.channel)))
-    return (wide * factors).astype(update.dtype), norm

@@ -1,190 +1,248 @@
-"""What the projection P is: drawn from a key, taken from the gradient, or the caller's own.
+"""What the projection ``P`` is: a class per kind of projection.
 
-Step 1 of the algorithm. ``P`` has shape ``(r, m)`` for each matrix, ``m`` the contracted size, and is a
-pure function of the key, the leaf, the refresh and the batch element, so it is never stored and is
-the same on any mesh. The exception is the SVD, which needs the gradient of the refresh step.
+Step 1 of the algorithm. ``P`` has the shape ``(r, m)`` for each matrix. A drawn projection
+is a function of a key alone (see :mod:`apollo_optax._keys`), so it is never stored. A stored
+one is computed from the gradient at refresh steps and kept in the state between them.
 """
 
+import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from apollo_optax import _sharding, _tree
-from apollo_optax._dimension_numbers import MatrixAxes
+from apollo_optax import _check, _keys, _sharding, _tree
+from apollo_optax._matrix import Matrix
 
 Shape = tuple[int, ...]
 Draw = Callable[[jax.Array, Shape], jax.Array]
-DRAWN = ("random", "rademacher")
-NAMES = (*DRAWN, "svd")
-
-_SEED_IMPL = "threefry2x32"  # A seed means the same run whatever JAX's default generator.
 
 
-def key_impl(key: Any) -> Any:
-    """The generator behind `key`, as ``jax.random.wrap_key_data`` takes it; checks the key."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.shape == ():
-            return jax.random.key_impl(key)
-    elif isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        if not 0 <= key < 2**32:  # JAX would cut it to 32 bits, or not, as its settings are.
-            raise ValueError(f"key must be a seed from 0 to 2**32 - 1, got {key!r}")
-        return _SEED_IMPL
-    elif isinstance(key, (jax.Array, np.ndarray)):
-        if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
-            return _SEED_IMPL
-        if key.ndim == 1 and key.dtype == jnp.uint32:
-            impl = jax.random.key_impl(jax.random.key(0))
-            if key.shape == key_data_shape(impl):
-                return impl
-    raise TypeError(
-        "key must be an int seed (or an integer scalar array), one JAX key from jax.random.key, or the raw "
-        f"data of one of JAX's default generator, got {key!r}"
-    )
+class Projection:
+    """A kind of projection; instances are hashable, as constants of compiled code."""
+
+    is_stored: bool
+
+    def init(self, matrix: Matrix) -> jax.Array | None:
+        """What the state holds for a leaf before the first step; None if not stored."""
+        raise NotImplementedError
+
+    def at(
+        self,
+        matrix: Matrix,
+        drawn: jax.Array | None,
+        gradient: jax.Array,
+        stored: jax.Array | None,
+        is_refresh: jax.Array,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Step 1 of an update: the projections of a leaf, and those to store.
+
+        Args:
+          matrix: the leaf's axes, dtype and rank.
+          drawn: what :meth:`Drawn.draw` made of the leaf's keys; None if `is_stored`.
+          gradient: the leaf, in ``matrix.dtype``.
+          stored: the projections in the state; None unless `is_stored`.
+          is_refresh: whether this step is the first with a new projection; a scalar.
+
+        Returns:
+          ``(*batch, r, *contracted)``, and the same for the state or None.
+        """
+        raise NotImplementedError
+
+    def check(self, path: _tree.Path, matrix: Matrix) -> None:
+        """Raises where the projection does not fit a leaf."""
 
 
-def key_data_shape(impl: Any) -> Shape:
-    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
+class Drawn(Projection):
+    """A projection that is a function of a key; subclasses define :meth:`draw_one`."""
+
+    is_stored = False
+
+    def draw_one(self, key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
+        """The projection of one matrix, ``(r, *contracted)``."""
+        raise NotImplementedError
+
+    def draw(self, matrix: Matrix, keys: jax.Array) -> jax.Array:
+        """The projections of a leaf from one key per batch element, placed with it.
+
+        ``(batch size,)`` keys to ``(*batch, r, *contracted)``.
+        """
+        one_shape = matrix.projection_shape[len(matrix.batch_shape) :]
+        draw_all: Any = functools.partial(
+            self.draw_one, shape=one_shape, dtype=matrix.dtype
+        )
+        for _ in matrix.batch_shape:
+            draw_all = _keys.vmap_with_keys(draw_all, keys)
+        # Each device draws its own part, whatever the draw is made of.
+        draw_all = _sharding.with_auto_axes(draw_all, matrix.projection_sharding)
+        return draw_all(keys.reshape(matrix.batch_shape))
+
+    def init(self, matrix: Matrix) -> None:
+        return None
+
+    def at(
+        self,
+        matrix: Matrix,
+        drawn: Any,
+        gradient: jax.Array,
+        stored: jax.Array | None,
+        is_refresh: jax.Array,
+    ) -> tuple[jax.Array, None]:
+        return drawn, None
 
 
-def key_data(key: Any) -> jax.Array:
-    """The raw data of `key`, copied: a uint32 vector, ``(2,)`` for a seed."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    elif jnp.ndim(key) == 0:
-        key = jax.random.key_data(jax.random.key(key, impl=_SEED_IMPL))
-    # A copy, since a step that is given its state donates it, and the key is the caller's.
-    return jnp.array(key, copy=True)
+class Stored(Projection):
+    """A projection made from the gradient; subclasses define :meth:`refresh`."""
+
+    is_stored = True
+
+    def refresh(
+        self, matrix: Matrix, gradient: jax.Array, previous: jax.Array
+    ) -> jax.Array:
+        """The projections to use from this step on.
+
+        Args:
+          matrix: the leaf's axes and rank.
+          gradient: the leaf.
+          previous: the projections so far, ``(*batch, r, *contracted)``; zero at first.
+
+        Returns:
+          An array like `previous`.
+        """
+        raise NotImplementedError
+
+    def init(self, matrix: Matrix) -> jax.Array:
+        return jnp.zeros(
+            matrix.projection_shape, matrix.dtype, device=matrix.projection_sharding
+        )
+
+    def at(
+        self,
+        matrix: Matrix,
+        drawn: None,
+        gradient: jax.Array,
+        stored: Any,
+        is_refresh: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        stored = jax.lax.cond(
+            is_refresh,
+            lambda previous: self.refresh(matrix, gradient, previous),
+            lambda previous: previous,
+            stored,
+        )
+        return _sharding.reshard(stored, matrix.projection_sharding), stored
 
 
-def leaf_id(path: _tree.Path) -> np.uint32:
-    """A 32-bit hash of a leaf's path: its draws depend on its name, not on its place among others."""
-    return np.uint32(int.from_bytes(hashlib.sha256(_tree.show(path).encode()).digest()[:4], "big"))
+@dataclasses.dataclass(frozen=True)
+class Normal(Drawn):
+    """Entries i.i.d. normal with variance ``1 / r``, as in the paper."""
 
-
-def batch_keys(
-    key: jax.Array, leaf: jax.typing.ArrayLike, refresh: jax.Array, size: int, first: jax.typing.ArrayLike = 0
-) -> jax.Array:
-    """One key for each batch element of a leaf, from `first` on, at a refresh (counted from 0)."""
-    of_leaf = jnp.stack([jnp.asarray(leaf, jnp.uint32), jnp.asarray(refresh, jnp.uint32)])
-
-    def of_element(index: jax.Array) -> jax.Array:
-        # The loop compiles one fold_in, not three.
-        data = jnp.append(of_leaf, index.astype(jnp.uint32))
-        return jax.lax.fori_loop(0, 3, lambda i, key: jax.random.fold_in(key, data[i]), key)
-
-    return mapped(of_element, key)(jnp.asarray(first) + jnp.arange(size))
-
-
-def mapped(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Maps over an axis what draws with keys like these."""
-    if str(jax.random.key_impl(keys)) == _SEED_IMPL:
-        return jax.vmap(function)
-    # Of other generators, vmap takes all bits from the first key.
-    return functools.partial(jax.lax.map, function)
-
-
-def _normal(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) / jnp.sqrt(jnp.asarray(shape[0], dtype))
-
-
-def _rademacher(key: jax.Array, shape: Shape, dtype: jnp.dtype) -> jax.Array:
-    """Entries +-1/sqrt(r), each from one bit of the generator rather than a word."""
-    rows, columns = shape[0], math.prod(shape[1:])
-    words = jax.random.bits(key, (rows, math.ceil(columns / 32)), jnp.uint32)
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    signs = 1 - 2 * bits.reshape(rows, -1)[:, :columns].astype(dtype)
-    return (signs / jnp.sqrt(jnp.asarray(rows, dtype))).reshape(shape)
-
-
-def draw(
-    projection: str | Draw,
-    keys: jax.Array,
-    axes: MatrixAxes,
-    rank: int,
-    dtype: jnp.dtype,
-    sharding: Any = None,
-) -> jax.Array:
-    """The projections of all matrices of a leaf.
-
-    Args:
-      projection: ``"random"``, ``"rademacher"`` or a callable ``(key, (r, m)) -> P``.
-      keys: a key for each batch element.
-      axes: the leaf's axes.
-      rank: the rank asked for; clipped to the contracted size.
-      dtype: float32 or float64.
-      sharding: under explicit sharding, that of the result.
-
-    Returns:
-      An array of shape ``(*batch, r, *contracted)``.
-    """
-    one_shape = axes.projection_shape(rank)[len(axes.batch) :]
-
-    def draw_one(key: jax.Array) -> jax.Array:
-        if not isinstance(projection, str):
-            matrix = projection(key, (axes.clip_rank(rank), axes.contracted_size))
-            return jnp.asarray(matrix, dtype).reshape(one_shape)
-        if projection == "rademacher":
-            return _rademacher(key, one_shape, dtype)
-        return _normal(key, one_shape, dtype)
-
-    draw_all: Any = draw_one
-    for _ in axes.batch:
-        draw_all = mapped(draw_all, keys)
-    # XLA has each device draw the part that it is to hold, whatever the draw is made of.
-    return _sharding.automatic(draw_all, sharding)(keys.reshape(axes.batch_shape))
-
-
-def check_callable(projection: Draw, path: _tree.Path, axes: MatrixAxes, rank: int) -> None:
-    """Refuses a callable whose result is no real ``(r, m)`` array, before any step is taken."""
-    expected = (axes.clip_rank(rank), axes.contracted_size)
-    result = jax.eval_shape(lambda key: jnp.asarray(projection(key, expected)), jax.random.key(0))
-    if result.shape != expected or not jnp.issubdtype(result.dtype, jnp.floating):
-        raise ValueError(
-            f"projection(key, {expected}) returned shape {result.shape} and dtype {result.dtype} for "
-            f"'{_tree.show(path)}'; it must return a real floating-point array of the shape it is given"
+    def draw_one(self, key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) / jnp.sqrt(
+            jnp.asarray(shape[0], dtype)
         )
 
 
-def from_svd(gradient: jax.Array, previous: jax.Array, axes: MatrixAxes, rank: int) -> jax.Array:
-    """The top singular vectors of a gradient on its contracted side, as rows, signs settled.
+@dataclasses.dataclass(frozen=True)
+class Rademacher(Drawn):
+    """Entries ``+-1 / sqrt(r)``, each from one random bit rather than one word."""
 
-    Moments outlive a refresh, and the SVD leaves signs open. A row takes the sign that makes its inner
-    product with the row it replaces non-negative; where it replaces nothing, at the first refresh,
-    its largest entry is positive.
+    def draw_one(self, key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
+        rows, columns = shape[0], math.prod(shape[1:])
+        words = jax.random.bits(key, (rows, math.ceil(columns / 32)), jnp.uint32)
+        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        signs = 1 - 2 * bits.reshape(rows, -1)[:, :columns].astype(dtype)
+        return (signs / jnp.sqrt(jnp.asarray(rows, dtype))).reshape(shape)
 
-    Args:
-      gradient: a tensor of the leaf's shape.
-      previous: the projections so far, ``(*batch, r, *contracted)``; zero before the first refresh.
-      axes: the leaf's axes.
-      rank: the rank asked for; clipped to the contracted size.
 
-    Returns:
-      An array like `previous`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class FromCallable(Drawn):
+    """The caller's own function ``(key, (r, m)) -> P``."""
+
+    function: Draw
+
+    # Callables compare by identity, since their own == and hash may not work.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FromCallable) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(id(self.function))
+
+    def draw_one(self, key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
+        matrix = self.function(key, (shape[0], math.prod(shape[1:])))
+        return jnp.asarray(matrix, dtype).reshape(shape)
+
+    def check(self, path: _tree.Path, matrix: Matrix) -> None:
+        expected = (matrix.rank, math.prod(matrix.contracted_shape))
+        result = jax.eval_shape(
+            lambda key: jnp.asarray(self.function(key, expected)), jax.random.key(0)
+        )
+        is_real = jnp.issubdtype(result.dtype, jnp.floating)
+        if result.shape != expected or not is_real:
+            raise ValueError(
+                f"projection(key, {expected}) returned shape {result.shape} and dtype "
+                f"{result.dtype} for '{_tree.show(path)}'; it must return a real "
+                "floating-point array of the shape it is given"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TopSingularVectors(Stored):
+    """The gradient's top singular vectors on its contracted side, as rows.
+
+    Moments outlive a refresh, and an SVD leaves signs open. A row takes the sign that
+    makes its inner product with the row it replaces non-negative. At the first refresh,
+    where a row replaces nothing, its largest entry is positive.
     """
 
-    def of_one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        # One matrix is small; its SVD is not worth distributing.
-        tensor, before = map(_sharding.everywhere, pair)
-        u, _, _ = jnp.linalg.svd(tensor.reshape(axes.contracted_size, -1), full_matrices=False)
-        rows = u[:, : axes.clip_rank(rank)].T
-        before = before.reshape(rows.shape)
-        largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), -1, keepdims=True), -1)[..., 0]
-        is_first = jnp.all(before == 0, axis=-1)
-        agreement = jnp.where(is_first, largest, jnp.sum(rows * before, axis=-1))
-        signed = jnp.where(agreement < 0, -1, 1)[..., None] * rows
-        return signed.astype(previous.dtype).reshape(pair[1].shape)
+    def refresh(
+        self, matrix: Matrix, gradient: jax.Array, previous: jax.Array
+    ) -> jax.Array:
+        axes = matrix.axes
 
-    def of_all(gradient: jax.Array, previous: jax.Array) -> jax.Array:
-        ordered = jnp.transpose(gradient, (*axes.batch, *axes.contracted, *axes.channel))
-        of_batch: Any = of_one
-        for _ in axes.batch:  # One after the other, so that the whole of only one is there at a time.
-            of_batch = functools.partial(jax.lax.map, of_batch)
-        return of_batch((ordered, previous))
+        def refresh_one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            # A single matrix is small, so its SVD is not worth distributing.
+            tensor, before = map(_sharding.replicate, pair)
+            flat = tensor.reshape(axes.contracted_size, -1)
+            u, _, _ = jnp.linalg.svd(flat, full_matrices=False)
+            rows = u[:, : matrix.rank].T
+            before = before.reshape(rows.shape)
+            at_largest = jnp.argmax(jnp.abs(rows), -1, keepdims=True)
+            largest = jnp.take_along_axis(rows, at_largest, -1)[..., 0]
+            is_first = jnp.all(before == 0, axis=-1)
+            agreement = jnp.where(is_first, largest, jnp.sum(rows * before, axis=-1))
+            signed = jnp.where(agreement < 0, -1, 1)[..., None] * rows
+            return signed.astype(previous.dtype).reshape(pair[1].shape)
 
-    return _sharding.automatic(of_all, _sharding.of(previous))(gradient, previous)
+        def refresh_all(gradient: jax.Array, previous: jax.Array) -> jax.Array:
+            order = (*axes.batch, *axes.contracted, *axes.channel)
+            refresh_batch: Any = refresh_one
+            for _ in axes.batch:
+                # One matrix after the other, so that only one is replicated at a time.
+                refresh_batch = functools.partial(jax.lax.map, refresh_batch)
+            return refresh_batch((jnp.transpose(gradient, order), previous))
+
+        refresh_all = _sharding.with_auto_axes(
+            refresh_all, _sharding.sharding_of(previous)
+        )
+        return refresh_all(gradient, previous)
+
+
+NAMED: dict[str, Projection] = {
+    "random": Normal(),
+    "rademacher": Rademacher(),
+    "svd": TopSingularVectors(),
+}
+
+
+def resolve(projection: Any) -> Projection:
+    """The projection that the argument of :func:`scale_by_apollo` names or is."""
+    if isinstance(projection, Projection):
+        return projection
+    if callable(projection):
+        return FromCallable(projection)
+    _check.one_of("projection", projection, NAMED, " or a callable (key, (r, m)) -> P")
+    return NAMED[projection]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from apollo_optax import _check, _projection, _sharding, _tree
+from apollo_optax import _check, _keys, _sharding, _tree
 
 _LOWEST, _HIGHEST = -128, 127
 # Steps that a new grid lays over its group's range. Of the 255 between 256 codes, one lets the zero
@@ -213,7 +213,7 @@ def apply_updates_stochastic(
     key, first = _rounding_key(key), _first_index(batch_index)
     # In the order of the parameters: that of the updates is another where their node types sort otherwise.
     new = [
-        _update_leaf(leaf, deltas[path], key, _projection.leaf_id(path), first)
+        _update_leaf(leaf, deltas[path], key, _keys.leaf_id(path), first)
         for path, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_quantized), new)
@@ -244,7 +244,7 @@ def _default_axis(array: jax.Array, group_size: int) -> int:
             f"quantize takes arrays of two or more axes, got shape {array.shape}: vectors are too small a "
             "part of a model to be worth the error; leave this one as it is, or name its axis"
         )
-    sharding = _sharding.of(array)
+    sharding = _sharding.sharding_of(array)
     held = array.shape if sharding is None else sharding.shard_shape(array.shape)
 
     def has_whole_groups(axis: int) -> bool:
@@ -260,7 +260,7 @@ def _rounding_key(key: Any) -> jax.Array:
         typed = key if key.shape == () else None
     elif isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32:
         impl = jax.random.key_impl(jax.random.key(0))
-        if key.shape == _projection.key_data_shape(impl):
+        if key.shape == _keys.key_data_shape(impl):
             typed = jax.random.wrap_key_data(jnp.asarray(key), impl=impl)
     if typed is None:
         raise TypeError(
@@ -439,7 +439,7 @@ def _quantize(array: jax.Array, key: jax.Array | None, axis: int, group_size: in
     values = _blocked(array, axis, group_size).astype(_wide(array.dtype))
     bits = None
     if key is not None:
-        bits = _random_bits(key, values.shape, 0, _sharding.of(values))
+        bits = _random_bits(key, values.shape, 0, _sharding.sharding_of(values))
     grid = _new_grid(*_range(values, axis))
     scale, zero_point = grid.stored(axis, jnp.bfloat16)
     return QuantizedArray(
@@ -486,7 +486,7 @@ def _update_int8(
     # the grid and rounded anew, whether they moved or not. So a grid stays as long as it serves.
     is_kept = old.covers(low, high) & (2 * _needed_scale(low, high) >= old.scale)
     grid = jax.tree.map(functools.partial(jnp.where, is_kept), old, _new_grid(low, high))
-    codes = grid.codes(values, _random_bits(key, values.shape, first, _sharding.of(values)))
+    codes = grid.codes(values, _random_bits(key, values.shape, first, _sharding.sharding_of(values)))
     scale, zero_point = grid.stored(array.axis, array.scale.dtype)
     return dataclasses.replace(array, qvalue=codes, scale=scale, zero_point=zero_point)
 
@@ -496,7 +496,7 @@ def _update_bfloat16(
     array: jax.Array, update: jax.Array, key: jax.Array, leaf_id: jax.Array, first: jax.Array
 ) -> jax.Array:
     key = jax.random.fold_in(key, leaf_id)
-    bits = _random_bits(key, array.shape, first, _sharding.of(array))
+    bits = _random_bits(key, array.shape, first, _sharding.sharding_of(array))
     total = array.astype(jnp.float32) + update.astype(jnp.float32)
     # A bfloat16 is the upper half of a float32, and the random half carries into it as often as it should.
     pattern = jax.lax.bitcast_convert_type(total, jnp.uint32) + bits.astype(jnp.uint32)
@@ -519,8 +519,8 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...], first: Any, sharding: A
     if not shape:
         return jax.random.bits(key, (), jnp.uint16)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(shape[0]))
-    keys = _sharding.place(keys, _sharding.pick(sharding, [0]))
-    one_sharding = _sharding.pick(sharding, range(1, len(shape)))
+    keys = _sharding.reshard(keys, _sharding.sharding_of_axes(sharding, [0]))
+    one_sharding = _sharding.sharding_of_axes(sharding, range(1, len(shape)))
 
     def draw_one(key: jax.Array) -> jax.Array:
         return jax.random.bits(key, shape[1:], jnp.uint16, out_sharding=one_sharding)

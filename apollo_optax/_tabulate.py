@@ -2,26 +2,36 @@
 
 import collections
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _check, _tree
+from apollo_optax import _state, _tree
 from apollo_optax._dimension_numbers import (
     MatrixAxes,
     WeightDimensionNumbers,
     is_embedding_or_head,
-    rank_in,
     resolve,
-    state_shapes,
 )
+from apollo_optax._matrix import Matrix
 
-_Owned = list[tuple[str | None, Any]]
+_Owned = list[tuple[_state.Owner, Any]]
 _KINDS = ("kernels", "embeddings and head", "other")
 _HEADER = ("parameter", "shape", "treatment", "state", "bytes", "AdamW")
+
+
+class StateBytes(NamedTuple):
+    """Bytes of an optimizer's state, by the kind of parameter they belong to.
+
+    A kernel is a leaf of two or more axes that is neither embedding or head by name nor a
+    ``bias`` or ``scale``.
+    """
+
+    kernels: int
+    embeddings_and_head: int
+    other: int  # Norms, biases, and what belongs to no parameter, such as counts.
 
 
 def tabulate(
@@ -65,23 +75,40 @@ def tabulate(
     """
     leaves = _tree.leaves_by_path(params)
     axes = resolve(weight_dimension_numbers, params)
-    ours, adamw = (_by_parameter(init, params, leaves) for init in (tx.init, optax.adamw(1e-3).init))
+    ours, adamw = _by_parameter(tx, params), _by_parameter(optax.adamw(1e-3), params)
 
     rows = []
-    totals = {kind: [0, 0] for kind in _KINDS}
-    for path, owned in ours.items():
-        costs = [sum(_nbytes(leaf) for _, leaf in state[path]) for state in (ours, adamw)]
-        for i, cost in enumerate(costs):
-            totals[_kind(path, leaves)][i] += cost
-        if path is not None:
-            shape = jnp.shape(leaves[path])
-            treatment = _treatment(path, shape, owned, axes[path])
-            rows.append((_tree.show(path), str(shape), treatment, _shapes(owned), *costs))
+    for path, leaf in leaves.items():
+        treatment = _treatment(leaf, ours[path], axes[path])
+        costs = _nbytes(ours[path]), _nbytes(adamw[path])
+        shapes = _shapes(ours[path])
+        rows.append((_tree.show(path), str(jnp.shape(leaf)), treatment, shapes, *costs))
     blank = ("",) * 3
     rows.append(("", *blank, "", ""))
-    rows += [(kind, *blank, *costs) for kind, costs in totals.items()]
-    rows.append(("total", *blank, *map(sum, zip(*totals.values(), strict=True))))
+    totals = [_totals(owned, leaves) for owned in (ours, adamw)]
+    for kind, *costs in zip(_KINDS, *totals, strict=True):
+        rows.append((kind, *blank, *costs))
+    rows.append(("total", *blank, *map(sum, totals)))
     return _align([_HEADER, *rows])
+
+
+def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> StateBytes:
+    """The bytes of the state that `tx` keeps, from shapes alone.
+
+    Args:
+      tx: any Optax optimizer.
+      params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      The totals of :func:`tabulate`, as :class:`StateBytes`.
+
+    Examples:
+      >>> import jax.numpy as jnp, apollo_optax
+      >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}
+      >>> state_bytes(apollo_optax.apollo(0.01, rank=16), params)
+      StateBytes(kernels=16388, embeddings_and_head=0, other=1040)
+    """
+    return _totals(_by_parameter(tx, params), _tree.leaves_by_path(params))
 
 
 def _align(rows: list[tuple[Any, ...]]) -> str:
@@ -98,23 +125,34 @@ def _align(rows: list[tuple[Any, ...]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _totals(
+    owned: dict[_tree.Path | None, _Owned], leaves: dict[_tree.Path, Any]
+) -> StateBytes:
+    totals = dict.fromkeys(_KINDS, 0)
+    for path, states in owned.items():
+        totals[_kind(path, leaves)] += _nbytes(states)
+    return StateBytes(*totals.values())
+
+
 def _kind(path: _tree.Path | None, leaves: dict[_tree.Path, Any]) -> str:
     if path is None or jnp.ndim(leaves[path]) < 2 or path[-1:] in (("bias",), ("scale",)):
         return "other"
     return "embeddings and head" if is_embedding_or_head(path) else "kernels"
 
 
-def _treatment(path: _tree.Path, shape: tuple[int, ...], owned: _Owned, axes: MatrixAxes | None) -> str:
-    """What the shapes of a parameter's state say an optimizer does with it."""
-    fields = {field: leaf for field, leaf in owned if field is not None}
+def _treatment(leaf: Any, owned: _Owned, axes: MatrixAxes | None) -> str:
+    """What the shapes of a parameter's state show that an optimizer does with it."""
+    shape = jnp.shape(leaf)
+    fields = [(owner, state) for owner, state in owned if owner.rule is not None]
     if not fields:
-        is_adam = [leaf.shape for _, leaf in owned if leaf.shape or not shape] == [shape, shape]
-        return "Adam" if is_adam else "other" if owned else "no state"
-    rank = rank_in(axes, fields["mu"].shape)
-    for field, leaf in fields.items():
-        expected = state_shapes(axes, shape, rank)[field]
-        _check.state_shape(path, field, leaf, expected, _check.OTHER_NUMBERS)
-    return "Adam" if axes is None else f"APOLLO rank {rank}, {axes.contracted_size} contracted"
+        shapes = [state.shape for _, state in owned if state.shape or not shape]
+        return "Adam" if shapes == [shape, shape] else "other" if owned else "no state"
+    matrix = None if axes is None else Matrix.of_parameter(leaf, axes, jnp.float32)
+    matrices = [_state.owned_matrix(*field, leaf, matrix) for field in fields]
+    if axes is None:
+        return "Adam"
+    rank = max(matrix.rank for matrix in matrices if matrix is not None)
+    return f"APOLLO rank {rank}, {axes.contracted_size} contracted"
 
 
 def _shapes(owned: _Owned) -> str:
@@ -123,16 +161,18 @@ def _shapes(owned: _Owned) -> str:
 
 
 def _by_parameter(
-    init: Callable[[Any], Any], params: Any, leaves: dict[_tree.Path, Any]
+    tx: optax.GradientTransformation, params: Any
 ) -> dict[_tree.Path | None, _Owned]:
-    """State leaves, with their field, by the parameter they belong to; None: to no parameter."""
-    by_path = _tree.leaves_by_path(jax.eval_shape(init, params))
-    shared = _tree.shared_state(init, jax.tree.map(lambda _: optax.MaskedNode(), params))
-    owned: dict[_tree.Path | None, _Owned] = {path: [] for path in [*leaves, None]}
-    for path, (param, field) in _tree.owners(by_path, leaves, shared).items():
-        owned[param].append((field, by_path[path]))
+    """The leaves of a state by the parameter that owns them; None: no parameter does."""
+    parameters = _tree.leaves_by_path(params)
+    leaves = _tree.leaves_by_path(jax.eval_shape(tx.init, params))
+    masked = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    shared = _state.shared_state(tx.init, masked)
+    owned: dict[_tree.Path | None, _Owned] = {path: [] for path in [*parameters, None]}
+    for path, owner in _state.owners(leaves, parameters, shared).items():
+        owned[owner.parameter].append((owner, leaves[path]))
     return owned
 
 
-def _nbytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+def _nbytes(owned: _Owned) -> int:
+    return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for _, s in owned)

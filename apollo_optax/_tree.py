@@ -5,8 +5,8 @@ pure ``nnx.State`` without them, or as what a checkpoint restored. Paths of stri
 have in common, so everything here that must agree between two trees goes by path.
 """
 
-from collections.abc import Callable, Container, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -73,53 +73,3 @@ def rebuild(tree: Any, leaves: Mapping[Path, Any]) -> Any:
 def show(path: Path) -> str:
     """`path` as error messages, tables and regular expressions see it: ``a/b/kernel``."""
     return "/".join(path)
-
-
-class Owner(NamedTuple):
-    """Whose a leaf of an optimizer's state is."""
-
-    parameter: Path | None  # None: no parameter's, as a count.
-    field: str | None  # The field of ScaleByApolloState that the leaf is in; None: in none.
-
-
-def owners(
-    state: Mapping[Path, Any], parameters: Container[Path], shared: Container[Path] = ()
-) -> dict[Path, Owner]:
-    """The owner of each leaf of a state.
-
-    In a ScaleByApolloState the rest of the path after the field is the parameter's. Elsewhere it is the
-    longest end of the path that is one, unless the leaf is known to be `shared`: a path alone does not
-    tell Adam's `count` from the state of a parameter called so.
-    """
-    prefixes = _apollo_prefixes(state)
-
-    def owner(path: Path) -> Owner:
-        for end in range(len(path) - 1, -1, -1):
-            if path[:end] in prefixes:
-                rest = path[end + 1 :]
-                is_tree = path[end] in ("mu", "nu", "norm", "projection")
-                return Owner(rest if is_tree and rest in parameters else None, path[end])
-        if path in shared:
-            return Owner(None, None)
-        ends = (path[i:] for i in range(len(path) + 1))
-        return Owner(next((end for end in ends if end in parameters), None), None)
-
-    return {path: owner(path) for path in state}
-
-
-def shared_state(init: Callable[[Any], Any], masked_params: Any) -> Container[Path]:
-    """The leaves of a state that no parameter owns: those it has where all parameters are masked out."""
-    return leaves_by_path(jax.eval_shape(init, masked_params)).keys()
-
-
-def _apollo_prefixes(state: Mapping[Path, Any]) -> set[Path]:
-    """Where the ScaleByApolloStates are in a flattened state, by their fields: NNX loses the type."""
-    parents = {name: {path[:-1] for path in state if path[-1:] == (name,)} for name in ("count", "key")}
-    return {
-        prefix
-        for prefix in parents["count"] & parents["key"]
-        if all(
-            any(path[: len(prefix) + 1] == (*prefix, field) for path in state)
-            for field in ("mu", "nu", "norm")
-        )
-    }

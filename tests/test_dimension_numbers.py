@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from apollo_optax import ApolloDimensionNumbers, dimension_numbers_by_path, scale_by_apollo
-from apollo_optax._dimension_numbers import matrix_axes, resolve
+from apollo_optax._dimension_numbers import resolve
 
 STACKED = ApolloDimensionNumbers(1, 2)
 
@@ -258,59 +258,3 @@ def test_by_path_falls_back_to_the_default_rule():
     assert matrices(params, given) == {"a/kernel": (1,), "b/kernel": (0,)}
     with pytest.raises(ValueError, match=re.escape("no rule matches 'a/kernel' of shape (3, 4, 5)")):
         dimension_numbers_by_path([])(params)
-
-
-# ---------------------------------------------------------------- the product with the projection
-
-
-@pytest.mark.parametrize(
-    ("shape", "numbers"),
-    [((256, 384), ApolloDimensionNumbers()), ((3, 384, 256), ApolloDimensionNumbers(1, 2))],
-)
-def test_bfloat16_products_against_float64(shape, numbers, monkeypatch):
-    """As accelerators compute them: exact for the rounded projection, and close to the unrounded one's."""
-    # The branch of what is no CPU, which CPUs can compute as well.
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
-    axes = matrix_axes(("w",), shape, numbers)
-    rng = np.random.default_rng(0)
-    tensor = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-    projection = jnp.asarray(rng.normal(size=axes.projection_shape(64)) / 8, jnp.float32)
-    projected = axes.project(projection, tensor)
-    assert projected.dtype == jnp.float32
-
-    def error(projection):
-        expected = np.asarray(projection, np.float64) @ axes.to_matrix(np.asarray(tensor, np.float64))
-        return np.linalg.norm(projected - expected) / np.linalg.norm(expected)
-
-    assert error(projection.astype(jnp.bfloat16)) < 1e-6
-    assert 1e-4 < error(projection) < 2e-3
-
-
-def test_a_bfloat16_gradient_is_multiplied_as_it_is():
-    """Lowered for a GPU or TPU, the product has no float32 operand; for a CPU, no other."""
-    axes = matrix_axes(("w",), (64, 96), ApolloDimensionNumbers())
-    arguments = jnp.ones((8, 64)), jnp.ones((64, 96), jnp.bfloat16)
-    for platform, dtype in (("cuda", "bf16"), ("tpu", "bf16"), ("cpu", "f32")):
-        lowered = jax.jit(axes.project).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-        (product,) = (line for line in lowered.splitlines() if "stablehlo.dot_general" in line)
-        assert f"(tensor<8x64x{dtype}>, tensor<64x96x{dtype}>) -> tensor<8x96xf32>" in product
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-    ("shape", "numbers"),
-    [
-        ((16, 24), ApolloDimensionNumbers()),
-        ((24, 5, 16), ApolloDimensionNumbers(0, 2)),
-        ((5, 4, 6, 16), ApolloDimensionNumbers((2, 1), 3)),
-    ],
-)
-def test_rank_1_is_the_first_row_of_any_rank(shape, numbers, dtype):
-    axes = matrix_axes(("w",), shape, numbers)
-    rng = np.random.default_rng(0)
-    tensor = jnp.asarray(rng.normal(size=shape), dtype)
-    projection = jnp.asarray(rng.normal(size=axes.projection_shape(2)), jnp.float32)
-    rank_axis = len(axes.batch)
-    row = jax.lax.slice_in_dim(projection, 0, 1, axis=rank_axis)
-    expected = jax.lax.slice_in_dim(axes.project(projection, tensor), 0, 1, axis=rank_axis)
-    np.testing.assert_allclose(axes.project(row, tensor), expected, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from apollo_optax import _projection, _quantization
+from apollo_optax import _keys, _quantization
 from apollo_optax._quantization import QuantizedArray, apply_updates_stochastic, dequantize, quantize
 
 hypothesis.settings.register_profile("apollo", max_examples=20, deadline=None, derandomize=True)
@@ -490,7 +490,7 @@ def test_draws_depend_on_key_leaf_and_layer():
     np.testing.assert_array_equal(
         apply_updates_stochastic({"b": quantized}, {"b": update}, jax.random.key(0))["b"].qvalue,
         _quantization._update_int8(
-            quantized, update, jax.random.key(0), _projection.leaf_id(("b",)), 0
+            quantized, update, jax.random.key(0), _keys.leaf_id(("b",)), 0
         ).qvalue,
     )
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from apollo_optax import ApolloDimensionNumbers, _projection, scale_by_apollo
+from apollo_optax import ApolloDimensionNumbers, _keys, scale_by_apollo
 
 DRAWN = ["random", "rademacher"]
 
@@ -304,7 +304,7 @@ def test_boxes_do_not_matter(wrap):
 
 def by_hand(key, path, refresh, size):
     """The normal projections of 4-row matrices at rank 2, as the documentation states them."""
-    drawn = jax.random.fold_in(jax.random.fold_in(key, _projection.leaf_id(path)), refresh)
+    drawn = jax.random.fold_in(jax.random.fold_in(key, _keys.leaf_id(path)), refresh)
     keys = [jax.random.fold_in(drawn, b) for b in range(size)]
     return jnp.stack([jax.random.normal(k, (2, 4)) / jnp.sqrt(2.0) for k in keys])
 

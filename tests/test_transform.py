@@ -11,7 +11,7 @@ import optax
 import pytest
 from scipy import stats
 
-from apollo_optax import ApolloDimensionNumbers, _projection, scale_by_apollo
+from apollo_optax import ApolloDimensionNumbers, _keys, scale_by_apollo
 
 PAPER_SHAPES = {  # hidden, intermediate, layers, rank
     "60m": (512, 1376, 8, 128),
@@ -101,7 +101,7 @@ def test_any_axes_are_the_matrices_they_stand_for(shape, numbers, moment_shape, 
     def matrices(tensor):
         return np.transpose(np.asarray(tensor), batch + reduction + output).reshape(-1, m, n)
 
-    leaf = _projection.leaf_id(("w",))
+    leaf = _keys.leaf_id(("w",))
     for b in range(len(matrices(gradients[0]))):
 
         def own_draw(key, shape, b=b):

@@ -27,7 +27,7 @@ from examples.llama.model import (
 )
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.partition import check_sizes, parameter_shardings, state_shardings
-from examples.llama.state_size import state_bytes
+from apollo_optax import state_bytes
 from examples.llama.train import TrainState, TrainStep, make_layerwise_train_step, make_train_step
 from examples.llama.usage import UsageError
 from examples.llama.weights import Storage, on_mesh

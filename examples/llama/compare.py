@@ -28,7 +28,7 @@ from examples.llama.pretrain import pretrain
 from examples.llama.recorder import DivergedError
 from examples.llama.result import RunResult
 from examples.llama.run_log import check_free, replace_text
-from examples.llama.state_size import StateBytes, state_bytes
+from apollo_optax import StateBytes, state_bytes
 from examples.llama.usage import RunInterrupted, UsageError, exit_on_usage_error, notice
 
 RESULTS = "results.jsonl"

@@ -106,19 +106,20 @@ def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> 
     """
     numbers = dimension_numbers(options)
     shardings = apollo_optax.state_sharding(state, params, weight_dimension_numbers=numbers)
-    owners = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    owners = apollo_optax.state_owners(state, params)
+    parameters = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
-    def place(path: tuple[Any, ...], leaf: Any, sharding: jax.sharding.NamedSharding) -> Any:
-        owner = next((owner for owner in owners if f"/{path_name(path)}".endswith(f"/{owner}")), None)
-        if owner is None or leaf.ndim < 2 or leaf.shape == owners[owner].shape or cuts(sharding):
+    def place(leaf: Any, sharding: jax.sharding.NamedSharding, owner: str) -> Any:
+        parameter = parameters.get(owner)
+        if parameter is None or leaf.ndim < 2 or leaf.shape == parameter.shape or cuts(sharding):
             return sharding
-        mesh, axes = owners[owner].sharding.mesh, cuts(owners[owner].sharding)
+        mesh, axes = parameter.sharding.mesh, cuts(parameter.sharding)
         for cut in (axes, *((axis,) for axis in axes)):
             if leaf.shape[-1] % ways(mesh, cut) == 0:
                 return jax.sharding.NamedSharding(mesh, jax.P(*[None] * (leaf.ndim - 1), cut))
         return sharding
 
-    return jax.tree_util.tree_map_with_path(place, state, shardings)
+    return jax.tree.map(place, state, shardings, owners)
 
 
 def cuts(sharding: jax.sharding.NamedSharding) -> tuple[str, ...]:

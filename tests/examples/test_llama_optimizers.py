@@ -20,7 +20,7 @@ from examples.llama.optimizers import (
     with_defaults,
 )
 from examples.llama.options import RunOptions
-from examples.llama.state_size import StateBytes, state_bytes
+from apollo_optax import StateBytes, state_bytes
 from examples.llama.usage import UsageError
 
 SMALL = LlamaConfig(384, 16, 24, 2, 3)
@@ -54,8 +54,8 @@ def test_adamw_keeps_two_moments_of_everything(small: LlamaConfig, params: Param
     tx, _ = make_optimizer(options_for("adamw"), small)
     size = state_bytes(tx, params)
     assert size.kernels == 8 * KERNELS
-    assert size.embeddings == 8 * TABLES
-    assert 8 * NORMS <= size.rest < 8 * NORMS + 100
+    assert size.embeddings_and_head == 8 * TABLES
+    assert 8 * NORMS <= size.other < 8 * NORMS + 100
 
 
 @pytest.mark.parametrize("name", ["apollo", "apollo-mini", "apollo-svd"])
@@ -86,10 +86,10 @@ def test_state_bytes_tell_the_groups_apart(small: LlamaConfig, params: Params) -
     adamw, apollo, mini = size("adamw"), size("apollo"), size("apollo-mini")
     assert mini.kernels < apollo.kernels < adamw.kernels
     for apollos in (mini, apollo):  # A scalar each comes on top of Adam's moments.
-        assert 0 <= apollos.embeddings - adamw.embeddings <= 8
-    assert size("apollo-mini", embeddings="apollo").embeddings < mini.embeddings / 4
+        assert 0 <= apollos.embeddings_and_head - adamw.embeddings_and_head <= 8
+    assert size("apollo-mini", embeddings="apollo").embeddings_and_head < mini.embeddings_and_head / 4
     half = size("apollo-mini", moment_dtype="bfloat16")
-    assert half.embeddings == pytest.approx(mini.embeddings / 2, rel=0.01)
+    assert half.embeddings_and_head == pytest.approx(mini.embeddings_and_head / 2, rel=0.01)
     assert size("apollo-mini", rank=8).kernels > mini.kernels
 
 

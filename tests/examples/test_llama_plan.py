@@ -18,7 +18,7 @@ from examples.llama.mesh import make_mesh, over_data
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.plan import PlanOptions
-from examples.llama.state_size import state_bytes
+from apollo_optax import state_bytes
 from examples.llama.target import Compiler, CompilerError, Memory
 from examples.llama.usage import UsageError
 

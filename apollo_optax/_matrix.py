@@ -1,0 +1,300 @@
+"""A leaf seen as a batch of matrices: its axes, sharding, dtype and rank, and its algebra.
+
+Tensors are never reshaped into matrices: a reshape that merges a sharded axis with
+another would make XLA gather the tensor. :class:`Matrix` contracts, reduces and broadcasts
+over the axes where they are, and places its own results.
+
+Shapes below: ``batch``, ``contracted`` and ``channel`` stand for the sizes of those axes,
+in this order of axes. ``m`` and ``n`` are the products of the latter two, and ``r`` is the
+rank. Factors and norms that several channels share have size 1 on the channel axes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from apollo_optax import _sharding
+from apollo_optax._dimension_numbers import MatrixAxes
+from apollo_optax._dtypes import saturating_cast
+
+SCALE_TYPES: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "channel": lambda channel_axes: (),
+    "tensor": lambda channel_axes: tuple(range(channel_axes)),
+}
+"""Which of its channel axes share a scaling factor, given how many a matrix has.
+
+A scaling factor is a ratio of norms over the rank axis and the shared channel axes. The
+limiter takes the gradient's norms over the contracted side and the same channel axes, so
+both sides of ``|U|^2 = sum_j s_j^2 |G_j|^2`` follow from one entry.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """All that an update needs to know about a leaf; hashable, so static under ``jit``.
+
+    Attributes:
+      axes: which axes of the leaf are batch, contracted and channel.
+      sharding: where the leaf is; None where that is not known. Under ``jit`` it is the
+        sharding in the type, known under explicit sharding only.
+      dtype: what moments, norms and factors are computed in.
+      rank: of the projection, clipped to ``m``; 0 where nothing is projected.
+      is_on_one_device: whether the leaf is known to be on a single device.
+    """
+
+    axes: MatrixAxes
+    sharding: NamedSharding | None
+    dtype: np.dtype
+    rank: int = 0
+    is_on_one_device: bool = False
+
+    @classmethod
+    def of_parameter(
+        cls, leaf: Any, axes: MatrixAxes, dtype: Any, rank: int = 0
+    ) -> "Matrix":
+        """For a parameter, concrete or abstract, to make or place its state."""
+        sharding = _sharding.sharding_of(leaf)
+        return cls(axes, sharding, jnp.dtype(dtype), min(rank, axes.contracted_size))
+
+    @classmethod
+    def of_gradient(
+        cls, leaf: jax.Array, axes: MatrixAxes, dtype: Any, rank: int = 0
+    ) -> "Matrix":
+        """For a gradient, concrete or traced, to compute with it under ``jit``."""
+        return cls(
+            axes,
+            _sharding.explicit_sharding_of(leaf),
+            jnp.dtype(dtype),
+            min(rank, axes.contracted_size),
+            _sharding.is_on_one_device(leaf),
+        )
+
+    # Shapes.
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.axes.sizes(self.axes.batch)
+
+    @property
+    def contracted_shape(self) -> tuple[int, ...]:
+        return self.axes.sizes(self.axes.contracted)
+
+    @property
+    def moment_shape(self) -> tuple[int, ...]:
+        """``(*batch, r, *channel)``, the shape of a projected gradient."""
+        return (*self.batch_shape, self.rank, *self.axes.sizes(self.axes.channel))
+
+    @property
+    def projection_shape(self) -> tuple[int, ...]:
+        """``(*batch, r, *contracted)``."""
+        return (*self.batch_shape, self.rank, *self.contracted_shape)
+
+    def without_batch_axis(self) -> "Matrix":
+        """The matrix of one element of the first batch axis; on one device only."""
+        return dataclasses.replace(self, axes=self.axes.without_batch_axis())
+
+    # Shardings, where they are known.
+
+    @property
+    def norm_sharding(self) -> NamedSharding | None:
+        """Of an array ``(*batch,)``: along with the leaf's batch axes."""
+        return _sharding.sharding_of_axes(self.sharding, self.axes.batch)
+
+    @property
+    def projection_sharding(self) -> NamedSharding | None:
+        """Of ``(*batch, r, *contracted)``: each device has the part it multiplies with."""
+        axes = (*self.axes.batch, None, *self.axes.contracted)
+        return _sharding.sharding_of_axes(self.sharding, axes)
+
+    @property
+    def moment_sharding(self) -> NamedSharding | None:
+        """Of ``(*batch, r, *channel)``: over the same devices as the leaf.
+
+        Mesh axes that shard the batch or the channel side stay where they are. Those that
+        shard the contracted side, which a moment does not have, move to the channel side,
+        so that the sum of partial projections can be a reduce-scatter. They move to the
+        rank axis where the channel size does not divide, and are dropped, the moment
+        replicated over them, where neither does.
+        """
+        if self.sharding is None:
+            return None
+        leaf_axes = (*self.axes.batch, None, *self.axes.channel)
+        names = [
+            () if axis is None else _sharding.mesh_axes(self.sharding, axis)
+            for axis in leaf_axes
+        ]
+        rank_axis = len(self.axes.batch)
+        candidates = [*range(rank_axis + 1, len(names)), rank_axis]
+        sizes = dict(self.sharding.mesh.shape)
+        for contracted_axis in self.axes.contracted:
+            for name in _sharding.mesh_axes(self.sharding, contracted_axis):
+                for axis in candidates:
+                    devices = math.prod(sizes[n] for n in (*names[axis], name))
+                    if self.moment_shape[axis] % devices == 0:
+                        names[axis] = (*names[axis], name)
+                        break
+        return _sharding.named_sharding(self.sharding, names)
+
+    # Algebra.
+
+    def project(
+        self, projection: jax.Array, tensor: jax.Array, moment: jax.Array
+    ) -> jax.Array:
+        """``R = P G``: ``(*batch, r, *contracted)``, leaf to ``(*batch, r, *channel)``.
+
+        The result has the dtype of `projection` and is placed where `moment` is, whose
+        sharding follows the parameter's. The gradient's own sharding may differ.
+
+        A bfloat16 tensor is multiplied without a float32 copy: the projection is rounded
+        to bfloat16, products are exact, sums are in float32. CPUs multiply in float32,
+        because they are no faster in bfloat16. At rank 1 CPUs and GPUs compute a weighted
+        sum in the pass that takes the norms. TPUs do not: the fused pass would keep XLA
+        from streaming weights from host memory layer by layer (:func:`layerwise_step`).
+        """
+        rank_axis, dtype = len(self.axes.batch), projection.dtype
+        out_sharding = _sharding.sharding_of(moment) or self.moment_sharding
+
+        def product(projection: jax.Array, tensor: jax.Array) -> jax.Array:
+            # Moments that are sharded along the rank axis would make XLA shard P that
+            # way too, and gather the gradient to match.
+            projection = _sharding.keep_axis_unsharded(projection, rank_axis, tensor)
+            ndim = len(self.axes.shape)
+            new_axis = ndim  # Names the rank axis, which the tensor does not have.
+            return jnp.einsum(
+                projection,
+                (*self.axes.batch, new_axis, *self.axes.contracted),
+                tensor,
+                tuple(range(ndim)),
+                (*self.axes.batch, new_axis, *self.axes.channel),
+                # The default is bfloat16 products on TPUs and TF32 on GPUs.
+                precision=jax.lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+                out_sharding=out_sharding,
+            )
+
+        def widened(projection: jax.Array, tensor: jax.Array) -> jax.Array:
+            return product(projection, tensor.astype(dtype))
+
+        def narrow(projection: jax.Array, tensor: jax.Array) -> jax.Array:
+            return product(projection.astype(tensor.dtype), tensor)
+
+        def summed(projection: jax.Array, tensor: jax.Array) -> jax.Array:
+            row = self._spread(jnp.squeeze(projection, rank_axis), self.axes.contracted)
+            sums = self._sum(row * tensor.astype(dtype), self.axes.contracted)
+            return _sharding.reshard(jnp.expand_dims(sums, rank_axis), out_sharding)
+
+        on_accelerators = narrow if tensor.dtype == jnp.bfloat16 else widened
+        if projection.shape[rank_axis] == 1:
+            return jax.lax.platform_dependent(
+                projection, tensor, tpu=on_accelerators, default=summed
+            )
+        if on_accelerators is widened:
+            return widened(projection, tensor)
+        return jax.lax.platform_dependent(
+            projection, tensor, cpu=widened, default=on_accelerators
+        )
+
+    def norms(self, moment: jax.Array, scale_type: str) -> jax.Array:
+        """Norms of a projected gradient per scaling factor, over its rank axis.
+
+        ``(*batch, r, *channel)`` to ``(*batch, *channel)``, size 1 on shared channel axes.
+        """
+        rank_axis = len(self.axes.batch)
+        shared = self._shared_axes(scale_type, rank_axis + 1)
+        squares = jnp.sum(jnp.square(moment), axis=(rank_axis, *shared), keepdims=True)
+        return jnp.squeeze(jnp.sqrt(squares), rank_axis)
+
+    def gradient_norms(self, tensor: jax.Array, scale_type: str) -> jax.Array:
+        """Norms of the leaf per scaling factor, over its contracted side.
+
+        Leaf to ``(*batch, *channel)``, size 1 on shared channel axes.
+        """
+        squares, first = jnp.square(tensor), len(self.axes.batch)
+        shared = self._shared_axes(scale_type, first)
+        if not shared:
+            return jnp.sqrt(self._sum(squares, self.axes.contracted))
+        if self.is_on_one_device:
+            # Summing per channel first lets XLA for GPUs take the projection's sum in the
+            # same pass. A mesh that shards the contracted side would send a number per
+            # channel for it, not one per matrix.
+            norms = jnp.sqrt(self._sum(squares, self.axes.contracted))
+            return jnp.sqrt(jnp.sum(jnp.square(norms), axis=shared, keepdims=True))
+        reduced = tuple(self.axes.channel[axis - first] for axis in shared)
+        sums = self._sum(squares, (*self.axes.contracted, *reduced))
+        return jnp.expand_dims(jnp.sqrt(sums), shared)
+
+    def tensor_norms(self, tensor: jax.Array) -> jax.Array:
+        """Norm per matrix of a leaf, to ``(*batch,)``."""
+        axes = (*self.axes.contracted, *self.axes.channel)
+        return jnp.sqrt(jnp.sum(jnp.square(tensor), axis=axes))
+
+    def matrix_norms(self, factors: jax.Array) -> jax.Array:
+        """Norm per matrix of values per channel: ``(*batch, *channel)`` to ``(*batch,)``."""
+        return jnp.sqrt(
+            jnp.sum(
+                jnp.square(factors), axis=tuple(range(len(self.axes.batch), factors.ndim))
+            )
+        )
+
+    def place_factors(self, factors: jax.Array) -> jax.Array:
+        """Places factors ``(*batch, *channel)``, or size 1 there, along with the leaf."""
+        shape = factors.shape[len(self.axes.batch) :]
+        channel = (
+            axis if size == self.axes.shape[axis] else None
+            for size, axis in zip(shape, self.axes.channel, strict=True)
+        )
+        sharding = _sharding.sharding_of_axes(
+            self.sharding, (*self.axes.batch, *channel)
+        )
+        return _sharding.reshard(factors, sharding)
+
+    def per_channel(self, values: jax.Array) -> jax.Array:
+        """Values per matrix as factors: ``(*batch,)`` to ``(*batch, 1, ...)``, placed."""
+        values = _sharding.reshard(values, self.norm_sharding)
+        first = len(self.axes.batch)
+        return jnp.expand_dims(
+            values, tuple(range(first, first + len(self.axes.channel)))
+        )
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def scale(self, tensor: jax.Array, factors: jax.Array) -> jax.Array:
+        """``U = G diag(s)``: the leaf, in its own dtype, times factors per channel.
+
+        Jitted by itself, so that an eager step makes no float32 copy of the gradient.
+        """
+        wide = tensor.astype(self.dtype) * self._spread(factors, self.axes.channel)
+        return saturating_cast(wide, tensor.dtype)
+
+    def _shared_axes(self, scale_type: str, first: int) -> tuple[int, ...]:
+        """The shared channel axes of an array whose channel axes begin at `first`."""
+        shared = SCALE_TYPES[scale_type](len(self.axes.channel))
+        return tuple(first + axis for axis in shared)
+
+    def _spread(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        """``(*batch, *side)`` in the leaf's order of axes, size 1 on the other side."""
+        order = (*self.axes.batch, *side)
+        other = tuple(
+            axis for axis in range(len(self.axes.shape)) if axis not in order
+        )
+        return jnp.expand_dims(jnp.transpose(values, _argsort(order)), other)
+
+    def _sum(self, tensor: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+        """The sum of a leaf over some axes, with batch axes first and then channels."""
+        kept = (
+            axis
+            for axis in (*self.axes.batch, *self.axes.channel)
+            if axis not in reduced
+        )
+        order = _argsort(_argsort(tuple(kept)))
+        return jnp.transpose(jnp.sum(tensor, axis=reduced), order)
+
+
+def _argsort(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))

@@ -1,0 +1,409 @@
+"""The optimizer's state: what it holds for a leaf, in what shape, where, and whose it is.
+
+The fields of a state are declared once, in the class: a field that holds a leaf per
+parameter carries a :class:`Field` in its annotation, with the rules for its shape, sharding
+and dtype. Everything else here reads those rules: the zeros that ``init`` makes, the checks
+of ``update``, and the owners and shardings of the leaves of any pipeline's state.
+"""
+
+import dataclasses
+from collections.abc import Callable, Container, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from apollo_optax import _check, _sharding, _tree
+from apollo_optax._dimension_numbers import WeightDimensionNumbers, resolve
+from apollo_optax._dtypes import saturating_cast
+from apollo_optax._matrix import Matrix
+
+State = TypeVar("State", bound=Any)
+LeafState = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """The rules for one field of a state.
+
+    Attributes:
+      shape: of the field, for a leaf that is a matrix or a batch of them.
+      sharding: of the field, for the same.
+      like_parameter: for any other leaf, whether the field has the shape and the sharding
+        of the parameter; else it is a replicated scalar.
+      is_moment: whether the argument `moment_dtype` is the field's dtype; else it is the
+        dtype that the leaf's norms and moments are computed in.
+    """
+
+    shape: Callable[[Matrix], tuple[int, ...]]
+    sharding: Callable[[Matrix], NamedSharding | None]
+    like_parameter: bool = False
+    is_moment: bool = False
+
+
+MOMENT = Field(
+    shape=lambda matrix: matrix.moment_shape,
+    sharding=lambda matrix: matrix.moment_sharding,
+    like_parameter=True,
+    is_moment=True,
+)
+NORM = Field(
+    shape=lambda matrix: matrix.batch_shape,
+    sharding=lambda matrix: matrix.norm_sharding,
+)
+PROJECTION = Field(
+    shape=lambda matrix: matrix.projection_shape,
+    sharding=lambda matrix: matrix.projection_sharding,
+)
+
+
+class ScaleByApolloState(NamedTuple):
+    """State of :func:`scale_by_apollo`; plain arrays, in trees of the parameters' structure.
+
+    Shapes: for a matrix ``batch`` are the sizes of its batch axes, ``channel`` those of its
+    channel side and ``contracted`` those of the other side. ``r`` is the rank, clipped to
+    the contracted size.
+
+    Attributes:
+      count: steps taken; an int32 scalar.
+      key: raw key data, uint32; of shape ``(2,)`` for an int seed.
+      mu: first moments. ``(*batch, r, *channel)`` for a matrix, the leaf's shape for any
+        other leaf.
+      nu: second moments, of the same shapes.
+      norm: the limiter's remembered norms, 0 where none is. ``batch`` for a matrix, a
+        scalar for any other leaf.
+      projection: None, except for a projection that is stored, as the SVD's.
+        ``(*batch, r, *contracted)`` for a matrix, a scalar for any other leaf.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    key: jax.Array
+    mu: Annotated[optax.Updates, MOMENT]
+    nu: Annotated[optax.Updates, MOMENT]
+    norm: Annotated[optax.Updates, NORM]
+    projection: Annotated[optax.Updates | None, PROJECTION] = None
+
+
+def fields_of(kind: type[Any], *, with_optional: bool = True) -> dict[str, Field]:
+    """The fields of a class of states that hold a leaf per parameter, by name.
+
+    Optional fields are those with a default.
+    """
+    return {
+        name: rule
+        for name, hint in kind.__annotations__.items()
+        for rule in getattr(hint, "__metadata__", ())
+        if isinstance(rule, Field) and (with_optional or name not in kind._field_defaults)
+    }
+
+
+STATES: tuple[type[Any], ...] = (ScaleByApolloState,)
+"""The classes of states whose fields are found in any pipeline's state, by their names."""
+
+
+# The state of one leaf.
+
+
+def init_leaf(
+    fields: Mapping[str, Field],
+    leaf: Any,
+    matrix: Matrix | None,
+    dtype: Any,
+    moment_dtype: Any,
+) -> LeafState:
+    """Zeros for every field of a leaf; `dtype` is what is no moment's."""
+    sharding = _sharding.sharding_of(leaf)
+    return {
+        name: jnp.zeros(
+            field_shape(field, matrix, jnp.shape(leaf)),
+            moment_dtype if field.is_moment and moment_dtype is not None else dtype,
+            device=field_sharding(field, matrix, sharding),
+        )
+        for name, field in fields.items()
+    }
+
+
+def field_shape(
+    field: Field, matrix: Matrix | None, leaf_shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of a field; `matrix` is None for a leaf that is no matrix."""
+    if matrix is None:
+        return leaf_shape if field.like_parameter else ()
+    return field.shape(matrix)
+
+
+def field_sharding(
+    field: Field, matrix: Matrix | None, leaf_sharding: NamedSharding | None
+) -> NamedSharding | None:
+    """The sharding of a field; `matrix` is None for a leaf that is no matrix."""
+    if matrix is None:
+        scalar = _sharding.sharding_of_axes(leaf_sharding, ())
+        return leaf_sharding if field.like_parameter else scalar
+    return field.sharding(matrix)
+
+
+def trees_of(
+    fields: Mapping[str, Field], states: Mapping[_tree.Path, LeafState], like: Any
+) -> dict[str, Any]:
+    """The state of all leaves as one tree per field, of the structure of `like`."""
+    return {
+        name: _tree.rebuild(like, {path: leaf[name] for path, leaf in states.items()})
+        for name in fields
+    }
+
+
+def by_leaf(
+    fields: Mapping[str, Field], state: Any, leaves: Mapping[_tree.Path, Any]
+) -> dict[_tree.Path, LeafState]:
+    """The state by leaf and field; checks that it has the leaves of the updates."""
+    stored = {name: _check.same_paths(leaves, getattr(state, name)) for name in fields}
+    return {path: {name: stored[name][path] for name in stored} for path in leaves}
+
+
+def with_leaves(
+    fields: Mapping[str, Field], state: State, states: Mapping[_tree.Path, LeafState]
+) -> State:
+    """`state` with new leaves, in trees of the structure it had."""
+    trees = {
+        name: _tree.rebuild(
+            getattr(state, name), {path: leaf[name] for path, leaf in states.items()}
+        )
+        for name in fields
+    }
+    return state._replace(**trees)
+
+
+def check_leaf(
+    fields: Mapping[str, Field],
+    path: _tree.Path,
+    leaf: Any,
+    state: LeafState,
+    matrix: Matrix | None,
+) -> None:
+    """Raises where a leaf's state has other shapes than its matrix asks for."""
+    for name, stored in state.items():
+        expected = field_shape(fields[name], matrix, jnp.shape(leaf))
+        _check.state_shape(path, name, stored, expected)
+
+
+def updated(state: LeafState, **new: jax.Array | None) -> LeafState:
+    """The state of a leaf with new values, in the dtypes of the old ones."""
+    changed = {
+        name: saturating_cast(value, state[name].dtype)
+        for name, value in new.items()
+        if value is not None
+    }
+    return state | changed
+
+
+# The states in a pipeline's state.
+
+
+class Owner(NamedTuple):
+    """The parameter that a leaf of an optimizer's state belongs to."""
+
+    parameter: _tree.Path | None  # None: it belongs to none, as a count does.
+    field: str | None  # The field's name in one of `STATES`; None: it is in none.
+    rule: Field | None  # The field's rules; None where it has none.
+
+
+def owners(
+    state: Mapping[_tree.Path, Any],
+    parameters: Container[_tree.Path],
+    shared: Container[_tree.Path] = (),
+) -> dict[_tree.Path, Owner]:
+    """The owner of each leaf of a state, which is given by path.
+
+    Inside one of `STATES` the owner's path follows the field's name. Elsewhere the owner is
+    the longest end of the path that names a parameter. Leaves in `shared` have no owner: by
+    its path alone, Adam's `count` could be the state of a parameter of that name.
+    """
+    prefixes = _prefixes(state)
+
+    def owner(path: _tree.Path) -> Owner:
+        for end in range(len(path) - 1, -1, -1):
+            if (fields := prefixes.get(path[:end])) is not None:
+                field, rest = path[end], path[end + 1 :]
+                rule = fields.get(field)
+                is_owned = rule is not None and rest in parameters
+                return Owner(rest if is_owned else None, field, rule)
+        if path in shared:
+            return Owner(None, None, None)
+        ends = (path[i:] for i in range(len(path) + 1))
+        parameter = next((end for end in ends if end in parameters), None)
+        return Owner(parameter, None, None)
+
+    return {path: owner(path) for path in state}
+
+
+def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, dict[str, Field]]:
+    """The paths of the `STATES` in a flattened state, with their fields.
+
+    They are found by the names of all fields without a default, since NNX loses the type.
+    """
+    children: dict[_tree.Path, set[str]] = {}
+    for path in state:
+        for end, name in enumerate(path):
+            children.setdefault(path[:end], set()).add(name)
+    found = {}
+    for kind in STATES:
+        required = set(kind._fields) - kind._field_defaults.keys()
+        fields = fields_of(kind)
+        scalars = required - fields.keys()
+        for prefix, names in children.items():
+            if required <= names and all((*prefix, name) in state for name in scalars):
+                found[prefix] = fields
+    return found
+
+
+def shared_state(
+    init: Callable[[Any], Any], masked_params: Any
+) -> Container[_tree.Path]:
+    """The leaves of a state that belong to no parameter.
+
+    They are those that the state has where all parameters are masked out.
+    """
+    return _tree.leaves_by_path(jax.eval_shape(init, masked_params)).keys()
+
+
+def state_owners(state: Any, params: Any) -> Any:
+    """The parameter that each leaf of an optimizer state belongs to, by name.
+
+    Works on the state of any Optax pipeline, by the paths of its leaves.
+
+    Args:
+      state: an optimizer state, of arrays or ``jax.ShapeDtypeStruct``.
+      params: the parameters, of either.
+
+    Returns:
+      A tree of the structure of `state` with the path of a parameter for every leaf, such
+      as ``"layers/mlp/kernel"``, and ``""`` for a leaf that belongs to no parameter.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> params = {"mlp": {"kernel": jnp.ones((4, 8))}}
+      >>> state = jax.eval_shape(optax.adam(0.1).init, params)
+      >>> state_owners(state, params)[0].mu
+      {'mlp': {'kernel': 'mlp/kernel'}}
+    """
+    found = owners(_tree.leaves_by_path(state), _tree.leaves_by_path(params))
+    names = [_tree.show(owner.parameter or ()) for owner in found.values()]
+    return jax.tree.unflatten(jax.tree.structure(state), names)
+
+
+def owned_matrix(
+    owner: Owner, state_leaf: Any, parameter: Any, matrix: Matrix | None
+) -> Matrix | None:
+    """The matrix of a parameter with the rank that a state's leaf was made with.
+
+    Args:
+      owner: of the leaf; it must have a rule and a parameter.
+      state_leaf: a leaf of a state.
+      parameter: the parameter it belongs to.
+      matrix: the parameter's, of any rank; None if it is no matrix.
+
+    Raises:
+      ValueError: if the leaf's shape does not follow from the matrix with any rank.
+    """
+    rule: Any = owner.rule
+    path: Any = owner.parameter
+    if matrix is not None:
+        matrix = dataclasses.replace(matrix, rank=rank_in(matrix, state_leaf))
+    expected = field_shape(rule, matrix, jnp.shape(parameter))
+    _check.state_shape(
+        path, str(owner.field), state_leaf, expected, _check.OTHER_NUMBERS
+    )
+    return matrix
+
+
+def rank_in(matrix: Matrix, moment: Any) -> int:
+    """The rank that a moment's shape shows; 0 where it has no rank axis."""
+    shape, rank_axis = jnp.shape(moment), len(matrix.batch_shape)
+    return shape[rank_axis] if len(shape) > rank_axis else 0
+
+
+def state_sharding(
+    state: Any,
+    params: Any,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> Any:
+    """The sharding of every leaf of an optimizer state on its parameters' mesh.
+
+    Works on the state of any Optax pipeline that holds this library's states among others:
+    inside ``chain``, ``masked``, ``partition``, ``MultiSteps``, ``inject_hyperparams``, a
+    Linen ``TrainState``'s ``opt_state`` or ``nnx.state(optimizer)``.
+
+    * A state leaf whose path ends with a parameter's path and which has its shape takes the
+      parameter's sharding.
+    * Moments, projections and norms of a matrix go by their role, which is known from the
+      names of their fields. Moments are sharded over the same devices as the parameter:
+      along the channel side first, then along the rank axis, replicated where neither
+      divides.
+    * Everything else (counts, keys, hyperparameters) is replicated.
+
+    A leaf that belongs to a parameter is in the parameter's kind of memory.
+
+    Args:
+      state: an optimizer state, of arrays or ``jax.ShapeDtypeStruct`` (from
+        ``jax.eval_shape(tx.init, params)``).
+      params: the parameters, of arrays or ``jax.ShapeDtypeStruct`` with ``NamedSharding``
+        on one mesh; leaves without one count as replicated.
+      weight_dimension_numbers: what the optimizer was given.
+
+    Returns:
+      A tree of the structure of `state` with a ``NamedSharding`` for every leaf, as
+      ``jax.jit``'s ``out_shardings`` and ``jax.device_put`` take it.
+
+    Raises:
+      ValueError: if no parameter has a ``NamedSharding``, or if moments have shapes that do
+        not follow from `weight_dimension_numbers`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, apollo_optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
+      >>> kernel = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("fsdp")))
+      >>> params = {"kernel": kernel}
+      >>> tx = apollo_optax.apollo(0.01, rank=4)
+      >>> shardings = state_sharding(jax.eval_shape(tx.init, params), params)
+      >>> tuple(shardings[0].mu["kernel"].spec)
+      (None, 'fsdp')
+    """
+    leaves = _tree.leaves_by_path(params)
+    shardings = {path: _sharding.sharding_of(leaf) for path, leaf in leaves.items()}
+    on_mesh = next((s for s in shardings.values() if s is not None), None)
+    replicated = _sharding.replicated(on_mesh)
+    if replicated is None:
+        raise ValueError(
+            "no parameter has a NamedSharding, so there is no mesh to place the state on; "
+            "give params as arrays on a mesh, or as jax.ShapeDtypeStruct(shape, dtype, "
+            "sharding=...)"
+        )
+    axes = resolve(weight_dimension_numbers, params)
+    states = _tree.leaves_by_path(state)
+
+    def leaf_sharding(path: _tree.Path, leaf: Any, owner: Owner) -> NamedSharding:
+        if owner.parameter is None:
+            return replicated
+        param, shape = leaves[owner.parameter], jnp.shape(leaf)
+        sharding = shardings[owner.parameter] or replicated
+        matrix = None
+        if (matrix_axes := axes[owner.parameter]) is not None:
+            matrix = Matrix.of_parameter(param, matrix_axes, jnp.float32, 0)
+        if owner.rule is not None:
+            matrix = owned_matrix(owner, leaf, param, matrix)
+            return field_sharding(owner.rule, matrix, sharding) or replicated
+        if shape == jnp.shape(param):
+            return sharding
+        # The state of limit_norm_growth has a norm per matrix.
+        in_norm = path[-len(owner.parameter) - 1 :][:1] == ("norm",)
+        if matrix is not None and in_norm and shape == matrix.batch_shape:
+            return matrix.norm_sharding or replicated
+        return replicated
+
+    found = owners(states, leaves)
+    placed = [leaf_sharding(path, leaf, found[path]) for path, leaf in states.items()]
+    return jax.tree.unflatten(jax.tree.structure(state), placed)
