@@ -89,6 +89,11 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
             f"'{_tree.show(path)}' has dtype {dtype}, of too few bits to add an update to; keep the "
             "parameter in bfloat16 or wider"
         )
+    return wide_dtype(dtype)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """float64 for float64, float32 for every narrower dtype."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -106,15 +111,33 @@ def not_varying(path: _tree.Path, leaf: Any) -> None:
 def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path, Any]:
     """The leaves of a state's field by path, which must be those of the updates."""
     stored = _tree.leaves_by_path(field)
-    missing, unexpected = leaves.keys() - stored.keys(), stored.keys() - leaves.keys()
-    if missing or unexpected:
-        shown = ", ".join(f"'{_tree.show(path)}'" for path in sorted(missing or unexpected)[:5])
-        what = "has leaves that the state lacks" if missing else "lacks leaves that the state has"
+    difference = path_difference(
+        leaves,
+        stored,
+        missing="has leaves that the state lacks",
+        unexpected="lacks leaves that the state has",
+    )
+    if difference:
         raise ValueError(
-            f"the tree of updates has another structure than the parameters given to init: it {what}: "
-            f"{shown}; call init with the parameters that these are the gradients of"
+            "the tree of updates has another structure than the parameters given to init: it "
+            f"{difference}; call init with the parameters that these are the gradients of"
         )
     return stored
+
+
+def path_difference(
+    expected: Mapping[_tree.Path, Any],
+    actual: Mapping[_tree.Path, Any],
+    *,
+    missing: str,
+    unexpected: str,
+) -> str:
+    """The words for `missing` or `unexpected` paths and up to five of them, or ""."""
+    lacking, beyond = expected.keys() - actual.keys(), actual.keys() - expected.keys()
+    if not lacking and not beyond:
+        return ""
+    shown = ", ".join(f"'{_tree.show(path)}'" for path in sorted(lacking or beyond)[:5])
+    return f"{missing if lacking else unexpected}: {shown}"
 
 
 def key_shape(stored: Any, expected: tuple[int, ...]) -> None:

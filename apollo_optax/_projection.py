@@ -28,24 +28,29 @@ _SEED_IMPL = "threefry2x32"  # A seed means the same run whatever JAX's default 
 
 def key_impl(key: Any) -> Any:
     """The generator behind `key`, as ``jax.random.wrap_key_data`` takes it; checks the key."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.shape == ():
-            return jax.random.key_impl(key)
-    elif isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+    impl = jax_key_impl(key)
+    if impl is not None:
+        return impl
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         if not 0 <= key < 2**32:  # JAX would cut it to 32 bits, or not, as its settings are.
             raise ValueError(f"key must be a seed from 0 to 2**32 - 1, got {key!r}")
         return _SEED_IMPL
-    elif isinstance(key, (jax.Array, np.ndarray)):
-        if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
-            return _SEED_IMPL
-        if key.ndim == 1 and key.dtype == jnp.uint32:
-            impl = jax.random.key_impl(jax.random.key(0))
-            if key.shape == key_data_shape(impl):
-                return impl
+    if isinstance(key, (jax.Array, np.ndarray)) and key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
+        return _SEED_IMPL
     raise TypeError(
         "key must be an int seed (or an integer scalar array), one JAX key from jax.random.key, or the raw "
         f"data of one of JAX's default generator, got {key!r}"
     )
+
+
+def jax_key_impl(key: Any) -> Any:
+    """The generator of one JAX key, typed or raw; None if `key` is anything else."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.key_impl(key) if key.shape == () else None
+    if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32:
+        impl = jax.random.key_impl(jax.random.key(0))
+        return impl if key.shape == key_data_shape(impl) else None
+    return None
 
 
 def key_data_shape(impl: Any) -> Shape:

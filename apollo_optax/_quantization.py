@@ -10,20 +10,14 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from apollo_optax import _check, _projection, _sharding, _tree
-
-_LOWEST, _HIGHEST = -128, 127
-# Steps that a new grid lays over its group's range. Of the 255 between 256 codes, one lets the zero
-# point be a whole number with both ends still inside; the hundredth covers divisions a few ulp off, as
-# accelerators have them.
-_STEPS = 253.99
+from apollo_optax import _blocks, _check, _projection, _rounding, _sharding, _tree
 
 
 @functools.partial(
@@ -31,7 +25,9 @@ _STEPS = 253.99
     data_fields=["qvalue", "scale", "zero_point"],
     meta_fields=["axis", "axis_size", "group_size", "dtype"],
 )
-@dataclasses.dataclass(frozen=True, eq=False)  # Arrays have no single truth value to compare by.
+@dataclasses.dataclass(
+    frozen=True, eq=False
+)  # Arrays have no single truth value to compare by.
 class QuantizedArray:
     """A matrix, or a stack of them, in int8; stands for ``(qvalue - zero_point) * scale``.
 
@@ -60,7 +56,7 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        before, _, after = _around(self.scale.shape, self.axis)
+        before, _, after = _blocks.split_shape(self.scale.shape, self.axis)
         return (*before, self.axis_size, *after)
 
     @property
@@ -76,11 +72,17 @@ class QuantizedArray:
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points together; the arrays may be abstract."""
         parts = (self.qvalue, self.scale, self.zero_point)
-        return sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in parts)
+        return sum(
+            math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in parts
+        )
 
 
 def quantize(
-    array: jax.typing.ArrayLike, *, axis: int | None = None, group_size: int = 128, key: Any = None
+    array: jax.typing.ArrayLike,
+    *,
+    axis: int | None = None,
+    group_size: int = 128,
+    key: Any = None,
 ) -> QuantizedArray:
     r"""Rounds an array to int8, with a scale and a zero point for each group of neighbours.
 
@@ -130,7 +132,9 @@ def quantize(
       <https://arxiv.org/abs/2407.08296>`_, 2024
     """
     if isinstance(array, QuantizedArray):
-        raise TypeError("the array is a QuantizedArray already; pass dequantize(array) to quantize it anew")
+        raise TypeError(
+            "the array is a QuantizedArray already; pass dequantize(array) to quantize it anew"
+        )
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
@@ -138,10 +142,18 @@ def quantize(
         )
     _check.positive_int("group_size", group_size)
     group_size = int(group_size)
-    if group_size % _BLOCK != 0:
-        raise ValueError(f"group_size must be a multiple of {_BLOCK}, such as 64 or 128, got {group_size}")
-    axis = _default_axis(array, group_size) if axis is None else _from_the_end(axis, array.shape)
-    return _quantize(array, None if key is None else _rounding_key(key), axis, group_size)
+    if group_size % _blocks.BLOCK != 0:
+        raise ValueError(
+            f"group_size must be a multiple of {_blocks.BLOCK}, such as 64 or 128, got {group_size}"
+        )
+    axis = (
+        _default_axis(array, group_size)
+        if axis is None
+        else _from_the_end(axis, array.shape)
+    )
+    return _quantize(
+        array, None if key is None else _rounding_key(key), axis, group_size
+    )
 
 
 def dequantize(tree: Any) -> Any:
@@ -157,11 +169,17 @@ def dequantize(tree: Any) -> Any:
     Raises:
       ValueError: if a QuantizedArray's codes and scales don't belong together.
     """
-    return jax.tree.map(lambda x: _dequantize(x) if _is_quantized(x) else x, tree, is_leaf=_is_quantized)
+    return jax.tree.map(
+        lambda x: _dequantize(x) if is_quantized(x) else x, tree, is_leaf=is_quantized
+    )
 
 
 def apply_updates_stochastic(
-    params: optax.Params, updates: optax.Updates, key: Any, *, batch_index: jax.typing.ArrayLike | None = None
+    params: optax.Params,
+    updates: optax.Updates,
+    key: Any,
+    *,
+    batch_index: jax.typing.ArrayLike | None = None,
 ) -> Any:
     r"""Adds updates to parameters of few bits, rounding so that the expectation is exact.
 
@@ -208,7 +226,10 @@ def apply_updates_stochastic(
 
       Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020
     """
-    leaves, deltas = _tree.leaves_by_path(params, _is_quantized), _tree.leaves_by_path(updates)
+    leaves, deltas = (
+        _tree.leaves_by_path(params, is_quantized),
+        _tree.leaves_by_path(updates),
+    )
     _check_updates(leaves, deltas)
     key, first = _rounding_key(key), _first_index(batch_index)
     # In the order of the parameters: that of the updates is another where their node types sort otherwise.
@@ -216,10 +237,10 @@ def apply_updates_stochastic(
         _update_leaf(leaf, deltas[path], key, _projection.leaf_id(path), first)
         for path, leaf in leaves.items()
     ]
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_quantized), new)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), new)
 
 
-def _is_quantized(node: Any) -> bool:
+def is_quantized(node: Any) -> bool:
     return isinstance(node, QuantizedArray)
 
 
@@ -233,7 +254,9 @@ def _from_the_end(axis: Any, shape: tuple[int, ...]) -> int:
         raise TypeError(f"axis must be an int or None, got {axis!r}") from error
     ndim = len(shape)
     if not -ndim <= axis < ndim:
-        raise ValueError(f"axis must be one of the {ndim} axes of shape {shape}, got {axis}")
+        raise ValueError(
+            f"axis must be one of the {ndim} axes of shape {shape}, got {axis}"
+        )
     return axis - ndim if axis >= 0 else axis
 
 
@@ -255,42 +278,49 @@ def _default_axis(array: jax.Array, group_size: int) -> int:
 
 def _rounding_key(key: Any) -> jax.Array:
     """`key` as one typed threefry key."""
-    typed = None
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        typed = key if key.shape == () else None
-    elif isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32:
-        impl = jax.random.key_impl(jax.random.key(0))
-        if key.shape == _projection.key_data_shape(impl):
-            typed = jax.random.wrap_key_data(jnp.asarray(key), impl=impl)
-    if typed is None:
+    impl = _projection.jax_key_impl(key)
+    if impl is None:
         raise TypeError(
             "key must be one JAX key, from jax.random.key(seed) or the raw data of one of JAX's default "
             f"generator, got {key!r}"
         )
-    if jax.random.key_impl(typed) == "threefry2x32":
-        return typed
-    return jax.random.wrap_key_data(jax.random.bits(typed, (2,), jnp.uint32), impl="threefry2x32")
+    if key.shape != ():
+        key = jax.random.wrap_key_data(jnp.asarray(key), impl=impl)
+    if impl == "threefry2x32":
+        return key
+    return jax.random.wrap_key_data(
+        jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32"
+    )
 
 
 def _first_index(batch_index: Any) -> jax.typing.ArrayLike:
     if batch_index is None:
         return 0
-    if jnp.ndim(batch_index) != 0 or not jnp.issubdtype(jnp.result_type(batch_index), jnp.integer):
-        raise TypeError(f"batch_index must be an integer, the index of a layer, got {batch_index!r}")
+    if jnp.ndim(batch_index) != 0 or not jnp.issubdtype(
+        jnp.result_type(batch_index), jnp.integer
+    ):
+        raise TypeError(
+            f"batch_index must be an integer, the index of a layer, got {batch_index!r}"
+        )
     return batch_index
 
 
-def _check_updates(leaves: dict[_tree.Path, Any], updates: dict[_tree.Path, Any]) -> None:
-    missing, unexpected = leaves.keys() - updates.keys(), updates.keys() - leaves.keys()
-    if missing or unexpected:
-        shown = ", ".join(f"'{_tree.show(path)}'" for path in sorted(missing or unexpected)[:5])
-        what = "lack leaves that the parameters have" if missing else "have leaves that the parameters lack"
+def _check_updates(
+    leaves: dict[_tree.Path, Any], updates: dict[_tree.Path, Any]
+) -> None:
+    difference = _check.path_difference(
+        leaves,
+        updates,
+        missing="lack leaves that the parameters have",
+        unexpected="have leaves that the parameters lack",
+    )
+    if difference:
         raise ValueError(
-            f"the updates {what}: {shown}; pass an array for every parameter, where it is a QuantizedArray "
+            f"the updates {difference}; pass an array for every parameter, where it is a QuantizedArray "
             "one like the array it dequantizes to (take gradients with respect to dequantize(params))"
         )
     for path, leaf in leaves.items():
-        if _is_quantized(leaf):
+        if is_quantized(leaf):
             _check_parts(leaf)
             shape = leaf.shape
         else:
@@ -302,116 +332,11 @@ def _check_updates(leaves: dict[_tree.Path, Any], updates: dict[_tree.Path, Any]
             )
 
 
-# Blocks: an axis of n is stored as one of groups and one of the places in a group or, if it is not the last
-# of the array, two of places: (places / 8, 8). The last group is filled up with zeros. Every group's range
-# includes 0 and every grid holds it exactly, so they stay 0 and change nothing for the weights beside them.
-#
-# This shape is for the sake of TPUs, whose compiler tiles arrays by their last two axes.
-# - With groups as an axis of the codes, too, a layer of a stack is updated in place. With codes of the
-#   matrix's shape, XLA lays out a scale for each weight, in float32.
-# - With 8 places next to the last axis, codes are tiled (8, 128), as they are in host memory. A longer axis
-#   is tiled (32, 128) on the device alone, and to fetch a layer XLA copies the whole stack.
-
-_BLOCK = 8
-
-
-def _around(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    place = len(shape) + axis
-    return shape[:place], shape[place], shape[place + 1 :]
-
-
-def _block_shape(n: int, axis: int, group_size: int) -> tuple[int, ...]:
-    """What an axis of n becomes: ``(groups, *places)``."""
-    if axis == -1:
-        places = (max(1, min(n, group_size)),)
-    else:
-        places = (max(1, min(math.ceil(n / _BLOCK), group_size // _BLOCK)), _BLOCK)
-    return (math.ceil(n / math.prod(places)), *places)
-
-
-def _place_axes(axis: int) -> tuple[int, ...]:
-    """The axes of places of an array in blocks, counted from the end as `axis` is."""
-    return (axis,) if axis == -1 else (axis - 1, axis)
-
-
-def _blocked(array: jax.Array, axis: int, group_size: int) -> jax.Array:
-    before, n, after = _around(array.shape, axis)
-    blocks = _block_shape(n, axis, group_size)
-    missing = math.prod(blocks) - n
-    if missing:  # Else a reshape will do, which moves nothing.
-        array = jnp.pad(array, [*[(0, 0)] * len(before), (0, missing), *[(0, 0)] * len(after)])
-    return array.reshape(*before, *blocks, *after)
-
-
-def _unblocked(array: jax.Array, shape: tuple[int, ...], axis: int, group_size: int) -> jax.Array:
-    """The inverse of :func:`_blocked`, for an array that had this shape."""
-    before, n, after = _around(shape, axis)
-    filled = math.prod(_block_shape(n, axis, group_size))
-    return jax.lax.slice_in_dim(array.reshape(*before, filled, *after), 0, n, axis=axis)
-
-
-class _Grid(NamedTuple):
-    """What the codes of each group stand for; of size 1 along the axes of places.
-
-    In float32 or float64, the dtype in which values are computed.
-    """
-
-    scale: jax.Array
-    zero_point: jax.Array
-
-    def stored(self, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """The scale, in `dtype`, and the zero point of a :class:`QuantizedArray`."""
-        scale, zero_point = (jnp.squeeze(x, _place_axes(axis)) for x in self)
-        return scale.astype(dtype), zero_point.astype(jnp.int8)
-
-    def values(self, codes: jax.Array) -> jax.Array:
-        return (codes.astype(self.scale.dtype) - self.zero_point) * self.scale
-
-    def codes(self, values: jax.Array, bits: jax.Array | None) -> jax.Array:
-        """The int8 codes of `values`: to nearest, or by 16 random bits each."""
-        steps = jnp.round(values / self.scale)
-        if bits is not None:
-            # By what nearest rounding leaves, which is exact: a difference of codes times a scale has at most
-            # 9 + 8 bits. So a weight on the grid stays there, where a quotient a little too small would fall.
-            left = (values - steps * self.scale) / self.scale
-            steps += jnp.floor(left + (bits.astype(left.dtype) + 0.5) / 2**16)
-        return jnp.clip(steps + self.zero_point, _LOWEST, _HIGHEST).astype(jnp.int8)
-
-    def covers(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        lowest, highest = _LOWEST - self.zero_point, _HIGHEST - self.zero_point
-        return (lowest * self.scale <= low) & (high <= highest * self.scale)
-
-
-def _range(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The least and the largest of each group and 0."""
-    places = _place_axes(axis)
-    low, high = jnp.min(values, places, keepdims=True), jnp.max(values, places, keepdims=True)
-    return jnp.minimum(low, 0), jnp.maximum(high, 0)
-
-
-def _needed_scale(low: jax.Array, high: jax.Array) -> jax.Array:
-    """At least the smallest that devices don't flush to 0, for groups of zeros and of numbers as small."""
-    # Halved, since the difference of two float32 numbers need not be one.
-    needed = (high / 2 - low / 2) / (_STEPS / 2)
-    return jnp.maximum(needed, jnp.finfo(jnp.bfloat16).tiny)
-
-
-def _new_grid(low: jax.Array, high: jax.Array) -> _Grid:
-    needed = _needed_scale(low, high)
-    # Up to bfloat16 by bits: a cast there and back is a pair of casts that XLA may drop.
-    pattern = jax.lax.bitcast_convert_type(needed.astype(jnp.float32), jnp.uint32)
-    up = jax.lax.bitcast_convert_type((pattern + 0xFFFF) >> 16 << 16, jnp.float32).astype(needed.dtype)
-    scale = jnp.where(needed <= jnp.finfo(jnp.bfloat16).max, up, jnp.nan)
-    below = jnp.ceil(-low / scale)  # Steps below 0.
-    below += below * scale < -low  # Where the quotient came out a little small.
-    return _Grid(scale, below + _LOWEST)
-
-
 def _check_parts(array: QuantizedArray) -> None:
     expected = None
     if len(array.scale.shape) + array.axis >= 0:
-        before, n, after = _around(array.shape, array.axis)
-        groups, *places = _block_shape(n, array.axis, array.group_size)
+        before, n, after = _blocks.split_shape(array.shape, array.axis)
+        groups, *places = _blocks.block_shape(n, array.axis, array.group_size)
         expected = (*before, groups, *places, *after), (*before, groups, *after)
     if (array.qvalue.shape, array.scale.shape) != expected:
         raise ValueError(
@@ -421,13 +346,9 @@ def _check_parts(array: QuantizedArray) -> None:
         )
 
 
-def _grid_of(array: QuantizedArray) -> _Grid:
-    dtype, places = _wide(array.dtype), _place_axes(array.axis)
-    return _Grid(*(jnp.expand_dims(x, places).astype(dtype) for x in (array.scale, array.zero_point)))
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+def _grid_of(array: QuantizedArray) -> _rounding.Grid:
+    dtype = _check.wide_dtype(array.dtype)
+    return _rounding.Grid.load(array.scale, array.zero_point, array.axis, dtype)
 
 
 # Leaves. Jitted for themselves, so that leaves of one shape share a trace, an eager call computes what a
@@ -435,12 +356,16 @@ def _wide(dtype: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "group_size"))
-def _quantize(array: jax.Array, key: jax.Array | None, axis: int, group_size: int) -> QuantizedArray:
-    values = _blocked(array, axis, group_size).astype(_wide(array.dtype))
+def _quantize(
+    array: jax.Array, key: jax.Array | None, axis: int, group_size: int
+) -> QuantizedArray:
+    values = _blocks.to_blocks(array, axis, group_size).astype(
+        _check.wide_dtype(array.dtype)
+    )
     bits = None
     if key is not None:
-        bits = _random_bits(key, values.shape, 0, _sharding.of(values))
-    grid = _new_grid(*_range(values, axis))
+        bits = _rounding.random_bits(key, values.shape, 0, _sharding.of(values))
+    grid = _rounding.new_grid(*_rounding.value_range(values, axis))
     scale, zero_point = grid.stored(axis, jnp.bfloat16)
     return QuantizedArray(
         qvalue=grid.codes(values, bits),
@@ -457,13 +382,17 @@ def _quantize(array: jax.Array, key: jax.Array | None, axis: int, group_size: in
 def _dequantize(array: QuantizedArray) -> jax.Array:
     _check_parts(array)
     # A code may stand for half a step more than the weight did, and that for no number of its dtype.
-    largest = jnp.finfo(array.dtype).max.astype(_wide(array.dtype))
-    values = jnp.clip(_grid_of(array).values(array.qvalue), -largest, largest).astype(array.dtype)
-    return _unblocked(values, array.shape, array.axis, array.group_size)
+    largest = jnp.finfo(array.dtype).max.astype(_check.wide_dtype(array.dtype))
+    values = jnp.clip(_grid_of(array).values(array.qvalue), -largest, largest).astype(
+        array.dtype
+    )
+    return _blocks.from_blocks(values, array.shape, array.axis, array.group_size)
 
 
-def _update_leaf(leaf: Any, update: Any, key: jax.Array, leaf_id: np.uint32, first: Any) -> Any:
-    if _is_quantized(leaf):
+def _update_leaf(
+    leaf: Any, update: Any, key: jax.Array, leaf_id: np.uint32, first: Any
+) -> Any:
+    if is_quantized(leaf):
         return _update_int8(leaf, update, key, leaf_id, first)
     if jnp.result_type(leaf) == jnp.bfloat16:
         return _update_bfloat16(leaf, update, key, leaf_id, first)
@@ -472,57 +401,46 @@ def _update_leaf(leaf: Any, update: Any, key: jax.Array, leaf_id: np.uint32, fir
 
 @jax.jit
 def _update_int8(
-    array: QuantizedArray, update: jax.Array, key: jax.Array, leaf_id: jax.Array, first: jax.Array
+    array: QuantizedArray,
+    update: jax.Array,
+    key: jax.Array,
+    leaf_id: jax.Array,
+    first: jax.Array,
 ) -> QuantizedArray:
     key = jax.random.fold_in(key, leaf_id)
     # Without the barrier XLA casts it first, and where the blocks are along the last axis, so that they take
     # another layout, keeps it in float32 in both: eight bytes a weight on a TPU.
-    update = jax.lax.optimization_barrier(_blocked(update, array.axis, array.group_size))
+    update = jax.lax.optimization_barrier(
+        _blocks.to_blocks(update, array.axis, array.group_size)
+    )
     old = _grid_of(array)
     values = old.values(array.qvalue) + update.astype(old.scale.dtype)
-    low, high = _range(values, array.axis)
+    low, high = _rounding.value_range(values, array.axis)
     # The variance of a rounding is f(1-f) of a step's square, f the part of a step that is left. On the
     # old grid that is the update's alone, next to nothing; on a new one all weights of the group are off
     # the grid and rounded anew, whether they moved or not. So a grid stays as long as it serves.
-    is_kept = old.covers(low, high) & (2 * _needed_scale(low, high) >= old.scale)
-    grid = jax.tree.map(functools.partial(jnp.where, is_kept), old, _new_grid(low, high))
-    codes = grid.codes(values, _random_bits(key, values.shape, first, _sharding.of(values)))
+    is_kept = old.covers(low, high) & (
+        2 * _rounding.needed_scale(low, high) >= old.scale
+    )
+    grid = jax.tree.map(
+        functools.partial(jnp.where, is_kept), old, _rounding.new_grid(low, high)
+    )
+    codes = grid.codes(
+        values, _rounding.random_bits(key, values.shape, first, _sharding.of(values))
+    )
     scale, zero_point = grid.stored(array.axis, array.scale.dtype)
     return dataclasses.replace(array, qvalue=codes, scale=scale, zero_point=zero_point)
 
 
 @jax.jit
 def _update_bfloat16(
-    array: jax.Array, update: jax.Array, key: jax.Array, leaf_id: jax.Array, first: jax.Array
+    array: jax.Array,
+    update: jax.Array,
+    key: jax.Array,
+    leaf_id: jax.Array,
+    first: jax.Array,
 ) -> jax.Array:
     key = jax.random.fold_in(key, leaf_id)
-    bits = _random_bits(key, array.shape, first, _sharding.of(array))
+    bits = _rounding.random_bits(key, array.shape, first, _sharding.of(array))
     total = array.astype(jnp.float32) + update.astype(jnp.float32)
-    # A bfloat16 is the upper half of a float32, and the random half carries into it as often as it should.
-    pattern = jax.lax.bitcast_convert_type(total, jnp.uint32) + bits.astype(jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((pattern >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(total), rounded, total.astype(jnp.bfloat16))
-
-
-def _random_bits(key: jax.Array, shape: tuple[int, ...], first: Any, sharding: Any) -> jax.Array:
-    """16 bits for each element of a leaf, each index of the leading axis with a key of its own.
-
-    Args:
-      key: a typed key.
-      shape: of the leaf.
-      first: what the leading axis is counted from.
-      sharding: under explicit sharding, that of the leaf.
-
-    Returns:
-      A uint16 array of this shape.
-    """
-    if not shape:
-        return jax.random.bits(key, (), jnp.uint16)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(shape[0]))
-    keys = _sharding.place(keys, _sharding.pick(sharding, [0]))
-    one_sharding = _sharding.pick(sharding, range(1, len(shape)))
-
-    def draw_one(key: jax.Array) -> jax.Array:
-        return jax.random.bits(key, shape[1:], jnp.uint16, out_sharding=one_sharding)
-
-    return jax.vmap(draw_one)(keys)
+    return _rounding.round_to_bfloat16(total, bits)

@@ -22,7 +22,7 @@ import apollo_optax
 from apollo_optax import (
     ApolloDimensionNumbers,
     LayerwiseMetrics,
-    _layerwise,
+    _stack_rows,
     apply_updates_stochastic,
     dequantize,
     dimension_numbers_by_path,
@@ -824,7 +824,7 @@ def test_a_stack_in_host_memory_is_written_after_it_is_read():
     """Otherwise XLA for GPUs copies all of it for each layer; a stack on the device needs no order."""
 
     def after(stack, row):
-        return _layerwise._after_fetch({"w": stack}, {"w": row})["w"]
+        return _stack_rows.delay_until_fetched({"w": stack}, {"w": row})["w"]
 
     stack, row = jnp.zeros((3, 4)), jnp.ones((1, 4))
     (equation,) = jax.make_jaxpr(after)(stack, row).eqns

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from apollo_optax import _projection, _quantization
+from apollo_optax import _projection, _quantization, _rounding
 from apollo_optax._quantization import QuantizedArray, apply_updates_stochastic, dequantize, quantize
 
 hypothesis.settings.register_profile("apollo", max_examples=20, deadline=None, derandomize=True)
@@ -313,7 +313,7 @@ def test_what_is_on_the_grid_stays():
     rng, count = np.random.default_rng(0), 2000
     scale = rng.integers(128, 256, count) * 2.0 ** rng.integers(-133, 112, count)
     zero_point = rng.integers(-128, 128, count)
-    grid = _quantization._Grid(*(jnp.asarray(x, jnp.float32) for x in (scale, zero_point)))
+    grid = _rounding.Grid(*(jnp.asarray(x, jnp.float32) for x in (scale, zero_point)))
     codes = np.tile(np.arange(-128, 128, dtype=np.int8)[:, None], (1, count))
     again = optimized(lambda grid, codes, bits: grid.codes(grid.values(codes), bits))
     for bits in (0, 1, 2**15, 2**16 - 1):
