@@ -93,7 +93,7 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """float64 for float64, float32 for every narrower dtype."""
+    """The dtype to compute in: float64 for float64, and float32 for narrower dtypes."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -132,7 +132,14 @@ def path_difference(
     missing: str,
     unexpected: str,
 ) -> str:
-    """The words for `missing` or `unexpected` paths and up to five of them, or ""."""
+    """Names up to five paths that only one of two trees has; "" if there are none.
+
+    Args:
+      expected: the leaves of one tree.
+      actual: the leaves of the other tree.
+      missing: the words before paths that only `expected` has.
+      unexpected: the words before paths that only `actual` has.
+    """
     lacking, beyond = expected.keys() - actual.keys(), actual.keys() - expected.keys()
     if not lacking and not beyond:
         return ""

@@ -35,7 +35,8 @@ def key_impl(key: Any) -> Any:
         if not 0 <= key < 2**32:  # JAX would cut it to 32 bits, or not, as its settings are.
             raise ValueError(f"key must be a seed from 0 to 2**32 - 1, got {key!r}")
         return _SEED_IMPL
-    if isinstance(key, (jax.Array, np.ndarray)) and key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
+    is_array = isinstance(key, (jax.Array, np.ndarray))
+    if is_array and key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
         return _SEED_IMPL
     raise TypeError(
         "key must be an int seed (or an integer scalar array), one JAX key from jax.random.key, or the raw "

@@ -1,4 +1,8 @@
-"""The grid of int8 codes, and rounding to it and to bfloat16, to nearest or stochastically."""
+"""Rounding to int8 codes on a grid and to bfloat16, to nearest or stochastically.
+
+A grid is a scale and a zero point per group of weights. The code q represents the value
+``(q - zero_point) * scale``.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,19 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from apollo_optax import _sharding
-from apollo_optax._blocks import place_axes
+from apollo_optax._blocks import position_axes
 
 _LOWEST, _HIGHEST = -128, 127
-# Steps that a new grid lays over its group's range. Of the 255 between 256 codes, one lets the zero
-# point be a whole number with both ends still inside; the hundredth covers divisions a few ulp off, as
-# accelerators have them.
+# Steps of a new grid over the range of its group. 256 codes have 255 steps between
+# them. One step less lets the zero point be a whole number with both ends of the range
+# still inside. The hundredth covers divisions on accelerators, which may be a few ulp
+# off.
 _STEPS = 253.99
 
 
 class Grid(NamedTuple):
-    """What the codes of each group stand for; of size 1 along the axes of places.
+    """A scale and a zero point per group, of size 1 along the axes of positions.
 
-    In float32 or float64, the dtype in which values are computed.
+    Both are in float32 or float64, the dtype in which values are computed.
     """
 
     scale: jax.Array
@@ -28,94 +33,97 @@ class Grid(NamedTuple):
     def load(
         cls, scale: jax.Array, zero_point: jax.Array, axis: int, dtype: Any
     ) -> "Grid":
-        """The grid of a :class:`QuantizedArray`, with values in `dtype`."""
-        places = place_axes(axis)
-        return cls(
-            *(jnp.expand_dims(x, places).astype(dtype) for x in (scale, zero_point))
-        )
+        """The grid that :meth:`stored` stored, with `dtype` for values."""
+        axes = position_axes(axis)
+        parts = (scale, zero_point)
+        return cls(*(jnp.expand_dims(part, axes).astype(dtype) for part in parts))
 
     def stored(self, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """The scale, in `dtype`, and the zero point of a :class:`QuantizedArray`."""
-        scale, zero_point = (jnp.squeeze(x, place_axes(axis)) for x in self)
+        """The scale in `dtype` and the zero point in int8, without position axes."""
+        scale, zero_point = (jnp.squeeze(x, position_axes(axis)) for x in self)
         return scale.astype(dtype), zero_point.astype(jnp.int8)
 
     def values(self, codes: jax.Array) -> jax.Array:
         return (codes.astype(self.scale.dtype) - self.zero_point) * self.scale
 
     def codes(self, values: jax.Array, bits: jax.Array | None) -> jax.Array:
-        """The int8 codes of `values`: to nearest, or by 16 random bits each."""
+        """Rounds `values` to int8 codes, to nearest or by 16 random bits per value."""
         steps = jnp.round(values / self.scale)
         if bits is not None:
-            # By what nearest rounding leaves, which is exact: a difference of codes times a scale has at most
-            # 9 + 8 bits. So a weight on the grid stays there, where a quotient a little too small would fall.
+            # Use the remainder of rounding to nearest. It is exact: the product of a
+            # difference of codes (9 bits) and a scale (8 bits) fits a float32. A weight
+            # on the grid therefore stays there. The quotient alone could fall just
+            # below it and be rounded down.
             left = (values - steps * self.scale) / self.scale
             steps += jnp.floor(left + (bits.astype(left.dtype) + 0.5) / 2**16)
-        return jnp.clip(steps + self.zero_point, _LOWEST, _HIGHEST).astype(jnp.int8)
+        codes = jnp.clip(steps + self.zero_point, _LOWEST, _HIGHEST)
+        return codes.astype(jnp.int8)
 
     def covers(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        """Whether the codes of each group reach from `low` to `high`."""
         lowest, highest = _LOWEST - self.zero_point, _HIGHEST - self.zero_point
         return (lowest * self.scale <= low) & (high <= highest * self.scale)
 
 
 def value_range(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The least and the largest of each group and 0."""
-    places = place_axes(axis)
-    low, high = (
-        jnp.min(values, places, keepdims=True),
-        jnp.max(values, places, keepdims=True),
-    )
+    """The smallest and the largest value of each group, with 0 as one of the values."""
+    axes = position_axes(axis)
+    low = jnp.min(values, axes, keepdims=True)
+    high = jnp.max(values, axes, keepdims=True)
     return jnp.minimum(low, 0), jnp.maximum(high, 0)
 
 
 def needed_scale(low: jax.Array, high: jax.Array) -> jax.Array:
-    """At least the smallest that devices don't flush to 0, for groups of zeros and of numbers as small."""
-    # Halved, since the difference of two float32 numbers need not be one.
+    """The scale that a range needs, at least the smallest that is not flushed to 0.
+
+    The lower bound serves groups of zeros and of values that are as small.
+    """
+    # Halve both ends first: the difference of two float32 numbers may overflow.
     needed = (high / 2 - low / 2) / (_STEPS / 2)
     return jnp.maximum(needed, jnp.finfo(jnp.bfloat16).tiny)
 
 
 def new_grid(low: jax.Array, high: jax.Array) -> Grid:
+    """The finest grid for a range whose scale is a bfloat16; NaN if there is none."""
     needed = needed_scale(low, high)
-    # Up to bfloat16 by bits: a cast there and back is a pair of casts that XLA may drop.
+    # Round up to bfloat16 by bits: XLA may remove a cast to bfloat16 and back.
     pattern = jax.lax.bitcast_convert_type(needed.astype(jnp.float32), jnp.uint32)
-    up = jax.lax.bitcast_convert_type(
-        (pattern + 0xFFFF) >> 16 << 16, jnp.float32
-    ).astype(needed.dtype)
+    pattern = (pattern + 0xFFFF) >> 16 << 16
+    up = jax.lax.bitcast_convert_type(pattern, jnp.float32).astype(needed.dtype)
     scale = jnp.where(needed <= jnp.finfo(jnp.bfloat16).max, up, jnp.nan)
     below = jnp.ceil(-low / scale)  # Steps below 0.
-    below += below * scale < -low  # Where the quotient came out a little small.
+    below += below * scale < -low  # Add one where the quotient was rounded down.
     return Grid(scale, below + _LOWEST)
 
 
 def round_to_bfloat16(values: jax.Array, bits: jax.Array) -> jax.Array:
-    """Rounds float32 `values` by 16 random bits each; what is not finite is cast."""
-    # A bfloat16 is the upper half of a float32, and the random half carries into it as often as it should.
+    """Rounds float32 `values` by 16 random bits each; infinities and NaN are cast."""
+    # A bfloat16 is the upper half of a float32. Random bits added to the lower half
+    # carry into the upper half with the probability that makes the rounding unbiased.
     pattern = jax.lax.bitcast_convert_type(values, jnp.uint32) + bits.astype(jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type(
-        (pattern >> 16).astype(jnp.uint16), jnp.bfloat16
-    )
+    upper = (pattern >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
     return jnp.where(jnp.isfinite(values), rounded, values.astype(jnp.bfloat16))
 
 
 def random_bits(
     key: jax.Array, shape: tuple[int, ...], first: Any, sharding: Any
 ) -> jax.Array:
-    """16 bits for each element of a leaf, each index of the leading axis with a key of its own.
+    """Draws 16 bits per element, with one key per index of the leading axis.
 
     Args:
       key: a typed key.
-      shape: of the leaf.
-      first: what the leading axis is counted from.
-      sharding: under explicit sharding, that of the leaf.
+      shape: the leaf's shape.
+      first: the number of the leading axis's first index, for a slice of a stack.
+      sharding: the leaf's sharding under explicit sharding, otherwise None.
 
     Returns:
       A uint16 array of this shape.
     """
     if not shape:
         return jax.random.bits(key, (), jnp.uint16)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        key, first + jnp.arange(shape[0])
-    )
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    keys = fold_in(key, first + jnp.arange(shape[0]))
     keys = _sharding.place(keys, _sharding.pick(sharding, [0]))
     one_sharding = _sharding.pick(sharding, range(1, len(shape)))
 

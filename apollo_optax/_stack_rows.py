@@ -1,4 +1,12 @@
-"""Reading and writing one layer of a stack, on the device or in host memory."""
+"""Reads and writes one layer of a stack, which may be in device or in host memory.
+
+A stack is a tree of arrays ``(L, ...)``, and a row of it is the tree of arrays
+``(1, ...)`` for one layer. Rows of arrays in host memory are fetched to the device.
+:func:`fetch_row` is apart from :func:`read_row`, so that a loop can fetch a row before
+it needs it.
+
+The order of these operations decides whether XLA updates a stack in place or copies it.
+"""
 
 from typing import Any
 
@@ -8,12 +16,16 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from apollo_optax._layerwise_state import Leaves
 
 
-def in_host_memory(array: jax.Array) -> bool:
+def to_host(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
+
+
+def to_device(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
+
+
+def _is_in_host_memory(array: jax.Array) -> bool:
     return jax.typeof(array).memory_space == jax.memory.Space.Host
-
-
-def move(tree: Any, space: Any) -> Any:
-    return jax.tree.map(lambda x: jax.device_put(x, space), tree)
 
 
 def _slice(array: jax.Array, index: jax.typing.ArrayLike) -> jax.Array:
@@ -21,20 +33,20 @@ def _slice(array: jax.Array, index: jax.typing.ArrayLike) -> jax.Array:
 
 
 def fetch_row(stack: Any, index: jax.typing.ArrayLike) -> Any:
-    """Row `index`, ``(1, ...)``, of what is in host memory; None in place of what is on the device."""
+    """Copies row `index` of the arrays in host memory; None for those on the device."""
 
     def fetch(array: jax.Array) -> jax.Array | None:
-        return (
-            move(_slice(array, index), jax.memory.Space.Device)
-            if in_host_memory(array)
-            else None
-        )
+        return to_device(_slice(array, index)) if _is_in_host_memory(array) else None
 
     return jax.tree.map(fetch, stack)
 
 
 def fetch_row_after(new: Leaves, stack: Leaves, index: jax.Array) -> Leaves:
-    """:func:`fetch_row`, each leaf as soon as its `new` row is there and can give up its memory."""
+    """Fetches row `index` of each leaf, but only after its row in `new` is computed.
+
+    The row that was fetched before has no reader left by then, so that this row can
+    reuse its memory.
+    """
     when = {
         path: jax.lax.optimization_barrier((index, leaf))[0]
         for path, leaf in new.items()
@@ -43,40 +55,49 @@ def fetch_row_after(new: Leaves, stack: Leaves, index: jax.Array) -> Leaves:
 
 
 def delay_until_fetched(stack: Leaves, fetched: Leaves) -> Leaves:
-    """`stack`, of which no leaf in host memory is written before its row is `fetched`.
+    """Returns `stack`, whose arrays in host memory now depend on their `fetched` rows.
 
-    Without this order XLA for GPUs copies the whole stack, so that it can do both at once.
+    A write to the result then comes after the fetch. Without this order XLA:GPU copies
+    the whole stack, so that it can do both at once.
     """
 
-    def after(array: jax.Array, row: jax.Array | None) -> jax.Array:
-        return array if row is None else jax.lax.optimization_barrier((array, row))[0]
+    def delay(array: jax.Array, row: jax.Array | None) -> jax.Array:
+        if row is None:
+            return array
+        return jax.lax.optimization_barrier((array, row))[0]
 
     return {
-        path: jax.tree.map(after, leaf, fetched[path]) for path, leaf in stack.items()
+        path: jax.tree.map(delay, leaf, fetched[path]) for path, leaf in stack.items()
     }
 
 
 def read_row(stack: Any, fetched: Any, index: jax.typing.ArrayLike) -> Any:
-    """Row `index` of the stack, ``(1, ...)``, where what :func:`fetch_row` brought is taken as it is."""
-    return jax.tree.map(
-        lambda array, row: _slice(array, index) if row is None else row, stack, fetched
-    )
+    """Row `index` of the stack; where :func:`fetch_row` fetched a row, that row."""
+
+    def read(array: jax.Array, row: jax.Array | None) -> jax.Array:
+        return _slice(array, index) if row is None else row
+
+    return jax.tree.map(read, stack, fetched)
 
 
 def keep_row_major(rows: Any) -> Any:
-    """Keeps XLA from giving a row the layout that the next product wants, and with it the whole stack."""
+    """Constrains rows to row-major layout.
 
-    def constrained(row: jax.Array) -> jax.Array:
+    Otherwise XLA may give a row the layout that the next matrix product prefers, and
+    then give that layout to the whole stack.
+    """
+
+    def constrain(row: jax.Array) -> jax.Array:
         return with_layout_constraint(row, Layout(tuple(range(row.ndim))))
 
-    return jax.tree.map(constrained, rows)
+    return jax.tree.map(constrain, rows)
 
 
 def write_row(stack: Any, rows: Any, index: jax.typing.ArrayLike) -> Any:
-    """The stack with row `index` replaced, in the memory where it is."""
+    """Replaces row `index` of the stack; every array stays in its kind of memory."""
 
     def write(array: jax.Array, row: jax.Array) -> jax.Array:
-        row = move(row, jax.memory.Space.Host) if in_host_memory(array) else row
+        row = to_host(row) if _is_in_host_memory(array) else row
         return jax.lax.dynamic_update_slice_in_dim(array, row, index, 0)
 
     return jax.tree.map(write, stack, rows)
