@@ -107,15 +107,40 @@ def not_varying(path: _tree.Path, leaf: Any) -> None:
 def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path, Any]:
     """The leaves of a state's field by path, which must be those of the updates."""
     stored = _tree.leaves_by_path(field)
-    missing, unexpected = leaves.keys() - stored.keys(), stored.keys() - leaves.keys()
-    if missing or unexpected:
-        shown = ", ".join(f"'{_tree.show(path)}'" for path in sorted(missing or unexpected)[:5])
-        what = "has leaves that the state lacks" if missing else "lacks leaves that the state has"
+    difference = path_difference(
+        leaves,
+        stored,
+        missing="has leaves that the state lacks",
+        unexpected="lacks leaves that the state has",
+    )
+    if difference:
         raise ValueError(
-            f"the tree of updates has another structure than the parameters given to init: it {what}: "
-            f"{shown}; call init with the parameters that these are the gradients of"
+            "the tree of updates has another structure than the parameters given to init: it "
+            f"{difference}; call init with the parameters that these are the gradients of"
         )
     return stored
+
+
+def path_difference(
+    expected: Mapping[_tree.Path, Any],
+    actual: Mapping[_tree.Path, Any],
+    *,
+    missing: str,
+    unexpected: str,
+) -> str:
+    """Names up to five paths that only one of two trees has; "" if there are none.
+
+    Args:
+      expected: the leaves of one tree.
+      actual: the leaves of the other tree.
+      missing: the words before paths that only `expected` has.
+      unexpected: the words before paths that only `actual` has.
+    """
+    lacking, beyond = expected.keys() - actual.keys(), actual.keys() - expected.keys()
+    if not lacking and not beyond:
+        return ""
+    shown = ", ".join(f"'{_tree.show(path)}'" for path in sorted(lacking or beyond)[:5])
+    return f"{missing if lacking else unexpected}: {shown}"
 
 
 def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
@@ -128,11 +153,11 @@ def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
 
 def stored_projection(is_stored: bool, projection: Any) -> None:
     if is_stored != (projection is not None):
-        holds = "projections" if projection is not None else "no projections"
-        wants = "one that is stored, as svd is" if is_stored else "not stored, as svd is"
+        holds = "no projections" if is_stored else "projections"
         raise ValueError(
-            f"the state holds {holds}, and projection is {wants}; the state comes from "
-            "another setting: use the projection it was made with, or call init again"
+            f"the state holds {holds}, and the projection is {'' if is_stored else 'not '}"
+            "one that is stored, as 'svd' is; the state comes from another setting: use "
+            "the projection it was made with, or call init again"
         )
 
 

@@ -23,26 +23,32 @@ SEED_IMPL = "threefry2x32"  # A seed gives the same run under any default genera
 
 def key_impl(key: Any) -> Any:
     """The generator of `key`, as ``jax.random.wrap_key_data`` takes it; checks the key."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.shape == ():
-            return jax.random.key_impl(key)
-    elif isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+    impl = jax_key_impl(key)
+    if impl is not None:
+        return impl
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         # JAX truncates a larger seed to 32 bits or not, depending on its settings.
         if not 0 <= key < 2**32:
             raise ValueError(f"key must be a seed from 0 to 2**32 - 1, got {key!r}")
         return SEED_IMPL
-    elif isinstance(key, (jax.Array, np.ndarray)):
-        if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
-            return SEED_IMPL
-        if key.ndim == 1 and key.dtype == jnp.uint32:
-            impl = jax.random.key_impl(jax.random.key(0))
-            if key.shape == key_data_shape(impl):
-                return impl
+    is_array = isinstance(key, (jax.Array, np.ndarray))
+    if is_array and key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
+        return SEED_IMPL
     raise TypeError(
         "key must be an int seed (or an integer scalar array), one JAX key from "
-        "jax.random.key, or the raw data of a key of JAX's default generator, got "
+        "jax.random.key, or the raw data of one of JAX's default generator, got "
         f"{key!r}"
     )
+
+
+def jax_key_impl(key: Any) -> Any:
+    """The generator of one JAX key, typed or raw; None if `key` is anything else."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.key_impl(key) if key.shape == () else None
+    if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32:
+        impl = jax.random.key_impl(jax.random.key(0))
+        return impl if key.shape == key_data_shape(impl) else None
+    return None
 
 
 def key_data_shape(impl: Any) -> tuple[int, ...]:

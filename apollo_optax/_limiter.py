@@ -132,4 +132,7 @@ def limit_norm_growth(
             LimitNormGrowthState(_tree.rebuild(state.norm, norms)),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # Optax types any state as a tree of arrays.
+    init: Any = init_fn
+    update: Any = update_fn
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ class Stored(Projection):
     def at(
         self,
         matrix: Matrix,
-        drawn: None,
+        drawn: jax.Array | None,
         gradient: jax.Array,
         stored: Any,
         is_refresh: jax.Array,
@@ -243,6 +243,6 @@ def resolve(projection: Any) -> Projection:
     if isinstance(projection, Projection):
         return projection
     if callable(projection):
-        return FromCallable(projection)
+        return FromCallable(cast(Draw, projection))
     _check.one_of("projection", projection, NAMED, " or a callable (key, (r, m)) -> P")
     return NAMED[projection]

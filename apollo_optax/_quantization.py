@@ -1,16 +1,17 @@
-"""Weights of eight or sixteen bits that an update smaller than their last bit still moves.
+"""Weights in int8 and bfloat16, and updates that are added with stochastic rounding.
 
-A weight of few bits can't hold an update much smaller than its rounding step: rounded to nearest it
-stays where it was, step after step. Stochastic rounding moves it up with the probability that keeps
-the expectation exact, so small updates add up. It serves bfloat16 weights as they are, and int8
-weights in groups that share a scale and a zero point, as Q-GaLore and Q-APOLLO train them.
+A weight of few bits can't represent an update that is much smaller than its rounding
+step. Rounded to nearest, it would keep its value, step after step. Stochastic rounding
+moves it up with the probability that makes the expectation exact, so that small updates
+add up. It applies to bfloat16 weights as they are, and to int8 weights in groups that
+share a scale and a zero point, as Q-GaLore and Q-APOLLO train them.
 """
 
 import dataclasses
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,49 +19,66 @@ import numpy as np
 import optax
 
 from apollo_optax import _check, _keys, _sharding, _tree
+from apollo_optax._blocks import (
+    BLOCK,
+    block_shape,
+    from_blocks,
+    split_shape,
+    to_blocks,
+)
+from apollo_optax._dtypes import wide_dtype
+from apollo_optax._rounding import (
+    Grid,
+    needed_scale,
+    new_grid,
+    random_bits,
+    round_to_bfloat16,
+    value_range,
+)
 
-_LOWEST, _HIGHEST = -128, 127
-# Steps that a new grid lays over its group's range. Of the 255 between 256 codes, one lets the zero
-# point be a whole number with both ends still inside; the hundredth covers divisions a few ulp off, as
-# accelerators have them.
-_STEPS = 253.99
 
-
+# eq=False, because arrays have no single truth value to compare by.
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["qvalue", "scale", "zero_point"],
     meta_fields=["axis", "axis_size", "group_size", "dtype"],
 )
-@dataclasses.dataclass(frozen=True, eq=False)  # Arrays have no single truth value to compare by.
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """A matrix, or a stack of them, in int8; stands for ``(qvalue - zero_point) * scale``.
+    """A matrix, or a stack of them, in int8: ``(qvalue - zero_point) * scale``.
 
-    Each group of `group_size` neighbours along `axis` has a scale and a zero point of its own; the last
-    group is shorter where the size does not divide. It is a pytree of three arrays, so ``jit``,
-    ``lax.scan``, donation, ``device_put`` and Orbax take it like any other. ``flax.serialization``, which
-    takes only types it was told of, takes its ``jax.tree.leaves``.
+    Each group of `group_size` neighbours along `axis` has its own scale and zero point.
+    The last group is shorter if `group_size` does not divide the axis. A QuantizedArray
+    is a pytree of three arrays, so ``jit``, ``lax.scan``, donation, ``device_put`` and
+    Orbax treat it like any other pytree. ``flax.serialization`` supports registered
+    types only; give it the ``jax.tree.leaves``.
 
-    `shape`, `ndim` and `size` are the matrix's. `scale` and `zero_point` have the groups in the place of
-    `axis`, and `qvalue` has the groups and the places in a group: weights of shape ``(4096, 11008)`` have
-    scales of shape ``(32, 11008)`` and codes of shape ``(32, 16, 8, 11008)``, the 128 places as
-    ``(16, 8)``. Along the last axis places are one axis. The last group is filled up in storage. So what is
-    cut over a mesh by ``P("data", "model")`` has its codes cut by ``P("data", None, None, "model")``, and
-    all three arrays can be sliced and stacked along the other axes, such as that of layers.
+    `shape`, `ndim` and `size` are those of the matrix. In `scale` and `zero_point`, an
+    axis of groups replaces `axis`. In `qvalue`, an axis of groups and two axes of
+    positions within a group replace it. Weights of shape ``(4096, 11008)`` have scales
+    of shape ``(32, 11008)`` and codes of shape ``(32, 16, 8, 11008)``, in which
+    ``(16, 8)`` are the 128 positions. If `axis` is the last, positions form a single
+    axis. The last group is padded with zeros. A kernel sharded by
+    ``P("data", "model")`` has codes sharded by ``P("data", None, None, "model")``. All
+    three arrays can be sliced and stacked along the other axes, such as the axis of
+    layers.
 
-    Made by :func:`quantize` and read by :func:`dequantize`.
+    :func:`quantize` makes it and :func:`dequantize` reads it.
     """
 
-    qvalue: jax.Array  # int8, (..., groups, places / 8, 8, ...); along the last axis (..., groups, places).
-    scale: jax.Array  # bfloat16, (..., groups, ...). Stays in float32 if put there.
-    zero_point: jax.Array  # int8, of the scale's shape: the code of 0.
-    axis: int  # Counted from the end, so that it holds for a layer sliced from a stack.
-    axis_size: int  # Of the matrix along `axis`, without what fills up the last group.
+    # int8, (..., groups, positions / 8, 8, ...); along the last axis (..., groups,
+    # positions).
+    qvalue: jax.Array
+    scale: jax.Array  # bfloat16, (..., groups, ...). A float32 scale stays float32.
+    zero_point: jax.Array  # int8, the scale's shape: the code of 0.
+    axis: int  # Negative, so that it also holds for a layer sliced from a stack.
+    axis_size: int  # The matrix's size along `axis`, without the padding.
     group_size: int
-    dtype: np.dtype  # What it dequantizes to.
+    dtype: np.dtype  # The dtype of the dequantized array.
 
     @property
     def shape(self) -> tuple[int, ...]:
-        before, _, after = _around(self.scale.shape, self.axis)
+        before, _, after = split_shape(self.scale.shape, self.axis)
         return (*before, self.axis_size, *after)
 
     @property
@@ -74,44 +92,59 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points together; the arrays may be abstract."""
+        """Bytes of codes, scales and zero points; the arrays may be abstract."""
         parts = (self.qvalue, self.scale, self.zero_point)
-        return sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in parts)
+        sizes = (math.prod(p.shape) * jnp.dtype(p.dtype).itemsize for p in parts)
+        return sum(sizes)
 
 
 def quantize(
-    array: jax.typing.ArrayLike, *, axis: int | None = None, group_size: int = 128, key: Any = None
+    array: jax.typing.ArrayLike,
+    *,
+    axis: int | None = None,
+    group_size: int = 128,
+    key: Any = None,
 ) -> QuantizedArray:
-    r"""Rounds an array to int8, with a scale and a zero point for each group of neighbours.
+    r"""Rounds an array to int8, with a scale and a zero point per group of neighbours.
 
-    A group with values from :math:`l \le 0` to :math:`h \ge 0` (the range always includes 0) becomes
+    A group with values from :math:`l \le 0` to :math:`h \ge 0` (the range always
+    includes 0) becomes
 
-    .. math:: s = (h - l) / 254, \quad z = \lceil -l / s \rceil - 128, \quad q = \mathrm{round}(w / s) + z,
+    .. math::
 
-    :math:`s` rounded up to bfloat16. So nothing is clipped, 0 is exact, and :math:`(q - z) s` is off by
-    at most half a step :math:`s`, or by less than a step if `key` is given. A group with a value that is
-    not finite dequantizes to NaN throughout, as int8 can't say which one it was.
+       s = (h - l) / 254, \quad z = \lceil -l / s \rceil - 128, \quad
+       q = \mathrm{round}(w / s) + z,
+
+    with :math:`s` rounded up to bfloat16. Nothing is clipped and 0 is exact. The error
+    of :math:`(q - z) s` is at most half a step :math:`s`, or less than a step if `key`
+    is given. A group with a value that is not finite dequantizes to NaN throughout,
+    because int8 can't record which value it was.
 
     Args:
-      array: real floating-point, of any shape of two or more axes (of one, if `axis` is given).
-      axis: the axis along which neighbours are grouped. By default the last but one, the inputs of Flax's
-        ``(in, out)`` kernels, so that scales lie beside each other as the weights do. Where the array's
-        ``NamedSharding`` cuts that axis within a group, it is the last axis, unless that is cut within a
-        group too: 11008 is 86 groups, which two devices can share and four can't. (Inside ``jit`` under
-        automatic sharding nothing is known of cuts; pass `axis` there.) Not the axis of layers, if the
-        stack is to be sliced.
-      group_size: neighbours to a scale, a multiple of 8. With 128, an int8 weight takes 1.023 bytes; an
-        axis longer than this that it does not divide takes the space of the next multiple.
-      key: None rounds to nearest; a JAX key, typed or raw, rounds up with a probability of the part that
-        is left, so that the expectation is the weight, to :math:`2^{-17}` of a step.
+      array: real floating-point, with two or more axes (or one, if `axis` is given).
+      axis: the axis along which neighbours form a group. The default is the last but
+      one,
+        the inputs of Flax's ``(in, out)`` kernels, so that neighbouring weights in
+        memory have neighbouring scales. If the array's ``NamedSharding`` splits that
+        axis within a group, the default is the last axis, unless that is split within a
+        group too: 11008 is 86 groups, which two devices can share and four can't.
+        (Inside ``jit`` under automatic sharding, the sharding is unknown; pass `axis`
+        there.) It must not be the axis of layers if the stack is to be sliced.
+      group_size: neighbours per scale, a multiple of 8. With 128, an int8 weight takes
+        1.023 bytes. A longer axis that is not a multiple of it takes the space of the
+        next multiple.
+      key: None rounds to nearest. A JAX key, typed or raw, rounds up with a probability
+        equal to the remaining fraction of a step, so that the expectation is the
+        weight, to within :math:`2^{-17}` of a step.
 
     Returns:
       A :class:`QuantizedArray` that dequantizes to the shape and dtype of `array`.
 
     Raises:
-      TypeError: if `axis` or `group_size` is no int, or `key` no key.
-      ValueError: if `array` is not real floating-point or has too few axes, or if `axis` or `group_size`
-        is out of range.
+      TypeError: if `array` is a QuantizedArray, if `axis` or `group_size` is not an
+        int, or if `key` is not a JAX key.
+      ValueError: if `array` is not real floating-point or has too few axes, or if
+        `axis` or `group_size` is out of range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -119,328 +152,258 @@ def quantize(
       >>> quantized = quantize(kernel)
       >>> quantized.scale.shape, quantized.nbytes / quantized.size
       ((2, 8), 1.0234375)
-      >>> float(abs(dequantize(quantized) - kernel).max()) < 0.5 * float(quantized.scale.max())
+      >>> error = abs(dequantize(quantized) - kernel)
+      >>> float(error.max()) < 0.5 * float(quantized.scale.max())
       True
 
     References:
-      Jacob et al., `Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-      Inference <https://arxiv.org/abs/1712.05877>`_, 2018
+      Jacob et al., `Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference <https://arxiv.org/abs/1712.05877>`_, 2018
 
-      Zhang et al., `Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients
-      <https://arxiv.org/abs/2407.08296>`_, 2024
+      Zhang et al., `Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive
+      Low-Rank Gradients <https://arxiv.org/abs/2407.08296>`_, 2024
     """
     if isinstance(array, QuantizedArray):
-        raise TypeError("the array is a QuantizedArray already; pass dequantize(array) to quantize it anew")
+        raise TypeError(
+            "the array is a QuantizedArray already; pass dequantize(array) to quantize "
+            "it again"
+        )
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
-            f"quantize takes real floating-point arrays, got dtype {array.dtype}; leave this one as it is"
+            f"quantize takes real floating-point arrays, got dtype {array.dtype}; "
+            "leave this array as it is"
         )
     _check.positive_int("group_size", group_size)
     group_size = int(group_size)
-    if group_size % _BLOCK != 0:
-        raise ValueError(f"group_size must be a multiple of {_BLOCK}, such as 64 or 128, got {group_size}")
-    axis = _default_axis(array, group_size) if axis is None else _from_the_end(axis, array.shape)
-    return _quantize(array, None if key is None else _rounding_key(key), axis, group_size)
+    if group_size % BLOCK != 0:
+        raise ValueError(
+            f"group_size must be a multiple of {BLOCK}, such as 64 or 128, got "
+            f"{group_size}"
+        )
+    if axis is None:
+        axis = _default_axis(array, group_size)
+    else:
+        axis = _negative_axis(axis, array.shape)
+    key = None if key is None else _threefry_key(key)
+    return _quantize(array, key, axis, group_size)
 
 
 def dequantize(tree: Any) -> Any:
-    """Replaces every :class:`QuantizedArray` in a pytree by the array it stands for.
+    """Replaces every :class:`QuantizedArray` in a pytree by the array it represents.
 
     Args:
-      tree: any pytree; a QuantizedArray alone is one too.
+      tree: any pytree; a single QuantizedArray is one too.
 
     Returns:
-      The tree with arrays of the dtypes that were quantized, computed in float32 (float64 for float64);
-      other leaves are untouched. ``jax.eval_shape(dequantize, params)`` is what ``tx.init`` has to see.
+      The tree with arrays of the dtypes that were quantized, computed in float32
+      (float64 for float64). Other leaves are unchanged. ``tx.init`` takes the
+      dequantized parameters; ``jax.eval_shape(dequantize, params)`` has their shapes.
 
     Raises:
-      ValueError: if a QuantizedArray's codes and scales don't belong together.
+      ValueError: if the shapes of a QuantizedArray's codes and scales do not match.
     """
-    return jax.tree.map(lambda x: _dequantize(x) if _is_quantized(x) else x, tree, is_leaf=_is_quantized)
+
+    def dequantize_leaf(leaf: Any) -> Any:
+        return _dequantize(leaf) if is_quantized(leaf) else leaf
+
+    return jax.tree.map(dequantize_leaf, tree, is_leaf=is_quantized)
 
 
 def apply_updates_stochastic(
-    params: optax.Params, updates: optax.Updates, key: Any, *, batch_index: jax.typing.ArrayLike | None = None
+    params: optax.Params,
+    updates: optax.Updates,
+    key: Any,
+    *,
+    batch_index: jax.typing.ArrayLike | None = None,
 ) -> Any:
-    r"""Adds updates to parameters of few bits, rounding so that the expectation is exact.
+    r"""Adds updates to bfloat16 and int8 parameters with stochastic rounding.
 
-    In place of ``optax.apply_updates``, which it is for leaves that are neither bfloat16 nor int8. Those
-    two are added to in float32 and rounded stochastically: a weight a fraction :math:`f` of a step above
-    one it can hold goes up a step with probability :math:`f`, else down to it. A bfloat16 weight that is
-    not finite stays what it is.
+    It replaces ``optax.apply_updates``, and does the same for leaves in all other
+    dtypes. Updates are added in float32 and the sums are rounded so that their
+    expectation is exact. A sum that is a fraction :math:`f` of a step above a
+    representable value is rounded up with probability :math:`f`, and otherwise down. A
+    bfloat16 weight that is not finite stays what it is.
 
-    An int8 group keeps its scale and zero point while the new weights fit and use at least half of its
-    range; else both are chosen anew, as in :func:`quantize`.
+    An int8 group keeps its scale and zero point as long as the new weights fit its
+    range and use at least half of it. Otherwise it gets a new scale and zero point, as
+    in :func:`quantize`.
 
-    Every element's draw is a function of the key, of its leaf's path (boxes and node types do not
-    matter) and of its place in the leaf, whatever the mesh. Draws are threefry's even if the key is
-    another generator's, whose bits depend on how the computation is sharded and batched.
+    Every element's draw is a function of the key, of its leaf's path (boxes and node
+    types do not matter) and of its index in the leaf, on any mesh. Draws use threefry
+    even if the key belongs to another generator, because the bits of other generators
+    depend on how the computation is sharded and batched.
 
     Args:
-      params: the parameters; a :class:`QuantizedArray` counts as one leaf.
-      updates: arrays of the parameters' shapes, by the same paths.
-      key: a JAX key, typed or raw: another one for each step, ``jax.random.fold_in(key, step)``.
-      batch_index: if the leaves are slices of layer-stacked ones that keep the layer axis at size 1 (or a
-        few layers), the index of the first layer. Slices then get what the whole stack would. May be
-        traced.
+      params: the parameters; a :class:`QuantizedArray` is one leaf.
+      updates: arrays of the parameters' shapes at the same paths.
+      key: a JAX key, typed or raw, another one for each step:
+        ``jax.random.fold_in(key, step)``.
+      batch_index: the index of the first layer, if the leaves are slices of
+        layer-stacked leaves that keep the layer axis at size 1 (or a few layers).
+        Slices then get the draws that they would get in the whole stack. May be traced.
 
     Returns:
       The new parameters, with the structure, shapes and dtypes of `params`.
 
     Raises:
-      TypeError: if `key` is no key, or `batch_index` no integer.
-      ValueError: if the updates have other paths or shapes than the parameters.
+      TypeError: if `key` is not a JAX key, or `batch_index` is not an integer.
+      ValueError: if the paths or shapes of the updates differ from the parameters'.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((4, 8), jnp.bfloat16)}
       >>> updates = {"kernel": jnp.full((4, 8), 1e-3)}
-      >>> bool((optax.apply_updates(params, updates)["kernel"] == 1).all())  # Lost.
-      True
+      >>> lost = optax.apply_updates(params, updates)["kernel"]
+      >>> [float(x) for x in jnp.unique(lost)]
+      [1.0]
       >>> moved = apply_updates_stochastic(params, updates, jax.random.key(0))["kernel"]
       >>> [float(x) for x in jnp.unique(moved)]
       [1.0, 1.0078125]
 
     References:
-      Gupta et al., `Deep Learning with Limited Numerical Precision <https://arxiv.org/abs/1502.02551>`_,
-      2015
+      Gupta et al., `Deep Learning with Limited Numerical Precision
+      <https://arxiv.org/abs/1502.02551>`_, 2015
 
-      Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020
+      Zamirai et al., `Revisiting BFloat16 Training
+      <https://arxiv.org/abs/2010.06192>`_, 2020
     """
-    leaves, deltas = _tree.leaves_by_path(params, _is_quantized), _tree.leaves_by_path(updates)
+    leaves = _tree.leaves_by_path(params, is_quantized)
+    deltas = _tree.leaves_by_path(updates)
     _check_updates(leaves, deltas)
-    key, first = _rounding_key(key), _first_index(batch_index)
-    # In the order of the parameters: that of the updates is another where their node types sort otherwise.
+    key, first = _threefry_key(key), _first_index(batch_index)
+    # Follow the parameters' order of leaves. The updates' order can differ if their
+    # containers sort keys differently.
     new = [
         _update_leaf(leaf, deltas[path], key, _keys.leaf_id(path), first)
         for path, leaf in leaves.items()
     ]
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_quantized), new)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), new)
 
 
-def _is_quantized(node: Any) -> bool:
+def is_quantized(node: Any) -> bool:
     return isinstance(node, QuantizedArray)
 
 
-# Arguments.
+# Checks of arguments.
 
 
-def _from_the_end(axis: Any, shape: tuple[int, ...]) -> int:
+def _negative_axis(axis: Any, shape: tuple[int, ...]) -> int:
+    """`axis` counted from the end."""
     try:
         axis = operator.index(axis)
     except TypeError as error:
         raise TypeError(f"axis must be an int or None, got {axis!r}") from error
     ndim = len(shape)
     if not -ndim <= axis < ndim:
-        raise ValueError(f"axis must be one of the {ndim} axes of shape {shape}, got {axis}")
+        raise ValueError(
+            f"axis must be one of the {ndim} axes of shape {shape}, got {axis}"
+        )
     return axis - ndim if axis >= 0 else axis
 
 
 def _default_axis(array: jax.Array, group_size: int) -> int:
-    """The rule in the docstring of :func:`quantize`."""
+    """The axis that the docstring of :func:`quantize` promises."""
     if array.ndim < 2:
         raise ValueError(
-            f"quantize takes arrays of two or more axes, got shape {array.shape}: vectors are too small a "
-            "part of a model to be worth the error; leave this one as it is, or name its axis"
+            f"quantize takes arrays of two or more axes, got shape {array.shape}: "
+            "vectors are too small a part of a model to be worth the error; leave this "
+            "array as it is, or give axis="
         )
     sharding = _sharding.sharding_of(array)
-    held = array.shape if sharding is None else sharding.shard_shape(array.shape)
+    shard = array.shape if sharding is None else sharding.shard_shape(array.shape)
 
     def has_whole_groups(axis: int) -> bool:
-        return held[axis] == array.shape[axis] or held[axis] % group_size == 0
+        return shard[axis] == array.shape[axis] or shard[axis] % group_size == 0
 
     return next((axis for axis in (-2, -1) if has_whole_groups(axis)), -2)
 
 
-def _rounding_key(key: Any) -> jax.Array:
-    """`key` as one typed threefry key."""
-    typed = None
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        typed = key if key.shape == () else None
-    elif isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32:
-        impl = jax.random.key_impl(jax.random.key(0))
-        if key.shape == _keys.key_data_shape(impl):
-            typed = jax.random.wrap_key_data(jnp.asarray(key), impl=impl)
-    if typed is None:
+def _threefry_key(key: Any) -> jax.Array:
+    """`key` as one typed threefry key; of another generator, a key drawn from it."""
+    impl = _keys.jax_key_impl(key)
+    if impl is None:
         raise TypeError(
-            "key must be one JAX key, from jax.random.key(seed) or the raw data of one of JAX's default "
-            f"generator, got {key!r}"
+            "key must be one JAX key, from jax.random.key(seed) or the raw data of one "
+            f"of JAX's default generator, got {key!r}"
         )
-    if jax.random.key_impl(typed) == "threefry2x32":
-        return typed
-    return jax.random.wrap_key_data(jax.random.bits(typed, (2,), jnp.uint32), impl="threefry2x32")
+    if key.shape != ():  # Raw data is a vector.
+        key = jax.random.wrap_key_data(jnp.asarray(key), impl=impl)
+    if impl == _keys.SEED_IMPL:
+        return key
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    return jax.random.wrap_key_data(words, impl=_keys.SEED_IMPL)
 
 
 def _first_index(batch_index: Any) -> jax.typing.ArrayLike:
     if batch_index is None:
         return 0
-    if jnp.ndim(batch_index) != 0 or not jnp.issubdtype(jnp.result_type(batch_index), jnp.integer):
-        raise TypeError(f"batch_index must be an integer, the index of a layer, got {batch_index!r}")
+    dtype = jnp.result_type(batch_index)
+    if jnp.ndim(batch_index) != 0 or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"batch_index must be an integer, the index of a layer, got {batch_index!r}"
+        )
     return batch_index
 
 
-def _check_updates(leaves: dict[_tree.Path, Any], updates: dict[_tree.Path, Any]) -> None:
-    missing, unexpected = leaves.keys() - updates.keys(), updates.keys() - leaves.keys()
-    if missing or unexpected:
-        shown = ", ".join(f"'{_tree.show(path)}'" for path in sorted(missing or unexpected)[:5])
-        what = "lack leaves that the parameters have" if missing else "have leaves that the parameters lack"
+def _check_updates(
+    leaves: dict[_tree.Path, Any], updates: dict[_tree.Path, Any]
+) -> None:
+    difference = _check.path_difference(
+        leaves,
+        updates,
+        missing="lack leaves that the parameters have",
+        unexpected="have leaves that the parameters lack",
+    )
+    if difference:
         raise ValueError(
-            f"the updates {what}: {shown}; pass an array for every parameter, where it is a QuantizedArray "
-            "one like the array it dequantizes to (take gradients with respect to dequantize(params))"
+            f"the updates {difference}; pass an array for every parameter, and for a "
+            "QuantizedArray one like the array it dequantizes to (take gradients with "
+            "respect to dequantize(params))"
         )
     for path, leaf in leaves.items():
-        if _is_quantized(leaf):
+        if is_quantized(leaf):
             _check_parts(leaf)
-            shape = leaf.shape
-        else:
-            shape = jnp.shape(leaf)
+        shape = leaf.shape if is_quantized(leaf) else jnp.shape(leaf)
         if jnp.shape(updates[path]) != shape:
             raise ValueError(
-                f"the update of '{_tree.show(path)}' has shape {jnp.shape(updates[path])}, but the parameter "
-                f"has shape {shape}; pass updates of the parameters' shapes"
+                f"the update of '{_tree.show(path)}' has shape "
+                f"{jnp.shape(updates[path])}, but the parameter has shape {shape}; "
+                "pass updates of the parameters' shapes"
             )
 
 
-# Blocks: an axis of n is stored as one of groups and one of the places in a group or, if it is not the last
-# of the array, two of places: (places / 8, 8). The last group is filled up with zeros. Every group's range
-# includes 0 and every grid holds it exactly, so they stay 0 and change nothing for the weights beside them.
-#
-# This shape is for the sake of TPUs, whose compiler tiles arrays by their last two axes.
-# - With groups as an axis of the codes, too, a layer of a stack is updated in place. With codes of the
-#   matrix's shape, XLA lays out a scale for each weight, in float32.
-# - With 8 places next to the last axis, codes are tiled (8, 128), as they are in host memory. A longer axis
-#   is tiled (32, 128) on the device alone, and to fetch a layer XLA copies the whole stack.
-
-_BLOCK = 8
-
-
-def _around(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    place = len(shape) + axis
-    return shape[:place], shape[place], shape[place + 1 :]
-
-
-def _block_shape(n: int, axis: int, group_size: int) -> tuple[int, ...]:
-    """What an axis of n becomes: ``(groups, *places)``."""
-    if axis == -1:
-        places = (max(1, min(n, group_size)),)
-    else:
-        places = (max(1, min(math.ceil(n / _BLOCK), group_size // _BLOCK)), _BLOCK)
-    return (math.ceil(n / math.prod(places)), *places)
-
-
-def _place_axes(axis: int) -> tuple[int, ...]:
-    """The axes of places of an array in blocks, counted from the end as `axis` is."""
-    return (axis,) if axis == -1 else (axis - 1, axis)
-
-
-def _blocked(array: jax.Array, axis: int, group_size: int) -> jax.Array:
-    before, n, after = _around(array.shape, axis)
-    blocks = _block_shape(n, axis, group_size)
-    missing = math.prod(blocks) - n
-    if missing:  # Else a reshape will do, which moves nothing.
-        array = jnp.pad(array, [*[(0, 0)] * len(before), (0, missing), *[(0, 0)] * len(after)])
-    return array.reshape(*before, *blocks, *after)
-
-
-def _unblocked(array: jax.Array, shape: tuple[int, ...], axis: int, group_size: int) -> jax.Array:
-    """The inverse of :func:`_blocked`, for an array that had this shape."""
-    before, n, after = _around(shape, axis)
-    filled = math.prod(_block_shape(n, axis, group_size))
-    return jax.lax.slice_in_dim(array.reshape(*before, filled, *after), 0, n, axis=axis)
-
-
-class _Grid(NamedTuple):
-    """What the codes of each group stand for; of size 1 along the axes of places.
-
-    In float32 or float64, the dtype in which values are computed.
-    """
-
-    scale: jax.Array
-    zero_point: jax.Array
-
-    def stored(self, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """The scale, in `dtype`, and the zero point of a :class:`QuantizedArray`."""
-        scale, zero_point = (jnp.squeeze(x, _place_axes(axis)) for x in self)
-        return scale.astype(dtype), zero_point.astype(jnp.int8)
-
-    def values(self, codes: jax.Array) -> jax.Array:
-        return (codes.astype(self.scale.dtype) - self.zero_point) * self.scale
-
-    def codes(self, values: jax.Array, bits: jax.Array | None) -> jax.Array:
-        """The int8 codes of `values`: to nearest, or by 16 random bits each."""
-        steps = jnp.round(values / self.scale)
-        if bits is not None:
-            # By what nearest rounding leaves, which is exact: a difference of codes times a scale has at most
-            # 9 + 8 bits. So a weight on the grid stays there, where a quotient a little too small would fall.
-            left = (values - steps * self.scale) / self.scale
-            steps += jnp.floor(left + (bits.astype(left.dtype) + 0.5) / 2**16)
-        return jnp.clip(steps + self.zero_point, _LOWEST, _HIGHEST).astype(jnp.int8)
-
-    def covers(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        lowest, highest = _LOWEST - self.zero_point, _HIGHEST - self.zero_point
-        return (lowest * self.scale <= low) & (high <= highest * self.scale)
-
-
-def _range(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The least and the largest of each group and 0."""
-    places = _place_axes(axis)
-    low, high = jnp.min(values, places, keepdims=True), jnp.max(values, places, keepdims=True)
-    return jnp.minimum(low, 0), jnp.maximum(high, 0)
-
-
-def _needed_scale(low: jax.Array, high: jax.Array) -> jax.Array:
-    """At least the smallest that devices don't flush to 0, for groups of zeros and of numbers as small."""
-    # Halved, since the difference of two float32 numbers need not be one.
-    needed = (high / 2 - low / 2) / (_STEPS / 2)
-    return jnp.maximum(needed, jnp.finfo(jnp.bfloat16).tiny)
-
-
-def _new_grid(low: jax.Array, high: jax.Array) -> _Grid:
-    needed = _needed_scale(low, high)
-    # Up to bfloat16 by bits: a cast there and back is a pair of casts that XLA may drop.
-    pattern = jax.lax.bitcast_convert_type(needed.astype(jnp.float32), jnp.uint32)
-    up = jax.lax.bitcast_convert_type((pattern + 0xFFFF) >> 16 << 16, jnp.float32).astype(needed.dtype)
-    scale = jnp.where(needed <= jnp.finfo(jnp.bfloat16).max, up, jnp.nan)
-    below = jnp.ceil(-low / scale)  # Steps below 0.
-    below += below * scale < -low  # Where the quotient came out a little small.
-    return _Grid(scale, below + _LOWEST)
-
-
 def _check_parts(array: QuantizedArray) -> None:
+    """Raises if codes and scales do not match, as after a slice along the groups."""
     expected = None
     if len(array.scale.shape) + array.axis >= 0:
-        before, n, after = _around(array.shape, array.axis)
-        groups, *places = _block_shape(n, array.axis, array.group_size)
-        expected = (*before, groups, *places, *after), (*before, groups, *after)
+        before, n, after = split_shape(array.shape, array.axis)
+        groups, *positions = block_shape(n, array.axis, array.group_size)
+        expected = (*before, groups, *positions, *after), (*before, groups, *after)
     if (array.qvalue.shape, array.scale.shape) != expected:
         raise ValueError(
-            f"a QuantizedArray of {array.axis_size} weights along axis {array.axis}, in groups of "
-            f"{array.group_size}, has codes of shape {array.qvalue.shape} and scales of shape "
-            f"{array.scale.shape}; slice and stack along other axes only"
+            f"a QuantizedArray of {array.axis_size} weights along axis {array.axis}, "
+            f"in groups of {array.group_size}, has codes of shape "
+            f"{array.qvalue.shape} and scales of shape {array.scale.shape}; slice and "
+            "stack along other axes only"
         )
 
 
-def _grid_of(array: QuantizedArray) -> _Grid:
-    dtype, places = _wide(array.dtype), _place_axes(array.axis)
-    return _Grid(*(jnp.expand_dims(x, places).astype(dtype) for x in (array.scale, array.zero_point)))
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-# Leaves. Jitted for themselves, so that leaves of one shape share a trace, an eager call computes what a
-# jitted one does, and shardings in types are there to be read.
+# Operations on one leaf. Each is jitted by itself, so that leaves of equal shape share
+# a trace, an eager call computes exactly what a jitted one does, and explicit shardings
+# can be read from the types of tracers.
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "group_size"))
-def _quantize(array: jax.Array, key: jax.Array | None, axis: int, group_size: int) -> QuantizedArray:
-    values = _blocked(array, axis, group_size).astype(_wide(array.dtype))
+def _quantize(
+    array: jax.Array, key: jax.Array | None, axis: int, group_size: int
+) -> QuantizedArray:
+    dtype = wide_dtype(array.dtype)
+    values = to_blocks(array, axis, group_size).astype(dtype)
     bits = None
     if key is not None:
-        bits = _random_bits(key, values.shape, 0, _sharding.sharding_of(values))
-    grid = _new_grid(*_range(values, axis))
+        bits = random_bits(key, values.shape, 0, _sharding.sharding_of(values))
+    grid = new_grid(*value_range(values, axis))
     scale, zero_point = grid.stored(axis, jnp.bfloat16)
     return QuantizedArray(
         qvalue=grid.codes(values, bits),
@@ -453,17 +416,26 @@ def _quantize(array: jax.Array, key: jax.Array | None, axis: int, group_size: in
     )
 
 
+def _grid_of(array: QuantizedArray) -> Grid:
+    dtype = wide_dtype(array.dtype)
+    return Grid.load(array.scale, array.zero_point, array.axis, dtype)
+
+
 @jax.jit
 def _dequantize(array: QuantizedArray) -> jax.Array:
     _check_parts(array)
-    # A code may stand for half a step more than the weight did, and that for no number of its dtype.
-    largest = jnp.finfo(array.dtype).max.astype(_wide(array.dtype))
-    values = jnp.clip(_grid_of(array).values(array.qvalue), -largest, largest).astype(array.dtype)
-    return _unblocked(values, array.shape, array.axis, array.group_size)
+    # The value of a code may exceed the weight by half a step, and so the largest
+    # finite number of its dtype.
+    largest = jnp.finfo(array.dtype).max.astype(wide_dtype(array.dtype))
+    values = jnp.clip(_grid_of(array).values(array.qvalue), -largest, largest)
+    values = values.astype(array.dtype)
+    return from_blocks(values, array.shape, array.axis, array.group_size)
 
 
-def _update_leaf(leaf: Any, update: Any, key: jax.Array, leaf_id: np.uint32, first: Any) -> Any:
-    if _is_quantized(leaf):
+def _update_leaf(
+    leaf: Any, update: Any, key: jax.Array, leaf_id: np.uint32, first: Any
+) -> Any:
+    if is_quantized(leaf):
         return _update_int8(leaf, update, key, leaf_id, first)
     if jnp.result_type(leaf) == jnp.bfloat16:
         return _update_bfloat16(leaf, update, key, leaf_id, first)
@@ -472,57 +444,43 @@ def _update_leaf(leaf: Any, update: Any, key: jax.Array, leaf_id: np.uint32, fir
 
 @jax.jit
 def _update_int8(
-    array: QuantizedArray, update: jax.Array, key: jax.Array, leaf_id: jax.Array, first: jax.Array
+    array: QuantizedArray,
+    update: jax.Array,
+    key: jax.Array,
+    leaf_id: jax.Array,
+    first: jax.Array,
 ) -> QuantizedArray:
     key = jax.random.fold_in(key, leaf_id)
-    # Without the barrier XLA casts it first, and where the blocks are along the last axis, so that they take
-    # another layout, keeps it in float32 in both: eight bytes a weight on a TPU.
-    update = jax.lax.optimization_barrier(_blocked(update, array.axis, array.group_size))
+    # Without the barrier XLA casts before it changes the layout. For blocks along the
+    # last axis it would then keep the update in float32 in both layouts, which is 8
+    # bytes per weight on TPUs.
+    update = to_blocks(update, array.axis, array.group_size)
+    update = jax.lax.optimization_barrier(update)
     old = _grid_of(array)
     values = old.values(array.qvalue) + update.astype(old.scale.dtype)
-    low, high = _range(values, array.axis)
-    # The variance of a rounding is f(1-f) of a step's square, f the part of a step that is left. On the
-    # old grid that is the update's alone, next to nothing; on a new one all weights of the group are off
-    # the grid and rounded anew, whether they moved or not. So a grid stays as long as it serves.
-    is_kept = old.covers(low, high) & (2 * _needed_scale(low, high) >= old.scale)
-    grid = jax.tree.map(functools.partial(jnp.where, is_kept), old, _new_grid(low, high))
-    codes = grid.codes(values, _random_bits(key, values.shape, first, _sharding.sharding_of(values)))
+    low, high = value_range(values, array.axis)
+    # Keep the old grid while it serves. Rounding a value that is a fraction f of a step
+    # above the grid has variance f(1-f) steps^2. On the old grid only the update
+    # contributes, which is next to nothing. A new grid re-rounds every weight of the
+    # group, moved or not.
+    is_kept = old.covers(low, high) & (2 * needed_scale(low, high) >= old.scale)
+    choose = functools.partial(jnp.where, is_kept)
+    grid = jax.tree.map(choose, old, new_grid(low, high))
+    bits = random_bits(key, values.shape, first, _sharding.sharding_of(values))
+    codes = grid.codes(values, bits)
     scale, zero_point = grid.stored(array.axis, array.scale.dtype)
     return dataclasses.replace(array, qvalue=codes, scale=scale, zero_point=zero_point)
 
 
 @jax.jit
 def _update_bfloat16(
-    array: jax.Array, update: jax.Array, key: jax.Array, leaf_id: jax.Array, first: jax.Array
+    array: jax.Array,
+    update: jax.Array,
+    key: jax.Array,
+    leaf_id: jax.Array,
+    first: jax.Array,
 ) -> jax.Array:
     key = jax.random.fold_in(key, leaf_id)
-    bits = _random_bits(key, array.shape, first, _sharding.sharding_of(array))
+    bits = random_bits(key, array.shape, first, _sharding.sharding_of(array))
     total = array.astype(jnp.float32) + update.astype(jnp.float32)
-    # A bfloat16 is the upper half of a float32, and the random half carries into it as often as it should.
-    pattern = jax.lax.bitcast_convert_type(total, jnp.uint32) + bits.astype(jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((pattern >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(total), rounded, total.astype(jnp.bfloat16))
-
-
-def _random_bits(key: jax.Array, shape: tuple[int, ...], first: Any, sharding: Any) -> jax.Array:
-    """16 bits for each element of a leaf, each index of the leading axis with a key of its own.
-
-    Args:
-      key: a typed key.
-      shape: of the leaf.
-      first: what the leading axis is counted from.
-      sharding: under explicit sharding, that of the leaf.
-
-    Returns:
-      A uint16 array of this shape.
-    """
-    if not shape:
-        return jax.random.bits(key, (), jnp.uint16)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(shape[0]))
-    keys = _sharding.reshard(keys, _sharding.sharding_of_axes(sharding, [0]))
-    one_sharding = _sharding.sharding_of_axes(sharding, range(1, len(shape)))
-
-    def draw_one(key: jax.Array) -> jax.Array:
-        return jax.random.bits(key, shape[1:], jnp.uint16, out_sharding=one_sharding)
-
-    return jax.vmap(draw_one)(keys)
+    return round_to_bfloat16(total, bits)

@@ -128,7 +128,7 @@ def _align(rows: list[tuple[Any, ...]]) -> str:
 def _totals(
     owned: dict[_tree.Path | None, _Owned], leaves: dict[_tree.Path, Any]
 ) -> StateBytes:
-    totals = dict.fromkeys(_KINDS, 0)
+    totals: dict[str, int] = dict.fromkeys(_KINDS, 0)
     for path, states in owned.items():
         totals[_kind(path, leaves)] += _nbytes(states)
     return StateBytes(*totals.values())

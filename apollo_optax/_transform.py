@@ -251,7 +251,10 @@ def scale_by_apollo(
             new_state._replace(count=count),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # Optax types any state as a tree of arrays.
+    init: Any = init_fn
+    update: Any = update_fn
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _draw(h: Hyperparams, matrix: Matrix, keys: jax.Array) -> jax.Array:

@@ -181,10 +181,10 @@ def test_a_state_of_another_setting():
     for other in (scale_by_apollo(3), scale_by_apollo(2, weight_dimension_numbers={"layer": None})):
         with pytest.raises(ValueError, match=r"mu for 'layer/kernel' has shape \(2, 6\).*rank"):
             other.update(PARAMS, state)
-    with pytest.raises(ValueError, match="holds no projections, and projection is 'svd'"):
+    with pytest.raises(ValueError, match="holds no projections, and the projection is one"):
         scale_by_apollo(2, projection="svd").update(PARAMS, state)
     svd = scale_by_apollo(2, projection="svd").init(PARAMS)
-    with pytest.raises(ValueError, match="holds projections, and projection is not 'svd'"):
+    with pytest.raises(ValueError, match="holds projections, and the projection is not one"):
         scale_by_apollo(2).update(PARAMS, svd)
 
 

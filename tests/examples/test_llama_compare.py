@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from apollo_optax import StateBytes
 from examples.llama import compare, optimizers, pretrain, run_log
 from examples.llama.config import LlamaConfig
 from examples.llama.options import RunOptions
 from examples.llama.result import RunResult
-from apollo_optax import StateBytes
 
 SHORT = ["--steps", "3", "--batch", "2", "--seq", "16", "--eval-every", "2"]
 HEAD = "optimizer lr lr emb val ppl ± seeds kernels emb+head rest tokens/s"

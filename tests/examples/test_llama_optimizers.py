@@ -9,6 +9,7 @@ import optax
 import optax.contrib
 import pytest
 
+from apollo_optax import StateBytes, state_bytes
 from examples.llama.config import LlamaConfig
 from examples.llama.model import Params, init_params
 from examples.llama.optimizers import (
@@ -20,7 +21,6 @@ from examples.llama.optimizers import (
     with_defaults,
 )
 from examples.llama.options import RunOptions
-from apollo_optax import StateBytes, state_bytes
 from examples.llama.usage import UsageError
 
 SMALL = LlamaConfig(384, 16, 24, 2, 3)

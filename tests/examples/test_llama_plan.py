@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from apollo_optax import state_bytes
 from benchmarks import memory as benchmark
 from examples.llama import build, plan, target
 from examples.llama.config import PRESETS, LlamaConfig, param_count
@@ -18,7 +19,6 @@ from examples.llama.mesh import make_mesh, over_data
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.plan import PlanOptions
-from apollo_optax import state_bytes
 from examples.llama.target import Compiler, CompilerError, Memory
 from examples.llama.usage import UsageError
 
