@@ -71,6 +71,11 @@ class MatrixAxes:
         return tuple(self.shape[axis] for axis in axes)
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """The axes in the order batch, contracted, channel."""
+        return (*self.batch, *self.contracted, *self.channel)
+
+    @property
     def contracted_size(self) -> int:
         return math.prod(self.sizes(self.contracted))
 

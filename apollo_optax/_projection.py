@@ -95,24 +95,47 @@ class Drawn(Projection):
 
 
 class Stored(Projection):
-    """A projection made from the gradient; subclasses define :meth:`refresh`."""
+    """A projection made from the gradient; subclasses define :meth:`refresh_one`."""
 
     is_stored = True
+
+    def refresh_one(self, gradient: jax.Array, previous: jax.Array) -> jax.Array:
+        """The projection of one matrix from this step on.
+
+        Args:
+          gradient: ``(m, n)``, the contracted side first, on every device.
+          previous: the projection so far, ``(r, m)``; zero before the first step.
+
+        Returns:
+          An array of the shape of `previous`.
+        """
+        raise NotImplementedError
 
     def refresh(
         self, matrix: Matrix, gradient: jax.Array, previous: jax.Array
     ) -> jax.Array:
-        """The projections to use from this step on.
+        """:meth:`refresh_one` for all matrices of a leaf.
 
-        Args:
-          matrix: the leaf's axes and rank.
-          gradient: the leaf.
-          previous: the projections so far, ``(*batch, r, *contracted)``; zero at first.
-
-        Returns:
-          An array like `previous`.
+        A leaf and ``(*batch, r, *contracted)`` to an array like the latter.
         """
-        raise NotImplementedError
+        axes = matrix.axes
+
+        def refresh_one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            # A single matrix is small, so its refresh is not worth distributing.
+            tensor, before = map(_sharding.replicate, pair)
+            flat = tensor.reshape(axes.contracted_size, -1)
+            rows = self.refresh_one(flat, before.reshape(matrix.rank, -1))
+            return rows.astype(before.dtype).reshape(before.shape)
+
+        def refresh_all(gradient: jax.Array, previous: jax.Array) -> jax.Array:
+            refresh_batch: Any = refresh_one
+            for _ in axes.batch:
+                # One matrix after the other, so that only one is replicated at a time.
+                refresh_batch = functools.partial(jax.lax.map, refresh_batch)
+            return refresh_batch((jnp.transpose(gradient, axes.order), previous))
+
+        sharding = _sharding.sharding_of(previous)
+        return _sharding.with_auto_axes(refresh_all, sharding)(gradient, previous)
 
     def init(self, matrix: Matrix) -> jax.Array:
         return jnp.zeros(
@@ -198,37 +221,14 @@ class TopSingularVectors(Stored):
     where a row replaces nothing, its largest entry is positive.
     """
 
-    def refresh(
-        self, matrix: Matrix, gradient: jax.Array, previous: jax.Array
-    ) -> jax.Array:
-        axes = matrix.axes
-
-        def refresh_one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            # A single matrix is small, so its SVD is not worth distributing.
-            tensor, before = map(_sharding.replicate, pair)
-            flat = tensor.reshape(axes.contracted_size, -1)
-            u, _, _ = jnp.linalg.svd(flat, full_matrices=False)
-            rows = u[:, : matrix.rank].T
-            before = before.reshape(rows.shape)
-            at_largest = jnp.argmax(jnp.abs(rows), -1, keepdims=True)
-            largest = jnp.take_along_axis(rows, at_largest, -1)[..., 0]
-            is_first = jnp.all(before == 0, axis=-1)
-            agreement = jnp.where(is_first, largest, jnp.sum(rows * before, axis=-1))
-            signed = jnp.where(agreement < 0, -1, 1)[..., None] * rows
-            return signed.astype(previous.dtype).reshape(pair[1].shape)
-
-        def refresh_all(gradient: jax.Array, previous: jax.Array) -> jax.Array:
-            order = (*axes.batch, *axes.contracted, *axes.channel)
-            refresh_batch: Any = refresh_one
-            for _ in axes.batch:
-                # One matrix after the other, so that only one is replicated at a time.
-                refresh_batch = functools.partial(jax.lax.map, refresh_batch)
-            return refresh_batch((jnp.transpose(gradient, order), previous))
-
-        refresh_all = _sharding.with_auto_axes(
-            refresh_all, _sharding.sharding_of(previous)
-        )
-        return refresh_all(gradient, previous)
+    def refresh_one(self, gradient: jax.Array, previous: jax.Array) -> jax.Array:
+        u, _, _ = jnp.linalg.svd(gradient, full_matrices=False)
+        rows = u[:, : previous.shape[0]].T
+        at_largest = jnp.argmax(jnp.abs(rows), -1, keepdims=True)
+        largest = jnp.take_along_axis(rows, at_largest, -1)[..., 0]
+        is_first = jnp.all(previous == 0, axis=-1)
+        agreement = jnp.where(is_first, largest, jnp.sum(rows * previous, axis=-1))
+        return jnp.where(agreement < 0, -1, 1)[..., None] * rows
 
 
 NAMED: dict[str, Projection] = {

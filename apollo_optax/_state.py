@@ -29,7 +29,8 @@ class Field:
     """The rules for one field of a state.
 
     Attributes:
-      shape: of the field, for a leaf that is a matrix or a batch of them.
+      shape: of the field, for a leaf that is a matrix or a batch of them. The batch axes
+        come first, since a stack may be updated row by row.
       sharding: of the field, for the same.
       like_parameter: for any other leaf, whether the field has the shape and the sharding
         of the parameter; else it is a replicated scalar.
