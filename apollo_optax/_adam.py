@@ -26,7 +26,7 @@ class Decays(Protocol):
 def update_moments(
     h: Decays, gradient: jax.Array, state: LeafState
 ) -> tuple[jax.Array, jax.Array]:
-    """New first and second moments, in the dtype of `gradient` whatever the stored one."""
+    """New first and second moments, in the dtype of `gradient`."""
     mu, nu = (state[name].astype(gradient.dtype) for name in ("mu", "nu"))
     mu = optax.tree.update_moment(gradient, mu, h.b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(gradient, nu, h.b2, 2)
@@ -49,7 +49,7 @@ def update_leaf(
 
 
 def bias_correction(h: Decays, count: jax.Array) -> jax.Array:
-    """Both of Adam's bias corrections as one factor, ``sqrt(1 - b2^t) / (1 - b1^t)``."""
+    """Adam's bias corrections as one factor, ``sqrt(1 - b2^t) / (1 - b1^t)``."""
     return jnp.sqrt(_one_minus_power(h.b2, count)) / _one_minus_power(h.b1, count)
 
 

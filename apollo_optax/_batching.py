@@ -1,17 +1,20 @@
 """How many matrices are updated at once: memory and compile time, never a result.
 
-:func:`update_all` could be a loop that draws and updates one leaf after the other, and a
-test replaces it by one. What it adds:
+:func:`update_all` could be a loop that draws and updates one leaf after the other, and
+a test replaces it by one. What it adds:
 
-* Leaves whose draws have one shape share a compiled loop that draws, as many at a time as
-  fit in the memory of the largest gradient. Threefry is quick to run and slow to compile.
-* A stack is updated row by row if its update needs more memory than a row of its gradient.
-* Leaves of one shape share their compiled kernels, and wait for each other where what is
-  computed of all of them is large (:func:`opaque_index`).
+* Leaves whose draws have one shape share a compiled loop that draws, as many at a time
+  as fit in the memory of the largest gradient. Threefry is quick to run and slow to
+  compile.
+* A stack is updated row by row if its update needs more memory than a row of its
+  gradient.
+* Leaves of one shape share their compiled kernels, and wait for each other where what
+  is computed of all of them is large (:func:`opaque_index`).
 
-All of it is for leaves on one device. On a mesh, leaves of equal shape may be sharded along
-different axes (attention's projections before and after the heads), so one shared draw
-would force some gradients to be resharded; and a loop over a sharded axis would gather it.
+All of it is for leaves on one device. On a mesh, leaves of equal shape may be sharded
+along different axes (attention's projections before and after the heads), so one shared
+draw would force some gradients to be resharded; and a loop over a sharded axis would
+gather it.
 """
 
 import functools
@@ -56,7 +59,8 @@ class Leaf(NamedTuple):
         """Whether to update a stack row by row, with one row's computation in memory.
 
         False if all rows together need less memory than one row of the gradient, as at
-        rank 1, or if the leaf may be on a mesh: looping over a sharded axis would gather it.
+        rank 1, or if the leaf may be on a mesh: looping over a sharded axis would
+        gather it.
         """
         if not self.matrix.is_on_one_device or not self.matrix.batch_shape:
             return False
@@ -74,16 +78,18 @@ def update_all(
     """Updates every leaf by itself, in an order and in groups that save memory.
 
     Args:
-      update_one: the update of one leaf: from its matrix, gradient, state and draw to an
-        array with the remaining batch axes in front and the new state. A pytree, such as
-        ``jax.tree_util.Partial``, since it is an argument of jitted functions.
-      draw_one: the draw of one leaf: from its matrix and a key per batch element to an
-        array that depends on their shapes alone. None: the draws are None. A pytree too.
+      update_one: the update of one leaf, from its matrix, gradient, state and draw to
+        an array with the remaining batch axes in front and the new state. A pytree,
+        such as ``jax.tree_util.Partial``, since it is an argument of jitted functions.
+      draw_one: the draw of one leaf, from its matrix and a key per batch element to an
+        array that depends on their shapes alone. None: the draws are None. A pytree
+        too.
       keys: what the keys are made from.
       leaves: by path.
 
     Returns:
-      By path what ``update_one(matrix, gradient, state, draw_one(matrix, keys))`` returns.
+      By path what ``update_one(matrix, gradient, state, draw_one(matrix, keys))``
+      returns.
     """
     results = {}
     for group in _group_by_shape(leaves):
@@ -107,8 +113,8 @@ def update_all(
 # One leaf.
 
 
-# Jitted by itself, so that leaves of one shape share a trace, and an eager step computes
-# what a jitted one does.
+# Jitted by itself, so that leaves of one shape share a trace, and an eager step
+# computes what a jitted one does.
 @functools.partial(jax.jit, static_argnames=("matrix", "by_rows"))
 def _update_leaf(
     update_one: UpdateOne,
@@ -141,7 +147,7 @@ def _map_rows(
     state: State,
     keys: jax.Array,
 ) -> tuple[jax.Array, State]:
-    """Maps an update over the first batch axis of a leaf, its state changed in place."""
+    """Maps an update over a leaf's first batch axis, its state changed in place."""
     row_matrix = matrix.without_batch_axis()
     row_size = math.prod(row_matrix.batch_shape)
 
@@ -194,8 +200,8 @@ def _update_group(
     at_once = draws_at_once(leaves)
     room = max(leaf.gradient.nbytes for leaf in leaves)
     in_turn = sum(leaf.drawn_nbytes + leaf.computed_nbytes for leaf in leaves) > room
-    # A GPU takes as long to launch a small draw as to make it. A large draw takes several
-    # times the memory of its result on the way.
+    # A GPU takes as long to launch a small draw as to make it. A large draw takes
+    # several times the memory of its result on the way.
     is_small = 8 * at_once * leaves[0].drawn_nbytes <= room
 
     group_keys = _group_keys(
@@ -247,7 +253,7 @@ def _draw_into(
     matrix: Matrix,
     is_small: bool,
 ) -> jax.Array:
-    """Draws for several leaves, from the `first` of `keys` on, in the memory of `drawn`."""
+    """Draws for leaves in a row, from the `first` on, in the memory of `drawn`."""
 
     def draw(keys: jax.Array) -> jax.Array:
         return draw_one(matrix, keys)
@@ -289,9 +295,9 @@ def opaque_index(index: int, after: jax.Array) -> jax.Array:
     """`index` as a value that XLA:CPU cannot fold and cannot compute before `after`.
 
     A constant index would give every leaf kernels of its own. Without the dependency
-    XLA:CPU, which schedules independent work breadth-first, would project all leaves, and
-    keep what it computed, before it updated the first. On GPUs and TPUs the index is a
-    constant.
+    XLA:CPU, which schedules independent work breadth-first, would project all leaves,
+    and keep what it computed, before it updated the first. On GPUs and TPUs the index
+    is a constant.
     """
     return _opaque_index(np.array([index, 0], np.int32), after)
 

@@ -1,4 +1,4 @@
-"""Hyperparameters that are constants of the compiled code, or traced, as they are given."""
+"""Hyperparameters: constants of the compiled code, or traced, as they are given."""
 
 import dataclasses
 from typing import Any
@@ -23,8 +23,8 @@ STATIC_ARGS = frozenset(
 )
 """Arguments of :func:`apollo` that ``optax.inject_hyperparams`` must leave as they are.
 
-``inject_hyperparams`` would otherwise turn integers into arrays, and treat callables and
-dtypes as schedules. A factory that lacks some of these arguments takes
+``inject_hyperparams`` would otherwise turn integers into arrays, and treat callables
+and dtypes as schedules. A factory that lacks some of these arguments takes
 ``STATIC_ARGS & inspect.signature(factory).parameters.keys()``.
 """
 
@@ -34,11 +34,11 @@ ARRAYS = (jax.Array, np.ndarray)
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Hyperparams:
-    """The hyperparameters of :func:`scale_by_apollo`, as an argument of jitted functions.
+    """The hyperparameters of :func:`scale_by_apollo`, for jitted functions.
 
     Arrays, as ``inject_hyperparams`` gives them, are traced. Python numbers stay
-    constants of the compiled code, because ``1 - b2`` loses four digits when ``b2`` is a
-    float32 array.
+    constants of the compiled code, because ``1 - b2`` loses four digits when ``b2`` is
+    a float32 array.
     """
 
     scale_type: str

@@ -1,4 +1,4 @@
-"""Random keys: the caller's key, and the keys of leaves and batch elements made from it.
+"""Random keys: the caller's, and those of leaves and batch elements made from it.
 
 The key of batch element ``b`` of a leaf is
 ``fold_in(fold_in(fold_in(key, leaf id), refresh), b)``. It is a function of names and
@@ -22,7 +22,7 @@ SEED_IMPL = "threefry2x32"  # A seed gives the same run under any default genera
 
 
 def key_impl(key: Any) -> Any:
-    """The generator of `key`, as ``jax.random.wrap_key_data`` takes it; checks the key."""
+    """The generator of `key`, as ``jax.random.wrap_key_data`` takes it."""
     impl = jax_key_impl(key)
     if impl is not None:
         return impl
@@ -68,7 +68,7 @@ def key_data(key: Any) -> jax.Array:
 
 
 def leaf_id(path: _tree.Path) -> np.uint32:
-    """A 32-bit hash of a leaf's path, so that draws depend on names and not on order."""
+    """A 32-bit hash of a leaf's path, so that draws depend on names alone."""
     digest = hashlib.sha256(_tree.show(path).encode()).digest()
     return np.uint32(int.from_bytes(digest[:4], "big"))
 

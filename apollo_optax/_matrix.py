@@ -1,12 +1,13 @@
-"""A leaf seen as a batch of matrices: its axes, sharding, dtype and rank, and its algebra.
+"""A leaf as a batch of matrices: its axes, sharding, dtype, rank and algebra.
 
 Tensors are never reshaped into matrices: a reshape that merges a sharded axis with
-another would make XLA gather the tensor. :class:`Matrix` contracts, reduces and broadcasts
-over the axes where they are, and places its own results.
+another would make XLA gather the tensor. :class:`Matrix` contracts, reduces and
+broadcasts over the axes where they are, and places its own results.
 
-Shapes below: ``batch``, ``contracted`` and ``channel`` stand for the sizes of those axes,
-in this order of axes. ``m`` and ``n`` are the products of the latter two, and ``r`` is the
-rank. Factors and norms that several channels share have size 1 on the channel axes.
+Shapes below: ``batch``, ``contracted`` and ``channel`` stand for the sizes of those
+axes, in this order of axes. ``m`` and ``n`` are the products of the latter two, and
+``r`` is the rank. Factors and norms that several channels share have size 1 on the
+channel axes.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ SCALE_TYPES: dict[str, Callable[[int], tuple[int, ...]]] = {
 """Which of its channel axes share a scaling factor, given how many a matrix has.
 
 A scaling factor is a ratio of norms over the rank axis and the shared channel axes. The
-limiter takes the gradient's norms over the contracted side and the same channel axes, so
-both sides of ``|U|^2 = sum_j s_j^2 |G_j|^2`` follow from one entry.
+limiter takes the gradient's norms over the contracted side and the same channel axes,
+so both sides of ``|U|^2 = sum_j s_j^2 |G_j|^2`` follow from one entry.
 """
 
 
@@ -109,7 +110,7 @@ class Matrix:
 
     @property
     def projection_sharding(self) -> NamedSharding | None:
-        """Of ``(*batch, r, *contracted)``: each device has the part it multiplies with."""
+        """Of ``(*batch, r, *contracted)``: a device has the part it multiplies with."""
         axes = (*self.axes.batch, None, *self.axes.contracted)
         return _sharding.sharding_of_axes(self.sharding, axes)
 
@@ -117,11 +118,11 @@ class Matrix:
     def moment_sharding(self) -> NamedSharding | None:
         """Of ``(*batch, r, *channel)``: over the same devices as the leaf.
 
-        Mesh axes that shard the batch or the channel side stay where they are. Those that
-        shard the contracted side, which a moment does not have, move to the channel side,
-        so that the sum of partial projections can be a reduce-scatter. They move to the
-        rank axis where the channel size does not divide, and are dropped, the moment
-        replicated over them, where neither does.
+        Mesh axes that shard the batch or the channel side stay where they are. Those
+        that shard the contracted side, which a moment does not have, move to the
+        channel side, so that the sum of partial projections can be a reduce-scatter.
+        They move to the rank axis where the channel size does not divide, and are
+        dropped, the moment replicated over them, where neither does.
         """
         if self.sharding is None:
             return None
@@ -152,11 +153,12 @@ class Matrix:
         The result has the dtype of `projection` and is placed where `moment` is, whose
         sharding follows the parameter's. The gradient's own sharding may differ.
 
-        A bfloat16 tensor is multiplied without a float32 copy: the projection is rounded
-        to bfloat16, products are exact, sums are in float32. CPUs multiply in float32,
-        because they are no faster in bfloat16. At rank 1 CPUs and GPUs compute a weighted
-        sum in the pass that takes the norms. TPUs do not: the fused pass would keep XLA
-        from streaming weights from host memory layer by layer (:func:`layerwise_step`).
+        A bfloat16 tensor is multiplied without a float32 copy: the projection is
+        rounded to bfloat16, products are exact, sums are in float32. CPUs multiply in
+        float32, because they are no faster in bfloat16. At rank 1 CPUs and GPUs compute
+        a weighted sum in the pass that takes the norms. TPUs do not: the fused pass
+        would keep XLA from streaming weights from host memory layer by layer
+        (:func:`layerwise_step`).
         """
         rank_axis, dtype = len(self.axes.batch), projection.dtype
         out_sharding = _sharding.sharding_of(moment) or self.moment_sharding
@@ -204,7 +206,8 @@ class Matrix:
     def norms(self, moment: jax.Array, scale_type: str) -> jax.Array:
         """Norms of a projected gradient per scaling factor, over its rank axis.
 
-        ``(*batch, r, *channel)`` to ``(*batch, *channel)``, size 1 on shared channel axes.
+        ``(*batch, r, *channel)`` to ``(*batch, *channel)``, size 1 on shared channel
+        axes.
         """
         rank_axis = len(self.axes.batch)
         shared = self._shared_axes(scale_type, rank_axis + 1)
@@ -221,9 +224,9 @@ class Matrix:
         if not shared:
             return jnp.sqrt(self._sum(squares, self.axes.contracted))
         if self.is_on_one_device:
-            # Summing per channel first lets XLA for GPUs take the projection's sum in the
-            # same pass. A mesh that shards the contracted side would send a number per
-            # channel for it, not one per matrix.
+            # Summing per channel first lets XLA for GPUs take the projection's sum in
+            # the same pass. A mesh that shards the contracted side would send a number
+            # per channel for it, not one per matrix.
             norms = jnp.sqrt(self._sum(squares, self.axes.contracted))
             return jnp.sqrt(jnp.sum(jnp.square(norms), axis=shared, keepdims=True))
         reduced = tuple(self.axes.channel[axis - first] for axis in shared)
@@ -236,15 +239,16 @@ class Matrix:
         return jnp.sqrt(jnp.sum(jnp.square(tensor), axis=axes))
 
     def matrix_norms(self, factors: jax.Array) -> jax.Array:
-        """Norm per matrix of values per channel: ``(*batch, *channel)`` to ``(*batch,)``."""
+        """Norms of values per channel: ``(*batch, *channel)`` to ``(*batch,)``."""
         return jnp.sqrt(
             jnp.sum(
-                jnp.square(factors), axis=tuple(range(len(self.axes.batch), factors.ndim))
+                jnp.square(factors),
+                axis=tuple(range(len(self.axes.batch), factors.ndim)),
             )
         )
 
     def place_factors(self, factors: jax.Array) -> jax.Array:
-        """Places factors ``(*batch, *channel)``, or size 1 there, along with the leaf."""
+        """Shards factors ``(*batch, *channel)``, or of size 1 there, as the leaf is."""
         shape = factors.shape[len(self.axes.batch) :]
         channel = (
             axis if size == self.axes.shape[axis] else None
@@ -256,7 +260,7 @@ class Matrix:
         return _sharding.reshard(factors, sharding)
 
     def per_channel(self, values: jax.Array) -> jax.Array:
-        """Values per matrix as factors: ``(*batch,)`` to ``(*batch, 1, ...)``, placed."""
+        """Values per matrix as factors: ``(*batch,)`` to ``(*batch, 1, ...)``."""
         values = _sharding.reshard(values, self.norm_sharding)
         first = len(self.axes.batch)
         return jnp.expand_dims(
@@ -280,9 +284,7 @@ class Matrix:
     def _spread(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:
         """``(*batch, *side)`` in the leaf's order of axes, size 1 on the other side."""
         order = (*self.axes.batch, *side)
-        other = tuple(
-            axis for axis in range(len(self.axes.shape)) if axis not in order
-        )
+        other = tuple(axis for axis in range(len(self.axes.shape)) if axis not in order)
         return jnp.expand_dims(jnp.transpose(values, _argsort(order)), other)
 
     def _sum(self, tensor: jax.Array, reduced: tuple[int, ...]) -> jax.Array:

@@ -1,8 +1,9 @@
 """What the projection ``P`` is: a class per kind of projection.
 
-Step 1 of the algorithm. ``P`` has the shape ``(r, m)`` for each matrix. A drawn projection
-is a function of a key alone (see :mod:`apollo_optax._keys`), so it is never stored. A stored
-one is computed from the gradient at refresh steps and kept in the state between them.
+Step 1 of the algorithm. ``P`` has the shape ``(r, m)`` for each matrix. A drawn
+projection is a function of a key alone (see :mod:`apollo_optax._keys`), so it is never
+stored. A stored one is computed from the gradient at refresh steps and kept in the
+state between them.
 """
 
 import dataclasses

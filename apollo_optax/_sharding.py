@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def sharding_of(leaf: Any) -> NamedSharding | None:
-    """The sharding of an array, concrete, abstract or traced; None if it is not known."""
+    """The sharding of a concrete, abstract or traced array; None if not known."""
     if isinstance(leaf, Tracer):
         return explicit_sharding_of(leaf)
     sharding = getattr(leaf, "sharding", None)
@@ -31,8 +31,8 @@ def is_on_one_device(array: jax.Array) -> bool:
     """Whether an array, and what is computed from it, is on a single device.
 
     A traced array on one device has no mesh in its type. Neither has the argument of a
-    ``jit`` with ``in_shardings`` that is lowered from shapes without shardings, so a mesh
-    in the context (``jax.set_mesh``) counts as the array's.
+    ``jit`` with ``in_shardings`` that is lowered from shapes without shardings, so a
+    mesh in the context (``jax.set_mesh``) counts as the array's.
     """
     mesh = jax.typeof(array).sharding.mesh
     if not mesh.empty:
@@ -60,7 +60,7 @@ def reshard(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 def with_auto_axes(
     function: Callable[..., jax.Array], out_sharding: NamedSharding | None
 ) -> Callable[..., jax.Array]:
-    """Under explicit sharding, lets the compiler shard all of `function` but its result."""
+    """Under explicit sharding, lets XLA shard `function`, but not its result."""
     if out_sharding is None:
         return function
     mesh = out_sharding.mesh
@@ -77,13 +77,11 @@ def replicate(array: jax.Array) -> jax.Array:
     mesh = jax.typeof(array).sharding.mesh
     if AxisType.Auto not in mesh.axis_types:
         return array
-    return jax.lax.with_sharding_constraint(
-        array, NamedSharding(mesh, PartitionSpec())
-    )
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def keep_axis_unsharded(array: jax.Array, axis: int, like: jax.Array) -> jax.Array:
-    """Under automatic sharding, keeps `axis` unsharded on the mesh that `like` is on."""
+    """Under automatic sharding, keeps `axis` unsharded on the mesh of `like`."""
     mesh = jax.typeof(like).sharding.mesh
     if AxisType.Auto not in mesh.axis_types or AxisType.Explicit in mesh.axis_types:
         return array
@@ -107,14 +105,16 @@ def named_sharding(
     like: NamedSharding, axes: Sequence[tuple[str, ...]]
 ) -> NamedSharding:
     """The mesh axes per tensor axis, on the mesh and in the memory kind of `like`."""
-    spec = PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))
+    spec = PartitionSpec(
+        *(names[0] if len(names) == 1 else names or None for names in axes)
+    )
     return NamedSharding(like.mesh, spec, memory_kind=like.memory_kind)
 
 
 def sharding_of_axes(
     sharding: NamedSharding | None, axes: Iterable[int | None]
 ) -> NamedSharding | None:
-    """The sharding of an array with these axes of a tensor; None is an unsharded axis."""
+    """The sharding of an array with these axes of a tensor; None: an unsharded axis."""
     if sharding is None:
         return None
     return named_sharding(

@@ -1,9 +1,10 @@
-"""The optimizer's state: what it holds for a leaf, in what shape, where, and whose it is.
+"""The optimizer's state: its fields, their shapes and shardings, and their owners.
 
 The fields of a state are declared once, in the class: a field that holds a leaf per
-parameter carries a :class:`Field` in its annotation, with the rules for its shape, sharding
-and dtype. Everything else here reads those rules: the zeros that ``init`` makes, the checks
-of ``update``, and the owners and shardings of the leaves of any pipeline's state.
+parameter carries a :class:`Field` in its annotation, with the rules for its shape,
+sharding and dtype. Everything else here reads those rules: the zeros that ``init``
+makes, the checks of ``update``, and the owners and shardings of the leaves of any
+pipeline's state.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ class Field:
     """The rules for one field of a state.
 
     Attributes:
-      shape: of the field, for a leaf that is a matrix or a batch of them. The batch axes
-        come first, since a stack may be updated row by row.
+      shape: of the field, for a leaf that is a matrix or a batch of them. The batch
+        axes come first, since a stack may be updated row by row.
       sharding: of the field, for the same.
-      like_parameter: for any other leaf, whether the field has the shape and the sharding
-        of the parameter; else it is a replicated scalar.
-      is_moment: whether the argument `moment_dtype` is the field's dtype; else it is the
-        dtype that the leaf's norms and moments are computed in.
+      like_parameter: for any other leaf, whether the field has the shape and the
+        sharding of the parameter; else it is a replicated scalar.
+      is_moment: whether the argument `moment_dtype` is the field's dtype; else it is
+        the dtype that the leaf's norms and moments are computed in.
     """
 
     shape: Callable[[Matrix], tuple[int, ...]]
@@ -61,17 +62,17 @@ PROJECTION = Field(
 
 
 class ScaleByApolloState(NamedTuple):
-    """State of :func:`scale_by_apollo`; plain arrays, in trees of the parameters' structure.
+    """State of :func:`scale_by_apollo`: arrays, in trees like the parameters.
 
-    Shapes: for a matrix ``batch`` are the sizes of its batch axes, ``channel`` those of its
-    channel side and ``contracted`` those of the other side. ``r`` is the rank, clipped to
-    the contracted size.
+    Shapes: for a matrix ``batch`` are the sizes of its batch axes, ``channel`` those of
+    its channel side and ``contracted`` those of the other side. ``r`` is the rank,
+    clipped to the contracted size.
 
     Attributes:
       count: steps taken; an int32 scalar.
       key: raw key data, uint32; of shape ``(2,)`` for an int seed.
-      mu: first moments. ``(*batch, r, *channel)`` for a matrix, the leaf's shape for any
-        other leaf.
+      mu: first moments. ``(*batch, r, *channel)`` for a matrix, the leaf's shape for
+        any other leaf.
       nu: second moments, of the same shapes.
       norm: the limiter's remembered norms, 0 where none is. ``batch`` for a matrix, a
         scalar for any other leaf.
@@ -96,12 +97,13 @@ def fields_of(kind: type[Any], *, with_optional: bool = True) -> dict[str, Field
         name: rule
         for name, hint in kind.__annotations__.items()
         for rule in getattr(hint, "__metadata__", ())
-        if isinstance(rule, Field) and (with_optional or name not in kind._field_defaults)
+        if isinstance(rule, Field)
+        and (with_optional or name not in kind._field_defaults)
     }
 
 
 STATES: tuple[type[Any], ...] = (ScaleByApolloState,)
-"""The classes of states whose fields are found in any pipeline's state, by their names."""
+"""The classes of states that are found in any pipeline's state, by field names."""
 
 
 # The state of one leaf.
@@ -217,9 +219,10 @@ def owners(
 ) -> dict[_tree.Path, Owner]:
     """The owner of each leaf of a state, which is given by path.
 
-    Inside one of `STATES` the owner's path follows the field's name. Elsewhere the owner is
-    the longest end of the path that names a parameter. Leaves in `shared` have no owner: by
-    its path alone, Adam's `count` could be the state of a parameter of that name.
+    Inside one of `STATES` the owner's path follows the field's name. Elsewhere the
+    owner is the longest end of the path that names a parameter. Leaves in `shared` have
+    no owner: by its path alone, Adam's `count` could be the state of a parameter of
+    that name.
     """
     prefixes = _prefixes(state)
 
@@ -242,7 +245,8 @@ def owners(
 def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, dict[str, Field]]:
     """The paths of the `STATES` in a flattened state, with their fields.
 
-    They are found by the names of all fields without a default, since NNX loses the type.
+    They are found by the names of all fields without a default, since NNX loses the
+    type.
     """
     children: dict[_tree.Path, set[str]] = {}
     for path in state:
@@ -279,8 +283,9 @@ def state_owners(state: Any, params: Any) -> Any:
       params: the parameters, of either.
 
     Returns:
-      A tree of the structure of `state` with the path of a parameter for every leaf, such
-      as ``"layers/mlp/kernel"``, and ``""`` for a leaf that belongs to no parameter.
+      A tree of the structure of `state` with the path of a parameter for every leaf,
+      such as ``"layers/mlp/kernel"``, and ``""`` for a leaf that belongs to no
+      parameter.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -333,16 +338,17 @@ def state_sharding(
 ) -> Any:
     """The sharding of every leaf of an optimizer state on its parameters' mesh.
 
-    Works on the state of any Optax pipeline that holds this library's states among others:
-    inside ``chain``, ``masked``, ``partition``, ``MultiSteps``, ``inject_hyperparams``, a
-    Linen ``TrainState``'s ``opt_state`` or ``nnx.state(optimizer)``.
+    Works on the state of any Optax pipeline that holds this library's states among
+    others: inside ``chain``, ``masked``, ``partition``, ``MultiSteps``,
+    ``inject_hyperparams``, a Linen ``TrainState``'s ``opt_state`` or
+    ``nnx.state(optimizer)``.
 
-    * A state leaf whose path ends with a parameter's path and which has its shape takes the
-      parameter's sharding.
-    * Moments, projections and norms of a matrix go by their role, which is known from the
-      names of their fields. Moments are sharded over the same devices as the parameter:
-      along the channel side first, then along the rank axis, replicated where neither
-      divides.
+    * A state leaf whose path ends with a parameter's path and which has its shape takes
+      the parameter's sharding.
+    * Moments, projections and norms of a matrix go by their role, which is known from
+      the names of their fields. Moments are sharded over the same devices as the
+      parameter: along the channel side first, then along the rank axis, replicated
+      where neither divides.
     * Everything else (counts, keys, hyperparameters) is replicated.
 
     A leaf that belongs to a parameter is in the parameter's kind of memory.
@@ -350,8 +356,8 @@ def state_sharding(
     Args:
       state: an optimizer state, of arrays or ``jax.ShapeDtypeStruct`` (from
         ``jax.eval_shape(tx.init, params)``).
-      params: the parameters, of arrays or ``jax.ShapeDtypeStruct`` with ``NamedSharding``
-        on one mesh; leaves without one count as replicated.
+      params: the parameters, of arrays or ``jax.ShapeDtypeStruct`` with
+        ``NamedSharding`` on one mesh; leaves without one count as replicated.
       weight_dimension_numbers: what the optimizer was given.
 
     Returns:
@@ -359,8 +365,8 @@ def state_sharding(
       ``jax.jit``'s ``out_shardings`` and ``jax.device_put`` take it.
 
     Raises:
-      ValueError: if no parameter has a ``NamedSharding``, or if moments have shapes that do
-        not follow from `weight_dimension_numbers`.
+      ValueError: if no parameter has a ``NamedSharding``, or if moments have shapes
+        that do not follow from `weight_dimension_numbers`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, apollo_optax
@@ -379,9 +385,9 @@ def state_sharding(
     replicated = _sharding.replicated(on_mesh)
     if replicated is None:
         raise ValueError(
-            "no parameter has a NamedSharding, so there is no mesh to place the state on; "
-            "give params as arrays on a mesh, or as jax.ShapeDtypeStruct(shape, dtype, "
-            "sharding=...)"
+            "no parameter has a NamedSharding, so there is no mesh to place the state "
+            "on; give params as arrays on a mesh, or as jax.ShapeDtypeStruct(shape, "
+            "dtype, sharding=...)"
         )
     axes = resolve(weight_dimension_numbers, params)
     states = _tree.leaves_by_path(state)

@@ -32,8 +32,8 @@ from apollo_optax._limiter import limit_norm
 from apollo_optax._matrix import SCALE_TYPES, Matrix
 from apollo_optax._state import LeafState, ScaleByApolloState
 
-# Added to |R| in step 4, as the authors' release does, so that a channel without a gradient
-# has a finite factor.
+# Step 4 adds it to |R|, as the authors' release does, so that a channel without a
+# gradient has a finite factor.
 TINY_NORM = 1e-8
 
 
@@ -276,8 +276,8 @@ def _update_matrix(
     factors, and the caller multiplies once: ``U = G diag(s)``.
 
     Returns:
-      The factors ``s``, ``(*batch, *channel)`` with size 1 on channel axes that share one,
-      and the leaf's new state.
+      The factors ``s``, ``(*batch, *channel)`` with size 1 on channel axes that share
+      one, and the leaf's new state.
     """
     m, per = matrix, h.scale_type
     G = gradient.astype(m.dtype)
