@@ -104,17 +104,24 @@ def test_matrices_in_a_tensor_get_their_own_updates(
         ordered = np.transpose(np.asarray(tensor), batch + reduction + output)
         return ordered.reshape(-1, m, n)
 
-    leaf = _projection.leaf_id(("w",))
-    for b in range(len(matrices(gradients[0]))):
+    # The index b is traced, so all matrices share one compilation.
+    @jax.jit
+    def update_alone(b, gradient, state, params=None):
+        """Updates a matrix with the projection of the b-th matrix of the tensor."""
 
-        def own_draw(key, shape, b=b):
-            drawn = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), leaf), 0)
-            key = jax.random.fold_in(drawn, b)
+        def own_draw(key, shape):
+            drawn = jax.random.fold_in(jax.random.key(0), _projection.leaf_id(("w",)))
+            key = jax.random.fold_in(jax.random.fold_in(drawn, 0), b)
             return jax.random.normal(key, shape) / np.sqrt(shape[0])
 
-        alone = scale_by_apollo(2, scale_type=scale_type, projection=own_draw)
+        tx = scale_by_apollo(2, scale_type=scale_type, projection=own_draw)
+        return tx.update(gradient, state)
+
+    init = scale_by_apollo(2, scale_type=scale_type).init
+    for b in range(len(matrices(gradients[0]))):
+        alone = optax.GradientTransformation(init, functools.partial(update_alone, b))
         own_gradients = [jnp.asarray(matrices(g)[b]) for g in gradients]
-        expected, (*_, own_state) = run(alone, own_gradients)
+        expected, (*_, own_state) = helpers.run(alone, own_gradients)
         actual = [matrices(each["w"])[b] for each in updates]
         np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-6)
         norm = state.norm["w"].ravel()[b]
