@@ -63,6 +63,7 @@ def test_leaves_that_are_drawn_together_draw_what_they_do_alone(projection):
         chex.assert_trees_all_equal(updates[name], expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", RANDOM)
 def test_leaves_of_one_shape_share_what_draws(projection):
     """The compiled step has no more loops for more leaves, as long as as few draws have memory for all."""
@@ -104,6 +105,7 @@ def test_several_leaves_of_an_explicit_mesh_without_set_mesh():
     chex.assert_trees_all_close(jax.device_get(updates), jax.device_get(expected), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "scale_type"), [(16, "channel"), (1, "tensor")])
 def test_leaves_of_one_shape_share_their_kernels(rank, scale_type):
     """What is compiled for leaves of one shape differs in no constant, so it is compiled once."""
