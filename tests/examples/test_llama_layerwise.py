@@ -130,10 +130,10 @@ def assert_same_training(
     [
         ("apollo", "dots", True),
         ("apollo-mini", "dots", False),
-        ("apollo-svd", "dots", False),
+        pytest.param("apollo-svd", "dots", False, marks=pytest.mark.slow),
         ("adamw", "none", False),
         ("lion", "full", False),
-        ("muon", "dots", False),
+        pytest.param("muon", "dots", False, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_and_changes_between_the_two(
