@@ -1,4 +1,4 @@
-"""Each mistake gives one error that names the value, the leaf where there is one, and the remedy."""
+"""Every mistake gives one error that names the value, the leaf and the remedy."""
 
 import re
 
@@ -9,7 +9,14 @@ import optax
 import pytest
 
 import apollo_optax
-from apollo_optax import ApolloDimensionNumbers, apollo, apollo_mini, limit_norm_growth, scale_by_apollo
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    apollo,
+    apollo_mini,
+    limit_norm_growth,
+    scale_by_apollo,
+)
+from tests.helpers import make_mesh, put
 
 PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
 
@@ -24,54 +31,90 @@ PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
         ({"rank": True}, TypeError, "rank must be an int of at least 1, got True"),
         ({"rank": jnp.array(4)}, TypeError, "rank must be a Python int.*STATIC_ARGS"),
         ({"rank": np.array(4)}, TypeError, "rank must be a Python int.*STATIC_ARGS"),
-        ({"scale_type": "row"}, ValueError, "scale_type must be .*channel.*tensor.*got 'row'"),
+        (
+            {"scale_type": "row"},
+            ValueError,
+            "scale_type must be .*channel.*tensor.*got 'row'",
+        ),
         ({"scale": -1.0}, ValueError, "scale must be .*got -1.0"),
         ({"scale": float("nan")}, ValueError, "scale must be .*got nan"),
-        ({"update_proj_gap": 0}, ValueError, "update_proj_gap must be at least 1, got 0"),
+        (
+            {"update_proj_gap": 0},
+            ValueError,
+            "update_proj_gap must be at least 1, got 0",
+        ),
         ({"update_proj_gap": 1.5}, TypeError, "update_proj_gap must be an int"),
         ({"b1": 1.0}, ValueError, r"b1 must be in \[0, 1\), got 1.0"),
         ({"b1": -0.1}, ValueError, r"b1 must be in \[0, 1\), got -0.1"),
         ({"b2": 1.0}, ValueError, r"b2 must be in \[0, 1\), got 1.0"),
         ({"b2": "0.9"}, TypeError, "b2 must be a number"),
         ({"eps": -1e-8}, ValueError, "eps must be .*got -1e-08"),
-        ({"norm_growth_limit": 0.5}, ValueError, "norm_growth_limit must be at least 1.*got 0.5"),
-        ({"scale_front": jnp.array(True)}, TypeError, "scale_front must be True or False.*STATIC_ARGS"),
-        ({"projection": "qr"}, ValueError, "projection must be .*random.*rademacher.*svd.*got 'qr'"),
+        (
+            {"norm_growth_limit": 0.5},
+            ValueError,
+            "norm_growth_limit must be at least 1.*got 0.5",
+        ),
+        (
+            {"scale_front": jnp.array(True)},
+            TypeError,
+            "scale_front must be True or False.*STATIC_ARGS",
+        ),
+        (
+            {"projection": "qr"},
+            ValueError,
+            "projection must be .*random.*rademacher.*svd.*got 'qr'",
+        ),
         ({"projection": 3}, ValueError, "projection must be .*callable.*got 3"),
-        ({"moment_dtype": jnp.int8}, TypeError, "moment_dtype must be a real floating-point dtype"),
+        (
+            {"moment_dtype": jnp.int8},
+            TypeError,
+            "moment_dtype must be a real floating-point dtype",
+        ),
         ({"moment_dtype": "flot32"}, TypeError, "moment_dtype must be .*got 'flot32'"),
         ({"key": 0.5}, TypeError, "key must be an int seed.*got 0.5"),
         ({"key": True}, TypeError, "key must be an int seed.*got True"),
         ({"key": -1}, ValueError, r"key must be a seed from 0 to 2\*\*32 - 1, got -1"),
-        ({"key": 2**32}, ValueError, r"key must be a seed from 0 to 2\*\*32 - 1, got 4294967296"),
+        (
+            {"key": 2**32},
+            ValueError,
+            r"key must be a seed from 0 to 2\*\*32 - 1, got 4294967296",
+        ),
         ({"key": np.zeros(3, np.uint32)}, TypeError, "key must be .* raw data of one"),
         ({"key": jnp.zeros((3, 2), jnp.uint32)}, TypeError, "key must be an int seed"),
-        ({"key": jax.random.split(jax.random.key(0))}, TypeError, "key must be .* one JAX key"),
+        (
+            {"key": jax.random.split(jax.random.key(0))},
+            TypeError,
+            "key must be .* one JAX key",
+        ),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("make", [scale_by_apollo, lambda **kw: apollo(0.1, **kw)], ids=["scale", "apollo"])
-def test_arguments(make, arguments, error, message):
+@pytest.mark.parametrize(
+    "make", [scale_by_apollo, lambda **kw: apollo(0.1, **kw)], ids=["scale", "apollo"]
+)
+def test_rejects_arguments(make, arguments, error, message):
     with pytest.raises(error, match=message):
         make(**arguments)
 
 
-def test_mini_and_limiter_check_too():
+def test_mini_and_limiter_reject_arguments():
     with pytest.raises(ValueError, match="b2 must be in"):
         apollo_mini(0.1, b2=2.0)
-    with pytest.raises(ValueError, match=r"norm_growth_limit must be at least 1.*got 0\.99"):
+    with pytest.raises(
+        ValueError, match=r"norm_growth_limit must be at least 1.*got 0\.99"
+    ):
         limit_norm_growth(0.99)
     with pytest.raises(TypeError, match="norm_growth_limit"):
-        limit_norm_growth(None)  # type: ignore[arg-type]
+        limit_norm_growth(None)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_accepts_numpy_scalars():
     tx = scale_by_apollo(np.int64(2), b1=np.float32(0.9), update_proj_gap=np.int32(3))
     updates, _ = tx.update(PARAMS, tx.init(PARAMS))
     assert jnp.isfinite(updates["layer"]["kernel"]).all()
 
 
-def test_inject_hyperparams_without_static_args():
+def test_rejects_inject_hyperparams_without_static_args():
     tx = optax.inject_hyperparams(apollo)(learning_rate=0.1)
     with pytest.raises(TypeError, match="STATIC_ARGS"):
         tx.init(PARAMS)
@@ -79,9 +122,11 @@ def test_inject_hyperparams_without_static_args():
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
 @pytest.mark.parametrize("make", [lambda: scale_by_apollo(2), limit_norm_growth])
-def test_leaves_that_cannot_be_trained(make, dtype):
+def test_rejects_untrainable_leaves(make, dtype):
     params = {"layer": {"steps": jnp.ones((2, 3), dtype), "kernel": jnp.ones((2, 3))}}
-    with pytest.raises(ValueError, match=f"'layer/steps' has dtype {dtype}.*optax.masked"):
+    with pytest.raises(
+        ValueError, match=f"'layer/steps' has dtype {dtype}.*optax.masked"
+    ):
         make().init(params)
     tx = optax.masked(make(), {"layer": {"steps": False, "kernel": True}})
     updates, _ = tx.update(params, tx.init(params))
@@ -100,20 +145,21 @@ def test_leaves_that_cannot_be_trained(make, dtype):
         ((6,), ApolloDimensionNumbers(), "missing"),
         ((), ApolloDimensionNumbers(), "missing"),
         ((4, 6), ApolloDimensionNumbers((), 1), "none at all"),
-        ((4, 6), ApolloDimensionNumbers(0.0, 1), "ints"),  # type: ignore[arg-type]
-        ((4, 6), ApolloDimensionNumbers(("0",), 1), "ints"),  # type: ignore[arg-type]
-        ((4, 6), ApolloDimensionNumbers(None, 1), "ints"),  # type: ignore[arg-type]
+        ((4, 6), ApolloDimensionNumbers(0.0, 1), "ints"),
+        ((4, 6), ApolloDimensionNumbers(("0",), 1), "ints"),
+        ((4, 6), ApolloDimensionNumbers(None, 1), "ints"),
         ((4, 6), ApolloDimensionNumbers(True, False), "ints"),
     ],
 )
-def test_dimension_numbers_that_do_not_fit(shape, numbers, message):
+def test_rejects_dimension_numbers_for_the_shape(shape, numbers, message):
     params = {"layer": {"kernel": jnp.ones(shape)}}
-    for make in (
-        lambda n: scale_by_apollo(2, weight_dimension_numbers=n),
-        lambda n: limit_norm_growth(weight_dimension_numbers=n),
+    given = {"layer": numbers}
+    for tx in (
+        scale_by_apollo(2, weight_dimension_numbers=given),
+        limit_norm_growth(weight_dimension_numbers=given),
     ):
         with pytest.raises((TypeError, ValueError), match=message) as caught:
-            make({"layer": numbers}).init(params)
+            tx.init(params)
         assert "'layer/kernel'" in str(caught.value)
         assert str(shape) in str(caught.value)
 
@@ -122,25 +168,33 @@ def test_dimension_numbers_that_do_not_fit(shape, numbers, message):
     ("numbers", "error", "message"),
     [
         ({"layer": {"kernel": None}}, ValueError, "no entry for 'layer/bias'"),
-        ({"layer": {"kernel": (0, 1), "bias": None}}, TypeError, "holds 0 for 'layer/kernel/0'"),
+        (
+            {"layer": {"kernel": (0, 1), "bias": None}},
+            TypeError,
+            "holds 0 for 'layer/kernel/0'",
+        ),
         ({"layer": "kernel"}, TypeError, "holds 'kernel' for 'layer'"),
         (3, TypeError, "holds 3"),
-        (optax.contrib.MuonDimensionNumbers(), TypeError, "holds MuonDimensionNumbers.*must be an Apollo"),
+        (
+            optax.contrib.MuonDimensionNumbers(),
+            TypeError,
+            "holds MuonDimensionNumbers.*must be an Apollo",
+        ),
     ],
 )
-def test_dimension_numbers_of_the_wrong_form(numbers, error, message):
+def test_rejects_malformed_dimension_numbers(numbers, error, message):
     with pytest.raises(error, match=message):
         scale_by_apollo(2, weight_dimension_numbers=numbers).init(PARAMS)
 
 
-def test_rules_of_the_wrong_form():
+def test_rejects_malformed_rules():
     with pytest.raises(ValueError, match=re.escape("'(' is not a regular expression")):
         apollo_optax.dimension_numbers_by_path([("(", None)])
     for rules in ({"kernel": None}, [("kernel",)], [(5, None)], ("kernel", None)):
         with pytest.raises(TypeError, match="rules must be a sequence of pairs"):
             apollo_optax.dimension_numbers_by_path(rules)
     with pytest.raises(TypeError, match="the rule 'kernel'"):
-        apollo_optax.dimension_numbers_by_path([("kernel", (0, 1))])  # type: ignore[list-item]
+        apollo_optax.dimension_numbers_by_path([("kernel", (0, 1))])
 
 
 @pytest.mark.parametrize(
@@ -151,16 +205,19 @@ def test_rules_of_the_wrong_form():
         lambda key, shape: jnp.ones(shape, jnp.complex64),
     ],
 )
-def test_projections_of_the_wrong_shape(projection):
+def test_rejects_results_of_a_projection(projection):
     tx = scale_by_apollo(2, projection=projection)
-    with pytest.raises(ValueError, match=re.escape("projection(key, (2, 4)) returned") + ".*layer/kernel"):
+    message = re.escape("projection(key, (2, 4)) returned") + ".*layer/kernel"
+    with pytest.raises(ValueError, match=message):
         tx.init(PARAMS)
 
 
-def test_updates_of_another_structure():
+def test_rejects_updates_of_another_structure():
     tx = scale_by_apollo(2)
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match="another structure.*lacks leaves.*'layer/bias'"):
+    with pytest.raises(
+        ValueError, match="another structure.*lacks leaves.*'layer/bias'"
+    ):
         tx.update({"layer": {"kernel": PARAMS["layer"]["kernel"]}}, state)
     with pytest.raises(ValueError, match="another structure.*state lacks.*'extra'"):
         tx.update(PARAMS | {"extra": jnp.ones(3)}, state)
@@ -169,38 +226,49 @@ def test_updates_of_another_structure():
         tx.update({"layer": jnp.ones(3)}, tx.init(PARAMS))
 
 
-def test_updates_of_another_shape():
+def test_rejects_updates_of_another_shape():
     tx = scale_by_apollo(2)
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=re.escape("'layer/bias' has shape (6,)") + ".*init"):
+    message = re.escape("'layer/bias' has shape (6,)") + ".*init"
+    with pytest.raises(ValueError, match=message):
         tx.update({"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(5)}}, state)
 
 
-def test_a_state_of_another_setting():
+def test_rejects_state_of_other_settings():
     state = scale_by_apollo(2).init(PARAMS)
-    for other in (scale_by_apollo(3), scale_by_apollo(2, weight_dimension_numbers={"layer": None})):
-        with pytest.raises(ValueError, match=r"mu for 'layer/kernel' has shape \(2, 6\).*rank"):
+    without_matrices = scale_by_apollo(2, weight_dimension_numbers={"layer": None})
+    message = r"mu for 'layer/kernel' has shape \(2, 6\).*rank"
+    for other in (scale_by_apollo(3), without_matrices):
+        with pytest.raises(ValueError, match=message):
             other.update(PARAMS, state)
-    with pytest.raises(ValueError, match="holds no projections, and the projection is one"):
+    with pytest.raises(
+        ValueError, match="holds no projections, and the projection is one"
+    ):
         scale_by_apollo(2, projection="svd").update(PARAMS, state)
     svd = scale_by_apollo(2, projection="svd").init(PARAMS)
-    with pytest.raises(ValueError, match="holds projections, and the projection is not one"):
+    with pytest.raises(
+        ValueError, match="holds projections, and the projection is not one"
+    ):
         scale_by_apollo(2).update(PARAMS, svd)
 
 
-def test_a_state_of_another_generator():
+def test_rejects_state_of_another_generator():
+    state = scale_by_apollo(2).init(PARAMS)
+    tx = scale_by_apollo(2, key=jax.random.key(0, impl="rbg"))
     with pytest.raises(ValueError, match=r"key has shape \(2,\).*takes \(4,\)"):
-        scale_by_apollo(2, key=jax.random.key(0, impl="rbg")).update(PARAMS, scale_by_apollo(2).init(PARAMS))
+        tx.update(PARAMS, state)
 
 
 @pytest.mark.parametrize("make", [lambda: scale_by_apollo(2), limit_norm_growth])
-def test_leaves_of_eight_bits(make):
-    with pytest.raises(ValueError, match="'w' has dtype float8_e4m3fn.*bfloat16 or wider"):
+def test_rejects_eight_bit_leaves(make):
+    with pytest.raises(
+        ValueError, match="'w' has dtype float8_e4m3fn.*bfloat16 or wider"
+    ):
         make().init({"w": jnp.ones((2, 3), jnp.float8_e4m3fn)})
 
 
 @pytest.mark.parametrize("make", [lambda: scale_by_apollo(2), limit_norm_growth])
-def test_leaves_that_vary_over_a_manual_axis(make):
+def test_rejects_leaves_that_vary_over_a_manual_axis(make):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx, split = make(), jax.sharding.PartitionSpec("data")
     gradient = {"layer": {"kernel": jnp.ones((8, 12))}}
@@ -210,13 +278,14 @@ def test_leaves_that_vary_over_a_manual_axis(make):
         return tx.update(gradient, state)[0]
 
     mapped = jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=split)
-    with pytest.raises(ValueError, match="'layer/kernel' varies over the manual axes.*data.*pmean"):
+    message = "'layer/kernel' varies over the manual axes.*data.*pmean"
+    with pytest.raises(ValueError, match=message):
         jax.jit(mapped)(gradient)
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Two:
-    """A node whose two children have keys that read alike."""
+class NodeWithEqualNames:
+    """A node with two children whose keys differ but print the same."""
 
     def __init__(self, first, second):
         self.children = (first, second)
@@ -230,29 +299,35 @@ class Two:
         return cls(*children)
 
 
-def test_keys_that_are_two_names_for_one_path():
+def test_rejects_two_leaves_of_one_path():
+    params = {"a": NodeWithEqualNames(jnp.ones(2), jnp.ones(2))}
     with pytest.raises(ValueError, match="same path"):
-        scale_by_apollo(2).init({"a": Two(jnp.ones(2), jnp.ones(2))})
+        scale_by_apollo(2).init(params)
 
 
-def test_tabulate_needs_the_dimension_numbers():
+def test_tabulate_rejects_other_dimension_numbers():
     params = {"kernel": jnp.ones((3, 4, 6))}
     tx = scale_by_apollo(2, weight_dimension_numbers=ApolloDimensionNumbers(1, 2))
     for wrong in ({"kernel": None}, ApolloDimensionNumbers(0, 1)):
-        with pytest.raises(ValueError, match="mu for 'kernel' has shape.*weight_dimension_numbers"):
+        message = "mu for 'kernel' has shape.*weight_dimension_numbers"
+        with pytest.raises(ValueError, match=message):
             apollo_optax.tabulate(tx, params, weight_dimension_numbers=wrong)
 
 
-def test_state_sharding_needs_a_mesh_and_the_dimension_numbers():
-    tx = scale_by_apollo(2)
+def test_state_sharding_rejects_parameters_without_a_mesh():
     with pytest.raises(ValueError, match="no parameter has a NamedSharding"):
-        apollo_optax.state_sharding(tx.init(PARAMS), PARAMS)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    params = jax.device_put({"kernel": jnp.ones((2, 4, 6))}, jax.NamedSharding(mesh, jax.P()))
-    stacked = scale_by_apollo(2, weight_dimension_numbers=ApolloDimensionNumbers(1, 2))
-    with pytest.raises(ValueError, match="mu for 'kernel' has shape.*weight_dimension_numbers"):
-        apollo_optax.state_sharding(stacked.init(params), params, weight_dimension_numbers={"kernel": None})
-    with pytest.raises(ValueError, match=r"mu for 'kernel' has shape \(2, 2, 6\).*weight_dimension_numbers"):
-        apollo_optax.state_sharding(
-            stacked.init(params), params, weight_dimension_numbers=ApolloDimensionNumbers(0, 2)
-        )
+        apollo_optax.state_sharding(scale_by_apollo(2).init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shape"),
+    [({"kernel": None}, ""), (ApolloDimensionNumbers(0, 2), r" \(2, 2, 6\)")],
+    ids=["no matrix", "other axes"],
+)
+def test_state_sharding_rejects_other_dimension_numbers(numbers, shape):
+    params = put(make_mesh(), {"kernel": jnp.ones((2, 4, 6))}, jax.P())
+    stacked = ApolloDimensionNumbers(1, 2)
+    state = scale_by_apollo(2, weight_dimension_numbers=stacked).init(params)
+    message = f"mu for 'kernel' has shape{shape}.*weight_dimension_numbers"
+    with pytest.raises(ValueError, match=message):
+        apollo_optax.state_sharding(state, params, weight_dimension_numbers=numbers)

@@ -1,4 +1,4 @@
-"""What Optax demands of every optimizer in ``optax.contrib`` (its ``_common_test.py``), of ours."""
+"""The checks of every optimizer in ``optax.contrib`` (its ``_common_test.py``)."""
 
 import functools
 import inspect
@@ -8,40 +8,34 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers
+from tests.helpers import normal, put_on_one_device, run
 
 OPTIMIZERS: dict[str, Any] = {
     "apollo": functools.partial(apollo_optax.apollo, rank=2),
     "apollo_mini": apollo_optax.apollo_mini,
-    "rademacher": functools.partial(apollo_optax.apollo, rank=2, projection="rademacher"),
+    "rademacher": functools.partial(
+        apollo_optax.apollo, rank=2, projection="rademacher"
+    ),
     "svd": functools.partial(apollo_optax.apollo, rank=2, projection="svd"),
 }
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
-
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-
-
-def normal(seed, shape, dtype: Any = jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
 def make_tree(seed, dtype: Any = jnp.float32) -> Any:
-    """A leaf for each treatment: matrices that may be drawn together, a vector and a scalar."""
-    shapes = {"matrix": (4, 6), "vector": (5,), "scalar": (), "like it": (4, 6)}
-    tree = {name: normal(seed + i, shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
-    # On a mesh of one device, which says in the type that there is no other.
-    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Two matrices whose projections may be drawn together, a vector and a scalar."""
+    shapes = {"matrix": (4, 6), "vector": (5,), "scalar": (), "same shape": (4, 6)}
+    tree = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        tree[name] = normal(seed + i, shape, dtype)
+    return put_on_one_device(tree)
 
 
 def static_args(factory):
@@ -54,8 +48,9 @@ def test_unexpected_extra_arguments_change_nothing(name):
     params, grads = make_tree(0), make_tree(10)
     state = tx.init(params)
     expected = tx.update(grads, state, params)
-    chex.assert_trees_all_equal(tx.update(grads, state, params, value=1.0, unexpected=object()), expected)
-    # Also those that jit traces, and a wrapper that looks at the type passes them on.
+    actual = tx.update(grads, state, params, value=1.0, unexpected=object())
+    chex.assert_trees_all_equal(actual, expected)
+    # Wrappers such as optax.chain pass extra arguments on to this type only.
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     assert isinstance(optax.chain(tx), optax.GradientTransformationExtraArgs)
 
@@ -63,13 +58,14 @@ def test_unexpected_extra_arguments_change_nothing(name):
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @every_optimizer
 def test_second_call_does_not_compile(name, jit, caplog):
-    # A setting of its own, else the eager step may have been compiled by another test.
+    # No other test uses this eps, so no other test has compiled the eager step before.
     tx = OPTIMIZERS[name](0.1, eps=1e-7)
     traces = []
 
     def step(params, state):
         traces.append(None)
-        updates, state = tx.update(jax.tree.map(lambda x: 2 * x, params), state, params, unexpected=1)
+        grads = jax.tree.map(lambda x: 2 * x, params)
+        updates, state = tx.update(grads, state, params, unexpected=1)
         return optax.apply_updates(params, updates), state
 
     def compilations():
@@ -81,7 +77,7 @@ def test_second_call_does_not_compile(name, jit, caplog):
     caplog.set_level(logging.DEBUG, logger="jax")
     with jax.log_compiles():
         params, state = step(params, state)
-        assert compilations(), "JAX no longer logs what this test looks for"
+        assert compilations(), "JAX no longer logs its compilations as expected here"
         params, state = jax.block_until_ready((params, state))
         caplog.clear()
         step(params, state)
@@ -94,20 +90,26 @@ TARGETS = {
     "rosenbrock": [1.0, 1.0],
     "matrix_parabola": [[3.0, -2.0], [1.0, 4.0]],
     "mixed": {"vector": [1.0, -1.0, 2.0], "matrix": [[1.0, 0.0], [-1.0, 1.0]]},
-    "wide": [[1.0, -2.0, 0.5, 3.0, -1.0], [2.0, 1.0, -1.5, 0.0, 1.0], [-1.0, 3.0, 2.0, 0.5, -0.5]],
+    "wide": [
+        [1.0, -2.0, 0.5, 3.0, -1.0],
+        [2.0, 1.0, -1.5, 0.0, 1.0],
+        [-1.0, 3.0, 2.0, 0.5, -0.5],
+    ],
     "tall": [[1.0, -2.0], [0.5, 3.0], [-1.0, 2.0], [1.5, -0.5]],
 }
 
 
 @every_optimizer
 def test_converges_in_scan(name):
-    # Each leaf is trained by itself, so one run is as many runs as there are leaves.
+    # The optimizer treats each leaf by itself, so one run minimises all objectives.
     final = jax.tree.map(jnp.array, TARGETS, is_leaf=lambda x: isinstance(x, list))
-    initial = jax.tree.map(jnp.zeros_like, final) | {"parabola": jnp.array([-1.0, 10.0, 1.0])}
+    initial = jax.tree.map(jnp.zeros_like, final)
+    initial["parabola"] = jnp.array([-1.0, 10.0, 1.0])
 
     def objective(params):
         x, y = params["rosenbrock"]
-        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, final) | {"rosenbrock": 0.0}
+        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, final)
+        squares["rosenbrock"] = 0.0
         return optax.tree.sum(squares) + (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
     tx = OPTIMIZERS[name](0.02)
@@ -117,8 +119,12 @@ def test_converges_in_scan(name):
         updates, state = tx.update(jax.grad(objective)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    run = jax.jit(lambda: jax.lax.scan(step, (initial, tx.init(initial)), length=4000)[0][0])
-    chex.assert_trees_all_close(run(), final, rtol=3e-2, atol=3e-2)
+    @jax.jit
+    def train():
+        (params, _), _ = jax.lax.scan(step, (initial, tx.init(initial)), length=4000)
+        return params
+
+    chex.assert_trees_all_close(train(), final, rtol=3e-2, atol=3e-2)
 
 
 @every_optimizer
@@ -127,8 +133,10 @@ def test_inject_hyperparams_gives_equal_updates_and_states(name):
     if isinstance(factory, functools.partial):
         factory, settings = factory.func, factory.keywords
     settings = settings | {"learning_rate": 0.1, "weight_decay": 0.01}
-    # As in Optax's test, lists with a leaf of three axes, of which the last two are a matrix here.
-    settings["weight_dimension_numbers"] = [ApolloDimensionNumbers(), ApolloDimensionNumbers(1, 2), None]
+    # Like Optax's test, this one has a list of leaves, one of which has three axes. The
+    # last two of those are a matrix here.
+    stacked = ApolloDimensionNumbers(1, 2)
+    settings["weight_dimension_numbers"] = [ApolloDimensionNumbers(), stacked, None]
     params = [normal(0, (2, 3)), normal(1, (2, 5, 2)), normal(2, (3,))]
     grads = [normal(3, (2, 3)), normal(4, (2, 5, 2)), normal(5, (3,))]
 
@@ -137,21 +145,30 @@ def test_inject_hyperparams_gives_equal_updates_and_states(name):
         factory, static_args=static_args(factory), hyperparam_dtype=jnp.float32
     )(**settings)
     state, state_injected = tx.init(params), injected.init(params)
-    numbers = {"learning_rate", "weight_decay", "scale", "b1", "b2", "eps", "norm_growth_limit"}
-    assert state_injected.hyperparams.keys() == numbers
+    numbers = {"learning_rate", "weight_decay", "scale", "b1", "b2", "eps"}
+    assert state_injected.hyperparams.keys() == numbers | {"norm_growth_limit"}
     update_injected = jax.jit(injected.update)
     for _ in range(2):
         updates, state = tx.update(grads, state, params)
-        updates_injected, state_injected = update_injected(grads, state_injected, params)
-        # 1 - b2 of a float32 b2 = 0.999 is off by 1.3e-5.
-        chex.assert_trees_all_close(updates_injected, updates, rtol=3e-5, atol=1e-7)
-        chex.assert_trees_all_close(state_injected.inner_state, state, rtol=3e-5, atol=1e-7)
+        updates_injected, state_injected = update_injected(
+            grads, state_injected, params
+        )
+        # With b2 = 0.999 in float32, the relative error of 1 - b2 is 1.3e-5.
+        chex.assert_trees_all_close(
+            (updates_injected, state_injected.inner_state),
+            (updates, state),
+            rtol=3e-5,
+            atol=1e-7,
+        )
 
 
-def test_static_args_are_the_arguments_that_cannot_be_injected():
+def test_static_args_are_parameters_of_the_optimizers():
     parameters = inspect.signature(apollo_optax.apollo).parameters
     assert parameters.keys() > apollo_optax.STATIC_ARGS
-    assert static_args(apollo_optax.apollo_mini) == apollo_optax.STATIC_ARGS - {"rank", "scale_type"}
+    not_of_mini = {"rank", "scale_type"}
+    assert (
+        static_args(apollo_optax.apollo_mini) == apollo_optax.STATIC_ARGS - not_of_mini
+    )
 
 
 @every_optimizer
@@ -178,41 +195,56 @@ def test_state_is_float32_unless_parameters_are_float64(name, dtype):
         states = [tx.init(params)]
         states.append(tx.update(make_tree(10, dtype), states[0], params)[1])
         for state in states:
-            floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+            dtypes = [x.dtype for x in jax.tree.leaves(state)]
+            floats = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
             assert len(floats) == (4 if name == "svd" else 3) * len(params)
-            assert {x.dtype for x in floats} == {jnp.dtype(expected)}
+            assert set(floats) == {jnp.dtype(expected)}
 
 
-@pytest.mark.parametrize("moment_dtype", ["float16", "bfloat16", "float32", jnp.bfloat16])
+@pytest.mark.parametrize(
+    "moment_dtype", ["float16", "bfloat16", "float32", jnp.bfloat16]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_moment_dtype_holds_for_both_moments_of_all_leaves(dtype, moment_dtype):
+def test_moment_dtype_is_that_of_both_moments_of_all_leaves(dtype, moment_dtype):
+    def dtypes(*trees):
+        return {leaf.dtype for leaf in jax.tree.leaves(trees)}
+
     params, grads = make_tree(0, dtype), make_tree(10, dtype)
     tx: Any = apollo_optax.scale_by_apollo(2, moment_dtype=moment_dtype)
     state = tx.init(params)
     updates, new_state = tx.update(grads, state, params)
     for moments in (state.mu, state.nu, new_state.mu, new_state.nu):
-        assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype(moment_dtype)}
-    assert {x.dtype for x in jax.tree.leaves((state.norm, new_state.norm))} == {jnp.dtype("float32")}
+        assert dtypes(moments) == {jnp.dtype(moment_dtype)}
+    assert dtypes(state.norm, new_state.norm) == {jnp.dtype("float32")}
 
-    # Only what is kept is rounded: the first step, which starts from zeros, is that of wide moments.
+    # The update rounds only the moments that it stores. So the first step, which starts
+    # from zeros, equals the first step with float32 moments.
     wide: Any = apollo_optax.scale_by_apollo(2, moment_dtype=jnp.float32)
     wide_updates, wide_state = wide.update(grads, wide.init(params), params)
-    chex.assert_trees_all_close(updates, wide_updates, rtol=1e-2 if dtype == "bfloat16" else 1e-6)
-    rounded = jax.tree.map(lambda x: x.astype(moment_dtype), (wide_state.mu, wide_state.nu))
+    rtol = 1e-2 if dtype == "bfloat16" else 1e-6
+    chex.assert_trees_all_close(updates, wide_updates, rtol=rtol)
+    wide_moments = (wide_state.mu, wide_state.nu)
+    rounded = jax.tree.map(lambda x: x.astype(moment_dtype), wide_moments)
     chex.assert_trees_all_close((new_state.mu, new_state.nu), rounded, rtol=1e-6)
 
 
-def replace_params_leaves(tx, state) -> Any:
-    """Sevens wherever `map_params` sees a leaf of the parameters' tree."""
-    return optax.tree.map_params(tx, lambda x: jnp.full_like(x, 7), state)
+def seven_like(x):
+    return jnp.full_like(x, 7)
 
 
-def assert_sevens_in(apollo_state, before):
-    """In all of the state's trees of the parameters' structure, and nowhere else."""
-    fields = ["mu", "nu", "norm"] + (["projection"] if before.projection is not None else [])
+def set_param_leaves_to_seven(tx, state) -> Any:
+    """Writes sevens wherever ``map_params`` sees a leaf that belongs to a parameter."""
+    return optax.tree.map_params(tx, seven_like, state)
+
+
+def assert_sevens(apollo_state, before):
+    """Asserts that exactly the leaves that belong to a parameter are sevens."""
+    fields = ["mu", "nu", "norm"]
+    fields += ["projection"] if before.projection is not None else []
     for field in fields:
         tree = getattr(apollo_state, field)
-        chex.assert_trees_all_equal(tree, jax.tree.map(lambda x: jnp.full_like(x, 7), getattr(before, field)))
+        expected = jax.tree.map(seven_like, getattr(before, field))
+        chex.assert_trees_all_equal(tree, expected)
         assert jax.tree.leaves(tree)
     chex.assert_trees_all_equal(apollo_state.count, before.count)
     chex.assert_trees_all_equal(apollo_state.key, before.key)
@@ -222,17 +254,21 @@ def assert_sevens_in(apollo_state, before):
 def test_map_params(name):
     tx = OPTIMIZERS[name](0.1)
     state = tx.init(make_tree(0))
-    mapped = replace_params_leaves(tx, state)
+    mapped = set_param_leaves_to_seven(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)
-    assert_sevens_in(mapped[0], state[0])
+    assert_sevens(mapped[0], state[0])
 
 
-def test_map_params_with_a_tree_beside_the_state():
+def test_map_params_with_a_second_tree():
     tx: Any = apollo_optax.apollo(0.1, rank=2)
     params = make_tree(0)
     names = {name: name for name in params}
     mapped: Any = optax.tree.map_params(
-        tx, lambda _, name: name, tx.init(params), names, transform_non_params=lambda _: None
+        tx,
+        lambda _, name: name,
+        tx.init(params),
+        names,
+        transform_non_params=lambda _: None,
     )
     assert mapped[0].mu == mapped[0].nu == mapped[0].norm == names
     assert mapped[0].count is mapped[0].key is None
@@ -240,26 +276,27 @@ def test_map_params_with_a_tree_beside_the_state():
 
 @pytest.mark.parametrize("name", ["apollo", "svd"])
 def test_map_params_under_masked(name):
-    mask = {"matrix": True, "like it": True, "vector": False, "scalar": True}
+    mask = {"matrix": True, "same shape": True, "vector": False, "scalar": True}
     tx: Any = optax.masked(OPTIMIZERS[name](0.1), mask)
     state = tx.init(make_tree(0))
-    mapped = replace_params_leaves(tx, state)
+    mapped = set_param_leaves_to_seven(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)
     assert isinstance(mapped.inner_state[0].mu["vector"], optax.MaskedNode)
-    assert_sevens_in(mapped.inner_state[0], state.inner_state[0])
+    assert_sevens(mapped.inner_state[0], state.inner_state[0])
 
 
 @pytest.mark.parametrize("name", ["apollo", "svd"])
 def test_map_params_under_partition(name):
-    transforms: Any = {"matrices": OPTIMIZERS[name](0.1), "others": optax.adam(0.1)}
-    labels = {"matrix": "matrices", "like it": "matrices", "vector": "others", "scalar": "others"}
+    transforms: Any = {"apollo": OPTIMIZERS[name](0.1), "adam": optax.adam(0.1)}
+    labels = {"matrix": "apollo", "same shape": "apollo"}
+    labels |= {"vector": "adam", "scalar": "adam"}
     tx: Any = optax.partition(transforms, labels)
     state = tx.init(make_tree(0))
-    mapped = replace_params_leaves(tx, state)
+    mapped = set_param_leaves_to_seven(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)
-    after, before = (s.inner_states["matrices"].inner_state[0] for s in (mapped, state))
+    after, before = (s.inner_states["apollo"].inner_state[0] for s in (mapped, state))
     assert isinstance(after.mu["vector"], optax.MaskedNode)
-    assert_sevens_in(after, before)
+    assert_sevens(after, before)
 
 
 @every_optimizer
@@ -271,17 +308,17 @@ def test_map_params_under_inject_hyperparams(name):
         factory, static_args=static_args(factory), hyperparam_dtype=jnp.float32
     )(learning_rate=0.1, **settings)
     state = tx.init(make_tree(0))
-    mapped = replace_params_leaves(tx, state)
+    mapped = set_param_leaves_to_seven(tx, state)
     chex.assert_trees_all_equal_structs(mapped, state)
     chex.assert_trees_all_equal(mapped.hyperparams, state.hyperparams)
-    assert_sevens_in(mapped.inner_state[0], state.inner_state[0])
+    assert_sevens(mapped.inner_state[0], state.inner_state[0])
 
 
 def test_map_params_under_multi_steps():
     tx: Any = optax.MultiSteps(apollo_optax.apollo(0.1, rank=2), 2)
     state = tx.init(make_tree(0))
-    mapped = replace_params_leaves(tx, state)
-    assert_sevens_in(mapped.inner_opt_state[0], state.inner_opt_state[0])
+    mapped = set_param_leaves_to_seven(tx, state)
+    assert_sevens(mapped.inner_opt_state[0], state.inner_opt_state[0])
     assert int(mapped.mini_step) == 0
 
 
@@ -290,10 +327,9 @@ def test_constant_schedule_is_the_constant(name):
     params, grads = make_tree(0), make_tree(10)
     runs = []
     for rate in (1e-3, optax.constant_schedule(1e-3)):
-        tx = OPTIMIZERS[name](rate)
-        trained, state = params, tx.init(params)
-        for _ in range(3):
-            updates, state = tx.update(grads, state, trained)
-            trained = optax.apply_updates(trained, updates)
+        updates, _ = run(OPTIMIZERS[name](rate), [grads] * 3, params)
+        trained = params
+        for update in updates:
+            trained = optax.apply_updates(trained, update)
         runs.append(trained)
     chex.assert_trees_all_close(*runs, rtol=1e-6)

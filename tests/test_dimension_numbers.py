@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apollo_optax import ApolloDimensionNumbers, dimension_numbers_by_path, scale_by_apollo
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    dimension_numbers_by_path,
+    scale_by_apollo,
+)
 from apollo_optax._dimension_numbers import resolve
 
 STACKED = ApolloDimensionNumbers(1, 2)

@@ -1,7 +1,7 @@
-"""The same numbers on any mesh, of one process or two.
+"""Runs on any mesh give the numbers of one device, also in two processes.
 
-As a script, with the number of a process and a port: trains in one process of two, four devices each, and
-prints what :func:`train` returns, as JSON.
+As a script, with the index of a process and a port, this file trains in one of two
+processes of four devices each, and prints the losses and a projection as JSON.
 """
 
 import functools
@@ -21,8 +21,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from apollo_optax import apollo, apollo_mini, scale_by_apollo, state_sharding
+from tests.helpers import every_axis_type, normal
 
-KINDS = [AxisType.Auto, AxisType.Explicit]
 AXES = ("data", "fsdp", "tensor")
 STEPS, BATCH, WIDTH, HIDDEN = 20, 16, 32, 64
 SPECS = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp"), "bias": P("tensor")}
@@ -32,40 +32,45 @@ OPTIMIZERS = {
 }
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def loss_of(params, x, y):
+def loss_fn(params, x, y):
     hidden = jnp.tanh(x @ params["up"] + params["bias"])
     return jnp.mean(jnp.square(hidden @ params["down"] - y))
 
 
-def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """As each process has all of `array`."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def shard(array: Any, mesh: jax.sharding.Mesh, spec: P) -> jax.Array:
+    """Shards an array that every process has in full."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(
+        array.shape, NamedSharding(mesh, spec), lambda index: array[index]
+    )
 
 
-def make_mesh(sizes: tuple[int, ...], kind: AxisType) -> jax.sharding.Mesh:
+def make_mesh(sizes: tuple[int, ...], axis_type: AxisType) -> jax.sharding.Mesh:
     devices = jax.devices()[: int(np.prod(sizes))]
-    return jax.make_mesh(sizes, AXES, (kind,) * 3, devices=devices)
+    return jax.make_mesh(sizes, AXES, (axis_type,) * 3, devices=devices)
 
 
-def train(name: str, sizes: tuple[int, ...], kind: AxisType) -> list[float]:
+def train(name: str, sizes: tuple[int, ...], axis_type: AxisType) -> list[float]:
     """The losses of some steps on a mesh of these sizes."""
-    mesh = make_mesh(sizes, kind)
-    values = {"up": 0.2 * normal(0, WIDTH, HIDDEN), "down": 0.2 * normal(1, HIDDEN, WIDTH)}
-    values |= {"bias": np.zeros(HIDDEN, np.float32)}
-    params = {key: place(value, NamedSharding(mesh, SPECS[key])) for key, value in values.items()}
-    rows = NamedSharding(mesh, P(("data", "fsdp")))
-    x, y = (place(normal(seed, BATCH, WIDTH), rows) for seed in (2, 3))
+    mesh = make_mesh(sizes, axis_type)
+    values = {
+        "up": 0.2 * normal(0, (WIDTH, HIDDEN)),
+        "down": 0.2 * normal(1, (HIDDEN, WIDTH)),
+        "bias": np.zeros(HIDDEN, np.float32),
+    }
+    params = {key: shard(value, mesh, SPECS[key]) for key, value in values.items()}
+    of_batch = P(("data", "fsdp"))
+    x, y = (shard(normal(seed, (BATCH, WIDTH)), mesh, of_batch) for seed in (2, 3))
     tx = OPTIMIZERS[name]()
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    gradient = jax.value_and_grad(loss_of)
-    if kind == AxisType.Explicit:  # The model is XLA's to cut; the optimizer's types say how they are.
-        gradient = jax.sharding.auto_axes(gradient, out_sharding=(everywhere, shardings))
-    places = state_sharding(jax.eval_shape(tx.init, params), params)
+    gradient = jax.value_and_grad(loss_fn)
+    if axis_type == AxisType.Explicit:
+        # XLA chooses the shardings inside the model. The optimizer's are explicit.
+        gradient = jax.sharding.auto_axes(
+            gradient, out_sharding=(replicated, shardings)
+        )
+    state_shardings = state_sharding(jax.eval_shape(tx.init, params), params)
 
     def step(params, state, x, y):
         loss, grads = gradient(params, x, y)
@@ -73,8 +78,12 @@ def train(name: str, sizes: tuple[int, ...], kind: AxisType) -> list[float]:
         return optax.apply_updates(params, updates), state, loss
 
     with jax.set_mesh(mesh):
-        state = jax.jit(tx.init, out_shardings=places)(params)
-        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, places, everywhere))
+        state = jax.jit(tx.init, out_shardings=state_shardings)(params)
+        jitted = jax.jit(
+            step,
+            donate_argnums=(0, 1),
+            out_shardings=(shardings, state_shardings, replicated),
+        )
         losses = []
         for _ in range(STEPS):
             params, state, loss = jitted(params, state, x, y)
@@ -82,48 +91,56 @@ def train(name: str, sizes: tuple[int, ...], kind: AxisType) -> list[float]:
     return losses
 
 
-def projection(sizes: tuple[int, ...], kind: AxisType, name: str) -> np.ndarray:
-    """The bits of a projection: what it makes of a gradient that is the identity."""
-    mesh = make_mesh(sizes, kind)
-    gradient = place(np.eye(WIDTH, HIDDEN, dtype=np.float32), NamedSharding(mesh, SPECS["up"]))
+def projection(sizes: tuple[int, ...], axis_type: AxisType, name: str) -> np.ndarray:
+    """The bits of a projection, which projects an identity matrix to itself."""
+    mesh = make_mesh(sizes, axis_type)
+    gradient = shard(np.eye(WIDTH, HIDDEN, dtype=np.float32), mesh, SPECS["up"])
     tx = scale_by_apollo(8, b1=0.0, projection=name, key=7)
     with jax.set_mesh(mesh):
         _, state = jax.jit(tx.update)(gradient, jax.jit(tx.init)(gradient))
-        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(state.mu)
-    return np.asarray(whole.addressable_data(0))[:, :WIDTH].view(np.uint32)
+        replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+        moment = np.asarray(replicate(state.mu).addressable_data(0))
+    return moment[:, :WIDTH].view(np.uint32)
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
 @functools.cache
-def on_one_device(name: str) -> list[float]:
+def losses_on_one_device(name: str) -> list[float]:
     return train(name, (1, 1, 1), AxisType.Auto)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@functools.cache
+def projection_on_one_device(name: str) -> np.ndarray:
+    return projection((1, 1, 1), AxisType.Auto, name)
+
+
+@every_axis_type
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_same_losses(name, sizes, kind):
-    expected = on_one_device(name)
+def test_losses_are_those_of_one_device(name, sizes, axis_type):
+    expected = losses_on_one_device(name)
     assert expected[-1] < 0.9 * expected[0]
-    np.testing.assert_allclose(train(name, sizes, kind), expected, rtol=1e-5)
+    np.testing.assert_allclose(train(name, sizes, axis_type), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_axis_type
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("name", ["random", "rademacher"])
-def test_the_same_projections_to_the_bit(name, sizes, kind):
-    expected = projection((1, 1, 1), AxisType.Auto, name)
-    assert len(np.unique(expected)) == (2 if name == "rademacher" else expected.size)
-    np.testing.assert_array_equal(projection(sizes, kind, name), expected)
+def test_projections_are_those_of_one_device_bit_for_bit(name, sizes, axis_type):
+    expected = projection_on_one_device(name)
+    values = 2 if name == "rademacher" else expected.size
+    assert len(np.unique(expected)) == values
+    np.testing.assert_array_equal(projection(sizes, axis_type, name), expected)
 
 
-def test_two_processes_compute_what_one_does():
+def test_two_processes_compute_the_numbers_of_one_device():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment = os.environ | {"PYTHONPATH": path}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(number), str(port)],
@@ -139,8 +156,9 @@ def test_two_processes_compute_what_one_does():
         assert process.returncode == 0, errors
     for printed, _ in outputs:
         answer = json.loads(printed.splitlines()[-1])
-        np.testing.assert_allclose(answer["losses"], on_one_device("apollo"), rtol=1e-5)
-        expected = projection((1, 1, 1), AxisType.Auto, "random")
+        expected = losses_on_one_device("apollo")
+        np.testing.assert_allclose(answer["losses"], expected, rtol=1e-5)
+        expected = projection_on_one_device("random")
         np.testing.assert_array_equal(answer["projection"], expected)
 
 
@@ -150,8 +168,11 @@ def answer_as_process(number: int, port: int) -> dict[str, Any]:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
     assert jax.device_count() == 8
-    losses = train("apollo", (2, 2, 2), AxisType.Auto)
-    return {"losses": losses, "projection": projection((2, 2, 2), AxisType.Auto, "random").tolist()}
+    drawn = projection((2, 2, 2), AxisType.Auto, "random")
+    return {
+        "losses": train("apollo", (2, 2, 2), AxisType.Auto),
+        "projection": drawn.tolist(),
+    }
 
 
 if __name__ == "__main__":

@@ -4,7 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apollo_optax import ApolloDimensionNumbers, LimitNormGrowthState, limit_norm_growth, scale_by_apollo
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    LimitNormGrowthState,
+    limit_norm_growth,
+    scale_by_apollo,
+)
 from apollo_optax._limiter import limit_norm
 
 LIMIT = 1.01

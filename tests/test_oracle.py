@@ -1,4 +1,4 @@
-"""Golden trajectories from the paper authors' release; tests/data/README.md says what each array is."""
+"""Trajectories of the authors' release; tests/data/README.md describes the arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def dtype(request):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trajectory(case, dtype):
+def test_updates_are_those_of_the_release(case, dtype):
     errors, norms, state, golden = replay(case, dtype)
     tolerance = TOLERANCES[dtype]
     assert max(errors) <= tolerance
@@ -28,25 +28,26 @@ def test_trajectory(case, dtype):
         np.testing.assert_allclose(norms, golden["norms"], rtol=tolerance)
 
 
-def test_all_cases_are_here():
+def test_every_case_has_data():
     assert len(CASES) == 11
     assert sorted(path.stem for path in DATA.glob("*.npz")) == sorted(CASES)
 
 
 @pytest.mark.parametrize("case", ["svd_wide", "svd_tall"])
-def test_own_svd_gives_the_first_stretch(case, dtype):
-    # Only the first: signs in the recorded run are those of its own SVD, and moments remember them.
+def test_svd_gives_the_updates_before_the_first_refresh(case, dtype):
+    # Not the later ones: they depend on the signs of the singular vectors, which the
+    # release's SVD chose differently.
     golden = np.load(DATA / f"{case}.npz")
     tx = scale_by_apollo(**arguments(case, projection="svd"))
     state = tx.init(jnp.zeros(CASES[case]["shape"], dtype))
     for t in range(CASES[case]["update_proj_gap"]):
         direction, state = tx.update(jnp.asarray(golden["grads"][t], dtype), state)
-        # The release computes its SVD in float32.
+        # The release computes its SVD in float32, also where the data are float64.
         assert relative_error(direction, golden["directions"][t]) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["svd_wide", "svd_tall"])
-def test_own_svd_spans_the_recorded_subspaces(case, dtype):
+def test_svd_spans_the_recorded_subspaces(case, dtype):
     golden = np.load(DATA / f"{case}.npz")
     tx = scale_by_apollo(**arguments(case, projection="svd"))
     state = tx.init(jnp.zeros(CASES[case]["shape"], dtype))
@@ -57,7 +58,8 @@ def test_own_svd_spans_the_recorded_subspaces(case, dtype):
         if t % gap:
             np.testing.assert_array_equal(state.projection, before)
             continue
-        rows, recorded = np.asarray(state.projection, np.float64), golden["projections"][t // gap]
+        rows = np.asarray(state.projection, np.float64)
+        recorded = golden["projections"][t // gap]
         np.testing.assert_allclose(rows @ rows.T, np.eye(len(rows)), atol=1e-5)
         np.testing.assert_allclose(rows.T @ rows, recorded.T @ recorded, atol=1e-5)
         if t == 0:

@@ -1,4 +1,4 @@
-"""Where the state lives on meshes of eight devices, automatic and explicit."""
+"""How the state is sharded on meshes of eight devices, automatic and explicit."""
 
 import itertools
 import math
@@ -16,46 +16,92 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import apollo_optax
-from apollo_optax import ApolloDimensionNumbers, LimitNormGrowthState, scale_by_apollo, state_sharding
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    LimitNormGrowthState,
+    scale_by_apollo,
+    state_sharding,
+)
+from tests.helpers import every_axis_type, every_projection, make_mesh, normal, put
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STACKED = ApolloDimensionNumbers(1, 2)
-KINDS = [AxisType.Auto, AxisType.Explicit]
 
 
-def mesh_of(kind=AxisType.Auto):
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+def sharded(mesh, shape, spec):
+    return put(mesh, normal(0, shape), spec)
 
 
-def put(mesh, shape, spec, seed=0):
-    value = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return jax.device_put(value, NamedSharding(mesh, spec))
-
-
-def spec_of(sharding, ndim):
-    """A spec in full, so that P('x') and P('x', None) compare alike."""
-    entries = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+def full_spec(spec, ndim):
+    """The mesh axes of every axis, so that P('x') and P('x', None) compare equal."""
+    entries = [*spec, *[None] * (ndim - len(spec))]
     return tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
 
 
-# For each parameter: its shape, axes and spec; then where mu, norm and an SVD's projection go.
-PLACES = [
-    # Cut along the channels, the contracted side, both, neither.
+# A parameter's shape, its dimension numbers (or 1 for a rank of 1 instead of 4) and its
+# spec; then the specs of its moments, its norm, and its SVD's projection.
+SHARDINGS = [
+    # Sharded along the channels, the contracted side, both, neither.
     ((8, 16), None, P(None, "model"), P(None, "model"), P(), P(None, None)),
     ((8, 16), None, P("model"), P(None, "model"), P(), P(None, "model")),
-    ((8, 16), None, P("data", "model"), P(None, ("model", "data")), P(), P(None, "data")),
-    ((8, 16), None, P("model", "data"), P(None, ("data", "model")), P(), P(None, "model")),
-    ((8, 16), None, P(("data", "model")), P(None, ("data", "model")), P(), P(None, ("data", "model"))),
+    (
+        (8, 16),
+        None,
+        P("data", "model"),
+        P(None, ("model", "data")),
+        P(),
+        P(None, "data"),
+    ),
+    (
+        (8, 16),
+        None,
+        P("model", "data"),
+        P(None, ("data", "model")),
+        P(),
+        P(None, "model"),
+    ),
+    (
+        (8, 16),
+        None,
+        P(("data", "model")),
+        P(None, ("data", "model")),
+        P(),
+        P(None, ("data", "model")),
+    ),
     ((8, 16), None, P(), P(), P(), P()),
-    ((16, 8), None, P("data", "model"), P(None, ("data", "model")), P(), P(None, "model")),
-    # 43 channels can't be cut: the rank axis takes it; a rank of 4 is cut four ways and no further.
+    (
+        (16, 8),
+        None,
+        P("data", "model"),
+        P(None, ("data", "model")),
+        P(),
+        P(None, "model"),
+    ),
+    # No mesh axis divides 43 channels, so the rank axis is sharded. At rank 4 it has at
+    # most four shards.
     ((8, 43), None, P("model"), P("model"), P(), P(None, "model")),
     ((8, 43), None, P(("data", "model")), P("data"), P(), P(None, ("data", "model"))),
-    # 86 channels can be cut in two: one mesh axis each.
-    ((8, 86), None, P(("model", "data")), P("model", "data"), P(), P(None, ("model", "data"))),
-    # Neither divides: replicated.
+    # 2 divides 86 channels, so each side is sharded by one mesh axis.
+    (
+        (8, 86),
+        None,
+        P(("model", "data")),
+        P("model", "data"),
+        P(),
+        P(None, ("model", "data")),
+    ),
+    # No mesh axis divides the channels or a rank of 1, so the moments are replicated.
     ((4, 43), 1, P("model"), P(), P(), P(None, "model")),
-    # Stacked, cut along the layers as well; and with the layers in the middle.
-    ((2, 8, 16), STACKED, P("data", "model"), P("data", None, "model"), P("data"), P("data", None, "model")),
+    # Stacked and sharded along the layers as well; then with the layers in the middle.
+    (
+        (2, 8, 16),
+        STACKED,
+        P("data", "model"),
+        P("data", None, "model"),
+        P("data"),
+        P("data", None, "model"),
+    ),
     (
         (8, 2, 16),
         ApolloDimensionNumbers(0, 2),
@@ -64,38 +110,50 @@ PLACES = [
         P("data"),
         P("data", None, "model"),
     ),
-    # Several axes a side.
-    ((8, 4, 6), ApolloDimensionNumbers(0, (1, 2)), P("data", "model"), P(None, "model", "data"), P(), P()),
-    ((4, 6, 64), ApolloDimensionNumbers((0, 1), 2), P("model", "data"), P(None, ("model", "data")), P(), P()),
+    # Several axes per side.
+    (
+        (8, 4, 6),
+        ApolloDimensionNumbers(0, (1, 2)),
+        P("data", "model"),
+        P(None, "model", "data"),
+        P(),
+        P(),
+    ),
+    (
+        (4, 6, 64),
+        ApolloDimensionNumbers((0, 1), 2),
+        P("model", "data"),
+        P(None, ("model", "data")),
+        P(),
+        P(),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("shape", "how", "spec", "mu", "norm", "projection"), PLACES)
-def test_places(shape, how, spec, mu, norm, projection):
-    mesh = mesh_of()
+@pytest.mark.parametrize(
+    ("shape", "how", "spec", "moments", "norm", "projection"), SHARDINGS
+)
+def test_state_sharding(shape, how, spec, moments, norm, projection):
+    mesh = make_mesh()
     rank, numbers = (1, None) if how == 1 else (4, how)
-    params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))}
+    sharding = NamedSharding(mesh, spec)
+    params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
+    expected = {"mu": moments, "nu": moments, "norm": norm}
     for kind in ("random", "svd"):
         tx = scale_by_apollo(rank, projection=kind, weight_dimension_numbers=numbers)
         state = jax.eval_shape(tx.init, params)
-        places = state_sharding(state, params, weight_dimension_numbers=numbers)
-        chex.assert_trees_all_equal_structs(places, state)
-        for field in ("mu", "nu"):
-            leaf = getattr(state, field)["kernel"]
-            assert spec_of(getattr(places, field)["kernel"], leaf.ndim) == spec_of(
-                NamedSharding(mesh, mu), leaf.ndim
-            )
-        ndim = state.norm["kernel"].ndim
-        assert spec_of(places.norm["kernel"], ndim) == spec_of(NamedSharding(mesh, norm), ndim)
-        assert places.count.spec == places.key.spec == P()
+        shardings = state_sharding(state, params, weight_dimension_numbers=numbers)
+        chex.assert_trees_all_equal_structs(shardings, state)
+        assert shardings.count.spec == shardings.key.spec == P()
         if kind == "svd" and projection != P():
-            ndim = state.projection["kernel"].ndim
-            assert spec_of(places.projection["kernel"], ndim) == spec_of(
-                NamedSharding(mesh, projection), ndim
-            )
-        # And every leaf can be put there.
+            expected["projection"] = projection
+        for field, wanted in expected.items():
+            ndim = getattr(state, field)["kernel"].ndim
+            actual = getattr(shardings, field)["kernel"].spec
+            assert full_spec(actual, ndim) == full_spec(wanted, ndim)
+        # Every leaf can be put on the mesh like this.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
-        jax.device_put(zeros, places)
+        jax.device_put(zeros, shardings)
 
 
 SHAPES = [
@@ -109,29 +167,39 @@ SHAPES = [
 
 
 def every_spec(shape):
-    """All ways to cut a tensor of this shape over the mesh of two and four."""
-    cuts = [(), ("data",), ("model",), ("data", "model"), ("model", "data")]
+    """All specs that shard a tensor of this shape over the mesh of two by four."""
+    entries = [(), ("data",), ("model",), ("data", "model"), ("model", "data")]
     sizes = {"data": 2, "model": 4}
-    for entries in itertools.product(cuts, repeat=len(shape)):
-        used = [name for cut in entries for name in cut]
-        pieces = [math.prod(sizes[name] for name in cut) for cut in entries]
-        divides = all(size % count == 0 for size, count in zip(shape, pieces, strict=True))
+    for spec in itertools.product(entries, repeat=len(shape)):
+        used = [name for entry in spec for name in entry]
+        shards = [math.prod(sizes[name] for name in entry) for entry in spec]
+        divides = all(
+            size % count == 0 for size, count in zip(shape, shards, strict=True)
+        )
         if divides and len(used) == len(set(used)):
-            yield P(*(cut or None for cut in entries))
+            yield P(*(entry or None for entry in spec))
+
+
+def assert_types(tree, expected, shardings):
+    """Asserts the types and the shardings of all leaves."""
+    leaves = zip(*map(jax.tree.leaves, (tree, expected, shardings)), strict=True)
+    for leaf, other, sharding in leaves:
+        assert jax.typeof(leaf) == jax.typeof(other)
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("projection", ["random", "svd"])
+@every_axis_type
+@every_projection
 @pytest.mark.parametrize(
     ("shape", "spec", "numbers"),
     [(shape, spec, numbers) for shape, numbers in SHAPES for spec in every_spec(shape)],
 )
-def test_types_never_change_whatever_is_cut(kind, projection, shape, spec, numbers):
-    test_types_never_change(kind, projection, shape, spec, numbers)
+def test_types_never_change_for_any_spec(axis_type, projection, shape, spec, numbers):
+    test_types_never_change(axis_type, projection, shape, spec, numbers)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_axis_type
 @pytest.mark.parametrize("projection", ["random", "rademacher", "svd"])
 @pytest.mark.parametrize(
     ("shape", "spec", "numbers"),
@@ -144,45 +212,49 @@ def test_types_never_change_whatever_is_cut(kind, projection, shape, spec, numbe
         ((8, 4, 6), P("data", "model"), ApolloDimensionNumbers(0, (1, 2))),
     ],
 )
-def test_types_never_change(kind, projection, shape, spec, numbers):
-    """init, eager and jitted, and every update give states of one type; numbers are the unsharded ones."""
-    mesh = mesh_of(kind)
-    scale_type = "tensor" if projection == "rademacher" else "channel"
-    tx = scale_by_apollo(4, scale_type=scale_type, projection=projection, weight_dimension_numbers=numbers)
-    gradient = put(mesh, shape, spec)
+def test_types_never_change(axis_type, projection, shape, spec, numbers):
+    """The state has one type in every step, and the update is that of one device."""
+    mesh = make_mesh(axis_type)
+    tx = scale_by_apollo(
+        4,
+        scale_type="tensor" if projection == "rademacher" else "channel",
+        projection=projection,
+        weight_dimension_numbers=numbers,
+    )
+    gradient = sharded(mesh, shape, spec)
     state = tx.init(gradient)
-    expected, expected_state = tx.update(np.asarray(gradient), tx.init(np.asarray(gradient)))
-    places = state_sharding(state, gradient, weight_dimension_numbers=numbers)
+    on_one_device = np.asarray(gradient)
+    expected = tx.update(on_one_device, tx.init(on_one_device))
+    shardings = state_sharding(state, gradient, weight_dimension_numbers=numbers)
+    assert_types(state, state, shardings)
     for update in (tx.update, jax.jit(tx.update)):
-        got, new = update(gradient, state)
+        updates, new = update(gradient, state)
         _, newer = update(gradient, new)
         for after in (new, newer):
-            for leaf, before, place in zip(*map(jax.tree.leaves, (after, state, places)), strict=True):
-                assert jax.typeof(leaf) == jax.typeof(before)
-                assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-                assert before.sharding.is_equivalent_to(place, leaf.ndim)
-        assert got.sharding.is_equivalent_to(gradient.sharding, gradient.ndim)
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-        chex.assert_trees_all_close(new, expected_state, rtol=1e-4, atol=1e-5)
-    if kind == AxisType.Explicit:
+            assert_types(after, state, shardings)
+        assert updates.sharding.is_equivalent_to(gradient.sharding, gradient.ndim)
+        chex.assert_trees_all_close((updates, new), expected, rtol=1e-4, atol=1e-5)
+    if axis_type == AxisType.Explicit:
         with jax.set_mesh(mesh):
             jitted = jax.jit(tx.init)(gradient)
-            for leaf, before in zip(jax.tree.leaves(jitted), jax.tree.leaves(tx.init(gradient)), strict=True):
-                assert jax.typeof(leaf) == jax.typeof(before)
+            assert_types(jitted, tx.init(gradient), shardings)
 
             def step(state, _):
                 return tx.update(gradient, state)[1], None
 
-            # A scan refuses a carry whose type changes.
+            # A scan raises an error if the type of its carry changes.
             scanned, _ = jax.lax.scan(step, jitted, length=2)
             assert scanned.count == 2
 
 
-def test_no_recompilation_on_a_mesh():
-    """An eager init puts even the count and the key where the step will leave them."""
-    mesh, traces = mesh_of(), []
+def test_second_step_on_a_mesh_does_not_compile():
+    """init shards even the count and the key as the step returns them."""
+    mesh, traces = make_mesh(), []
     tx = apollo_optax.apollo(0.1, rank=4)
-    params = {"kernel": put(mesh, (8, 16), P("model")), "bias": put(mesh, (16,), P("model"))}
+    params = {
+        "kernel": sharded(mesh, (8, 16), P("model")),
+        "bias": sharded(mesh, (16,), P("model")),
+    }
 
     @jax.jit
     def step(params, state):
@@ -197,112 +269,134 @@ def test_no_recompilation_on_a_mesh():
 
 
 def pipelines():
+    def is_matrix(x):
+        return x.ndim == 2
+
     def labels(params):
-        return jax.tree.map(lambda x: "apollo" if x.ndim == 2 else "adam", params)
+        return jax.tree.map(lambda x: "apollo" if is_matrix(x) else "adam", params)
 
     apollo = apollo_optax.apollo(0.1, rank=4)
     return {
         "chain": optax.chain(optax.clip(1.0), apollo),
-        "masked": optax.masked(apollo, lambda params: jax.tree.map(lambda x: x.ndim == 2, params)),
-        "partition": optax.partition({"apollo": apollo, "adam": optax.adam(0.1)}, labels),
-        "multi_steps": optax.MultiSteps(apollo, 2).gradient_transformation(),
-        "inject": optax.inject_hyperparams(apollo_optax.apollo, apollo_optax.STATIC_ARGS, jnp.float32)(
-            0.1, rank=4
+        "masked": optax.masked(apollo, lambda tree: jax.tree.map(is_matrix, tree)),
+        "partition": optax.partition(
+            {"apollo": apollo, "adam": optax.adam(0.1)}, labels
         ),
+        "multi_steps": optax.MultiSteps(apollo, 2).gradient_transformation(),
+        "inject": optax.inject_hyperparams(
+            apollo_optax.apollo, apollo_optax.STATIC_ARGS, jnp.float32
+        )(0.1, rank=4),
         "limiter": optax.chain(optax.adam(0.1), apollo_optax.limit_norm_growth()),
         "full_rank": apollo_optax.apollo(0.1, rank=64),
     }
 
 
 @pytest.mark.parametrize("name", pipelines())
-def test_any_pipeline(name):
-    mesh = mesh_of()
+def test_pipelines(name):
+    mesh = make_mesh()
     params = {
-        "kernel": put(mesh, (16, 8), P("data", "model")),
-        "bias": put(mesh, (8,), P("model")),
+        "kernel": sharded(mesh, (16, 8), P("data", "model")),
+        "bias": sharded(mesh, (8,), P("model")),
     }
     tx = pipelines()[name]
     state = tx.init(params)
-    places = state_sharding(state, params)
-    chex.assert_trees_all_equal_structs(places, state)
+    shardings = state_sharding(state, params)
+    chex.assert_trees_all_equal_structs(shardings, state)
     seen = set()
-    for path, place in jax.tree_util.tree_leaves_with_path(places):
-        names = [str(getattr(entry, "name", getattr(entry, "key", entry))) for entry in path]
-        assert isinstance(place, NamedSharding)
-        ours = name != "limiter" and not (name == "partition" and "adam" in names)
+    for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
+        names = [str(getattr(e, "name", getattr(e, "key", e))) for e in path]
+        assert isinstance(sharding, NamedSharding)
+        is_adam = name == "limiter" or (name == "partition" and "adam" in names)
         if names[-1] == "kernel" and names[-2] in ("mu", "nu"):
             seen.add("kernel")
-            assert place.spec == (P(None, ("data", "model")) if ours else P("data", "model")), names
+            projected = P(None, ("data", "model"))
+            expected = P("data", "model") if is_adam else projected
         elif names[-1] == "kernel" and names[-2] == "acc_grads":
             seen.add("accumulated")
-            assert place.spec == P("data", "model")
+            expected = P("data", "model")
         elif names[-1] == "bias" and names[-2] in ("mu", "nu", "acc_grads"):
-            seen.add("bias")
-            assert place.spec == P("model"), names
+            expected = P("model")
         else:
-            assert place.spec == P(), names
+            expected = P()
+        assert sharding.spec == expected, names
     assert "kernel" in seen
     assert ("accumulated" in seen) == (name == "multi_steps")
-    jax.device_put(state, places)
+    jax.device_put(state, shardings)
 
 
-def test_a_bare_array():
-    mesh = mesh_of()
-    for shape, spec, mu in [((8, 16), P("model"), P(None, "model")), ((2,), P("data"), P("data"))]:
-        param = put(mesh, shape, spec)
-        tx = apollo_optax.apollo(0.1, rank=4)
-        places = state_sharding(tx.init(param), param)
-        assert places[0].mu.spec == places[0].nu.spec == mu
-        assert places[0].key.spec == places[0].count.spec == P()  # Also where it has the leaf's shape.
+@pytest.mark.parametrize(
+    ("shape", "spec", "moments"),
+    # The key has the shape of the second one, and yet is replicated.
+    [((8, 16), P("model"), P(None, "model")), ((2,), P("data"), P("data"))],
+    ids=["matrix", "vector"],
+)
+def test_params_may_be_one_array(shape, spec, moments):
+    param = sharded(make_mesh(), shape, spec)
+    state = apollo_optax.apollo(0.1, rank=4).init(param)
+    shardings = state_sharding(state, param)[0]
+    assert shardings.mu.spec == shardings.nu.spec == moments
+    assert shardings.key.spec == shardings.count.spec == P()
 
 
-def test_a_parameter_called_as_another_ends():
-    """`scale` alone and `norm/scale`: the longer path owns the state leaf."""
-    mesh = mesh_of()
-    params = {"scale": put(mesh, (8,), P("data")), "norm": {"scale": put(mesh, (8,), P("model"))}}
-    places = state_sharding(optax.adam(0.1).init(params), params)
-    assert places[0].mu["scale"].spec == P("data")
-    assert places[0].mu["norm"]["scale"].spec == P("model")
+def test_longest_path_owns_a_state_leaf():
+    """The paths of ``scale`` and ``norm/scale`` both end a path in Adam's state."""
+    mesh = make_mesh()
+    params = {
+        "scale": sharded(mesh, (8,), P("data")),
+        "norm": {"scale": sharded(mesh, (8,), P("model"))},
+    }
+    shardings = state_sharding(optax.adam(0.1).init(params), params)
+    assert shardings[0].mu["scale"].spec == P("data")
+    assert shardings[0].mu["norm"]["scale"].spec == P("model")
 
 
-def test_modules_named_as_our_fields():
-    mesh = mesh_of()
+def test_modules_may_be_named_like_fields_of_the_state():
+    mesh = make_mesh()
     names = ("mu", "nu", "norm", "projection")
-    params = {name: {"w": put(mesh, (8, 16), P("model"))} for name in names}
-    params["w"] = put(mesh, (8, 16), P("data"))
-    places = state_sharding(apollo_optax.apollo(0.1, rank=4, projection="svd").init(params), params)[0]
-    for field, spec in (("mu", P(None, "model")), ("norm", P()), ("projection", P(None, "model"))):
-        assert all(getattr(places, field)[name]["w"].spec == spec for name in names)
-    assert places.mu["w"].spec == P(None, "data")
+    params = {name: {"w": sharded(mesh, (8, 16), P("model"))} for name in names}
+    params["w"] = sharded(mesh, (8, 16), P("data"))
+    tx = apollo_optax.apollo(0.1, rank=4, projection="svd")
+    shardings = state_sharding(tx.init(params), params)[0]
+    specs = {"mu": P(None, "model"), "norm": P(), "projection": P(None, "model")}
+    for field, spec in specs.items():
+        assert all(getattr(shardings, field)[name]["w"].spec == spec for name in names)
+    assert shardings.mu["w"].spec == P(None, "data")
 
 
-def test_a_field_called_norm_of_another_optimizer():
-    mesh = mesh_of()
-    params = {"w": put(mesh, (8, 16), P("model"))}
+def test_field_norm_of_another_optimizer():
+    params = {"w": sharded(make_mesh(), (8, 16), P("model"))}
     states = (LimitNormGrowthState(params), LimitNormGrowthState({"w": jnp.zeros(())}))
-    places = state_sharding(states, params)
-    assert places[0].norm["w"].spec == P("model")
-    assert places[1].norm["w"].spec == P()
+    shardings = state_sharding(states, params)
+    assert shardings[0].norm["w"].spec == P("model")
+    assert shardings[1].norm["w"].spec == P()
 
 
-def test_the_kind_of_memory_follows_the_parameter():
-    host = NamedSharding(mesh_of(), P("model"), memory_kind="pinned_host")
-    params = {name: jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=host) for name in ("kernel", "bias")}
-    places = state_sharding(jax.eval_shape(scale_by_apollo(4).init, params), params)
-    for field in (places.mu, places.norm):
-        assert field["kernel"].memory_kind == field["bias"].memory_kind == "pinned_host"
+def test_memory_kind_is_that_of_the_parameter():
+    host = NamedSharding(make_mesh(), P("model"), memory_kind="pinned_host")
+    leaf = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=host)
+    params = {"kernel": leaf, "bias": leaf}
+    state = jax.eval_shape(scale_by_apollo(4).init, params)
+    shardings = state_sharding(state, params)
+    for field in (shardings.mu, shardings.norm):
+        kinds = {leaf.memory_kind for leaf in field.values()}
+        assert kinds == {"pinned_host"}
 
 
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
-@pytest.mark.parametrize("spec", [P(), P("data"), P(None, None, "model"), P("data", None, "model")])
-def test_gradients_cut_otherwise_than_the_parameters(spec, scale_type):
-    """As after a reduce-scatter over some of the mesh's axes only: the state stays where it is."""
-    mesh = mesh_of(AxisType.Explicit)
-    param = put(mesh, (2, 8, 16), P("data", "model"))
-    gradient = put(mesh, (2, 8, 16), spec)
+@pytest.mark.parametrize(
+    "spec", [P(), P("data"), P(None, None, "model"), P("data", None, "model")]
+)
+def test_gradients_may_be_sharded_unlike_the_parameters(spec, scale_type):
+    """A reduce-scatter over some axes of the mesh gives such gradients."""
+    mesh = make_mesh(AxisType.Explicit)
+    param = sharded(mesh, (2, 8, 16), P("data", "model"))
+    gradient = sharded(mesh, (2, 8, 16), spec)
     for projection in ("random", "svd"):
         tx = scale_by_apollo(
-            4, scale_type=scale_type, projection=projection, weight_dimension_numbers=STACKED
+            4,
+            scale_type=scale_type,
+            projection=projection,
+            weight_dimension_numbers=STACKED,
         )
         state = tx.init(param)
         _, expected = tx.update(param, state)
@@ -314,19 +408,19 @@ def test_gradients_cut_otherwise_than_the_parameters(spec, scale_type):
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, "model")])
-def test_gradients_cut_by_one_axis_of_two(spec):
-    """Where the moments would be by the gradient's own cuts, their types would clash with the state's."""
-    mesh = mesh_of(AxisType.Explicit)
+def test_gradients_may_be_sharded_along_one_side_only(spec):
+    """Moments sharded like this gradient would not have the type of the state's."""
+    mesh = make_mesh(AxisType.Explicit)
     tx = scale_by_apollo(4)
-    param = put(mesh, (8, 16), P("data", "model"))
+    param = sharded(mesh, (8, 16), P("data", "model"))
     state = tx.init(param)
     _, expected = tx.update(param, state)
-    _, new = jax.jit(tx.update)(put(mesh, (8, 16), spec), state)
+    _, new = jax.jit(tx.update)(sharded(mesh, (8, 16), spec), state)
     assert new.mu.sharding.spec == P(None, ("model", "data"))
     chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_axis_type
 @pytest.mark.parametrize(
     ("shape", "spec", "numbers"),
     [
@@ -335,77 +429,86 @@ def test_gradients_cut_by_one_axis_of_two(spec):
         ((8, 8, 512), P("data", "model"), ApolloDimensionNumbers((0, 1), 2)),
     ],
 )
-def test_each_device_draws_its_own_part(kind, shape, spec, numbers):
-    """The compiled step makes no more random words a device than its part of the projection has."""
-    mesh = mesh_of(kind)
+def test_devices_draw_their_shard_only(axis_type, shape, spec, numbers):
+    """No device draws more words than its shard of the projection has."""
+    mesh = make_mesh(axis_type)
     tx = scale_by_apollo(32, weight_dimension_numbers=numbers)
-    gradient = put(mesh, shape, spec)
+    gradient = sharded(mesh, shape, spec)
     program = jax.jit(tx.update).lower(gradient, tx.init(gradient)).compile().as_text()
-    words = [math.prod(map(int, sizes.split(","))) for sizes in re.findall(r"u32\[([\d,]+)\]", program)]
+    shapes = re.findall(r"u32\[([\d,]+)\]", program)
+    words = [math.prod(map(int, sizes.split(","))) for sizes in shapes]
     matrices = shape[0] if numbers == STACKED else 1
     assert max(words) <= matrices * 32 * 64 / 8
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("projection", ["random", "svd"])
-def test_inside_a_shard_map_over_some_axes(kind, projection):
-    mesh, tx = mesh_of(kind), scale_by_apollo(4, projection=projection)
-    gradient = put(mesh, (8, 16), P())
+@every_axis_type
+@every_projection
+def test_shard_map_over_one_axis_of_two(axis_type, projection):
+    mesh, tx = make_mesh(axis_type), scale_by_apollo(4, projection=projection)
+    gradient = sharded(mesh, (8, 16), P())
     state = tx.init(gradient)
-    update = jax.shard_map(tx.update, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"})
+    update = jax.shard_map(
+        tx.update, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"}
+    )
     with jax.set_mesh(mesh):
         updates, _ = jax.jit(update)(gradient, state)
-    np.testing.assert_allclose(updates, tx.update(gradient, state)[0], rtol=1e-5, atol=1e-6)
+    expected, _ = tx.update(gradient, state)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_nnx_optimizer():
-    """nnx.state of an optimizer has lost the type of our state: its fields are known by name."""
-    mesh = mesh_of()
+    """nnx.state drops the type of the state, so its fields are found by their names."""
+    mesh = make_mesh()
     model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
-    model.kernel.set_value(put(mesh, (8, 16), P("model")))
-    model.bias.set_value(put(mesh, (16,), P("model")))
+    model.kernel.set_value(sharded(mesh, (8, 16), P("model")))
+    model.bias.set_value(sharded(mesh, (16,), P("model")))
     optimizer = nnx.Optimizer(model, apollo_optax.apollo(0.1, rank=4), wrt=nnx.Param)
     state = nnx.state(optimizer)
-    places = state_sharding(state, nnx.state(model, nnx.Param))
-    chex.assert_trees_all_equal_structs(places, state)
-    pure = nnx.to_pure_dict(places)["opt_state"][0]
+    shardings = state_sharding(state, nnx.state(model, nnx.Param))
+    chex.assert_trees_all_equal_structs(shardings, state)
+    pure = nnx.to_pure_dict(shardings)["opt_state"][0]
     assert pure["mu"]["kernel"].spec == pure["nu"]["kernel"].spec == P(None, "model")
     assert pure["mu"]["bias"].spec == P("model")
-    assert pure["norm"]["kernel"].spec == pure["count"].spec == pure["key"].spec == P()
+    for leaf in (pure["norm"]["kernel"], pure["count"], pure["key"]):
+        assert leaf.spec == P()
 
 
-def test_boxed_parameters():
-    """Linen's metadata says ("data", "model"); the state follows the arrays, not the metadata."""
-    mesh = mesh_of()
-    params = {"kernel": nn.Partitioned(put(mesh, (8, 16), P("data", "model")), ("data", "model"))}
+def test_linen_boxes():
+    mesh, names = make_mesh(), ("data", "model")
+    params = {"kernel": nn.Partitioned(sharded(mesh, (8, 16), P(*names)), names)}
     tx = scale_by_apollo(4)
     state = tx.init(params)
     assert isinstance(state.mu["kernel"], jax.Array)
-    places = state_sharding(state, params)
-    assert places.mu["kernel"].spec == P(None, ("model", "data"))
+    shardings = state_sharding(state, params)
+    assert shardings.mu["kernel"].spec == P(None, ("model", "data"))
 
 
-def test_state_made_on_the_mesh_by_jit():
-    mesh = mesh_of()
-    params = {"kernel": put(mesh, (8, 16), P("data", "model"))}
+def test_jitted_init_with_out_shardings():
+    mesh = make_mesh()
+    params = {"kernel": sharded(mesh, (8, 16), P("data", "model"))}
     tx = apollo_optax.apollo(0.1, rank=4)
-    places = state_sharding(jax.eval_shape(tx.init, params), params)
-    state = jax.jit(tx.init, out_shardings=places)(params)
+    shardings = state_sharding(jax.eval_shape(tx.init, params), params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
     chex.assert_trees_all_equal(state, tx.init(params))
     assert state[0].mu["kernel"].sharding.spec == P(None, ("model", "data"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_limiter_alone(kind):
-    mesh = mesh_of(kind)
-    tx = apollo_optax.limit_norm_growth(weight_dimension_numbers={"stack": STACKED, "bias": None})
-    gradient = {"stack": put(mesh, (2, 8, 16), P("data", "model")), "bias": put(mesh, (8,), P("model"))}
+@every_axis_type
+def test_limiter_keeps_types_and_shardings(axis_type):
+    mesh = make_mesh(axis_type)
+    numbers = {"stack": STACKED, "bias": None}
+    tx = apollo_optax.limit_norm_growth(weight_dimension_numbers=numbers)
+    gradient = {
+        "stack": sharded(mesh, (2, 8, 16), P("data", "model")),
+        "bias": sharded(mesh, (8,), P("model")),
+    }
     state = tx.init(gradient)
     _, state = tx.update(gradient, state)
+    before = (gradient, state)
+    shardings = jax.tree.map(lambda x: x.sharding, before)
     larger = jax.tree.map(lambda x: 3 * x, gradient)
     for update in (tx.update, jax.jit(tx.update)):
         updates, new = update(larger, state)
-        chex.assert_trees_all_close(updates, jax.tree.map(lambda x: 1.01 * x, gradient), rtol=1e-5)
-        for leaf, before in zip(*map(jax.tree.leaves, ((updates, new), (gradient, state))), strict=True):
-            assert jax.typeof(leaf) == jax.typeof(before)
-            assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
+        limited = jax.tree.map(lambda x: 1.01 * x, gradient)
+        chex.assert_trees_all_close(updates, limited, rtol=1e-5)
+        assert_types((updates, new), before, shardings)

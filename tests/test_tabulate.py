@@ -1,3 +1,5 @@
+"""The table of a state's memory, by parameter and in total."""
+
 import re
 
 import jax
@@ -5,9 +7,20 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from apollo_optax import ApolloDimensionNumbers, apollo, apollo_mini, limit_norm_growth, tabulate
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    apollo,
+    apollo_mini,
+    limit_norm_growth,
+    tabulate,
+)
 
-NUMBERS = {"layers": ApolloDimensionNumbers(1, 2), "norm": None, "embed": None, "lm_head": None}
+NUMBERS = {
+    "layers": ApolloDimensionNumbers(1, 2),
+    "norm": None,
+    "embed": None,
+    "lm_head": None,
+}
 
 
 def leaf(*shape):
@@ -23,15 +36,16 @@ PARAMS = {
 
 
 def rows(text):
-    """The table's cells by the first column."""
-    return {line[0]: line[1:] for line in (re.split(r"\s{2,}", x) for x in text.splitlines()) if line[0]}
+    """The other cells of each row, by the cell in the first column."""
+    cells = [re.split(r"\s{2,}", line) for line in text.splitlines()]
+    return {first: others for first, *others in cells if first}
 
 
 def number(text):
     return int(text.replace(",", ""))
 
 
-def test_each_tensor_and_the_totals():
+def test_table_has_each_tensor_and_the_totals():
     tx = apollo(0.01, rank=4, weight_dimension_numbers=NUMBERS)
     table = rows(tabulate(tx, PARAMS, weight_dimension_numbers=NUMBERS))
     moments = 2 * 3 * 4 * 16 * 4
@@ -45,24 +59,27 @@ def test_each_tensor_and_the_totals():
     assert table["norm/scale"][1:3] == ["Adam", "(3, 8) x 2"]
     assert table["embed/embedding"][1] == table["lm_head/kernel"][1] == "Adam"
     assert [number(x) for x in table["kernels"]] == [moments + 12, 2 * 3 * 8 * 16 * 4]
-    # Adam's leaves keep a scalar each: the limiter's norm, unused.
-    assert [number(x) for x in table["embeddings and head"]] == [2 * 1600 * 4 + 8, 2 * 1600 * 4]
-    # The norm's moments, a scalar for it, the count, the key.
-    assert [number(x) for x in table["other"]] == [2 * 24 * 4 + 4 + 4 + 8, 2 * 24 * 4 + 4]
+    # The limiter's norm is a scalar of every leaf, also of those that get Adam.
+    of_embeddings = [number(x) for x in table["embeddings and head"]]
+    assert of_embeddings == [2 * 1600 * 4 + 8, 2 * 1600 * 4]
+    # The rest is the moments and the scalar of `norm/scale`, the count and the key.
+    of_others = [number(x) for x in table["other"]]
+    assert of_others == [2 * 24 * 4 + 4 + 4 + 8, 2 * 24 * 4 + 4]
 
 
-@pytest.mark.parametrize("make", [apollo, apollo_mini, optax.adamw, optax.sgd, optax.lion])
-def test_totals_are_the_whole_state(make):
-    arguments = {} if make.__module__.startswith("optax") else {"weight_dimension_numbers": NUMBERS}
-    tx = make(0.01, **arguments)
+@pytest.mark.parametrize(
+    "make", [apollo, apollo_mini, optax.adamw, optax.sgd, optax.lion]
+)
+def test_totals_are_the_bytes_of_the_whole_state(make):
+    is_ours = not make.__module__.startswith("optax")
+    tx = make(0.01, **{"weight_dimension_numbers": NUMBERS} if is_ours else {})
     table = rows(tabulate(tx, PARAMS, weight_dimension_numbers=NUMBERS))
     for column, optimizer in enumerate([tx, optax.adamw(0.01)]):
         state = jax.eval_shape(optimizer.init, PARAMS)
-        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        assert number(table["total"][column]) == whole
-        assert (
-            sum(number(table[kind][column]) for kind in ("kernels", "embeddings and head", "other")) == whole
-        )
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        assert number(table["total"][column]) == total
+        groups = ("kernels", "embeddings and head", "other")
+        assert sum(number(table[group][column]) for group in groups) == total
 
 
 @pytest.mark.parametrize(
@@ -78,25 +95,28 @@ def test_totals_are_the_whole_state(make):
         (apollo(0.1, rank=2, projection="svd"), "APOLLO rank 2, 4 contracted"),
     ],
 )
-def test_treatments(tx, treatment):
+def test_table_names_the_treatment(tx, treatment):
     assert rows(tabulate(tx, {"kernel": leaf(4, 6)}))["kernel"][1] == treatment
 
 
-def test_modules_named_as_our_fields():
+def test_modules_may_be_named_like_fields_of_the_state():
     params = {"mu": {"w": leaf(4, 8)}, "norm": {"w": leaf(4, 12)}, "w": leaf(4, 6)}
     table = rows(tabulate(apollo(0.1, rank=2), params))
     for name, n in (("mu/w", 8), ("norm/w", 12), ("w", 6)):
         assert table[name][1:3] == ["APOLLO rank 2, 4 contracted", f"(2, {n}) x 2"]
 
 
-def test_parameters_named_as_fields_of_a_state():
+def test_parameters_may_be_named_like_fields_of_other_states():
     params = {name: leaf() for name in ("count", "learning_rate")}
-    tx = optax.chain(optax.adam(optax.constant_schedule(0.1)), optax.inject_hyperparams(optax.sgd)(0.1))
+    tx = optax.chain(
+        optax.adam(optax.constant_schedule(0.1)),
+        optax.inject_hyperparams(optax.sgd)(0.1),
+    )
     table = rows(tabulate(tx, params))
     for name in params:
         assert table[name][1:] == ["Adam", "8", "8"]
 
 
-def test_scalars_and_the_empty_tree():
+def test_scalars_and_the_empty_tree_have_tables():
     assert rows(tabulate(apollo(0.1), {"t": leaf()}))["t"][:2] == ["()", "Adam"]
     assert rows(tabulate(apollo(0.1), {}))["total"] == ["12", "4"]

@@ -1,13 +1,10 @@
-import itertools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.worker import Failed, Worker, reason_of
 from benchmarks.step_contenders import Setting, methods
 from examples.llama.options import RunOptions
-from examples.llama.usage import UsageError
+from tests.benchmarks.rows import counting, failing, variable
 
 ROOT = Path(__file__).parents[2]
 SOON = 60.0  # Seconds; a process starts in a few.
@@ -32,28 +29,6 @@ SOON = 60.0  # Seconds; a process starts in a few.
 
 def deadline(seconds: float = SOON) -> float:
     return time.monotonic() + seconds
-
-
-def counting(name: str) -> Generator[str]:
-    for number in itertools.count():
-        yield f"{name} {number}"
-
-
-def variable(name: str) -> Generator[str | None]:
-    yield os.environ.get(name)
-
-
-def failing(kind: str) -> Generator[str | None]:
-    if kind == "usage":
-        raise UsageError("--batch 0 is out of range; give 1")
-    if kind == "memory":
-        raise MemoryError("allocating 1 TB")
-    yield None
-    if kind == "crash":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if kind == "hang":
-        time.sleep(1000)
-    yield "not reached"
 
 
 def test_a_worker_answers_as_often_as_it_is_asked() -> None:
@@ -121,7 +96,7 @@ def test_each_job_is_put_and_a_failure_costs_its_row_only(
 def test_a_row_that_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
     jobs = [Job("hang", failing, ("hang",)), Job("fine", counting, ("a",))]
     found = {}
-    make_bench(tmp_path, deadline=deadline(40)).measure(
+    make_bench(tmp_path, deadline=deadline(20)).measure(
         jobs, lambda job, known, result: found.update({job.name: result})
     )
     assert found == {"hang": Failed("ran out of time"), "fine": "a 1"}
@@ -295,30 +270,40 @@ def test_a_missing_package_is_named(
     assert "no-such-package must be installed" in capsys.readouterr().err
 
 
-def test_rehearsal(tmp_path: Path) -> None:
-    """All parts run at tiny sizes."""
-    text = tmp_path / "text"
+def rehearse(parts: list[str], only: str, tmp_path: Path) -> None:
+    """Runs parts at tiny sizes, and checks that each has results."""
+    text, out = tmp_path / "text", tmp_path / "out"
     text.mkdir()
     for number in range(12):
         (text / f"{number}.txt").write_text(f"Document {number}: " + "some words of text, " * 400)
-    out = tmp_path / "out"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-    rehearse = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", out, "--data", text]
-    some = ["--only", "stochastic|cuDNN.*64|adamw|^int8", "--dump", "step"]
-    done = subprocess.run(
-        [*map(str, rehearse), *some], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "benchmarks.gpu", *parts, "--rehearse", "--only", only]
+    command += ["--out", str(out), "--data", str(text), "--dump", "step"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for part in gpu.PARTS:
+    for part in parts:
         found = json.loads((out / f"{part}.json").read_text())
         assert found["part"] == part
         assert (out / f"{part}.md").read_text() in done.stdout
         rows = [row for table in found["tables"] for row in table["rows"]]
         assert any(row["values"] for row in rows), part
-    assert (out / "step-hlo.zip").exists()
-    assert "needs cuDNN's flash attention" in done.stdout
-    assert (out / "train.png").exists()
-    (name,) = train.kept_runs(out / "train.json")
+    if "step" in parts:
+        assert (out / "step-hlo.zip").exists()
+    if "check" in parts:
+        assert "needs cuDNN's flash attention" in done.stdout
+
+
+def test_rehearsal_of_short_parts(tmp_path: Path) -> None:
+    """One row of each part that trains no model for long."""
+    only = "stochastic|cuDNN.*64|^adamw, .*, unstacked|^int8"
+    rehearse(["check", "step", "memory"], only, tmp_path)
+
+
+@pytest.mark.slow
+def test_rehearsal_of_all_parts(tmp_path: Path) -> None:
+    rehearse(list(gpu.PARTS), "stochastic|cuDNN.*64|adamw|^int8", tmp_path)
+    assert (tmp_path / "out" / "train.png").exists()
+    (name,) = train.kept_runs(tmp_path / "out" / "train.json")
     assert name == "adamw, lr 0.002, seed 0, 4 steps"
 
 

@@ -53,6 +53,26 @@ def losses(folder: Path) -> list[tuple[int, float | None]]:
     return [(row["step"], row["loss"]) for row in run_log.read_metrics(folder)]
 
 
+@pytest.fixture(scope="module")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def train(out: Path, finished_runs: Path) -> Callable[..., None]:
+    """Fills `out` with a finished run, and trains only once per command line."""
+
+    def train(*args: str) -> None:
+        kept = finished_runs / " ".join(args)
+        if kept.exists():
+            shutil.copytree(kept, out)
+        else:
+            pretrain.main(["--out", str(out), *args])
+            shutil.copytree(out, kept)
+
+    return train
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "galore"])
 def test_pretrain_writes_its_files(optimizer: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain.main(["--out", str(out), "--optimizer", optimizer, "--seed", "3", *SHORT])
@@ -174,9 +194,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(
 
 
 def test_a_run_is_continued_with_the_options_it_began_with_only(
-    out: Path, capsys: pytest.CaptureFixture[str]
+    out: Path, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain.main(["--out", str(out), *RESUMED])
+    train(*RESUMED)
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     args = ["--out", str(out), *RESUMED, "--lr", "0.5", "--batch", "8"]
     error = exits_with_message(pretrain.main, args, capsys)
@@ -226,18 +246,25 @@ def test_text_can_be_tokenised_before_the_run(
     ],
 )
 def test_a_damaged_run_is_refused_not_overwritten(
-    name: str, content: str, message: str, out: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    content: str,
+    message: str,
+    out: Path,
+    train: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pretrain.main(["--out", str(out), *SHORT])
+    train(*SHORT)
     (out / name).write_text(content)
     error = exits_with_message(pretrain.main, ["--out", str(out), *SHORT, "--resume", "auto"], capsys)
     assert message in error
     assert (out / name).read_text() == content
 
 
-def test_a_run_without_its_checkpoints(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_its_checkpoints(
+    out: Path, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     """One that has ended stays as it is; another starts again, and its metrics are kept."""
-    pretrain.main(["--out", str(out), *RESUMED])
+    train(*RESUMED)
     shutil.rmtree(out / "checkpoints")
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     pretrain.main(["--out", str(out), *RESUMED])
@@ -256,9 +283,9 @@ def test_a_run_without_its_checkpoints(out: Path, capsys: pytest.CaptureFixture[
 
 
 def test_fields_that_are_newer_than_a_run_have_their_defaults(
-    out: Path, capsys: pytest.CaptureFixture[str]
+    out: Path, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain.main(["--out", str(out), *SHORT])
+    train(*SHORT)
     config = json.loads((out / "config.json").read_text())
     assert config["rounding"] == "nearest"  # Not the field's default, which is None.
     del config["accumulate"], config["attention"], config["rounding"]
@@ -303,9 +330,12 @@ def test_a_damaged_checkpoint_is_set_aside(out: Path, capsys: pytest.CaptureFixt
 
 
 def test_where_no_checkpoint_can_be_read_none_is_touched(
-    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    out: Path,
+    train: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pretrain.main(["--out", str(out), *RESUMED])
+    train(*RESUMED)
     shutil.rmtree(out / "checkpoints" / "12")
     cut_to(out, 11)
 
@@ -415,9 +445,14 @@ def held_out(out: Path) -> np.ndarray:
     ],
 )
 def test_exports_that_cannot_be(
-    args: list[str], message: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str],
+    message: str,
+    out: Path,
+    train: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pretrain.main(["--out", str(out), *SHORT])
+    train(*SHORT)
     to = tmp_path / "exported"
     assert message in exits_with_message(export.main, ["--run", str(out), "--to", str(to), *args], capsys)
     assert not to.exists()

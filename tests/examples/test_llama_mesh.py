@@ -66,7 +66,14 @@ def on_one_device() -> list[float]:
         return trained(run_of("data=1", optimizer="apollo"))[1]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+# All axes at once by default; each axis alone is slow.
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=2,fsdp=2,tensor=2",
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data=8", "fsdp=8", "tensor=8")),
+    ],
+)
 def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) -> None:
     run = run_of(mesh, optimizer="apollo")
     state, losses = trained(run)
@@ -80,7 +87,11 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
 
 @pytest.mark.parametrize(
     "settings",
-    [INT8, {"layerwise": True, "optimizer": "muon"}, {"optimizer": "lion", "accumulate": 2, "batch": 16}],
+    [
+        INT8,  # Layer-wise, too.
+        pytest.param({"layerwise": True, "optimizer": "muon"}, marks=pytest.mark.slow),
+        {"optimizer": "lion", "accumulate": 2, "batch": 16},
+    ],
     ids=["int8", "layer-wise", "micro-batches"],
 )
 def test_other_steps_on_a_mesh(settings: dict[str, Any]) -> None:
@@ -92,11 +103,21 @@ def test_other_steps_on_a_mesh(settings: dict[str, Any]) -> None:
     assert on_device < 0.35 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
+def random_state(run: Run) -> TrainState:
+    """A state whose numbers all differ, without a step to compile."""
+    rng = np.random.default_rng(0)
+
+    def random_like(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        numbers = rng.uniform(1, 100, leaf.shape).astype(leaf.dtype)
+        return jax.device_put(numbers, leaf.sharding)
+
+    return jax.tree.map(random_like, build.abstract_state(*run))
+
+
 @pytest.mark.parametrize("settings", [{"optimizer": "apollo"}, INT8], ids=["float32", "int8"])
 def test_checkpoints_move_between_meshes_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
     """Of eight devices, of four and of one, and cut along other axes."""
-    before, _ = trained(run_of("fsdp=8", **settings), steps=1)
-    saved = before
+    before = saved = random_state(run_of("fsdp=8", **settings))
     for number, (mesh, devices) in enumerate(
         [("data=2,fsdp=2", 4), ("data=1", 1), ("tensor=8", 8), ("fsdp=2,tensor=2", 4)], start=1
     ):

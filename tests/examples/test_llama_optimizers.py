@@ -160,11 +160,11 @@ def test_bfloat16_parameters_get_the_updates_of_float32_ones(name: str, small: L
     params = {dtype: jax.tree.map(lambda x, d=dtype: x.astype(d), wide) for dtype in ("float32", "bfloat16")}
     scaler = RECIPES[name].scaler(options, small)
     sizes = {}
+    draws = gradients(wide, 0)
     for dtype, of_dtype in params.items():
 
         def steps(carry: Any, scale: jax.Array, of_dtype: Any = of_dtype) -> Any:
             state, _ = carry
-            draws = gradients(of_dtype, 0)
             grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), draws, of_dtype)
             updates, state = scaler.update(grads, state, of_dtype)
             return (state, jax.tree.map(lambda u: jnp.linalg.norm(u.astype(jnp.float32)), updates)), None

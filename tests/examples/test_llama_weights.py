@@ -18,7 +18,13 @@ from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
 from examples.llama.hf import load_params
 from examples.llama.mesh import make_mesh
-from examples.llama.model import Execution, init_ends, init_layer, init_params, pieces_of
+from examples.llama.model import (
+    Execution,
+    init_ends,
+    init_layer,
+    init_params,
+    pieces_of,
+)
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.weights import Storage
@@ -99,7 +105,11 @@ def stepped(options: RunOptions, config: LlamaConfig, tx: Any, steps: int = 4) -
     return state, seen
 
 
-@pytest.mark.parametrize("settings", [{}, {"weights": "bfloat16"}, {"weights": "int8"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"weights": "bfloat16"}, marks=pytest.mark.slow), {"weights": "int8"}],
+    ids=["float32", "bfloat16", "int8"],
+)
 @pytest.mark.usefixtures("tiny_is_small")
 def test_what_is_in_host_memory_computes_the_same(settings: dict[str, Any]) -> None:
     """The CPU has that kind of memory too, though a run refuses to use it there."""
@@ -133,7 +143,9 @@ def test_int8_checkpoints(tmp_path: Path, offload: str | None) -> None:
     jax.tree.map(np.testing.assert_array_equal, restored.state.opt_state, state.opt_state)
 
 
-@pytest.mark.parametrize("optimizer", ["apollo-mini", "muon", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer", ["apollo-mini", "muon", pytest.param("adafactor", marks=pytest.mark.slow)]
+)
 def test_a_run_may_change_its_step_at_a_checkpoint(
     optimizer: str, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,15 +205,20 @@ def test_stochastic_rounding_is_a_function_of_seed_and_step(out: Path) -> None:
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.usefixtures("tiny_is_small")
 def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
+    options, config, tx = run_options(weights="bfloat16", layerwise=layerwise)
+    mesh = make_mesh("data=1")
+    # The steps start from one state, so that they differ in nothing but the rounding.
+    initial = build.initial_state(options, config, tx, mesh)
+    steps = {
+        seed: build.training_step(dataclasses.replace(options, seed=seed), config, tx, mesh)
+        for seed in (0, 1)
+    }
+    tokens = jax.random.randint(jax.random.key(0), (2, 17), 0, config.vocab_size)
+
     def rounded(seed: int, number: int) -> jax.Array:
-        options, config, tx = run_options(weights="bfloat16", layerwise=layerwise)
-        # Of one seed, so that only what is rounded with is another's.
-        mesh = make_mesh("data=1")
-        state = build.initial_state(options, config, tx, mesh)
-        step = build.training_step(dataclasses.replace(options, seed=seed), config, tx, mesh)
-        tokens = jax.random.randint(jax.random.key(0), (2, 17), 0, config.vocab_size)
+        state = jax.tree.map(jnp.copy, initial)  # The step consumes it.
         for _ in range(2):  # The rate of the first is 0.
-            state, _ = step(state, tokens, number)
+            state, _ = steps[seed](state, tokens, number)
         return kernels(state.params)[0]
 
     first = rounded(0, 1)

@@ -1,4 +1,4 @@
-"""The benchmark of collectives, on a model that compiles in a moment."""
+"""The benchmark of collectives, on a model that compiles within seconds."""
 
 import pytest
 
@@ -40,7 +40,7 @@ ENTRY %main_spmd (p: f32[32,1024]) -> f32[] {
 """  # noqa: E501
 
 
-def test_every_form_of_collective_is_read():
+def test_reads_every_form_of_collective():
     always = [
         Collective("reduce-scatter", "f32", (32, 1024), 4),
         Collective("all-reduce", "f32", (), 2),
@@ -51,34 +51,61 @@ def test_every_form_of_collective_is_read():
     assert collectives(PROGRAM) == always
     moved = Collective("collective-permute", "f32", (8,), 2)
     assert collectives(PROGRAM, rare=True) == [*always, moved]
-    sent = [3 / 4 * 4 * 32 * 1024, 4, 4 * 1024, 3 * 3 / 4 * 2 * 8, 3 * 3 / 4 * 4 * 16, 4 * 8]
+    sent = [
+        3 / 4 * 4 * 32 * 1024,
+        4,
+        4 * 1024,
+        3 * 3 / 4 * 2 * 8,
+        3 * 3 / 4 * 4 * 16,
+        4 * 8,
+    ]
     assert [each.sent_bytes for each in [*always, moved]] == sent
-    unknown = PROGRAM.replace('backend_config={"known_trip_count":{"n":"3"}}', "metadata={}")
-    assert sum(each.sent_bytes for each in collectives(unknown)) == float("inf")
+    trip_count = 'backend_config={"known_trip_count":{"n":"3"}}'
+    unknown = collectives(PROGRAM.replace(trip_count, "metadata={}"))
+    assert sum(each.sent_bytes for each in unknown) == float("inf")
 
 
-def test_other_replica_groups_are_refused():
+def test_rejects_unknown_replica_groups():
     with pytest.raises(ValueError, match="replica groups in an unknown form"):
-        collectives(PROGRAM.replace("replica_groups=[2,4]<=[8]", "replica_groups=(2,4)"))
+        collectives(
+            PROGRAM.replace("replica_groups=[2,4]<=[8]", "replica_groups=(2,4)")
+        )
 
 
-def test_the_table(capsys):
-    sizes = ["--target", "cpu", "--models", "tiny", "--devices", "2", "8", "--rank", "8"]
+def table_rows(text):
+    """The cells of each row of a Markdown table."""
+    lines = [line.strip("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_table_has_bytes_sent_and_held_per_device(capsys):
+    sizes = [
+        "--target",
+        "cpu",
+        "--models",
+        "tiny",
+        "--devices",
+        "2",
+        "8",
+        "--rank",
+        "8",
+    ]
     benchmark.main([*sizes, "--optimizers", "adamw", "apollo-mini"])
-    lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    rows = table_rows(capsys.readouterr().out)
     assert rows[0] == ["optimizer", "sent, 2", "sent, 8", "held, 2", "held, 8"]
     numbers = {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
     assert list(numbers) == ["adamw", "apollo-mini"]
     assert numbers["adamw"][:2] == [0, 0]
     for sent_by_2, sent_by_8, held_by_2, held_by_8 in numbers.values():
-        assert sent_by_8 <= 2 * sent_by_2  # Of a whole that stays, each sends (k - 1) / k.
+        # Of a model of constant size, each of k devices sends the share (k - 1) / k.
+        assert sent_by_8 <= 2 * sent_by_2
         assert held_by_8 < held_by_2 / 3
-    assert 0 < numbers["apollo-mini"][0] < 0.001  # Norms alone.
+    # APOLLO-Mini sends norms alone.
+    assert 0 < numbers["apollo-mini"][0] < 0.001
 
 
 @pytest.mark.parametrize("optimizer", ["galore", "apollo-svd"])
-def test_what_stands_for_an_svd_sends_as_much(optimizer, monkeypatch):
+def test_stand_in_for_the_svd_sends_as_much(optimizer, monkeypatch):
     run = benchmark.run_of(benchmark.Options(rank=8), "tiny", optimizer, 8)
     with_svd = benchmark.compiled_cost(run, "cpu")
     monkeypatch.setattr(benchmark, "compiles_svds", lambda target: False)
@@ -86,13 +113,15 @@ def test_what_stands_for_an_svd_sends_as_much(optimizer, monkeypatch):
     assert with_svd.sent_at_refresh > with_svd.sent
 
 
-def test_the_other_cut_sends_vectors(capsys):
-    sizes = ["--target", "cpu", "--models", "tiny", "--devices", "8", "--optimizers", "apollo-mini"]
-    benchmark.main([*sizes, "--cut", "contracted"])
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| apollo-mini"))
-    sent = float(row.split("|")[2])
+def test_contracted_axis_sharded_sends_vectors(capsys):
+    sizes = ["--target", "cpu", "--models", "tiny", "--devices", "8"]
+    optimizers = ["--optimizers", "apollo-mini"]
+    benchmark.main([*sizes, *optimizers, "--cut", "contracted"])
+    rows = {row[0]: row[1:] for row in table_rows(capsys.readouterr().out)}
     channels = 4 * (4 * 128 + 3 * 344)
-    assert sent == pytest.approx(2 * 7 / 8 * channels * 4 / 1e6, rel=0.02)  # An all-reduce of float32.
+    # An all-reduce of one float32 per channel.
+    expected = 2 * 7 / 8 * channels * 4 / 1e6
+    assert float(rows["apollo-mini"][0]) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +135,6 @@ def test_the_other_cut_sends_vectors(capsys):
         ("--jobs 0", "0"),
     ],
 )
-def test_bad_options(args, match):
+def test_rejects_options(args, match):
     with pytest.raises(UsageError, match=match):
         benchmark.parse(benchmark.Options, args.split(), "collectives")
