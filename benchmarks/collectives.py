@@ -100,7 +100,9 @@ class Cost:
 
     held: int  # In the optimizer's state.
     sent: float  # At most steps.
-    sent_at_refresh: float  # At those that compute projections anew; infinite where not known.
+    sent_at_refresh: (
+        float  # At those that compute projections anew; infinite where not known.
+    )
     fits: bool = True  # If not, it was compiled for as many larger chips.
 
 
@@ -125,7 +127,11 @@ def along_the_contracted_side(params: Any) -> Any:
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if len(x.shape) != 3:
             return x
-        spec = jax.P(None, None, "fsdp") if x.shape[1] > x.shape[2] else jax.P(None, "fsdp", None)
+        spec = (
+            jax.P(None, None, "fsdp")
+            if x.shape[1] > x.shape[2]
+            else jax.P(None, "fsdp", None)
+        )
         sharding = jax.sharding.NamedSharding(x.sharding.mesh, spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -140,7 +146,9 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
     state = abstract_state(run, config, tx, mesh)
     if cut == "contracted":
         params = along_the_contracted_side(state.params)
-        opt_state = placed(state.opt_state, state_shardings(run, state.opt_state, params))
+        opt_state = placed(
+            state.opt_state, state_shardings(run, state.opt_state, params)
+        )
         state = TrainState(params, opt_state)
 
     def step(state: TrainState, grads: Any) -> TrainState:
@@ -154,9 +162,12 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
             program = jitted.lower(state, state.params).compile().as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         refused_bytes(error)  # Raises what is no lack of memory.
-        return dataclasses.replace(compiled_cost(run, larger_target(mesh.size), cut), fits=False)
+        return dataclasses.replace(
+            compiled_cost(run, larger_target(mesh.size), cut), fits=False
+        )
     sent, at_refresh = (
-        sum(each.sent_bytes for each in collectives(program, rare=rare)) for rare in (False, True)
+        sum(each.sent_bytes for each in collectives(program, rare=rare))
+        for rare in (False, True)
     )
     return Cost(bytes_on_a_device(state.opt_state, host=False), sent, at_refresh)
 
@@ -171,11 +182,17 @@ def no_svds(mesh: jax.sharding.Mesh) -> Iterator[None]:
     """Has something in the place of SVDs that needs and gives the same: whole matrices on each device."""
 
     def everywhere(x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, jax.P()))
+        return jax.lax.with_sharding_constraint(
+            x, jax.sharding.NamedSharding(mesh, jax.P())
+        )
 
     def svd(matrix: jax.Array, **_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         matrix, k = everywhere(matrix), min(matrix.shape)
-        return everywhere(matrix[:, :k]), everywhere(matrix[:k, 0]), everywhere(matrix[:k])
+        return (
+            everywhere(matrix[:, :k]),
+            everywhere(matrix[:k, 0]),
+            everywhere(matrix[:k]),
+        )
 
     with mock.patch.object(jnp.linalg, "svd", svd):
         yield
@@ -189,7 +206,9 @@ def cost(run: RunOptions, target: str, devices: int, cut: str = "trainer") -> Co
         env=environment(target, devices),
     )
     if child.returncode:
-        raise RuntimeError(f"compiling {run.optimizer} for {target} failed:\n{child.stderr.decode()[-4000:]}")
+        raise RuntimeError(
+            f"compiling {run.optimizer} for {target} failed:\n{child.stderr.decode()[-4000:]}"
+        )
     found = Cost(**json.loads(child.stdout.splitlines()[-1]))
     print(f"{run.model} {run.optimizer} on {devices} devices: {found}", file=sys.stderr)
     return found
@@ -211,9 +230,15 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
     def cost_of(pair: tuple[str, int]) -> Cost:
         optimizer, devices = pair
         target = options.target if options.target == "cpu" else TOPOLOGIES[devices]
-        return cost(run_of(options, model, optimizer, devices), target, devices, options.cut)
+        return cost(
+            run_of(options, model, optimizer, devices), target, devices, options.cut
+        )
 
-    pairs = [(optimizer, devices) for optimizer in options.optimizers for devices in options.devices]
+    pairs = [
+        (optimizer, devices)
+        for optimizer in options.optimizers
+        for devices in options.devices
+    ]
     found = dict(zip(pairs, pool.map(cost_of, pairs), strict=True))
     for name in options.optimizers:
         costs = [found[name, devices] for devices in options.devices]
@@ -221,18 +246,29 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
         sent = [megabytes(each.sent) + ("" if each.fits else "*") for each in costs]
         yield [name, *sent, *held]
         if any(each.sent_at_refresh != each.sent for each in costs):
-            yield [f"{name}, at a refresh", *(megabytes(each.sent_at_refresh) for each in costs), *held]
+            yield [
+                f"{name}, at a refresh",
+                *(megabytes(each.sent_at_refresh) for each in costs),
+                *held,
+            ]
 
 
 def table(options: Options, model: str, pool: ThreadPoolExecutor) -> str:
-    head = ["optimizer", *(f"{what}, {count}" for what in ("sent", "held") for count in options.devices)]
+    head = [
+        "optimizer",
+        *(f"{what}, {count}" for what in ("sent", "held") for count in options.devices),
+    ]
     return markdown(head, rows(options, model, pool), numbers_from=1)
 
 
 def report(options: Options) -> None:
-    target = options.target if options.target == "cpu" else TOPOLOGIES[options.devices[0]]
+    target = (
+        options.target if options.target == "cpu" else TOPOLOGIES[options.devices[0]]
+    )
     check_target(target)
-    print(f"compiled for {options.target}, none attached, on {made_with(versions(target))}\n")
+    print(
+        f"compiled for {options.target}, none attached, on {made_with(versions(target))}\n"
+    )
     print(CAPTION.format(rank=options.rank, cut=CUTS[options.cut]))
     with ThreadPoolExecutor(options.jobs) as pool:
         for model in options.models:
@@ -240,7 +276,9 @@ def report(options: Options) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    exit_on_usage_error(lambda: report(parse(Options, args, "python -m benchmarks.collectives")))
+    exit_on_usage_error(
+        lambda: report(parse(Options, args, "python -m benchmarks.collectives"))
+    )
 
 
 if __name__ == "__main__":

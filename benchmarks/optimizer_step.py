@@ -20,7 +20,16 @@ import jax
 
 from benchmarks import import_time, step_torch
 from benchmarks.report import made_with, markdown
-from benchmarks.step_contenders import Contender, Copy, Draw, Measured, OnJax, Setting, methods, tree_bytes
+from benchmarks.step_contenders import (
+    Contender,
+    Copy,
+    Draw,
+    Measured,
+    OnJax,
+    Setting,
+    methods,
+    tree_bytes,
+)
 from examples.llama.config import preset
 from examples.llama.options import parse
 from examples.llama.usage import UsageError, exit_on_usage_error, notice, unknown_name
@@ -30,7 +39,10 @@ LAYOUTS = ("unstacked", "stacked")
 OPTIMIZERS = tuple(methods(Setting("tiny", "float32", "stacked")))
 PAUSE = 0.2  # Seconds; threads of the one before may spin.
 COPY = "copy"
-COPY_BYTES = {"cpu": 2**30, "gpu": 2**32}  # On a GPU a smaller copy would time its launch.
+COPY_BYTES = {
+    "cpu": 2**30,
+    "gpu": 2**32,
+}  # On a GPU a smaller copy would time its launch.
 IMPORT_LIMIT = 1.1  # Of `import apollo_optax` over `import optax`.
 
 
@@ -69,10 +81,16 @@ class Options:
                     raise unknown_name(flag, name, known)
         for name in ("rounds", "seconds", "compilations"):
             if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} {getattr(self, name)} is out of range; give a number above 0")
+                raise UsageError(
+                    f"--{name} {getattr(self, name)} is out of range; give a number above 0"
+                )
 
     def settings(self) -> list[Setting]:
-        return [Setting(model, self.dtype, layout) for model in self.models for layout in self.layouts]
+        return [
+            Setting(model, self.dtype, layout)
+            for model in self.models
+            for layout in self.layouts
+        ]
 
 
 Results = dict[Setting, dict[str, Measured]]  # By the contenders' names.
@@ -81,7 +99,9 @@ Results = dict[Setting, dict[str, Measured]]  # By the contenders' names.
 def contenders(setting: Setting, options: Options) -> dict[str, Contender]:
     kernels = setting.kernels()
     draw = Draw(kernels)
-    found: dict[str, Contender] = {COPY: Copy(COPY_BYTES["cpu" if jax.default_backend() == "cpu" else "gpu"])}
+    found: dict[str, Contender] = {
+        COPY: Copy(COPY_BYTES["cpu" if jax.default_backend() == "cpu" else "gpu"])
+    }
     for name, group in methods(setting).items():
         if name in ("adamw", *options.optimizers):
             found |= {method.name: OnJax(method, kernels, draw) for method in group}
@@ -96,11 +116,15 @@ def measure(setting: Setting, options: Options) -> dict[str, Measured]:
     for contender in taking_turns.values():
         contender.measured.copy = taking_turns[COPY].measured
     for number in range(options.compilations):
-        notice(f"{setting.model}, {setting.layout}: compilation {number + 1} of {options.compilations}")
+        notice(
+            f"{setting.model}, {setting.layout}: compilation {number + 1} of {options.compilations}"
+        )
         for contender in taking_turns.values():
             contender.compile()
     for number in range(options.rounds):
-        notice(f"{setting.model}, {setting.layout}: round {number + 1} of {options.rounds}")
+        notice(
+            f"{setting.model}, {setting.layout}: round {number + 1} of {options.rounds}"
+        )
         # Back and forth, so that a drift of the machine favours none.
         for name in list(taking_turns)[:: 1 if number % 2 == 0 else -1]:
             run_block(name, taking_turns[name], options.seconds)
@@ -122,7 +146,9 @@ def ratio(ours: Measured, theirs: Measured) -> float | None:
     """Returns the median over the rounds of the ratio of two steps' times."""
     if ours.out_of_memory or theirs.out_of_memory:
         return None
-    return statistics.median(a / b for a, b in zip(ours.by_round(), theirs.by_round(), strict=True))
+    return statistics.median(
+        a / b for a, b in zip(ours.by_round(), theirs.by_round(), strict=True)
+    )
 
 
 def over_floor(ours: Measured) -> float | None:
@@ -133,20 +159,38 @@ def over_floor(ours: Measured) -> float | None:
 
 
 def compilation_ratio(ours: Measured, theirs: Measured) -> float:
-    return statistics.median(a / b for a, b in zip(ours.compilations, theirs.compilations, strict=True))
+    return statistics.median(
+        a / b for a, b in zip(ours.compilations, theirs.compilations, strict=True)
+    )
 
 
 ADAMW = {moments: f"adamw, {moments} moments" for moments in DTYPES}
 HEAD = (
-    *("optimizer", "ms a step", "fastest, slowest block", "over adamw, float32 moments", "bfloat16 moments"),
-    *("least MB", "over its floor", "compile, s", "over adamw", "temporaries, MB", "state, MB"),
+    *(
+        "optimizer",
+        "ms a step",
+        "fastest, slowest block",
+        "over adamw, float32 moments",
+        "bfloat16 moments",
+    ),
+    *(
+        "least MB",
+        "over its floor",
+        "compile, s",
+        "over adamw",
+        "temporaries, MB",
+        "state, MB",
+    ),
 )
 
 
 def table(setting: Setting, results: dict[str, Measured]) -> str:
     """Returns a row for each optimizer, and what goes for all of them."""
     kernels = setting.kernels()
-    matrices = [tree_bytes([leaf]) // (leaf.shape[0] if setting.stacked else 1) for leaf in kernels.values()]
+    matrices = [
+        tree_bytes([leaf]) // (leaf.shape[0] if setting.stacked else 1)
+        for leaf in kernels.values()
+    ]
     copy = results[COPY]
     lines = [
         f"{setting.model}, {setting.dtype}, {setting.layout}: {sum(x.size for x in kernels.values()):,} "
@@ -154,7 +198,11 @@ def table(setting: Setting, results: dict[str, Measured]) -> str:
         f"{megabytes(max(matrices))} MB; a copy of {megabytes(copy.floor_bytes // 2)} MB moves "
         f"{copy.floor_bytes / statistics.median(copy.by_round()) / 1e9:.1f} GB/s",
         "",
-        markdown(HEAD, [cells(name, results) for name in results if name != COPY], numbers_from=1),
+        markdown(
+            HEAD,
+            [cells(name, results) for name in results if name != COPY],
+            numbers_from=1,
+        ),
     ]
     for name, measured in results.items():
         if measured.refresh_every and measured.refreshes:
@@ -182,7 +230,9 @@ def cells(name: str, results: dict[str, Measured]) -> list[str]:
         floor,
         number(over_floor(ours)),
         number(statistics.median(ours.compilations)) if ours.compilations else "",
-        number(compilation_ratio(ours, adamws[0])) if ours.compilations and adamws[0] else "",
+        number(compilation_ratio(ours, adamws[0]))
+        if ours.compilations and adamws[0]
+        else "",
         megabytes(ours.temporaries_bytes),
         megabytes(ours.state_bytes),
     ]
@@ -200,7 +250,9 @@ def megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:,.1f}"
 
 
-Outcome = Callable[[dict[str, Measured]], float | None]  # None where it was not measured.
+Outcome = Callable[
+    [dict[str, Measured]], float | None
+]  # None where it was not measured.
 
 
 class Goal(NamedTuple):
@@ -230,7 +282,11 @@ class Goal(NamedTuple):
 
 def over(ours: str, theirs: str) -> Outcome:
     """Returns the ratio of two contenders' times as a function of the results."""
-    return lambda results: ratio(results[ours], results[theirs]) if {ours, theirs} <= results.keys() else None
+    return lambda results: (
+        ratio(results[ours], results[theirs])
+        if {ours, theirs} <= results.keys()
+        else None
+    )
 
 
 def goals() -> list[Goal]:
@@ -238,19 +294,42 @@ def goals() -> list[Goal]:
 
     def to_compile(ours: str) -> Outcome:
         return lambda results: (
-            compilation_ratio(results[ours], results[ADAMW["float32"]]) if ours in results else None
+            compilation_ratio(results[ours], results[ADAMW["float32"]])
+            if ours in results
+            else None
         )
 
-    cpu = functools.partial(Goal, place="CPU", setting=Setting("60m", "float32", "unstacked"))
+    cpu = functools.partial(
+        Goal, place="CPU", setting=Setting("60m", "float32", "unstacked")
+    )
     alone = ("unstacked",)
     mini, r128 = "apollo-mini", "apollo, rank 128"
     release_128 = over(r128, "apollo-torch, rank 128")
     return [
         cpu("apollo-mini over optax.adamw", 0.6, outcome=over(mini, ADAMW["float32"])),
-        cpu("apollo rank 128 over the authors' release", 0.9, outcome=release_128, layouts=alone),
-        cpu("apollo rank 128 over optax.contrib.galore", 0.5, outcome=over(r128, "galore, rank 128")),
-        cpu("compile time, apollo-mini over adamw", 3.0, outcome=to_compile(mini), layouts=alone),
-        cpu("compile time, apollo rank 128 over adamw", 3.0, outcome=to_compile(r128), layouts=alone),
+        cpu(
+            "apollo rank 128 over the authors' release",
+            0.9,
+            outcome=release_128,
+            layouts=alone,
+        ),
+        cpu(
+            "apollo rank 128 over optax.contrib.galore",
+            0.5,
+            outcome=over(r128, "galore, rank 128"),
+        ),
+        cpu(
+            "compile time, apollo-mini over adamw",
+            3.0,
+            outcome=to_compile(mini),
+            layouts=alone,
+        ),
+        cpu(
+            "compile time, apollo rank 128 over adamw",
+            3.0,
+            outcome=to_compile(r128),
+            layouts=alone,
+        ),
     ]
 
 
@@ -261,7 +340,14 @@ def goals_table(results: Results, imports: import_time.ImportTimes) -> str:
     """Returns what was to be reached, and what is."""
     rows = [goal.cells(results) for goal in goals()]
     imported = [number(imports.ratio), verdict(imports.ratio <= IMPORT_LIMIT)]
-    rows.append(["anywhere", "import apollo_optax over import optax", f"<= {IMPORT_LIMIT}", *imported])
+    rows.append(
+        [
+            "anywhere",
+            "import apollo_optax over import optax",
+            f"<= {IMPORT_LIMIT}",
+            *imported,
+        ]
+    )
     return markdown(GOALS_HEAD, rows, numbers_from=5)
 
 
@@ -276,7 +362,9 @@ def report(options: Options) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         step_torch.check()
         packages += ["torch", "apollo-torch"]
-    jax.config.update("jax_enable_compilation_cache", False)  # Compile times are of cold compilations.
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # Compile times are of cold compilations.
     print(made_with(packages))
     print(
         f"ratios: medians over {options.rounds} rounds of blocks of {options.seconds} s; compile: median of "
@@ -290,7 +378,9 @@ def report(options: Options) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    exit_on_usage_error(lambda: report(parse(Options, args, "python -m benchmarks.optimizer_step")))
+    exit_on_usage_error(
+        lambda: report(parse(Options, args, "python -m benchmarks.optimizer_step"))
+    )
 
 
 if __name__ == "__main__":

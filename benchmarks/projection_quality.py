@@ -25,9 +25,14 @@ class ProjectionOptions(quality.QualityOptions):
 
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
-        options = parse(ProjectionOptions, args, "python -m benchmarks.projection_quality")
+        options = parse(
+            ProjectionOptions, args, "python -m benchmarks.projection_quality"
+        )
         ways: quality.Ways = {
-            f"{optimizer}, {projection}": {"optimizer": optimizer, "projection": projection}
+            f"{optimizer}, {projection}": {
+                "optimizer": optimizer,
+                "projection": projection,
+            }
             for optimizer in OPTIMIZERS
             for projection in PROJECTIONS
         }

@@ -48,7 +48,11 @@ def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
 
 
 def table(
-    options: QualityOptions, what: str, over: str, results: dict[str, list[float]], reference: dict[str, str]
+    options: QualityOptions,
+    what: str,
+    over: str,
+    results: dict[str, list[float]],
+    reference: dict[str, str],
 ) -> str:
     """Returns means, standard deviations, and how far each mean is from that of the way it is held against.
 

@@ -33,7 +33,11 @@ def main(args: list[str] | None = None) -> None:
         options = parse(WeightsOptions, args, "python -m benchmarks.weights_quality")
         results = quality.perplexities(options, WAYS)
         reference = dict.fromkeys(WAYS, "float32")
-        print(quality.table(options, "tiny, apollo-mini", "over float32", results, reference))
+        print(
+            quality.table(
+                options, "tiny, apollo-mini", "over float32", results, reference
+            )
+        )
 
     exit_on_usage_error(command)
 

@@ -17,7 +17,9 @@ Row = Callable[..., Generator[Any, Any, None]]
 is known by then. It measures after that and yields the result."""
 
 ENDS_WITHIN_SECONDS = 10.0  # A process that takes longer to end is killed.
-_environment = threading.Lock()  # Only one worker at a time inherits a changed environment.
+_environment = (
+    threading.Lock()
+)  # Only one worker at a time inherits a changed environment.
 
 
 class Failed(NamedTuple):
@@ -41,7 +43,9 @@ class Worker:
     def __init__(self, row: Row, *args: Any, variables: Mapping[str, str] = {}) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, row, args), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, row, args), daemon=True
+        )
         # JAX would take three quarters of a GPU at its start, and rows prepare side by side.
         with inherited({"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables}):
             self._process.start()
@@ -110,7 +114,9 @@ def inherited(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _serve(connection: Any, row: Row, args: tuple[Any, ...]) -> None:
     steps = row(*args)
-    with contextlib.suppress(EOFError, StopIteration):  # The caller is gone, or the row over.
+    with contextlib.suppress(
+        EOFError, StopIteration
+    ):  # The caller is gone, or the row over.
         while True:
             try:
                 answer = next(steps)

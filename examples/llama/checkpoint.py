@@ -44,7 +44,9 @@ class Checkpoints:
             self.folder,
             # What a killed run left half written goes; another process's would as well, so one
             # folder is one run's.
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True
+            ),
         )
 
     def __enter__(self) -> Self:
@@ -121,9 +123,16 @@ class Checkpoints:
                 with together():
                     restored = self._restore(step, abstract_state)
             # Neither another run's checkpoint, nor one that there is no room or leave to read, is damaged.
-            except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            except (
+                UsageError,
+                MemoryError,
+                PermissionError,
+                jax.errors.JaxRuntimeError,
+            ):
                 raise
-            except Exception as error:  # TensorStore raises all sorts of them for damaged files.
+            except (
+                Exception
+            ) as error:  # TensorStore raises all sorts of them for damaged files.
                 damaged[step] = first_line(error)
             else:
                 with together():
@@ -145,7 +154,9 @@ class Checkpoints:
             notice(f"checkpoint {step} cannot be read ({reason}); it is now {aside}")
 
     def _restore(self, step: int, abstract_state: TrainState) -> Restored:
-        args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()
+        )
         small = self._manager.restore(step, args=args)
         if differing := differing_fields(self._config, small["config"]):
             raise UsageError(
@@ -154,13 +165,19 @@ class Checkpoints:
             )
         # After the configuration: of another one, the shapes would differ.
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        return Restored(step, self._manager.restore(step, args=args)["state"], small["data"])
+        return Restored(
+            step, self._manager.restore(step, args=args)["state"], small["data"]
+        )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are the last two.
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # TensorStore's are the last two.
             remedy = "make room there" if disk_is_full(error) else "see to that"
             raise UsageError(
                 f"a checkpoint could not be written to {self.folder} ({first_line(error)}); {self.newest()}; "
@@ -168,7 +185,9 @@ class Checkpoints:
             ) from error
 
 
-def restore_params(run_folder: Path, abstract_params: Params, step: int | None) -> Params:
+def restore_params(
+    run_folder: Path, abstract_params: Params, step: int | None
+) -> Params:
     """Returns the parameters of a checkpoint, without reading its optimizer state.
 
     Args:
@@ -183,13 +202,23 @@ def restore_params(run_folder: Path, abstract_params: Params, step: int | None) 
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
     if not steps or step not in (None, *steps):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
-        raise UsageError(f"{folder} has not got {wanted}; it has those of steps {steps}")
+        raise UsageError(
+            f"{folder} has not got {wanted}; it has those of steps {steps}"
+        )
     path = folder / str(steps[-1] if step is None else step)
     item = {"params": abstract_params}
     args = ocp.args.PyTreeRestore(
-        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
     )
     try:
-        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / "state", args)["params"]
-    except Exception as error:  # TensorStore raises all sorts of them for damaged files.
-        raise UsageError(f"{path} cannot be read ({first_line(error)}); give another --step") from error
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+            path / "state", args
+        )["params"]
+    except (
+        Exception
+    ) as error:  # TensorStore raises all sorts of them for damaged files.
+        raise UsageError(
+            f"{path} cannot be read ({first_line(error)}); give another --step"
+        ) from error

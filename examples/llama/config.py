@@ -47,10 +47,14 @@ class LlamaConfig:
                 "unless head_size is given"
             )
         # Frozen, so that it can be a static argument: only here are the two defaults resolved.
-        object.__setattr__(self, "head_size", self.head_size or self.hidden_size // self.num_heads)
+        object.__setattr__(
+            self, "head_size", self.head_size or self.hidden_size // self.num_heads
+        )
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         if self.head_size % 2:
-            raise ValueError(f"head_size {self.head_size} must be even for rotary embeddings")
+            raise ValueError(
+                f"head_size {self.head_size} must be even for rotary embeddings"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"

@@ -36,7 +36,9 @@ from examples.llama.tokenizer import (
 from examples.llama.usage import UsageError
 
 MANIFEST = "manifest.json"
-HUB_VALIDATION_TOKENS = 2**21  # Validation takes 128 windows of them; C4 has far more to offer.
+HUB_VALIDATION_TOKENS = (
+    2**21
+)  # Validation takes 128 windows of them; C4 has far more to offer.
 TOKENIZER_CHARS = 64 * 2**20  # A BPE barely changes with more text than this.
 CACHE_FORMAT = 2  # Part of the cache key: raise it when the files under a key change.
 
@@ -78,7 +80,12 @@ def load_corpus(
     """
     check_sizes(vocab_size, tokenizer, vocab, max_tokens)
     source = open_source("--data", data)
-    if data == "python" and not tokenizer and vocab is None and vocab_size >= PYTHON_VOCAB:
+    if (
+        data == "python"
+        and not tokenizer
+        and vocab is None
+        and vocab_size >= PYTHON_VOCAB
+    ):
         tokenizer = str(PYTHON_TOKENIZER)
     held_out = open_source("--validation", validation) if validation else None
     encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
@@ -102,9 +109,13 @@ def load_corpus(
         ) from error
 
 
-def check_sizes(vocab_size: int, tokenizer: str | None, vocab: int | None, max_tokens: int | None) -> None:
+def check_sizes(
+    vocab_size: int, tokenizer: str | None, vocab: int | None, max_tokens: int | None
+) -> None:
     if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"--data-tokens {max_tokens} is out of range; give a number above 0")
+        raise UsageError(
+            f"--data-tokens {max_tokens} is out of range; give a number above 0"
+        )
     if vocab is not None and tokenizer:
         raise UsageError(
             f"--vocab {vocab} is for a tokenizer trained here, and --tokenizer {tokenizer!r} gives one; "
@@ -154,18 +165,26 @@ def build(
     validation_source = held_out or source
     validation = validation_source.held_out() or held_out
     if not isinstance(encoder, Encoder):
-        texts = (document.text for label, document in training(source, validation, data) if label == TRAIN)
+        texts = (
+            document.text
+            for label, document in training(source, validation, data)
+            if label == TRAIN
+        )
         encoder = train_tokenizer(first_chars(texts, TOKENIZER_CHARS), encoder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         built = Path(temporary) / folder.name
         built.mkdir()
-        limit = HUB_VALIDATION_TOKENS if isinstance(validation_source, HubSource) else None
+        limit = (
+            HUB_VALIDATION_TOKENS if isinstance(validation_source, HubSource) else None
+        )
         writers = {
             TRAIN: ShardWriter(built, TRAIN, encoder.vocab_size, max_tokens),
             VALIDATION: ShardWriter(built, VALIDATION, encoder.vocab_size, limit),
         }
-        tokenise(training(source, validation, data), validation, encoder, writers, max_tokens)
+        tokenise(
+            training(source, validation, data), validation, encoder, writers, max_tokens
+        )
         encoder.tokenizer.save(str(built / TOKENIZER_FILE))
         digests = b"".join(writer.digest.digest() for writer in writers.values())
         manifest = {
@@ -180,9 +199,15 @@ def build(
         publish(built, folder)
 
 
-def training(source: Source, validation: Iterable[Document] | None, data: str) -> Iterator[Labelled]:
+def training(
+    source: Source, validation: Iterable[Document] | None, data: str
+) -> Iterator[Labelled]:
     """Yields the documents of `source`, all of them for training where there are others to validate on."""
-    return split(source, data) if validation is None else ((TRAIN, document) for document in source)
+    return (
+        split(source, data)
+        if validation is None
+        else ((TRAIN, document) for document in source)
+    )
 
 
 def tokenise(
@@ -194,15 +219,25 @@ def tokenise(
 ) -> None:
     # The bar shows only where this takes long, and only to a person.
     with tqdm(
-        total=max_tokens, desc="tokenising", unit="token", unit_scale=True, delay=2, disable=None
+        total=max_tokens,
+        desc="tokenising",
+        unit="token",
+        unit_scale=True,
+        delay=2,
+        disable=None,
     ) as bar:
-        write = functools.partial(write_tokens, encoder=encoder, writers=writers, bar=bar)
+        write = functools.partial(
+            write_tokens, encoder=encoder, writers=writers, bar=bar
+        )
         train, held_out = writers[TRAIN], writers[VALIDATION]
         if validation is None:
             write(training, until=lambda: train.full and held_out.documents > 0)
         else:
             write(training, until=lambda: train.full)
-            write(((VALIDATION, document) for document in validation), until=lambda: held_out.full)
+            write(
+                ((VALIDATION, document) for document in validation),
+                until=lambda: held_out.full,
+            )
     for writer in writers.values():
         writer.close()
 

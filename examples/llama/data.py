@@ -51,8 +51,12 @@ def train_loader(
             f"are {token_count(shards)}; lower one of them, or give more text with --data"
         )
     if batch % process_count:
-        raise UsageError(f"--batch {batch} is not a multiple of the {process_count} processes; change one")
+        raise UsageError(
+            f"--batch {batch} is not a multiple of the {process_count} processes; change one"
+        )
     shuffled = grain.MapDataset.source(windows).shuffle(seed).repeat(EPOCHS)
     batches = shuffled[process_index::process_count].batch(batch // process_count)
-    ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=BATCHES_AHEAD * workers)
+    ahead = grain.ReadOptions(
+        num_threads=workers, prefetch_buffer_size=BATCHES_AHEAD * workers
+    )
     return iter(batches.to_iter_dataset(ahead))

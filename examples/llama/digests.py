@@ -23,11 +23,18 @@ def content_digest(source: str, files: Mapping[str, Path]) -> str:
         DocumentError: where a file cannot be read.
         OSError: where the cache cannot be written.
     """
-    memo = cache_folder() / "digests" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
+    memo = (
+        cache_folder()
+        / "digests"
+        / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
+    )
     known = json.loads(memo.read_text()) if memo.exists() else {}
     # The bar shows only where this takes long, and only to a person.
     bar = tqdm(files.values(), desc="hashing", unit="file", delay=2, disable=None)
-    found = {str(path.absolute()): file_digest(path, known.get(str(path.absolute()))) for path in bar}
+    found = {
+        str(path.absolute()): file_digest(path, known.get(str(path.absolute())))
+        for path in bar
+    }
     if found != known:
         write_whole(memo, json.dumps(found))
     content = [(name, found[str(path.absolute())][-1]) for name, path in files.items()]
@@ -48,4 +55,6 @@ def file_digest(path: Path, known: list[str | int] | None) -> list[str | int]:
 
 
 def unreadable(path: Path, error: OSError) -> DocumentError:
-    return DocumentError(f"{path} cannot be read ({first_line(error)}); make it readable, or leave it out")
+    return DocumentError(
+        f"{path} cannot be read ({first_line(error)}); make it readable, or leave it out"
+    )

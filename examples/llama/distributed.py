@@ -19,7 +19,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.llama.options import ProcessOptions
-from examples.llama.usage import OtherProcessError, UsageError, explained, first_line, is_first
+from examples.llama.usage import (
+    OtherProcessError,
+    UsageError,
+    explained,
+    first_line,
+    is_first,
+)
 
 # A process that gave no sign of life for so long is dead, and JAX ends the others. Its threads give them
 # however busy Python is.
@@ -42,7 +48,9 @@ def start(options: ProcessOptions) -> None:
     by_flags = options.coordinator is not None
     place = options.coordinator or "the place that the cluster names"
     waits = f"this process waits for the others at {place}, {MEETING_SECONDS} seconds at the most"
-    said = threading.Timer(SILENT_SECONDS, lambda: print(waits, file=sys.stderr, flush=True))
+    said = threading.Timer(
+        SILENT_SECONDS, lambda: print(waits, file=sys.stderr, flush=True)
+    )
     said.daemon = True
     said.start()
     try:
@@ -78,20 +86,26 @@ def exchange(text: str) -> list[str]:
     sizes = multihost_utils.process_allgather(np.int32(data.size))
     padded = np.pad(data, (0, max(1, sizes.max()) - data.size))
     rows = multihost_utils.process_allgather(padded)
-    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+    return [
+        row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)
+    ]
 
 
 def check_same(ours: Mapping[str, Any], what: str) -> None:
     """Raises `UsageError` on every process where they do not all give the same."""
     first, *others = map(json.loads, exchange(json.dumps(ours)))
     for process, other in enumerate(others, start=1):
-        differing = [name for name in first | other if first.get(name) != other.get(name)]
+        differing = [
+            name for name in first | other if first.get(name) != other.get(name)
+        ]
         if differing:
             values = "; ".join(
                 f"{name} is {first.get(name)} on process 0 and {other.get(name)} on process {process}"
                 for name in differing
             )
-            raise UsageError(f"the processes have different {what}: {values}; give all of them the same")
+            raise UsageError(
+                f"the processes have different {what}: {values}; give all of them the same"
+            )
 
 
 @contextlib.contextmanager
@@ -102,7 +116,11 @@ def together() -> Iterator[None]:
         yield
     except Exception as own:
         error = own
-    said = "" if error is None else explained(error) or f"{type(error).__name__}: {first_line(error)}"
+    said = (
+        ""
+        if error is None
+        else explained(error) or f"{type(error).__name__}: {first_line(error)}"
+    )
     failed = {process: other for process, other in enumerate(exchange(said)) if other}
     if error is not None:
         raise error
@@ -128,16 +146,22 @@ class Vote:
     def __init__(self) -> None:
         self._running: jax.Array | None = None
         if jax.process_count() > 1:
-            mesh = jax.make_mesh((jax.device_count(),), ("all",), (jax.sharding.AxisType.Auto,))
+            mesh = jax.make_mesh(
+                (jax.device_count(),), ("all",), (jax.sharding.AxisType.Auto,)
+            )
             self._cut = jax.sharding.NamedSharding(mesh, jax.P("all"))
-            self._highest = jax.jit(jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
+            self._highest = jax.jit(
+                jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, jax.P())
+            )
 
     def highest(self, number: int) -> int:
         """Returns the highest number that a process gave at the call before; of one process, `number`."""
         if jax.process_count() == 1:
             return number
         before, shape = self._running, (jax.device_count(),)
-        votes = jax.make_array_from_callback(shape, self._cut, lambda _: np.full(1, number, np.int32))
+        votes = jax.make_array_from_callback(
+            shape, self._cut, lambda _: np.full(1, number, np.int32)
+        )
         self._running = self._highest(votes)
         return 0 if before is None else int(before)
 

@@ -15,7 +15,12 @@ from examples.llama.mesh import make_mesh
 from examples.llama.model import Execution
 from examples.llama.options import CHOICES, parse
 from examples.llama.run_log import TOKENIZER, read_config
-from examples.llama.usage import UsageError, exit_on_usage_error, first_line, unknown_name
+from examples.llama.usage import (
+    UsageError,
+    exit_on_usage_error,
+    first_line,
+    unknown_name,
+)
 from examples.llama.weights import Storage
 
 
@@ -58,11 +63,15 @@ def export(options: ExportOptions) -> None:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises nothing more specific.
-        raise UsageError(f"{path} cannot be read ({first_line(error)}); put it back") from error
+        raise UsageError(
+            f"{path} cannot be read ({first_line(error)}); put it back"
+        ) from error
     int8, mesh = run["weights"] == "int8", make_mesh("data=1")
     dtype = run["compute_dtype"] if int8 else run["weights"]
     shapes = abstract_params(config, Execution(param_dtype=dtype), mesh)
-    params = restore_params(options.run, Storage(mesh, int8=int8).abstract(shapes), options.step)
+    params = restore_params(
+        options.run, Storage(mesh, int8=int8).abstract(shapes), options.step
+    )
     hf.save_pretrained(
         dequantize(params),
         config,

@@ -39,7 +39,13 @@ class HubSource:
                 f"{flag} {data!r} is no name of a data set; "
                 "give hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or hf:/FOLDER for one on disk"
             )
-        return cls(flag, data, f"{owner}/{rest[0]}", rest[1] if len(rest) == 2 else None, revision or None)
+        return cls(
+            flag,
+            data,
+            f"{owner}/{rest[0]}",
+            rest[1] if len(rest) == 2 else None,
+            revision or None,
+        )
 
     def __iter__(self) -> Iterator[Document]:
         if "train" not in self._splits:
@@ -59,9 +65,16 @@ class HubSource:
         """
         folder = Path(self.path)
         paths = sorted(folder.rglob("*")) if folder.is_absolute() else []
-        files = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
+        files = {
+            str(path.relative_to(folder)): path for path in paths if path.is_file()
+        }
         try:
-            content = [self.path, self.config, self.revision, content_digest(self.data, files)]
+            content = [
+                self.path,
+                self.config,
+                self.revision,
+                content_digest(self.data, files),
+            ]
         except DocumentError as error:
             raise UsageError(f"{self.flag} {self.data!r}: {error}") from error
         return hashlib.sha256(repr(content).encode()).hexdigest()
@@ -76,7 +89,9 @@ class HubSource:
                 "run pip install 'apollo-optax[examples]'"
             ) from error
         with self._one_line_errors():
-            splits = datasets.load_dataset(self.path, self.config, revision=self.revision, streaming=True)
+            splits = datasets.load_dataset(
+                self.path, self.config, revision=self.revision, streaming=True
+            )
         return {str(name): split for name, split in splits.items()}
 
     def _read(self, split: str) -> Iterator[Document]:
@@ -88,7 +103,9 @@ class HubSource:
                     empty = False
                     yield named_by_text(text)
         if empty:
-            raise UsageError(f"{self.flag} {self.data!r} has no text in its split {split!r}; give another")
+            raise UsageError(
+                f"{self.flag} {self.data!r} has no text in its split {split!r}; give another"
+            )
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:

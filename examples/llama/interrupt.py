@@ -30,7 +30,9 @@ class StopRequest:
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only, and lets no other ask for them.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._handle) for number in SIGNALS
+            }
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -142,9 +142,13 @@ class TrainingOptions(TextOptions):
                 check_positive(flag, value)
         check_seed("--seed", self.seed)
         if self.steps > MOST_STEPS:
-            raise UsageError(f"--steps {self.steps} is out of range; give 1 to {MOST_STEPS}")
+            raise UsageError(
+                f"--steps {self.steps} is out of range; give 1 to {MOST_STEPS}"
+            )
         if self.workers > MOST_WORKERS:
-            raise UsageError(f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}")
+            raise UsageError(
+                f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}"
+            )
         for name in ("model", "data", "validation", "tokenizer"):
             if getattr(self, name) == "":
                 raise UsageError(f"--{name} is empty; give it a value, or leave it out")
@@ -168,7 +172,10 @@ class TrainingOptions(TextOptions):
             object.__setattr__(self, "model", self.model or "tiny")
         for flag, known in CHOICES.items():
             value = getattr(self, flag[2:].replace("-", "_"))
-            if value not in (*known, *(None,) * (flag in ("--compute-dtype", "--rounding"))):
+            if value not in (
+                *known,
+                *(None,) * (flag in ("--compute-dtype", "--rounding")),
+            ):
                 raise unknown_name(flag, value, known)
         widest = "bfloat16" if self.weights == "int8" else self.weights
         object.__setattr__(self, "compute_dtype", self.compute_dtype or widest)
@@ -177,7 +184,9 @@ class TrainingOptions(TextOptions):
 
     def _check_rounding(self) -> None:
         if self.weights == "float32" and self.rounding == "stochastic":
-            raise UsageError("--rounding stochastic means nothing to --weights float32; leave it out")
+            raise UsageError(
+                "--rounding stochastic means nothing to --weights float32; leave it out"
+            )
         if self.weights == "int8" and self.rounding == "nearest":
             raise UsageError(
                 "--rounding nearest would lose all updates of --weights int8, which are smaller than half a "
@@ -191,14 +200,26 @@ class TrainingOptions(TextOptions):
             if name not in OFFLOADABLE:
                 raise unknown_name("--offload", name, OFFLOADABLE)
             if self.offloaded.count(name) > 1:
-                raise UsageError(f"--offload {self.offload} names {name} twice; give each once")
+                raise UsageError(
+                    f"--offload {self.offload} names {name} twice; give each once"
+                )
         if not self.layerwise:
             for flag, value, reason in (
-                ("--weights", self.weights == "int8" and "int8", "the ordinary step would hold all of them"),
-                ("--offload", self.offload, "the ordinary step would fetch all of them"),
+                (
+                    "--weights",
+                    self.weights == "int8" and "int8",
+                    "the ordinary step would hold all of them",
+                ),
+                (
+                    "--offload",
+                    self.offload,
+                    "the ordinary step would fetch all of them",
+                ),
             ):
                 if value:
-                    raise UsageError(f"{flag} {value} takes --layerwise, since {reason} in full; give it too")
+                    raise UsageError(
+                        f"{flag} {value} takes --layerwise, since {reason} in full; give it too"
+                    )
             return
         if self.accumulate > 1:
             raise UsageError(
@@ -222,7 +243,14 @@ class TrainingOptions(TextOptions):
         """Returns what must be positive, by flag."""
         names = (
             *("steps", "batch", "accumulate", "seq", "data_tokens", "vocab", "workers"),
-            *("eval_every", "eval_windows", "checkpoint_every", "keep_checkpoints", "rank", "scale"),
+            *(
+                "eval_every",
+                "eval_windows",
+                "checkpoint_every",
+                "keep_checkpoints",
+                "rank",
+                "scale",
+            ),
         )
         return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
 
@@ -243,15 +271,29 @@ class ProcessOptions:
         given = (self.coordinator, self.processes, self.process_id)
         if given in ((None, None, None), (None, 1, None)):
             return
-        if self.coordinator is None or self.processes is None or self.process_id is None:
-            flags = dict(zip(("--coordinator HOST:PORT", "--processes", "--process-id"), given, strict=True))
-            missing = " and ".join(flag for flag, value in flags.items() if value is None)
+        if (
+            self.coordinator is None
+            or self.processes is None
+            or self.process_id is None
+        ):
+            flags = dict(
+                zip(
+                    ("--coordinator HOST:PORT", "--processes", "--process-id"),
+                    given,
+                    strict=True,
+                )
+            )
+            missing = " and ".join(
+                flag for flag, value in flags.items() if value is None
+            )
             raise UsageError(
                 f"--coordinator, --processes and --process-id go together; add {missing}, or give "
                 "--processes 1 alone"
             )
         if not re.fullmatch(r".+:\d+", self.coordinator):
-            raise UsageError(f"--coordinator {self.coordinator} is malformed; give HOST:PORT")
+            raise UsageError(
+                f"--coordinator {self.coordinator} is malformed; give HOST:PORT"
+            )
         if not 0 <= self.process_id < self.processes:
             raise UsageError(
                 f"--process-id {self.process_id} is out of range; give 0 to {self.processes - 1}, as "
@@ -275,13 +317,19 @@ class RunOptions(ProcessOptions, TrainingOptions):
         self.check_processes()
 
     def numbers(self) -> dict[str, float | None]:
-        more = {"--lr": self.lr, "--lr-embeddings": self.lr_embeddings, "--processes": self.processes}
+        more = {
+            "--lr": self.lr,
+            "--lr-embeddings": self.lr_embeddings,
+            "--processes": self.processes,
+        }
         return super().numbers() | more
 
     def as_run(self) -> dict[str, Any]:
         """Returns the options that make the run what it is, on whichever process, as JSON."""
         fields = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return {name: value for name, value in fields.items() if name not in PROCESS_FIELDS}
+        return {
+            name: value for name, value in fields.items() if name not in PROCESS_FIELDS
+        }
 
 
 def check_positive(flag: str, value: float) -> None:
@@ -303,13 +351,19 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     defaults["rounding"] = "nearest"  # Before there was a choice.
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):
-        ignored.update(field.name for field in dataclasses.fields(TextOptions))  # It may have moved.
+        ignored.update(
+            field.name for field in dataclasses.fields(TextOptions)
+        )  # It may have moved.
     pairs = {
         name: (theirs.get(name, defaults.get(name)), ours.get(name, defaults.get(name)))
         for name in ours | theirs
         if name not in ignored
     }
-    return [f"{name}: {before} -> {now}" for name, (before, now) in pairs.items() if before != now]
+    return [
+        f"{name}: {before} -> {now}"
+        for name, (before, now) in pairs.items()
+        if before != now
+    ]
 
 
 PROCESS_FIELDS = frozenset(field.name for field in dataclasses.fields(ProcessOptions))

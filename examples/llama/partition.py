@@ -25,9 +25,15 @@ from examples.llama.usage import UsageError
 # By path; the first that matches counts. The axis of layers is never cut: a step takes them one by one.
 PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
     (r"^embed/embedding$", jax.P("tensor", "fsdp")),  # (V, D)
-    (r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$", jax.P(None, "fsdp", "tensor")),  # (L, D, heads)
+    (
+        r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$",
+        jax.P(None, "fsdp", "tensor"),
+    ),  # (L, D, heads)
     (r"^layers/.*/o_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, heads, D)
-    (r"^layers/.*/(gate_proj|up_proj)/kernel$", jax.P(None, "fsdp", "tensor")),  # (L, D, F)
+    (
+        r"^layers/.*/(gate_proj|up_proj)/kernel$",
+        jax.P(None, "fsdp", "tensor"),
+    ),  # (L, D, F)
     (r"^layers/.*/down_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, F, D)
     (r"^lm_head/kernel$", jax.P("fsdp", "tensor")),  # (D, V)
     (r"norm/scale$", jax.P()),
@@ -35,7 +41,10 @@ PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
 
 
 def spec_of(
-    name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, parts: tuple[int, ...] | None = None
+    name: str,
+    shape: tuple[int, ...],
+    mesh: jax.sharding.Mesh,
+    parts: tuple[int, ...] | None = None,
 ) -> jax.P:
     """Returns how a parameter is cut: by `PARTITION_RULES`, or along APOLLO's channels.
 
@@ -50,7 +59,9 @@ def spec_of(
     # Of a side that both cut, XLA would gather the parts of `tensor` too, where `data` has as many devices.
     if not re.search(KERNELS, name) or mesh.shape["tensor"] > 1:
         return spec
-    channels = 1 if shape[1] > shape[2] else 2  # The larger side, or the outputs, as apollo_optax has it.
+    channels = (
+        1 if shape[1] > shape[2] else 2
+    )  # The larger side, or the outputs, as apollo_optax has it.
     if spec[channels] == "fsdp" or (parts or shape)[channels] % mesh.shape["fsdp"]:
         return spec
     layers, rows, columns = spec
@@ -72,7 +83,11 @@ def cut_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
 
 def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
     """Raises `UsageError` for a size of the model that an axis of --mesh does not divide."""
-    model = f"--init-from {options.init_from}" if options.init_from else f"--model {options.model}"
+    model = (
+        f"--init-from {options.init_from}"
+        if options.init_from
+        else f"--model {options.model}"
+    )
     for axis, parts in axis_sizes(options.mesh).items():
         cut = cut_sizes(config).get(axis, {})
         most = math.gcd(*cut.values())
@@ -80,7 +95,8 @@ def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
             if size % parts:
                 raise UsageError(
                     f"--mesh {options.mesh} cuts the {what} of {model}, {size}, over {axis}={parts}, which "
-                    f"does not divide it; give {axis}={most}" + (" or a divisor of it" if most > 1 else "")
+                    f"does not divide it; give {axis}={most}"
+                    + (" or a divisor of it" if most > 1 else "")
                 )
 
 
@@ -88,7 +104,9 @@ def parameter_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
     """Returns the sharding of every parameter, of arrays or shapes, by `spec_of`."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
-        return jax.sharding.NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh))
+        return jax.sharding.NamedSharding(
+            mesh, spec_of(path_name(path), leaf.shape, mesh)
+        )
 
     return jax.tree_util.tree_map_with_path(place, params)
 
@@ -105,18 +123,30 @@ def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> 
         params: shapes with shardings.
     """
     numbers = dimension_numbers(options)
-    shardings = apollo_optax.state_sharding(state, params, weight_dimension_numbers=numbers)
+    shardings = apollo_optax.state_sharding(
+        state, params, weight_dimension_numbers=numbers
+    )
     owners = apollo_optax.state_owners(state, params)
-    parameters = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    parameters = {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
     def place(leaf: Any, sharding: jax.sharding.NamedSharding, owner: str) -> Any:
         parameter = parameters.get(owner)
-        if parameter is None or leaf.ndim < 2 or leaf.shape == parameter.shape or cuts(sharding):
+        if (
+            parameter is None
+            or leaf.ndim < 2
+            or leaf.shape == parameter.shape
+            or cuts(sharding)
+        ):
             return sharding
         mesh, axes = parameter.sharding.mesh, cuts(parameter.sharding)
         for cut in (axes, *((axis,) for axis in axes)):
             if leaf.shape[-1] % ways(mesh, cut) == 0:
-                return jax.sharding.NamedSharding(mesh, jax.P(*[None] * (leaf.ndim - 1), cut))
+                return jax.sharding.NamedSharding(
+                    mesh, jax.P(*[None] * (leaf.ndim - 1), cut)
+                )
         return sharding
 
     return jax.tree.map(place, state, shardings, owners)
@@ -124,5 +154,11 @@ def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> 
 
 def cuts(sharding: jax.sharding.NamedSharding) -> tuple[str, ...]:
     """Returns the axes of the mesh that cut an array."""
-    names = [name for entry in sharding.spec for name in (entry if isinstance(entry, tuple) else (entry,))]
-    return tuple(name for name in names if name is not None and sharding.mesh.shape[name] > 1)
+    names = [
+        name
+        for entry in sharding.spec
+        for name in (entry if isinstance(entry, tuple) else (entry,))
+    ]
+    return tuple(
+        name for name in names if name is not None and sharding.mesh.shape[name] > 1
+    )

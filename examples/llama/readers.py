@@ -30,7 +30,9 @@ class DocumentError(Exception):
 
 
 def named_by_text(text: str) -> Document:
-    encoded = text.encode(errors="replace")  # JSON can spell half a character (a lone surrogate).
+    encoded = text.encode(
+        errors="replace"
+    )  # JSON can spell half a character (a lone surrogate).
     return Document(hashlib.sha256(encoded).hexdigest(), encoded.decode())
 
 
@@ -57,7 +59,9 @@ def read_pieces(path: Path) -> Iterator[str]:
 
     So that a book, or a corpus in one file, can be split by document.
     """
-    last: list[bytes] = []  # Held back: what is too short at the end of the file joins it.
+    last: list[
+        bytes
+    ] = []  # Held back: what is too short at the end of the file joins it.
     piece: list[bytes] = []
     size = 0
     for line in text_lines(path):
@@ -97,23 +101,31 @@ def read_json_lines(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield row_text(parse_json(line, place), place)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DocumentError(f"{path} is not a whole gzip file ({error}); make or get it again") from error
+            raise DocumentError(
+                f"{path} is not a whole gzip file ({error}); make or get it again"
+            ) from error
 
 
 def parse_json(line: bytes, place: str) -> object:
     try:
         return json.loads(decode(line))
     except json.JSONDecodeError as error:
-        raise DocumentError(f"{place} is not JSON ({error}); give one JSON object a line") from error
+        raise DocumentError(
+            f"{place} is not JSON ({error}); give one JSON object a line"
+        ) from error
 
 
 def row_text(row: object, place: str) -> str:
     """Returns a row's text; `place` is where the row is, for errors."""
     if not isinstance(row, dict):
-        raise DocumentError(f"{place} is a {type(row).__name__}; give JSON objects with a field {FIELD!r}")
+        raise DocumentError(
+            f"{place} is a {type(row).__name__}; give JSON objects with a field {FIELD!r}"
+        )
     text = row.get(FIELD)
     if not isinstance(text, str):
-        fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+        fields = ", ".join(
+            f"{name} ({type(value).__name__})" for name, value in row.items()
+        )
         raise DocumentError(
             f"{place} has no string called {FIELD!r}; its fields are: {fields or 'none'}; "
             f"name the one with the text {FIELD!r}"

@@ -33,7 +33,9 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
     for name in OF_A_RUN:
         if (folder / name).exists():
             remedy = (
-                f"its {CONFIG} is missing, so put that back," if resume else "continue it with --resume auto,"
+                f"its {CONFIG} is missing, so put that back,"
+                if resume
+                else "continue it with --resume auto,"
             )
             raise UsageError(
                 f"--out {folder} already holds a run ({name}); {remedy} choose another folder or remove it"
@@ -74,7 +76,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); put it back, or give another folder") from error
+        raise UsageError(
+            f"{path} cannot be read ({error}); put it back, or give another folder"
+        ) from error
     if not isinstance(config, dict) or "optimizer" not in config:
         raise UsageError(f"{path} is no run's configuration; give another folder")
     return config
@@ -103,12 +107,19 @@ class RunLog:
             )
         if rows and not step:
             kept = set_aside(folder / METRICS)
-            notice(f"{folder} has no checkpoint: starting again at step 1; the metrics so far are in {kept}")
+            notice(
+                f"{folder} has no checkpoint: starting again at step 1; the metrics so far are in {kept}"
+            )
         self.rows_before = rows[:step]
-        replace_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows_before))
+        replace_text(
+            folder / METRICS,
+            "".join(json.dumps(row) + "\n" for row in self.rows_before),
+        )
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context((folder / METRICS).open("a"))
-            self._tensorboard = stack.enter_context(TensorBoard(folder / TENSORBOARD, step))
+            self._tensorboard = stack.enter_context(
+                TensorBoard(folder / TENSORBOARD, step)
+            )
             self._open = stack.pop_all()
 
     def __enter__(self) -> Self:

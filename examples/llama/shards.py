@@ -11,7 +11,9 @@ from tqdm import tqdm
 from examples.llama.split import Labelled
 from examples.llama.tokenizer import Encoder
 
-SHARD_TOKENS = 2**26  # 128 MiB of two-byte ids, which is also what writing a split holds in memory.
+SHARD_TOKENS = (
+    2**26
+)  # 128 MiB of two-byte ids, which is also what writing a split holds in memory.
 # The tokenizer's threads get a batch, which ends with whichever of these comes first.
 BATCH_DOCUMENTS = 512
 BATCH_CHARS = 2**22
@@ -28,11 +30,15 @@ class ShardWriter:
         digest: of the tokens.
     """
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, limit: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, split: str, vocab_size: int, limit: int | None = None
+    ) -> None:
         self._folder = folder
         self._split = split
         self._limit = limit
-        self._buffer = np.empty(SHARD_TOKENS, np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self._buffer = np.empty(
+            SHARD_TOKENS, np.uint16 if vocab_size <= 2**16 else np.uint32
+        )
         self._filled = 0
         self._shards = 0
         self.documents = 0
@@ -62,14 +68,19 @@ class ShardWriter:
             self._write_shard()
 
     def _write_shard(self) -> None:
-        np.save(self._folder / f"{self._split}-{self._shards:05}.npy", self._buffer[: self._filled])
+        np.save(
+            self._folder / f"{self._split}-{self._shards:05}.npy",
+            self._buffer[: self._filled],
+        )
         self._shards += 1
         self._filled = 0
 
 
 def read_shards(folder: Path, split: str) -> list[np.ndarray]:
     """Returns a split's tokens, one memory-mapped row a shard."""
-    return [np.load(path, mmap_mode="r") for path in sorted(folder.glob(f"{split}-*.npy"))]
+    return [
+        np.load(path, mmap_mode="r") for path in sorted(folder.glob(f"{split}-*.npy"))
+    ]
 
 
 def write_tokens(

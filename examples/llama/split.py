@@ -37,7 +37,9 @@ def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
         waiting.append(document)
         found.add(in_validation(document.name))
         if len(found) == 2:
-            yield from ((VALIDATION if in_validation(d.name) else TRAIN, d) for d in waiting)
+            yield from (
+                (VALIDATION if in_validation(d.name) else TRAIN, d) for d in waiting
+            )
             waiting.clear()
     if len(found) == 2:
         return
@@ -47,7 +49,17 @@ def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
             "add documents (a long text is cut at its blank lines), or give --validation"
         )
     if found == {False}:
-        nearest, its_split, others = min(waiting, key=lambda d: draw(d.name)), VALIDATION, TRAIN
+        nearest, its_split, others = (
+            min(waiting, key=lambda d: draw(d.name)),
+            VALIDATION,
+            TRAIN,
+        )
     else:
-        nearest, its_split, others = max(waiting, key=lambda d: draw(d.name)), TRAIN, VALIDATION
-    yield from ((its_split if document is nearest else others, document) for document in waiting)
+        nearest, its_split, others = (
+            max(waiting, key=lambda d: draw(d.name)),
+            TRAIN,
+            VALIDATION,
+        )
+    yield from (
+        (its_split if document is nearest else others, document) for document in waiting
+    )

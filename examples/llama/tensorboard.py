@@ -27,7 +27,9 @@ class TensorBoard:
         self._writer = EventsWriter(str(folder / "events"), f".after-{step}")
         if step:
             start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=step + 1, session_log=start)
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -44,5 +46,7 @@ class TensorBoard:
                 content = summary.scalar(name, value)
             else:
                 continue
-            self._writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=content))
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=row["step"], summary=content)
+            )
         self._writer.flush()

@@ -36,7 +36,9 @@ class Encoder(NamedTuple):
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Returns each text's token ids (uint32, 1-D), the last of them `end_id`."""
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*encoding.ids, self.end_id], np.uint32) for encoding in encodings]
+        return [
+            np.array([*encoding.ids, self.end_id], np.uint32) for encoding in encodings
+        ]
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -58,7 +60,9 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
     """Returns a byte-level BPE: it can spell any text, so there is no unknown token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -142,7 +146,9 @@ def eos_token(name: str, config: Path) -> str | None:
         return None
     try:
         token = json.loads(config.read_text("utf-8")).get("eos_token")
-        return token["content"] if isinstance(token, dict) else token  # An AddedToken or a string.
+        return (
+            token["content"] if isinstance(token, dict) else token
+        )  # An AddedToken or a string.
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise UsageError(
             f"--tokenizer {name!r}: {config} holds no JSON object of a tokenizer "
