@@ -1,9 +1,9 @@
 """What optimizers send between devices and hold on each: python -m benchmarks.collectives.
 
-The step from gradients to new weights is compiled for TPU topologies that need not be there, and nothing is
-run. Gradients come cut as the weights are, as a reduce-scatter over the data leaves them, so that all that is
-sent is sent for the optimizer's sake. Bytes are of one device; benchmarks/hlo.py says how those sent are
-counted.
+The step from gradients to new weights is compiled for TPU topologies that need not be
+there, and nothing is run. Gradients come cut as the weights are, as a reduce-scatter
+over the data leaves them, so that all that is sent is sent for the optimizer's sake.
+Bytes are of one device; benchmarks/hlo.py says how those sent are counted.
 """
 
 import dataclasses
@@ -50,7 +50,10 @@ all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B i
 is compiled as something else that needs and gives whole matrices on each device. *: too large for the chip's
 memory, so compiled for v5p."""
 CUTS = {
-    "trainer": "Matrices are cut as by `--mesh fsdp=N`, layers' along APOLLO's channels where N divides them",
+    "trainer": (
+        "Matrices are cut as by `--mesh fsdp=N`, layers' along APOLLO's channels where "
+        "N divides them"
+    ),
     "contracted": "The layers' matrices are cut along the side that APOLLO projects away",
 }
 TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
@@ -65,11 +68,13 @@ class Options:
     optimizers: tuple[str, ...] = ("adamw", "galore", "muon", "apollo", "apollo-mini")
     """Names that examples.llama.pretrain takes."""
     devices: tuple[int, ...] = tuple(TOPOLOGIES)
-    """How many devices the weights are cut over; 8, 16, 64 or 256, or any number with --target cpu."""
+    """How many devices the weights are cut over; 8, 16, 64 or 256, or any number with
+    --target cpu."""
     rank: int = 256
     """APOLLO's and GaLore's."""
     cut: str = "trainer"
-    """trainer: weights as the trainer cuts them; contracted: the layers' along the other side."""
+    """trainer: weights as the trainer cuts them; contracted: the layers' along the
+    other side."""
     target: str = "v5e"
     """v5e or cpu, which is quick to compile for."""
     jobs: int = 1
@@ -88,7 +93,8 @@ class Options:
         for count in self.devices:
             if count < 1 or (self.target == "v5e" and count not in TOPOLOGIES):
                 raise UsageError(
-                    f"--devices {count} is no topology here; give {', '.join(map(str, TOPOLOGIES))}"
+                    f"--devices {count} is no topology here; give "
+                    f"{', '.join(map(str, TOPOLOGIES))}"
                 )
         if self.jobs < 1:
             raise UsageError(f"--jobs {self.jobs} is out of range; give 1 or more")
@@ -100,9 +106,8 @@ class Cost:
 
     held: int  # In the optimizer's state.
     sent: float  # At most steps.
-    sent_at_refresh: (
-        float  # At those that compute projections anew; infinite where not known.
-    )
+    # At those that compute projections anew; infinite where not known.
+    sent_at_refresh: float
     fits: bool = True  # If not, it was compiled for as many larger chips.
 
 
@@ -207,7 +212,8 @@ def cost(run: RunOptions, target: str, devices: int, cut: str = "trainer") -> Co
     )
     if child.returncode:
         raise RuntimeError(
-            f"compiling {run.optimizer} for {target} failed:\n{child.stderr.decode()[-4000:]}"
+            f"compiling {run.optimizer} for {target} failed:\n"
+            f"{child.stderr.decode()[-4000:]}"
         )
     found = Cost(**json.loads(child.stdout.splitlines()[-1]))
     print(f"{run.model} {run.optimizer} on {devices} devices: {found}", file=sys.stderr)
@@ -267,7 +273,8 @@ def report(options: Options) -> None:
     )
     check_target(target)
     print(
-        f"compiled for {options.target}, none attached, on {made_with(versions(target))}\n"
+        f"compiled for {options.target}, none attached, on "
+        f"{made_with(versions(target))}\n"
     )
     print(CAPTION.format(rank=options.rank, cut=CUTS[options.cut]))
     with ThreadPoolExecutor(options.jobs) as pool:

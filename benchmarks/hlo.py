@@ -1,8 +1,8 @@
 """What a compiled program sends between devices, read off the text of its HLO.
 
-Collectives are found in loops, conditionals, fusions and asynchronous pairs alike. Bytes are of the
-algorithms that send the fewest: with k devices in a group and B bytes in the whole of what is reduced,
-gathered or exchanged, each device sends
+Collectives are found in loops, conditionals, fusions and asynchronous pairs alike.
+Bytes are of the algorithms that send the fewest: with k devices in a group and B bytes
+in the whole of what is reduced, gathered or exchanged, each device sends
 
     all-reduce                                2 (k - 1) / k B
     reduce-scatter, all-gather, all-to-all      (k - 1) / k B
@@ -61,13 +61,11 @@ class Collective:
 
     kind: str  # One of KINDS.
     dtype: str  # As HLO writes it: "bf16".
-    shape: tuple[
-        int, ...
-    ]  # Of the whole: what is reduced, what is gathered, what each device exchanges.
+    # Of the whole: what is reduced, what is gathered, what each device exchanges.
+    shape: tuple[int, ...]
     group_size: int  # How many devices take part together.
-    times: float = (
-        1  # How often it runs; infinity in a loop of which XLA does not know.
-    )
+    # How often it runs; infinity in a loop of which XLA does not know.
+    times: float = 1
 
     @property
     def size(self) -> int:
@@ -92,8 +90,9 @@ def collectives(program: str, *, rare: bool = False) -> list[Collective]:
 
     Args:
       program: of ``compiled.as_text()``.
-      rare: whether conditionals go the way that sends the most rather than the least. What is done at some
-        steps only, as a projection's refresh, is the way that sends more.
+      rare: whether conditionals go the way that sends the most rather than the least.
+        What is done at some steps only, as a projection's refresh, is the way that
+        sends more.
 
     Raises:
       ValueError: for replica groups written in a form that is not known here.
@@ -135,9 +134,8 @@ def _bits(dtype: str) -> int:
 class _Program:
     def __init__(self, text: str, rare: bool) -> None:
         self._rare = rare
-        self._computations: dict[
-            str, list[tuple[str, str, str]]
-        ] = {}  # Result, opcode, rest of the line.
+        # Result, opcode, rest of the line.
+        self._computations: dict[str, list[tuple[str, str, str]]] = {}
         self._entry = name = ""
         for line in text.splitlines():
             if found := _COMPUTATION.match(line):

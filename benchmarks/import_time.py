@@ -23,7 +23,10 @@ class ImportTimes(NamedTuple):
 
 
 def seconds(module: str) -> float:
-    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    code = (
+        f"import time; t = time.perf_counter(); import {module}; "
+        "print(time.perf_counter() - t)"
+    )
     # pip has compiled optax to bytecode; a checkout is compiled by its first import, where that is allowed.
     environment = {
         name: value
@@ -41,9 +44,8 @@ def seconds(module: str) -> float:
 
 
 def measure(rounds: int = ROUNDS) -> ImportTimes:
-    seconds(
-        "apollo_optax"
-    )  # Reads the files into the system's cache and compiles what is not.
+    # Reads the files into the system's cache and compiles what is not.
+    seconds("apollo_optax")
     pairs = []
     for number in range(rounds):
         # Back and forth, so that a drift of the machine favours none.

@@ -1,9 +1,10 @@
 """The memory of training steps, compiled for TPUs that need not be there: python -m benchmarks.memory.
 
-Two tables: what the paper claims and this project set out to reach, and models by optimizers. Numbers are
-of one device, in GB of 1e9 bytes, from `examples.llama.plan`. A compilation takes from half a minute to
-some minutes; what has been compiled is in --out, so that a run that was cut off goes on. Delete that file
-when the code has changed.
+Two tables: what the paper claims and this project set out to reach, and models by
+optimizers. Numbers are of one device, in GB of 1e9 bytes, from `examples.llama.plan`. A
+compilation takes from half a minute to some minutes; what has been compiled is in
+--out, so that a run that was cut off goes on. Delete that file when the code has
+changed.
 """
 
 import dataclasses
@@ -141,9 +142,8 @@ class Goal(NamedTuple):
     what: str
     paper: str
     goal: str
-    outcome: Callable[
-        [Compiled], tuple[str, bool]
-    ]  # What was measured, and whether it meets the goal.
+    # What was measured, and whether it meets the goal.
+    outcome: Callable[[Compiled], tuple[str, bool]]
 
 
 def gb(size: float) -> str:
@@ -181,7 +181,8 @@ def below_with_host(
             met = met and memory.host_bytes <= host_limit * 1e9
         ratio = memory.host_bytes / memory.host_weights_bytes
         return (
-            f"{gb(memory.peak_bytes)}, host {gb(memory.host_bytes)} = {ratio:.3f} of the weights there, "
+            f"{gb(memory.peak_bytes)}, host {gb(memory.host_bytes)} = {ratio:.3f} of "
+            "the weights there, "
             f"{memory.host_temporaries_bytes:,} bytes of it temporary",
             met and memory.host_temporaries_bytes == 0,
         )
@@ -403,24 +404,26 @@ def report(options: Options) -> None:
         f"{name} {version}" for name, version in versions(LARGE).items()
     )
     print(
-        f"{platform.machine()}, no TPU; {made_with}; {datetime.date.today().isoformat()}\n"
+        f"{platform.machine()}, no TPU; {made_with}; "
+        f"{datetime.date.today().isoformat()}\n"
     )
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
             if "goals" in options.tables:
                 print(
-                    f"batch 1 of 256 tokens on {SMALL} unless said; embeddings with Adam\n"
+                    f"batch 1 of 256 tokens on {SMALL} unless said; "
+                    "embeddings with Adam\n"
                 )
                 print(goals_table(compiled, pool) + "\n")
             if "models" in options.tables:
                 print(
-                    f"GB, batch 1 of 256 tokens, for {LARGE}; *: refused, from the compiler's message\n"
+                    f"GB, batch 1 of 256 tokens, for {LARGE}; *: refused, from the "
+                    "compiler's message\n"
                 )
                 print(models_table(compiled, pool, options.models))
         except KeyboardInterrupt:
-            os._exit(
-                130
-            )  # At once, and with it the compilers: the pool would wait for them.
+            # At once, and with it the compilers: the pool would wait for them.
+            os._exit(130)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,11 +1,12 @@
 """One step of each optimizer, timed side by side: python -m benchmarks.optimizer_step.
 
-A step is `update` and `apply_updates` in one jitted program that donates parameters and state, over the
-real shapes of a LLaMA's kernels (attention and MLP of all layers; embeddings, head and norms have Adam
-whatever the optimizer, and are left out). The optimizers take turns, a block of steps each, so that
-what else the machine does meets all of them, and so does a large copy, which gives the machine's
-bandwidth. Each is held against the bytes that it must move at that bandwidth: its floor.
-On a GPU, `python -m benchmarks.gpu step` times the same contenders.
+A step is `update` and `apply_updates` in one jitted program that donates parameters and
+state, over the real shapes of a LLaMA's kernels (attention and MLP of all layers;
+embeddings, head and norms have Adam whatever the optimizer, and are left out). The
+optimizers take turns, a block of steps each, so that what else the machine does meets
+all of them, and so does a large copy, which gives the machine's bandwidth. Each is held
+against the bytes that it must move at that bandwidth: its floor. On a GPU,
+`python -m benchmarks.gpu step` times the same contenders.
 """
 
 import dataclasses
@@ -39,10 +40,8 @@ LAYOUTS = ("unstacked", "stacked")
 OPTIMIZERS = tuple(methods(Setting("tiny", "float32", "stacked")))
 PAUSE = 0.2  # Seconds; threads of the one before may spin.
 COPY = "copy"
-COPY_BYTES = {
-    "cpu": 2**30,
-    "gpu": 2**32,
-}  # On a GPU a smaller copy would time its launch.
+# On a GPU a smaller copy would time its launch.
+COPY_BYTES = {"cpu": 2**30, "gpu": 2**32}
 IMPORT_LIMIT = 1.1  # Of `import apollo_optax` over `import optax`.
 
 
@@ -53,12 +52,13 @@ class Options:
     models: tuple[str, ...] = ("60m",)
     """Presets of examples/llama/config.py."""
     layouts: tuple[str, ...] = LAYOUTS
-    """unstacked, a leaf for each matrix; stacked, one for the matrices of all layers."""
+    """unstacked, a leaf for each matrix; stacked, one for the matrices of all
+    layers."""
     dtype: str = "float32"
     """float32 or bfloat16, of weights and gradients."""
     optimizers: tuple[str, ...] = OPTIMIZERS
-    """What to time beside adamw, to which ratios are: sgd, adamw, adafactor, lion, galore, muon, apollo,
-    apollo-mini."""
+    """What to time beside adamw, to which ratios are: sgd, adamw, adafactor, lion,
+    galore, muon, apollo, apollo-mini."""
     rounds: int = 7
     """How often each has a turn."""
     seconds: float = 0.5
@@ -66,7 +66,8 @@ class Options:
     compilations: int = 3
     """How often each is compiled, to time that."""
     against_torch: bool = False
-    """Add the authors' release (apollo-torch) and torch's fused AdamW, to the unstacked layout."""
+    """Add the authors' release (apollo-torch) and torch's fused AdamW, to the unstacked
+    layout."""
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -82,7 +83,8 @@ class Options:
         for name in ("rounds", "seconds", "compilations"):
             if not getattr(self, name) > 0:
                 raise UsageError(
-                    f"--{name} {getattr(self, name)} is out of range; give a number above 0"
+                    f"--{name} {getattr(self, name)} is out of range; "
+                    "give a number above 0"
                 )
 
     def settings(self) -> list[Setting]:
@@ -117,7 +119,8 @@ def measure(setting: Setting, options: Options) -> dict[str, Measured]:
         contender.measured.copy = taking_turns[COPY].measured
     for number in range(options.compilations):
         notice(
-            f"{setting.model}, {setting.layout}: compilation {number + 1} of {options.compilations}"
+            f"{setting.model}, {setting.layout}: compilation {number + 1} of "
+            f"{options.compilations}"
         )
         for contender in taking_turns.values():
             contender.compile()
@@ -193,10 +196,12 @@ def table(setting: Setting, results: dict[str, Measured]) -> str:
     ]
     copy = results[COPY]
     lines = [
-        f"{setting.model}, {setting.dtype}, {setting.layout}: {sum(x.size for x in kernels.values()):,} "
-        f"parameters in {len(kernels)} leaves, {megabytes(tree_bytes(kernels))} MB, the largest matrix "
-        f"{megabytes(max(matrices))} MB; a copy of {megabytes(copy.floor_bytes // 2)} MB moves "
-        f"{copy.floor_bytes / statistics.median(copy.by_round()) / 1e9:.1f} GB/s",
+        f"{setting.model}, {setting.dtype}, {setting.layout}: "
+        f"{sum(x.size for x in kernels.values()):,} parameters in {len(kernels)} "
+        f"leaves, {megabytes(tree_bytes(kernels))} MB, the largest matrix "
+        f"{megabytes(max(matrices))} MB; a copy of {megabytes(copy.floor_bytes // 2)} "
+        f"MB moves {copy.floor_bytes / statistics.median(copy.by_round()) / 1e9:.1f} "
+        "GB/s",
         "",
         markdown(
             HEAD,
@@ -209,7 +214,10 @@ def table(setting: Setting, results: dict[str, Measured]) -> str:
             refresh = milliseconds(statistics.median(measured.refreshes))
             lines += [
                 "",
-                f"{name}: one step in {measured.refresh_every} takes {refresh} ms, amortised into the table",
+                (
+                    f"{name}: one step in {measured.refresh_every} takes {refresh} ms, "
+                    "amortised into the table"
+                ),
             ]
     return "\n".join(lines)
 
@@ -250,9 +258,8 @@ def megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:,.1f}"
 
 
-Outcome = Callable[
-    [dict[str, Measured]], float | None
-]  # None where it was not measured.
+# None where it was not measured.
+Outcome = Callable[[dict[str, Measured]], float | None]
 
 
 class Goal(NamedTuple):
@@ -362,13 +369,12 @@ def report(options: Options) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         step_torch.check()
         packages += ["torch", "apollo-torch"]
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # Compile times are of cold compilations.
+    # Compile times are of cold compilations.
+    jax.config.update("jax_enable_compilation_cache", False)
     print(made_with(packages))
     print(
-        f"ratios: medians over {options.rounds} rounds of blocks of {options.seconds} s; compile: median of "
-        f"{options.compilations}; MB of 1e6 bytes\n"
+        f"ratios: medians over {options.rounds} rounds of blocks of {options.seconds} "
+        f"s; compile: median of {options.compilations}; MB of 1e6 bytes\n"
     )
     results: Results = {}
     for setting in options.settings():

@@ -1,8 +1,9 @@
 """Tokens a second of the example's step and of transformers: python -m benchmarks.pretrain_throughput.
 
-The example's step with AdamW and with APOLLO-Mini, and `transformers`' LLaMA under eager torch with
-fused AdamW, train the same shape on the same random tokens in blocks of steps that take turns, so
-that what else the machine does meets all of them. Torch and transformers must be installed.
+The example's step with AdamW and with APOLLO-Mini, and `transformers`' LLaMA under
+eager torch with fused AdamW, train the same shape on the same random tokens in blocks
+of steps that take turns, so that what else the machine does meets all of them. Torch
+and transformers must be installed.
 """
 
 import dataclasses
@@ -28,13 +29,11 @@ from examples.llama.options import RunOptions
 from examples.llama.train import TrainState, make_train_step
 from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
 
-WARMUP_STEPS = (
-    2  # The first compiles, the second finds what the first left in the caches.
-)
+# The first compiles, the second finds what the first left in the caches.
+WARMUP_STEPS = 2
 
-RunSteps = Callable[
-    [int], float
-]  # Runs so many steps, waits for the last, returns its loss.
+# Runs so many steps, waits for the last, returns its loss.
+RunSteps = Callable[[int], float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,8 @@ class Options:
     dtype: str
     """float32 or bfloat16, of weights, moments and matrix products."""
     remat: str = "dots"
-    """What our backward pass computes again: none, dots or full. Torch computes nothing again."""
+    """What our backward pass computes again: none, dots or full. Torch computes nothing
+    again."""
     steps: int
     """Steps a block."""
     repeats: int = 7
@@ -117,7 +117,8 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UsageError(
-            f"{name} is not installed; pip install torch transformers, or give --skip-torch"
+            f"{name} is not installed; pip install torch transformers, "
+            "or give --skip-torch"
         ) from error
 
 
@@ -193,7 +194,10 @@ def table(rates: dict[str, list[float]], options: Options, baseline: str | None)
     """Returns medians over the blocks; a ratio is the median of the blocks' ratios."""
     config, device = preset(options.model), jax.devices()[0]
     lines = [
-        "| step | tokens/s | fastest, slowest block | TFLOP/s | of the peak | against torch |"
+        (
+            "| step | tokens/s | fastest, slowest block | TFLOP/s | of the peak | against "
+            "torch |"
+        )
     ]
     lines.append("|---|---|---|---|---|---|")
     for name, blocks in rates.items():
@@ -206,7 +210,8 @@ def table(rates: dict[str, list[float]], options: Options, baseline: str | None)
             ratio = f"{statistics.median(a / b for a, b in zip(blocks, rates[baseline], strict=True)):.2f}"
         spread = f"{max(blocks):,.0f}, {min(blocks):,.0f}"
         lines.append(
-            f"| {name} | {rate:,.0f} | {spread} | {flops / 1e12:.3g} | {share} | {ratio} |"
+            f"| {name} | {rate:,.0f} | {spread} | {flops / 1e12:.3g} | {share} | "
+            f"{ratio} |"
         )
     return "\n".join(lines)
 
@@ -224,7 +229,10 @@ def measure(options: Options) -> None:
     }
     baseline = None
     if with_torch:
-        baseline = f"transformers, {'compiled' if options.torch_compile else 'eager'} torch, adamw"
+        baseline = (
+            "transformers, "
+            f"{'compiled' if options.torch_compile else 'eager'} torch, adamw"
+        )
         trainers[baseline] = transformers_on_torch(options, config, tokens)
         packages += ["torch", "transformers"]
     elif not options.skip_torch:

@@ -70,7 +70,8 @@ def table(
         return way, f"{mean:.2f}", f"{spread:.2f}", f"{mean / other - 1:+.1%}"
 
     return (
-        f"{what}, {options.steps} steps, {len(options.seeds)} seeds, products in {options.compute_dtype}\n"
+        f"{what}, {options.steps} steps, {len(options.seeds)} seeds, products in "
+        f"{options.compute_dtype}\n"
         f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
         f"{report.markdown(('way', 'val ppl', '±', over), map(row, results), 1)}"
     )

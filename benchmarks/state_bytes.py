@@ -1,6 +1,7 @@
 """Optimizer-state bytes of the paper's models, from shapes alone: python -m benchmarks.state_bytes.
 
-Nothing is allocated: every number is read off ``jax.eval_shape`` of the optimizer's own ``init``.
+Nothing is allocated: every number is read off ``jax.eval_shape`` of the optimizer's own
+``init``.
 """
 
 import math
@@ -92,7 +93,8 @@ def table(only_kernels: bool, dtype: str) -> str:
 
 def main() -> None:
     print(
-        f"jax {jax.__version__}, optax {optax.__version__}, apollo-optax {apollo_optax.__version__}"
+        f"jax {jax.__version__}, optax {optax.__version__}, apollo-optax "
+        f"{apollo_optax.__version__}"
     )
     print("bytes of optimizer state, bfloat16 parameters and moments\n")
     print("attention and MLP kernels:\n")

@@ -36,7 +36,8 @@ class Setting(NamedTuple):
 
     model: str
     dtype: str  # Of weights and gradients.
-    layout: str  # "unstacked": a leaf for each matrix; "stacked": a leaf for the matrices of all layers.
+    # "unstacked": a leaf for each matrix; "stacked": a leaf for the matrices of all layers.
+    layout: str
     layers: int | None = None  # How many of the model's layers; None: all.
 
     @property
@@ -73,25 +74,26 @@ class Setting(NamedTuple):
 class Method:
     """An optimizer, and what its step must read and write.
 
-    Writing of weights, and reading and writing of the state, are the same for all. A matrix is taken to
-    be too large for any cache, so that a second pass over it is a second read.
+    Writing of weights, and reading and writing of the state, are the same for all. A
+    matrix is taken to be too large for any cache, so that a second pass over it is a
+    second read.
     """
 
     name: str
     make: Callable[[], optax.GradientTransformation]
     gradient_reads: int = 1
     weight_reads: int = 1
-    read_only: str | None = (
-        None  # The field of the state that an ordinary step does not write.
-    )
+    # The field of the state that an ordinary step does not write.
+    read_only: str | None = None
     refresh_every: int | None = None  # Steps from one dearer step to the next.
 
     def floor_bytes(self, kernels: dict[str, jax.ShapeDtypeStruct]) -> int:
         """Returns the bytes that an ordinary step must move; gradients have the weights' dtype.
 
-        With W bytes of weights and S of state that is `(gradient_reads + weight_reads + 1) W + 2 S`:
-        SGD 3 W, Adam 3 W + 2 S, and APOLLO 4 W + 2 S, as a gradient must be read whole, to be
-        projected, before the first number of it can be scaled.
+        With W bytes of weights and S of state that is
+        `(gradient_reads + weight_reads + 1) W + 2 S`: SGD 3 W, Adam 3 W + 2 S, and
+        APOLLO 4 W + 2 S, as a gradient must be read whole, to be projected, before the
+        first number of it can be scaled.
         """
         state = jax.eval_shape(self.make().init, kernels)
         unwritten = optax.tree.get(state, self.read_only) if self.read_only else ()
@@ -199,9 +201,8 @@ class Measured:
 
     floor_bytes: int
     refresh_every: int | None = None
-    blocks: list[list[float]] = dataclasses.field(
-        default_factory=list
-    )  # Ordinary steps, by round.
+    # Ordinary steps, by round.
+    blocks: list[list[float]] = dataclasses.field(default_factory=list)
     refreshes: list[float] = dataclasses.field(default_factory=list)
     compilations: list[float] = dataclasses.field(default_factory=list)
     temporaries_bytes: int | None = None
@@ -249,7 +250,8 @@ def timed(
         seconds: how long to go on; there are `FEWEST_TIMES` at the least, however slow.
 
     Returns:
-        The time of a step as the mean of a few that are waited for together, as in training: the
+        The time of a step as the mean of a few that are waited for together, as in
+            training: the
         device need not idle while the next step is launched.
     """
 

@@ -1,6 +1,7 @@
 """The authors' release and torch's fused AdamW, for benchmarks.optimizer_step --against-torch.
 
-The release (PyPI `apollo-torch`, under a non-commercial licence) is called as its README says.
+The release (PyPI `apollo-torch`, under a non-commercial licence) is called as its
+README says.
 """
 
 import functools
@@ -33,7 +34,8 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UsageError(
-            f"--against-torch needs {name} ({error}); pip install '.[bench-torch]', or make bench-step"
+            f"--against-torch needs {name} ({error}); pip install '.[bench-torch]', "
+            "or make bench-step"
         ) from error
 
 

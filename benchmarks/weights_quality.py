@@ -1,9 +1,10 @@
 """What weights of few bits cost in perplexity: `python -m benchmarks.weights_quality`.
 
-Trains the tiny LLaMA with APOLLO-Mini on the source of Python's standard library, once a seed for each way
-to keep the weights, all else equal, and prints the validation perplexities. Takes half an hour on two cores;
-cut off, the same command goes on. In float32 all are computed with the same numbers, so that only the
-weights differ: `--compute-dtype float32`.
+Trains the tiny LLaMA with APOLLO-Mini on the source of Python's standard library, once
+a seed for each way to keep the weights, all else equal, and prints the validation
+perplexities. Takes half an hour on two cores; cut off, the same command goes on. In
+float32 all are computed with the same numbers, so that only the weights differ:
+`--compute-dtype float32`.
 """
 
 import dataclasses

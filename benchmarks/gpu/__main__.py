@@ -96,7 +96,8 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         given.budgets[name] = float(seconds)
     if given.total_seconds is not None and not given.total_seconds > 0:
         parser.error(
-            f"--total-seconds {given.total_seconds} is out of range; give a number above 0"
+            f"--total-seconds {given.total_seconds} is out of range; "
+            "give a number above 0"
         )
     try:
         re.compile(given.only)
@@ -153,8 +154,8 @@ def measure(given: argparse.Namespace) -> None:
     device = this_device()
     if device.platform != "gpu" and not given.rehearse:
         raise UsageError(
-            f"JAX finds no GPU, only {device.kind}; install JAX for CUDA, or give --rehearse to try "
-            "the command at tiny sizes"
+            f"JAX finds no GPU, only {device.kind}; install JAX for CUDA, or give "
+            "--rehearse to try the command at tiny sizes"
         )
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.parts or PARTS:

@@ -208,7 +208,10 @@ def flash_attention(head_size: int) -> list[Outcome] | Failed:
         ours / theirs
         for ours, theirs in zip(errors("cudnn"), errors("xla"), strict=True)
     ]
-    what = f"cuDNN's attention, heads of {head_size}: its error and its gradients' over XLA's"
+    what = (
+        f"cuDNN's attention, heads of {head_size}: its error and its gradients' over "
+        "XLA's"
+    )
     return [Outcome(what, max(ratios), 2.0)]
 
 

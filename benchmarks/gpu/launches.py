@@ -1,6 +1,7 @@
 """Counts what `--dump` kept: python -m benchmarks.gpu.launches OUT/step-hlo.zip.
 
-A GPU takes some microseconds to launch a kernel, so a step of many small ones waits for them.
+A GPU takes some microseconds to launch a kernel, so a step of many small ones waits for
+them.
 """
 
 import argparse

@@ -109,8 +109,8 @@ def gigabytes(size: int | None) -> str:
 def run(bench: Bench) -> None:
     model, seq = ("tiny", 32) if bench.rehearse else ("7b", 256)
     title = (
-        f"{model}, sequences of {seq}, layer-wise apollo-mini, moments in bfloat16; remat none at "
-        "batch 1, full above; GB of 1e9 bytes"
+        f"{model}, sequences of {seq}, layer-wise apollo-mini, moments in bfloat16; "
+        "remat none at batch 1, full above; GB of 1e9 bytes"
     )
     table = bench.report.table(title, HEAD, numbers_from=2)
     found: dict[str, Trained] = {}

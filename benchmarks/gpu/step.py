@@ -149,9 +149,10 @@ def title(setting: Setting) -> str:
     count = sum(leaf.size for leaf in kernels.values())
     layers = f", {setting.layers} of its layers" if setting.layers else ""
     return (
-        f"{setting.model}{layers}, {setting.dtype}, {setting.layout}: {count:,} parameters in "
-        f"{len(kernels)} leaves, {megabytes(tree_bytes(kernels))} MB; medians of {ROUNDS} rounds of blocks "
-        f"of {BLOCK_SECONDS} s, each beside a copy in the same process"
+        f"{setting.model}{layers}, {setting.dtype}, {setting.layout}: {count:,} "
+        f"parameters in {len(kernels)} leaves, {megabytes(tree_bytes(kernels))} MB; "
+        f"medians of {ROUNDS} rounds of blocks of {BLOCK_SECONDS} s, each beside a "
+        "copy in the same process"
     )
 
 
@@ -177,8 +178,8 @@ def run(bench: Bench) -> None:
         if found.refresh_every and found.refreshes:
             seconds = sorted(found.refreshes)[len(found.refreshes) // 2]
             bench.report.note(
-                f"{name}: one step in {found.refresh_every} takes {milliseconds(seconds)} ms, amortised "
-                "into the table."
+                f"{name}: one step in {found.refresh_every} takes "
+                f"{milliseconds(seconds)} ms, amortised into the table."
             )
 
     for layout, names in (

@@ -1,8 +1,9 @@
 """`throughput`: what a small state is worth, the larger batch that fits beside it.
 
 AdamW with bfloat16 moments, and APOLLO-Mini by the ordinary and by the layer-wise step,
-each train 7B at the largest batch that fits a part of the GPU's memory, on random tokens.
-The largest batch is where a line through the memory of two compiled batches meets it.
+each train 7B at the largest batch that fits a part of the GPU's memory, on random
+tokens. The largest batch is where a line through the memory of two compiled batches
+meets it.
 """
 
 import dataclasses
@@ -24,10 +25,8 @@ from examples.llama.plan import PlanOptions, bytes_in, runs
 from examples.llama.target import memory_of
 from examples.llama.usage import notice
 
-PLANNED_BATCHES = (
-    64,
-    256,
-)  # Large enough for activations, not gradients, to make the peak.
+# Large enough for activations, not gradients, to make the peak.
+PLANNED_BATCHES = (64, 256)
 MARGIN = 0.97  # The rest of the memory is for what the compiler does not count.
 STEP_DOWN = 0.9  # A batch that does not fit is multiplied by this.
 HEAD = (
@@ -39,9 +38,8 @@ HEAD = (
 class Case(NamedTuple):
     """A row of the table."""
 
-    limit_bytes: (
-        int | None
-    )  # The memory that the run gets; None: all, at the run's batch.
+    # The memory that the run gets; None: all, at the run's batch.
+    limit_bytes: int | None
     name: str
     run: RunOptions
 
@@ -132,8 +130,8 @@ def run(bench: Bench) -> None:
         there = bench.device.memory_bytes or 0
         limits = [min(bytes_in("", "80GB"), there), bytes_in("", "64GB")]
     title = (
-        f"{model}, bfloat16 weights unless said, sequences of {seq}, remat full (none for int8); "
-        "GB of 1e9 bytes"
+        f"{model}, bfloat16 weights unless said, sequences of {seq}, remat full (none "
+        "for int8); GB of 1e9 bytes"
     )
     table = bench.report.table(title, HEAD, numbers_from=2)
     lines: dict[tuple[str, bool], tuple[float, float] | Failed] = {}

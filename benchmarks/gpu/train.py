@@ -1,8 +1,8 @@
 """`train`: model-flops utilisation, then the quality of optimizers at 60M parameters.
 
-All optimizers train on the same batches, for as many tokens each as fit the time. Runs are
-kept in OUT/train.json with their curves; another call with the same OUT adds seeds and
-rates to them.
+All optimizers train on the same batches, for as many tokens each as fit the time. Runs
+are kept in OUT/train.json with their curves; another call with the same OUT adds seeds
+and rates to them.
 """
 
 import dataclasses
@@ -39,9 +39,8 @@ from examples.llama.windows import Windows, token_count, validation_batches
 
 UTILISATION_SECONDS = 75.0  # At most, of a part's time.
 OPTIMIZERS = ("adamw", "apollo-mini", "muon", "apollo", "adafactor")
-PREPARE_SECONDS = (
-    25.0  # What a wave of runs takes to compile, for the plan of the time.
-)
+# What a wave of runs takes to compile, for the plan of the time.
+PREPARE_SECONDS = 25.0
 RUN_SECONDS = 4.0  # What a run takes beside its steps: initial weights, evaluations.
 SHARE_OF_TIME = 0.9  # That the plan fills, as not all optimizers are as fast as AdamW.
 EVALUATIONS = 10
@@ -77,9 +76,8 @@ REHEARSED = ("adamw", "apollo-mini")
 class Sizes(NamedTuple):
     """What is trained."""
 
-    quality: (
-        RunOptions  # The model and the batch of the quality runs, whichever optimizer.
-    )
+    # The model and the batch of the quality runs, whichever optimizer.
+    quality: RunOptions
     utilisation: tuple[RunOptions, ...]
     data_tokens: int | None  # None: all there are.
 
@@ -216,8 +214,8 @@ class QualityOptions:
 def utilisation(bench: Bench, planned: tuple[RunOptions, ...]) -> dict[str, float]:
     """Fills the first table; returns tokens a second by model and optimizer."""
     title = (
-        "Model-flops utilisation; 60m with float32 weights and bfloat16 products, the others all in "
-        "bfloat16, remat dots"
+        "Model-flops utilisation; 60m with float32 weights and bfloat16 products, the "
+        "others all in bfloat16, remat dots"
     )
     table = bench.report.table(title, UTILISATION_HEAD, numbers_from=2)
     rates: dict[str, float] = {}
@@ -318,9 +316,10 @@ def quality(
         steps = 4
     tokens = base.batch * base.seq
     title = (
-        f"Quality: {base.model}, {steps:,} steps of {tokens:,} tokens of `--data {options.data}` "
-        f"({text.train_tokens:,} training tokens, key {text.key}), {base.weights} weights, "
-        f"{base.compute_dtype} products; rates warmed up over a tenth, then a cosine to a tenth"
+        f"Quality: {base.model}, {steps:,} steps of {tokens:,} tokens of `--data "
+        f"{options.data}` ({text.train_tokens:,} training tokens, key {text.key}), "
+        f"{base.weights} weights, {base.compute_dtype} products; rates warmed up over "
+        "a tenth, then a cosine to a tenth"
     )
     table = bench.report.table(title, QUALITY_HEAD, numbers_from=1)
     for name, row in kept.items():

@@ -62,7 +62,8 @@ def mesh_of(
     """Returns the mesh of a run, of all `devices`, by default those of all processes.
 
     Raises:
-        UsageError: where its sizes do not multiply to their number, or do not divide the model's.
+        UsageError: where its sizes do not multiply to their number, or do not divide
+            the model's.
     """
     mesh = make_mesh(options.mesh, devices)
     check_sizes(options, config)
@@ -89,8 +90,9 @@ def execution_of(
         and automatic.attention_implementation(config.head_size) != "cudnn"
     ):
         raise UsageError(
-            "--attention cudnn takes an NVIDIA GPU from Ampere on, --compute-dtype bfloat16 and heads of a "
-            f"multiple of 8 up to 128; this is {jax.devices()[0].device_kind}, {execution.compute_dtype}, "
+            "--attention cudnn takes an NVIDIA GPU from Ampere on, --compute-dtype "
+            "bfloat16 and heads of a multiple of 8 up to 128; this is "
+            f"{jax.devices()[0].device_kind}, {execution.compute_dtype}, "
             f"{config.head_size}; leave it out"
         )
     return execution
@@ -102,8 +104,9 @@ def check_offload(options: TrainingOptions) -> None:
     kinds = {memory.kind for memory in device.addressable_memories()}
     if options.offload and (device.platform == "cpu" or "pinned_host" not in kinds):
         raise UsageError(
-            f"--offload {options.offload} moves what a GPU or TPU has no room for to the host's memory, and "
-            f"this is {device.device_kind}, which has no other; leave it out"
+            f"--offload {options.offload} moves what a GPU or TPU has no room for to "
+            f"the host's memory, and this is {device.device_kind}, "
+            "which has no other; leave it out"
         )
 
 
@@ -157,10 +160,10 @@ def summary(
         state_bytes(tx, abstract_params(config, execution_of(options, config), mesh))
     )
     return (
-        f"{options.model or options.init_from}: {param_count(config):,} parameters in {options.weights}, "
-        f"{filesize.decimal(state)} of optimizer state, on {mesh.size} of {len(jax.devices())} "
-        f"{jax.devices()[0].device_kind}; {tokens:,} tokens, {tokens / there:.2g} times the {there:,} "
-        "there are"
+        f"{options.model or options.init_from}: {param_count(config):,} parameters in "
+        f"{options.weights}, {filesize.decimal(state)} of optimizer state, on "
+        f"{mesh.size} of {len(jax.devices())} {jax.devices()[0].device_kind}; "
+        f"{tokens:,} tokens, {tokens / there:.2g} times the {there:,} there are"
     )
 
 

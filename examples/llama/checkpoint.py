@@ -1,7 +1,7 @@
 """Checkpoints with Orbax: written in the background, whole or not at all, the newest few kept.
 
-A checkpoint is a folder named by its step with three items: `state` (parameters and optimizer state),
-`data` (where the data iterator was) and `config` (what the run is).
+A checkpoint is a folder named by its step with three items: `state` (parameters and
+optimizer state), `data` (where the data iterator was) and `config` (what the run is).
 """
 
 import contextlib
@@ -29,7 +29,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run; use it in a `with`, which waits for the last one to be written.
 
-    All processes of a run take part, each with what its devices hold; the folder is one for all.
+    All processes of a run take part, each with what its devices hold; the folder is one
+    for all.
 
     Args:
         run_folder: the run's folder; its checkpoints are in `checkpoints/`.
@@ -115,7 +116,8 @@ class Checkpoints:
             abstract_state: shapes, dtypes and shardings to restore to.
 
         Raises:
-            UsageError: for a checkpoint of another configuration, or where none can be read.
+            UsageError: for a checkpoint of another configuration, or where none can be
+                read.
         """
         damaged: dict[int, str] = {}
         for step in reversed(from_first(self.steps)):
@@ -130,9 +132,8 @@ class Checkpoints:
                 jax.errors.JaxRuntimeError,
             ):
                 raise
-            except (
-                Exception
-            ) as error:  # TensorStore raises all sorts of them for damaged files.
+            except Exception as error:
+                # TensorStore raises all sorts of them for damaged files.
                 damaged[step] = first_line(error)
             else:
                 with together():
@@ -143,8 +144,8 @@ class Checkpoints:
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise UsageError(
-                f"none of the checkpoints in {self.folder} can be read ({reasons}); put back one that can, "
-                "or choose another --out"
+                f"none of the checkpoints in {self.folder} can be read ({reasons}); "
+                "put back one that can, or choose another --out"
             )
         return None
 
@@ -160,8 +161,8 @@ class Checkpoints:
         small = self._manager.restore(step, args=args)
         if differing := differing_fields(self._config, small["config"]):
             raise UsageError(
-                f"checkpoint {self.folder / str(step)} is of another run ({'; '.join(differing)}); "
-                "give the same options, or another --out"
+                f"checkpoint {self.folder / str(step)} is of another run "
+                f"({'; '.join(differing)}); give the same options, or another --out"
             )
         # After the configuration: of another one, the shapes would differ.
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
@@ -173,15 +174,13 @@ class Checkpoints:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # TensorStore's are the last two.
+        except (OSError, ValueError, RuntimeError) as error:
+            # TensorStore's are the last two.
             remedy = "make room there" if disk_is_full(error) else "see to that"
             raise UsageError(
-                f"a checkpoint could not be written to {self.folder} ({first_line(error)}); {self.newest()}; "
-                f"{remedy} and run again with --resume auto"
+                f"a checkpoint could not be written to {self.folder} "
+                f"({first_line(error)}); {self.newest()}; {remedy} and run again with "
+                "--resume auto"
             ) from error
 
 
@@ -216,9 +215,8 @@ def restore_params(
         return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
             path / "state", args
         )["params"]
-    except (
-        Exception
-    ) as error:  # TensorStore raises all sorts of them for damaged files.
+    except Exception as error:
+        # TensorStore raises all sorts of them for damaged files.
         raise UsageError(
             f"{path} cannot be read ({first_line(error)}); give another --step"
         ) from error

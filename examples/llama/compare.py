@@ -1,8 +1,9 @@
 """Compares optimizers on the same batches: `python -m examples.llama.compare --out runs/compare`.
 
-Runs every optimizer at every pair of learning rates given, each into a folder of its own, then the
-best pair of each optimizer again with the other seeds, and ends with a table and a figure with the
-curves. With `--resume auto`, runs that have ended are not run again and one that was cut off goes on.
+Runs every optimizer at every pair of learning rates given, each into a folder of its
+own, then the best pair of each optimizer again with the other seeds, and ends with a
+table and a figure with the curves. With `--resume auto`, runs that have ended are not
+run again and one that was cut off goes on.
 """
 
 import collections
@@ -45,15 +46,20 @@ class CompareOptions(TrainingOptions):
     """Several runs that differ only in optimizer, learning rates and seed."""
 
     optimizers: tuple[str, ...] = ("adamw", "apollo-mini")
-    """Any of adamw, apollo, apollo-mini, apollo-svd, galore, muon, adafactor, lion and sgd."""
+    """Any of adamw, apollo, apollo-mini, apollo-svd, galore, muon, adafactor, lion and
+    sgd."""
     lr: tuple[float, ...] = ()
-    """Peak learning rates of the layers' kernels to try; by default each optimizer's own."""
+    """Peak learning rates of the layers' kernels to try; by default each optimizer's
+    own."""
     lr_factors: tuple[float, ...] = ()
-    """Multiples of each optimizer's own learning rate of the kernels to try, instead of --lr."""
+    """Multiples of each optimizer's own learning rate of the kernels to try, instead of
+    --lr."""
     lr_embeddings: tuple[float, ...] = ()
-    """Peak learning rates of embeddings, head and norms to try; by default each optimizer's own."""
+    """Peak learning rates of embeddings, head and norms to try; by default each
+    optimizer's own."""
     more_seeds: tuple[int, ...] = ()
-    """Seeds besides --seed, for another run each of every optimizer's best pair of rates."""
+    """Seeds besides --seed, for another run each of every optimizer's best pair of
+    rates."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +145,8 @@ def finish(run: RunOptions, stop: StopRequest) -> tuple[RunResult, ...]:
         result = ()
     if stop.signal:
         raise RunInterrupted(
-            f"stopped by {stop.signal.name} after {label(run)}; --resume auto goes on with the next run"
+            f"stopped by {stop.signal.name} after {label(run)}; --resume auto goes on "
+            "with the next run"
         )
     return result
 
@@ -171,8 +178,9 @@ def table(
 ) -> Table:
     """Returns a row for each setting; one that diverged is there with its options alone."""
     caption = (
-        "val ppl: best of a run's evaluations, mean over seeds; ±: their standard deviation; "
-        "*: the optimizer's best with the first seed; kernels, emb+head, rest: optimizer state"
+        "val ppl: best of a run's evaluations, mean over seeds; ±: their standard "
+        "deviation; *: the optimizer's best with the first seed; kernels, emb+head, "
+        "rest: optimizer state"
     )
     view = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
     view.add_column("optimizer", no_wrap=True)

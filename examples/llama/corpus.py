@@ -1,7 +1,7 @@
 """Text as tokens on disk, split by document into training and validation, made once and kept.
 
-The tokens are kept under the user's cache directory, with the tokenizer that made them, so only the
-first run on a text pays for reading it.
+The tokens are kept under the user's cache directory, with the tokenizer that made them,
+so only the first run on a text pays for reading it.
 """
 
 import functools
@@ -36,9 +36,8 @@ from examples.llama.tokenizer import (
 from examples.llama.usage import UsageError
 
 MANIFEST = "manifest.json"
-HUB_VALIDATION_TOKENS = (
-    2**21
-)  # Validation takes 128 windows of them; C4 has far more to offer.
+# Validation takes 128 windows of them; C4 has far more to offer.
+HUB_VALIDATION_TOKENS = 2**21
 TOKENIZER_CHARS = 64 * 2**20  # A BPE barely changes with more text than this.
 CACHE_FORMAT = 2  # Part of the cache key: raise it when the files under a key change.
 
@@ -67,16 +66,19 @@ def load_corpus(
     Args:
         data: see `sources.open_source`.
         vocab_size: the model's; every token id is below it.
-        tokenizer: see `tokenizer.load_tokenizer`. By default a BPE is trained on `data`;
-            for `python` there is one in this repository, which a vocabulary of its size or
-            more takes.
+        tokenizer: see `tokenizer.load_tokenizer`. By default a BPE is trained on
+            `data`; for `python` there is one in this repository, which a vocabulary of
+            its size or more takes.
         vocab: tokens of that BPE, by default `vocab_size`.
-        max_tokens: stop reading after the training document with which there are so many tokens.
-        validation: held-out text, named as `data` is. By default, and of a data set of the hub, the
-            split `validation` where there is one; else one document in twenty, chosen by a hash.
+        max_tokens: stop reading after the training document with which there are so
+            many tokens.
+        validation: held-out text, named as `data` is. By default, and of a data set of
+            the hub, the split `validation` where there is one; else one document in
+            twenty, chosen by a hash.
 
     Raises:
-        UsageError: for any of these that makes no corpus, or a cache that cannot be written.
+        UsageError: for any of these that makes no corpus, or a cache that cannot be
+            written.
     """
     check_sizes(vocab_size, tokenizer, vocab, max_tokens)
     source = open_source("--data", data)
@@ -104,8 +106,8 @@ def load_corpus(
         return read_corpus(folder)
     except OSError as error:  # What the sources raise, they report themselves.
         raise UsageError(
-            f"the corpus cannot be kept in {cache_folder()} ({error}); free disk space there, "
-            "or set XDG_CACHE_HOME to another folder"
+            f"the corpus cannot be kept in {cache_folder()} ({error}); free disk space "
+            "there, or set XDG_CACHE_HOME to another folder"
         ) from error
 
 
@@ -118,18 +120,18 @@ def check_sizes(
         )
     if vocab is not None and tokenizer:
         raise UsageError(
-            f"--vocab {vocab} is for a tokenizer trained here, and --tokenizer {tokenizer!r} gives one; "
-            "leave one of them out"
+            f"--vocab {vocab} is for a tokenizer trained here, and --tokenizer "
+            f"{tokenizer!r} gives one; leave one of them out"
         )
     if not tokenizer and vocab_size < SMALLEST_VOCAB:
         raise UsageError(
-            f"--model has a vocabulary of {vocab_size}, too small for every byte and an end; "
-            f"give one with {SMALLEST_VOCAB} or more, or a --tokenizer"
+            f"--model has a vocabulary of {vocab_size}, too small for every byte and "
+            f"an end; give one with {SMALLEST_VOCAB} or more, or a --tokenizer"
         )
     if vocab is not None and not SMALLEST_VOCAB <= vocab <= vocab_size:
         raise UsageError(
-            f"--vocab {vocab} is out of range; give {SMALLEST_VOCAB} (every byte and an end) "
-            f"to {vocab_size} (the model's vocabulary)"
+            f"--vocab {vocab} is out of range; give {SMALLEST_VOCAB} (every byte and "
+            f"an end) to {vocab_size} (the model's vocabulary)"
         )
 
 
@@ -157,7 +159,8 @@ def build(
     Args:
         folder: does not exist yet.
         data: what the user calls `source`.
-        source: of the training documents, and of the held-out ones too where `held_out` is None.
+        source: of the training documents, and of the held-out ones too where `held_out`
+            is None.
         held_out: source of the validation documents.
         encoder: the tokenizer, or the vocabulary of the BPE to train.
         max_tokens: see `load_corpus`.

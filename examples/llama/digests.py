@@ -15,9 +15,9 @@ from examples.llama.usage import first_line
 def content_digest(source: str, files: Mapping[str, Path]) -> str:
     """Returns a digest of the names and bytes of files.
 
-    A file is not read again while its size and time of modification stay as they are, so that
-    starting a run on 100 GB takes as long as listing them. What is known of one source's files is one
-    file of the cache.
+    A file is not read again while its size and time of modification stay as they are,
+    so that starting a run on 100 GB takes as long as listing them. What is known of one
+    source's files is one file of the cache.
 
     Raises:
         DocumentError: where a file cannot be read.
@@ -56,5 +56,6 @@ def file_digest(path: Path, known: list[str | int] | None) -> list[str | int]:
 
 def unreadable(path: Path, error: OSError) -> DocumentError:
     return DocumentError(
-        f"{path} cannot be read ({first_line(error)}); make it readable, or leave it out"
+        f"{path} cannot be read ({first_line(error)}); make it readable, "
+        "or leave it out"
     )

@@ -1,7 +1,8 @@
 """Several processes that train one model: how they meet, agree and end.
 
-Each runs the same program with the same options on devices of its own. The first, process 0, writes the
-run's files and says what there is to say. Where there is one process, all of this does nothing.
+Each runs the same program with the same options on devices of its own. The first,
+process 0, writes the run's files and says what there is to say. Where there is one
+process, all of this does nothing.
 """
 
 import contextlib
@@ -47,7 +48,10 @@ def start(options: ProcessOptions) -> None:
         return
     by_flags = options.coordinator is not None
     place = options.coordinator or "the place that the cluster names"
-    waits = f"this process waits for the others at {place}, {MEETING_SECONDS} seconds at the most"
+    waits = (
+        f"this process waits for the others at {place}, "
+        f"{MEETING_SECONDS} seconds at the most"
+    )
     said = threading.Timer(
         SILENT_SECONDS, lambda: print(waits, file=sys.stderr, flush=True)
     )
@@ -70,9 +74,10 @@ def start(options: ProcessOptions) -> None:
         # What it says where it finds no cluster.
     except RuntimeError as error:
         raise UsageError(
-            f"the other processes were not met at {place} ({first_line(error)}); see whether one ended with "
-            f"an error of its own, start all of them within {MEETING_SECONDS} seconds, with a HOST:PORT that "
-            "is process 0's and free, or give --processes 1"
+            f"the other processes were not met at {place} ({first_line(error)}); see "
+            "whether one ended with an error of its own, start all of them within "
+            f"{MEETING_SECONDS} seconds, with a HOST:PORT that is process 0's and "
+            "free, or give --processes 1"
         ) from error
     finally:
         said.cancel()
@@ -100,11 +105,13 @@ def check_same(ours: Mapping[str, Any], what: str) -> None:
         ]
         if differing:
             values = "; ".join(
-                f"{name} is {first.get(name)} on process 0 and {other.get(name)} on process {process}"
+                f"{name} is {first.get(name)} on process 0 and {other.get(name)} on "
+                f"process {process}"
                 for name in differing
             )
             raise UsageError(
-                f"the processes have different {what}: {values}; give all of them the same"
+                f"the processes have different {what}: {values}; "
+                "give all of them the same"
             )
 
 
@@ -140,7 +147,8 @@ def from_first(compute: Callable[[], Any]) -> Any:
 class Vote:
     """Lets all processes know at the same step that one of them has been asked to stop.
 
-    A vote is counted on the devices and read at the next one, so that no device waits for a host.
+    A vote is counted on the devices and read at the next one, so that no device waits
+    for a host.
     """
 
     def __init__(self) -> None:
@@ -170,8 +178,8 @@ class Vote:
 def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
     """Ends one of several processes where it fails alone: with status 2 for an error to mend, else 1.
 
-    An ordinary end waits for the others, which wait for this one in the middle of a step. They end when they
-    miss it.
+    An ordinary end waits for the others, which wait for this one in the middle of a
+    step. They end when they miss it.
 
     Args:
         agreed: errors that all processes raise at the same step.
@@ -186,9 +194,9 @@ def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
         line = explained(error)
         if line is None and isinstance(error, jax.errors.JaxRuntimeError):
             print(
-                f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, as when "
-                f"another has ended ({first_line(error)}); see what that one says, and start all again with "
-                "--resume auto",
+                f"error: process {jax.process_index()} of {jax.process_count()} cannot "
+                f"go on, as when another has ended ({first_line(error)}); see what "
+                "that one says, and start all again with --resume auto",
                 file=sys.stderr,
             )
         elif line is None:

@@ -31,11 +31,13 @@ class ExportOptions:
     run: Path
     """Folder of the run."""
     to: Path
-    """Folder to write config.json, *.safetensors and the tokenizer to; must not exist."""
+    """Folder to write config.json, *.safetensors and the tokenizer to; must not
+    exist."""
     step: int | None = None
     """The checkpoint's step; by default the newest."""
     dtype: str | None = None
-    """float32 or bfloat16; by default that of the run's weights, which int8 is dequantized to."""
+    """float32 or bfloat16; by default that of the run's weights, which int8 is
+    dequantized to."""
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *CHOICES["--compute-dtype"]):
@@ -56,7 +58,8 @@ def export(options: ExportOptions) -> None:
     """Writes the weights.
 
     Raises:
-        UsageError: where there is no such run or checkpoint, or something would be overwritten.
+        UsageError: where there is no such run or checkpoint, or something would be
+            overwritten.
     """
     config, run = config_of_run(options.run)
     path = options.run / TOKENIZER

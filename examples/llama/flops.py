@@ -43,9 +43,9 @@ OTHER_DEVICE = re.compile(r" (MIG|Laptop|D|Ti)\b")
 def flops_per_token(config: LlamaConfig, seq: int) -> float:
     """Returns the flops of a training step, forward and backward, per token.
 
-    Model flops as in appendix B of PaLM (https://arxiv.org/abs/2204.02311): what the equations
-    need, so recomputed activations and the optimizer do not count, and attention's two products
-    over all `seq` positions though half are masked.
+    Model flops as in appendix B of PaLM (https://arxiv.org/abs/2204.02311): what the
+    equations need, so recomputed activations and the optimizer do not count, and
+    attention's two products over all `seq` positions though half are masked.
 
     Args:
         config: the shape.

@@ -1,8 +1,9 @@
 """Weights and tokenizers in Hugging Face's format: a folder of safetensors and JSON, both ways.
 
-A linear layer's weight is (out, in) there, one tensor a layer; here it is (in, out), stacked over the
-layers. Each tensor is thus a transposed view of one layer of a leaf, read and written by itself.
-Rotary embeddings pair (h, h + H/2) in both, so no rows change places.
+A linear layer's weight is (out, in) there, one tensor a layer; here it is (in, out),
+stacked over the layers. Each tensor is thus a transposed view of one layer of a leaf,
+read and written by itself. Rotary embeddings pair (h, h + H/2) in both, so no rows
+change places.
 """
 
 import contextlib
@@ -68,9 +69,9 @@ EMBEDDING, HEAD = NAMES["embed/embedding"][0], NAMES["lm_head/kernel"][0]
 def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
     """Returns the weights of `folder` as the model's parameters, in numpy arrays.
 
-    Reads `model.safetensors`, or the shards of `model.safetensors.index.json`, tensor by tensor: the
-    host holds the model once, and one tensor more. A tied model may come with an `lm_head.weight`,
-    which must then be the embedding.
+    Reads `model.safetensors`, or the shards of `model.safetensors.index.json`, tensor
+    by tensor: the host holds the model once, and one tensor more. A tied model may come
+    with an `lm_head.weight`, which must then be the embedding.
 
     Args:
         folder: holds the weights, in float32, bfloat16 or float16.
@@ -81,8 +82,8 @@ def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
         The structure and shapes of `init_params(config, ...)`.
 
     Raises:
-        UsageError: where a file is missing or corrupt, or a tensor is missing, superfluous, or of
-            another shape or dtype; the latter before any is read.
+        UsageError: where a file is missing or corrupt, or a tensor is missing,
+            superfluous, or of another shape or dtype; the latter before any is read.
     """
     check_dtype(param_dtype)
     tensors = {tensor.name: tensor for tensor in tensors_of(config)}
@@ -102,8 +103,8 @@ def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
             head_VxD = weights.get_tensor(HEAD).astype(jnp.dtype(param_dtype))
         if not np.array_equal(head_VxD, leaves["embed/embedding"]):
             raise UsageError(
-                f"{files[HEAD]}: {HEAD} is not {EMBEDDING}, though {CONFIG} says tie_word_embeddings; "
-                "set that to false, or remove the tensor"
+                f"{files[HEAD]}: {HEAD} is not {EMBEDDING}, though {CONFIG} says "
+                "tie_word_embeddings; set that to false, or remove the tensor"
             )
     return traverse_util.unflatten_dict(leaves, sep="/")
 
@@ -120,21 +121,23 @@ def save_pretrained(
 ) -> None:
     """Writes a folder from which transformers loads a LlamaForCausalLM and its tokenizer.
 
-    The files are written to a hidden folder beside it, which is renamed when all are there. Of
-    parameters on devices the host holds no more than one shard.
+    The files are written to a hidden folder beside it, which is renamed when all are
+    there. Of parameters on devices the host holds no more than one shard.
 
     Args:
-        params: jax or numpy arrays, of the structure and shapes of `init_params(config, ...)`.
+        params: jax or numpy arrays, of the structure and shapes of
+            `init_params(config, ...)`.
         config: their shape.
         folder: where to; must be empty or not there.
-        dtype: float32 or bfloat16, what the weights are written in; by default what they are in.
+        dtype: float32 or bfloat16, what the weights are written in; by default what
+            they are in.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
         tokenizer: written too where given.
         end_token: the token that ends a text; transformers calls it `eos_token`.
 
     Raises:
-        UsageError: for an argument other than described, before anything is written, and where the
-            files can't be written, with none left behind.
+        UsageError: for an argument other than described, before anything is written,
+            and where the files can't be written, with none left behind.
     """
     folder = folder.resolve()
     check_free(folder)
@@ -166,7 +169,8 @@ def save_pretrained(
             built.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UsageError(
-            f"cannot write {folder}: {first_line(error)}; free space or choose another folder"
+            f"cannot write {folder}: {first_line(error)}; free space or choose another "
+            "folder"
         ) from error
 
 
@@ -239,8 +243,9 @@ def check_leaves(leaves: Mapping[str, Any], config: LlamaConfig) -> None:
     for path in sorted(expected.keys() | found.keys()):
         if found.get(path) != expected.get(path):
             raise UsageError(
-                f"params: {path} is {found.get(path, 'missing')}, but {expected.get(path, 'missing')} in "
-                "a model of this config; give the config that the parameters were made with"
+                f"params: {path} is {found.get(path, 'missing')}, but "
+                f"{expected.get(path, 'missing')} in a model of this config; give the "
+                "config that the parameters were made with"
             )
 
 
@@ -267,15 +272,16 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
         raise UsageError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}; give a folder that save_pretrained wrote, "
-            "or convert its weights to safetensors"
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}; give a folder that "
+            "save_pretrained wrote, or convert its weights to safetensors"
         )
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):
         raise UsageError(
-            f"{folder / INDEX} has no weight_map from tensors to files; download it again"
+            f"{folder / INDEX} has no weight_map from tensors to files; "
+            "download it again"
         )
     files = [folder / name for name in sorted(set(weight_map.values()))]
     for file in files:
@@ -291,7 +297,8 @@ def locate(
 ) -> dict[str, Path]:
     """Returns the file of each tensor, and of a tied model's head where there is one.
 
-    Reads no more than the files' headers. Raises `UsageError` for the first that is not as `tensors`.
+    Reads no more than the files' headers. Raises `UsageError` for the first that is not
+    as `tensors`.
     """
     # Early versions stored constants of the rotary embeddings, `inv_freq`, which are ignored.
     expected = dict(tensors)
@@ -305,12 +312,14 @@ def locate(
                     continue
                 if name not in expected:
                     raise UsageError(
-                        f"{file}: {name} is no tensor of a LLaMA of {config.num_layers} layers without "
-                        f"biases; correct num_hidden_layers in {CONFIG}, or choose another model"
+                        f"{file}: {name} is no tensor of a LLaMA of "
+                        f"{config.num_layers} layers without biases; correct "
+                        f"num_hidden_layers in {CONFIG}, or choose another model"
                     )
                 if name in files:
                     raise UsageError(
-                        f"{file}: {name} is also in {files[name]}; remove one of the two"
+                        f"{file}: {name} is also in {files[name]}; remove one of the "
+                        "two"
                     )
                 check_stored(file, name, weights.get_slice(name), expected[name])
                 files[name] = file
@@ -318,8 +327,9 @@ def locate(
     if missing:
         others = f" and {len(missing) - 1} other tensors" if len(missing) > 1 else ""
         raise UsageError(
-            f"{folder} lacks {missing[0]}{others}; download the rest, or correct num_hidden_layers "
-            f"{config.num_layers} or tie_word_embeddings {str(config.tied_head).lower()} in {CONFIG}"
+            f"{folder} lacks {missing[0]}{others}; download the rest, or correct "
+            f"num_hidden_layers {config.num_layers} or tie_word_embeddings "
+            f"{str(config.tied_head).lower()} in {CONFIG}"
         )
     return files
 
@@ -334,8 +344,9 @@ def check_stored(file: Path, name: str, stored: Any, tensor: HfTensor) -> None:
         )
     if shape != tensor.shape:
         raise UsageError(
-            f"{file}: {name} is {shape}, but {tensor.shape} by ({', '.join(NAMES[tensor.path][1])}) in "
-            f"{CONFIG}; correct that, or choose the weights that belong to it"
+            f"{file}: {name} is {shape}, but {tensor.shape} by "
+            f"({', '.join(NAMES[tensor.path][1])}) in {CONFIG}; correct that, or "
+            "choose the weights that belong to it"
         )
 
 
@@ -365,9 +376,8 @@ def write_weights(
                 for tensor in shard
             },
             folder / file,
-            metadata={
-                "format": "pt"
-            },  # transformers 4 refuses files that don't say it.
+            # transformers 4 refuses files that don't say it.
+            metadata={"format": "pt"},
         )
         # Some versions of safetensors write files that no other user can read.
         (folder / file).chmod((folder / CONFIG).stat().st_mode)
@@ -407,8 +417,8 @@ def check_tokenizer(
     ids = tokenizer.get_vocab(with_added_tokens=True).values() if tokenizer else ()
     if (largest := max(ids, default=0)) >= config.vocab_size:
         raise UsageError(
-            f"tokenizer has a token of id {largest}, but the model's vocab_size is {config.vocab_size}; "
-            "give the tokenizer it was trained with"
+            f"tokenizer has a token of id {largest}, but the model's vocab_size is "
+            f"{config.vocab_size}; give the tokenizer it was trained with"
         )
     if end_token is None:
         return None
@@ -431,6 +441,7 @@ def write_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_token,
         "model_max_length": config.max_seq_len,
-        "clean_up_tokenization_spaces": False,  # Else transformers 4 drops spaces before punctuation.
+        # Else transformers 4 drops spaces before punctuation.
+        "clean_up_tokenization_spaces": False,
     }
     write_json(folder / TOKENIZER_CONFIG, fields)

@@ -25,12 +25,12 @@ Number = TypeVar("Number", int, float)
 def read_config(folder: Path) -> LlamaConfig:
     """Returns the shape that `folder/config.json` describes.
 
-    Rotary embeddings are read as transformers 5 writes them, `rope_parameters`, and as earlier
-    versions do, `rope_theta` beside `rope_scaling`.
+    Rotary embeddings are read as transformers 5 writes them, `rope_parameters`, and as
+    earlier versions do, `rope_theta` beside `rope_scaling`.
 
     Raises:
-        UsageError: where the file or a field of it is missing or unusable, or the model is not a
-            LLaMA that `model.py` computes.
+        UsageError: where the file or a field of it is missing or unusable, or the model
+            is not a LLaMA that `model.py` computes.
     """
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
     if "model_config" in fields.values:
@@ -164,8 +164,8 @@ def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | No
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise UsageError(
-            f"{fields.path}: {name}.low_freq_factor {scaling.low_freq_factor} is not below "
-            f"high_freq_factor {scaling.high_freq_factor}; correct them"
+            f"{fields.path}: {name}.low_freq_factor {scaling.low_freq_factor} is not "
+            f"below high_freq_factor {scaling.high_freq_factor}; correct them"
         )
     return theta, scaling
 

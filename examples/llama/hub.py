@@ -36,8 +36,8 @@ class HubSource:
         owner, *rest = name.split("/")
         if not owner or not all(rest) or len(rest) not in (1, 2):
             raise UsageError(
-                f"{flag} {data!r} is no name of a data set; "
-                "give hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or hf:/FOLDER for one on disk"
+                f"{flag} {data!r} is no name of a data set; give hf:OWNER/NAME, "
+                "hf:OWNER/NAME/CONFIG, or hf:/FOLDER for one on disk"
             )
         return cls(
             flag,
@@ -51,7 +51,8 @@ class HubSource:
         if "train" not in self._splits:
             raise UsageError(
                 f"{self.flag} {self.data!r} has no split 'train'; its splits are: "
-                f"{', '.join(self._splits)}; give a data set or configuration that has one"
+                f"{', '.join(self._splits)}; give a data set or configuration that has "
+                "one"
             )
         return self._read("train")
 
@@ -61,7 +62,8 @@ class HubSource:
     def fingerprint(self) -> str:
         """Returns a digest of the name; of the files too where the data set is a folder.
 
-        What the hub holds under a name is known only after reading it: a REVISION makes it certain.
+        What the hub holds under a name is known only after reading it: a REVISION makes
+        it certain.
         """
         folder = Path(self.path)
         paths = sorted(folder.rglob("*")) if folder.is_absolute() else []
@@ -104,7 +106,8 @@ class HubSource:
                     yield named_by_text(text)
         if empty:
             raise UsageError(
-                f"{self.flag} {self.data!r} has no text in its split {split!r}; give another"
+                f"{self.flag} {self.data!r} has no text in its split {split!r}; "
+                "give another"
             )
 
     @contextlib.contextmanager
@@ -119,8 +122,9 @@ class HubSource:
         # ValueError; a data set that is a script, which is no longer run, a RuntimeError.
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UsageError(
-                f"{self.flag} {self.data!r} cannot be read ({first_line(error)}); check the name, the "
-                "network and, for a data set with terms to agree to, `hf auth login`"
+                f"{self.flag} {self.data!r} cannot be read ({first_line(error)}); "
+                "check the name, the network and, for a data set with terms to agree "
+                "to, `hf auth login`"
             ) from error
 
 
@@ -155,7 +159,7 @@ def tokenizer_folder(name: str) -> Path:
         return download(local_files_only=False)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--tokenizer {name!r} is no file or folder here, nor to be had from the hub "
-            f"({first_line(error)}); check the name, the network and, for a model with terms to agree to, "
-            "`hf auth login`"
+            f"--tokenizer {name!r} is no file or folder here, nor to be had from the "
+            f"hub ({first_line(error)}); check the name, the network and, for a model "
+            "with terms to agree to, `hf auth login`"
         ) from error

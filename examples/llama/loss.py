@@ -1,8 +1,9 @@
 """Cross entropy of the next token, a chunk of the sequence at a time.
 
-Logits are the largest array of a language model: a batch of 131,072 tokens over a vocabulary of
-32,000 is 17 GB of float32. Here those of one chunk exist at a time. The gradient of a chunk is
-computed together with its loss, while its logits are there, so nothing is computed twice.
+Logits are the largest array of a language model: a batch of 131,072 tokens over a
+vocabulary of 32,000 is 17 GB of float32. Here those of one chunk exist at a time. The
+gradient of a chunk is computed together with its loss, while its logits are there, so
+nothing is computed twice.
 
 B batch, T tokens, t tokens of a chunk, C chunks, D hidden size, V vocabulary.
 """
@@ -30,8 +31,8 @@ def chunked_cross_entropy(
 
     Args:
         x_BxTxD: what the head is applied to.
-        head_DxV: the output head, used in the dtype of `x`; products are summed in float32, and in
-            float64 for float64.
+        head_DxV: the output head, used in the dtype of `x`; products are summed in
+            float32, and in float64 for float64.
         targets_BxT: the tokens to predict.
         chunks: the number of pieces the sequence is cut into; T need not be a multiple.
 
@@ -108,9 +109,8 @@ def _pieces(
     """Returns x (C, B, t, D), targets (C, B, t) and weights (C, t), which are 0 for the padding."""
     B, T, D = x_BxTxD.shape
     t = -(-T // chunks)
-    chunks = -(
-        -T // t
-    )  # Fewer where t is rounded up by much: no chunk is padding alone.
+    # Fewer where t is rounded up by much: no chunk is padding alone.
+    chunks = -(-T // t)
     padding = (0, t * chunks - T)
     # Along the sequence, not the batch: the batch may be cut over devices.
     x = jnp.pad(x_BxTxD, ((0, 0), padding, (0, 0))).reshape(B, chunks, t, D)

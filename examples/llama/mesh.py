@@ -9,11 +9,8 @@ from jax.experimental import mesh_utils
 
 from examples.llama.usage import UsageError, unknown_name
 
-AXES = (
-    "data",
-    "fsdp",
-    "tensor",
-)  # The last is the innermost: its devices are next to each other.
+# The last is the innermost: its devices are next to each other.
+AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # What the sequences of a batch are cut over.
 
 
@@ -73,7 +70,8 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
         )
         raise UsageError(
             f"--mesh {text} needs {count} devices, and the devices here are {here} "
-            f"({devices[0].device_kind}); give {axes} = {here} in place of {product}{shown}"
+            f"({devices[0].device_kind}); give {axes} = {here} in place of "
+            f"{product}{shown}"
         )
     # Not `jax.make_mesh`, which refuses sizes that are no product of a TPU topology's.
     grid = mesh_utils.create_device_mesh(
@@ -120,8 +118,8 @@ def constrained(
 def batch_share(mesh: jax.sharding.Mesh, batch: int) -> tuple[int, int]:
     """Returns which part of a batch's rows this process's devices hold, and of how many parts.
 
-    Processes whose devices differ along `tensor` alone hold the same part. Where parts overlap, every
-    process has the whole batch.
+    Processes whose devices differ along `tensor` alone hold the same part. Where parts
+    overlap, every process has the whole batch.
     """
     held: dict[int, set[int]] = {}
     for device, (rows, _) in over_data(mesh).devices_indices_map((batch, 1)).items():

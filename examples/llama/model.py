@@ -1,8 +1,9 @@
 """LLaMA in Flax NNX: one block, stacked over the depth and scanned.
 
-Shapes: B batch, T tokens, S = T + 1, D hidden size, N heads, K heads of keys and values, H head size,
-F feed-forward size, L layers, V vocabulary. A stacked kernel is (L, in, out), so the layer is an axis
-of the weight and the time to compile does not grow with the depth.
+Shapes: B batch, T tokens, S = T + 1, D hidden size, N heads, K heads of keys and
+values, H head size, F feed-forward size, L layers, V vocabulary. A stacked kernel is
+(L, in, out), so the layer is an axis of the weight and the time to compile does not
+grow with the depth.
 """
 
 import dataclasses
@@ -18,14 +19,14 @@ from examples.llama.config import LlamaConfig
 from examples.llama.loss import chunked_cross_entropy, num_chunks
 from examples.llama.mesh import ROWS, constrained, ways
 
-Params = dict[
-    str, Any
-]  # Nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
+# Nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
+Params = dict[str, Any]
 
 # What the backward pass finds of a layer's activations; it computes the others again.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # All but attention's scores.
+    # All but attention's scores.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -39,7 +40,8 @@ class Execution:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     attention: str = "auto"
-    """xla, cudnn, or auto: cudnn where its flash attention takes the dtype, the heads and the GPU."""
+    """xla, cudnn, or auto: cudnn where its flash attention takes the dtype, the heads
+    and the GPU."""
     mesh: jax.sharding.Mesh | None = None
     """What activations are cut over; None leaves that to the compiler."""
 
@@ -84,7 +86,8 @@ def rotary(
 ) -> jax.Array:
     """Rotates each pair (h, h + H/2) of every head by its frequency times its position.
 
-    Dot products of rotated vectors then depend on positions only through their difference.
+    Dot products of rotated vectors then depend on positions only through their
+    difference.
     """
     angle_Tx1xh = position_T[:, None, None] * frequency_h
     cos, sin = jnp.cos(angle_Tx1xh), jnp.sin(angle_Tx1xh)
@@ -392,19 +395,17 @@ gradient_barrier.defvjp(
 class Pieces(NamedTuple):
     """`next_token_loss` as three pure functions, for a step that takes the layers one by one.
 
-    Parameters are as in the whole model, without `layers`; a layer's are those of one of them.
+    Parameters are as in the whole model, without `layers`; a layer's are those of one
+    of them.
     """
 
-    embed: Callable[
-        [Params, jax.Array], jax.Array
-    ]  # Parameters, tokens (B, S) -> x (B, T, D).
+    # Parameters, tokens (B, S) -> x (B, T, D).
+    embed: Callable[[Params, jax.Array], jax.Array]
     layer: Callable[..., jax.Array]  # A layer's parameters, x -> x.
-    head: Callable[
-        [Params, jax.Array, jax.Array], jax.Array
-    ]  # Parameters, x, tokens -> the loss.
-    logits: Callable[
-        [Params, jax.Array], jax.Array
-    ]  # Parameters, x (..., D) -> float32 (..., V).
+    # Parameters, x, tokens -> the loss.
+    head: Callable[[Params, jax.Array, jax.Array], jax.Array]
+    # Parameters, x (..., D) -> float32 (..., V).
+    logits: Callable[[Params, jax.Array], jax.Array]
 
 
 def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces:

@@ -1,8 +1,9 @@
 """The optimizers by name, with their learning rates.
 
-Parameters fall into two groups: the kernels of the layers (attention and MLP), which is where the
-optimizers differ, and the rest (embeddings, head, norms), which all of them leave to Adam. Each group
-has a learning rate of its own, so that no comparison is won by a better rate for the embeddings alone.
+Parameters fall into two groups: the kernels of the layers (attention and MLP), which is
+where the optimizers differ, and the rest (embeddings, head, norms), which all of them
+leave to Adam. Each group has a learning rate of its own, so that no comparison is won
+by a better rate for the embeddings alone.
 
 To add an optimizer, add a `Recipe`.
 """
@@ -48,8 +49,8 @@ def adamw(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformat
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns `tx` as it is for float32 parameters.
 
-    Optax gives a second moment the parameters' dtype, and in bfloat16 its decay of 0.999 is 1: it would
-    never forget. APOLLO's moments are in float32 by themselves.
+    Optax gives a second moment the parameters' dtype, and in bfloat16 its decay of
+    0.999 is 1: it would never forget. APOLLO's moments are in float32 by themselves.
     """
 
     def widened(tree: Any) -> Any:
@@ -141,7 +142,8 @@ def over_layers(
 
     Args:
         tx: a transformation of matrices.
-        axes: 0 for each part of its state that each matrix has, `UNMAPPED` for what they share.
+        axes: 0 for each part of its state that each matrix has, `UNMAPPED` for what
+            they share.
     """
     mapped_init = jax.vmap(tx.init, out_axes=axes)
     mapped_update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
@@ -222,8 +224,8 @@ def apollo(
 class Recipe(NamedTuple):
     """An optimizer: what scales the gradients, and its default learning rates and APOLLO options.
 
-    The learning rates are the best of the grids in docs/results.md, with the tiny model and one seed;
-    apollo-svd has those of apollo.
+    The learning rates are the best of the grids in docs/results.md, with the tiny model
+    and one seed; apollo-svd has those of apollo.
     """
 
     scaler: Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
@@ -278,19 +280,22 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
     """Fills in what the model and the optimizer decide.
 
     Raises:
-        UsageError: for an optimizer not in the table, or one that can't do what the options ask for.
+        UsageError: for an optimizer not in the table, or one that can't do what the
+            options ask for.
     """
     if options.optimizer not in RECIPES:
         raise unknown_name("--optimizer", options.optimizer, RECIPES)
     recipe = RECIPES[options.optimizer]
     for flag, value in unused(options, config).items():
         raise UsageError(
-            f"{flag} {value} means nothing to --optimizer {options.optimizer}; leave it out"
+            f"{flag} {value} means nothing to --optimizer {options.optimizer}; "
+            "leave it out"
         )
     if options.layerwise and not recipe.layerwise:
         raise UsageError(
-            f"--layerwise can't be done with --optimizer {options.optimizer}: Optax's takes no tree in which "
-            "all matrices are masked out; leave out one of the two"
+            f"--layerwise can't be done with --optimizer {options.optimizer}: Optax's "
+            "takes no tree in which all matrices are masked out; "
+            "leave out one of the two"
         )
     defaults = {
         "lr": recipe.lr,

@@ -1,11 +1,12 @@
 """What is cut over which axis of the mesh: one table for the parameters, and what follows from it.
 
-`tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM does
-(https://arxiv.org/abs/1909.08053): what comes back to the hidden size is summed over the devices, once after
-attention and once after the MLP. `fsdp` cuts every matrix along the hidden size: a device keeps its part, and
-is sent the rest when a layer is computed. Without `tensor` that can be any side, and is that of APOLLO's
-channels where it divides: then each device projects whole channels of a layer's matrices, and sends norms
-alone. `data` cuts no parameter. Activations are cut in `model.py`.
+`tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM
+does (https://arxiv.org/abs/1909.08053): what comes back to the hidden size is summed
+over the devices, once after attention and once after the MLP. `fsdp` cuts every matrix
+along the hidden size: a device keeps its part, and is sent the rest when a layer is
+computed. Without `tensor` that can be any side, and is that of APOLLO's channels where
+it divides: then each device projects whole channels of a layer's matrices, and sends
+norms alone. `data` cuts no parameter. Activations are cut in `model.py`.
 """
 
 import math
@@ -52,16 +53,15 @@ def spec_of(
         name: its path.
         shape: its shape.
         mesh: the devices.
-        parts: how many parts an axis has that stay whole, such as groups of numbers with one scale; by
-            default `shape`.
+        parts: how many parts an axis has that stay whole, such as groups of numbers
+            with one scale; by default `shape`.
     """
     spec = next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
     # Of a side that both cut, XLA would gather the parts of `tensor` too, where `data` has as many devices.
     if not re.search(KERNELS, name) or mesh.shape["tensor"] > 1:
         return spec
-    channels = (
-        1 if shape[1] > shape[2] else 2
-    )  # The larger side, or the outputs, as apollo_optax has it.
+    # The larger side, or the outputs, as apollo_optax has it.
+    channels = 1 if shape[1] > shape[2] else 2
     if spec[channels] == "fsdp" or (parts or shape)[channels] % mesh.shape["fsdp"]:
         return spec
     layers, rows, columns = spec
@@ -94,8 +94,8 @@ def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
         for what, size in cut.items():
             if size % parts:
                 raise UsageError(
-                    f"--mesh {options.mesh} cuts the {what} of {model}, {size}, over {axis}={parts}, which "
-                    f"does not divide it; give {axis}={most}"
+                    f"--mesh {options.mesh} cuts the {what} of {model}, {size}, over "
+                    f"{axis}={parts}, which does not divide it; give {axis}={most}"
                     + (" or a divisor of it" if most > 1 else "")
                 )
 
@@ -114,8 +114,9 @@ def parameter_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
 def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> Any:
     """Returns the sharding of every leaf of an optimizer's state, of whatever optimizer.
 
-    They are those of `apollo_optax.state_sharding`. What that leaves whole though it is a matrix or more of
-    a parameter that is cut, as GaLore's moments and projections are, is cut along its last axis.
+    They are those of `apollo_optax.state_sharding`. What that leaves whole though it is
+    a matrix or more of a parameter that is cut, as GaLore's moments and projections
+    are, is cut along its last axis.
 
     Args:
         options: of the run, which say what is a matrix.

@@ -1,8 +1,8 @@
 """Tells a run's memory before it runs: `python -m examples.llama.plan --model 7b --target v5e:1x1`.
 
-Compiles the very step that `pretrain` runs, for this machine or for TPUs that are not there, and reads the
-memory off the compiled program; nothing is trained. All numbers are for one device, in bytes or in GB of
-1e9 bytes, and of the training step alone.
+Compiles the very step that `pretrain` runs, for this machine or for TPUs that are not
+there, and reads the memory off the compiled program; nothing is trained. All numbers
+are for one device, in bytes or in GB of 1e9 bytes, and of the training step alone.
 """
 
 import dataclasses
@@ -49,12 +49,13 @@ SHARES = {
     "activations_bytes": "activations",
 }
 CAPTION = (
-    "{unit} on a device; peak: arguments + temporaries + output - what of these is in the same place; "
-    "activations: what grows with the batch, by a second compilation; gradients, other: the rest"
+    "{unit} on a device; peak: arguments + temporaries + output - what of these is in "
+    "the same place; activations: what grows with the batch, by a second compilation; "
+    "gradients, other: the rest"
 )
 WIDENED = (
-    "the CPU's compiler turns bfloat16 into float32, so temporaries are not those of a GPU or TPU; "
-    "give --target v5e:1x1 for such"
+    "the CPU's compiler turns bfloat16 into float32, so temporaries are not those of a "
+    "GPU or TPU; give --target v5e:1x1 for such"
 )
 
 
@@ -65,10 +66,11 @@ class PlanOptions(RunOptions):
     out: Path = Path(os.devnull)
     """Not used: a command line of pretrain can be given as it is."""
     target: str = "cpu"
-    """What to compile for: cpu, gpu (this machine's) or TPUs that need not be there: v5e:1x1, v5e:4x4,
-    v6e:2x2, v5p:2x2x1, v4:2x2x1."""
+    """What to compile for: cpu, gpu (this machine's) or TPUs that need not be there:
+    v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1."""
     fit: str | None = None
-    """A size as 16GB (16e9 bytes) or 15.75GiB: find the largest batch that fits, in place of --batch."""
+    """A size as 16GB (16e9 bytes) or 15.75GiB: find the largest batch that fits, in
+    place of --batch."""
     compare: tuple[str, ...] = ()
     """Several optimizers in place of --optimizer, as adamw,apollo,apollo-mini."""
     json: bool = False
@@ -82,7 +84,8 @@ class PlanOptions(RunOptions):
         )
         if self.compare and not names:
             raise UsageError(
-                "--compare names no optimizer; give some as adamw,apollo, or leave it out"
+                "--compare names no optimizer; give some as adamw,apollo, "
+                "or leave it out"
             )
         for name in names:
             if name not in RECIPES:
@@ -107,7 +110,8 @@ def bytes_in(flag: str, text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)", text.strip().lower())
     if not match or not float(match[1]):
         raise UsageError(
-            f"{flag} {text!r} is no size; give one as 16GB (1e9 bytes each) or 15.75GiB (2**30)"
+            f"{flag} {text!r} is no size; give one as 16GB (1e9 bytes each) or "
+            "15.75GiB (2**30)"
         )
     return int(float(match[1]) * UNITS[match[2]])
 
@@ -123,9 +127,8 @@ class Row(NamedTuple):
     options: RunOptions
     memory: Memory
     activations_bytes: int | None  # Of the peak, what grows with the batch.
-    limit_bytes: (
-        int | None
-    )  # What --fit gives, else what the device has; None where that is not known.
+    # What --fit gives, else what the device has; None where that is not known.
+    limit_bytes: int | None
 
     @property
     def fits(self) -> bool | None:
@@ -146,9 +149,8 @@ class Row(NamedTuple):
         return self.memory.peak_bytes - known
 
 
-MemoryOf = Callable[
-    ..., Memory
-]  # Of `RunOptions`, as `target.memory_of` without the target.
+# Of `RunOptions`, as `target.memory_of` without the target.
+MemoryOf = Callable[..., Memory]
 
 
 def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
@@ -178,8 +180,9 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
     """Yields a row for each optimizer.
 
     Raises:
-        UsageError: for options that make no run on the target, and where --fit is too small for one
-            optimizer; of several, those that do not fit have a row that says so.
+        UsageError: for options that make no run on the target, and where --fit is too
+            small for one optimizer; of several, those that do not fit have a row that
+            says so.
     """
     config = model_config(options)
     for run in runs(options, config):
@@ -193,8 +196,9 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
             if not batch and len(options.compare) < 2:
                 need = gigabytes(measured(run.batch).peak_bytes)
                 raise UsageError(
-                    f"--fit {options.fit} is too small: {run.optimizer} does not fit at batch {run.batch}, "
-                    f"which needs {need}; raise it, or see --layerwise, --weights and --offload"
+                    f"--fit {options.fit} is too small: {run.optimizer} does not fit "
+                    f"at batch {run.batch}, which needs {need}; raise it, or see "
+                    "--layerwise, --weights and --offload"
                 )
         batch = batch or run.batch
         memory = measured(batch)
@@ -226,8 +230,8 @@ def fitting_batch(
 ) -> int:
     """Returns the largest batch of which a device needs at most `limit` bytes, or 0.
 
-    Follows the line through the last two batches that were compiled, at most to eight times the batch,
-    then closes in. Memory is taken to grow with the batch.
+    Follows the line through the last two batches that were compiled, at most to eight
+    times the batch, then closes in. Memory is taken to grow with the batch.
     """
     unit = smallest_batch(options)
 
@@ -235,21 +239,19 @@ def fitting_batch(
         memory = measured(batch)
         if memory.capacity_bytes is not None and limit > memory.capacity_bytes:
             raise UsageError(
-                f"--fit {options.fit} is more than a device of --target {options.target} gives a program, "
-                f"{gigabytes(memory.capacity_bytes)}; lower it, or give a larger target"
+                f"--fit {options.fit} is more than a device of --target "
+                f"{options.target} gives a program, "
+                f"{gigabytes(memory.capacity_bytes)}; lower it, or give a larger "
+                "target"
             )
         return not memory.refused and memory.peak_bytes <= limit
 
     if not fits(unit):
         return 0
-    low, before, high = (
-        unit,
-        None,
-        None,
-    )  # `low` fits, as did `before`; `high` does not.
-    turns = itertools.cycle(
-        (True, True, True, False)
-    )  # Halved now and then, if growth is uneven.
+    # `low` fits, as did `before`; `high` does not.
+    low, before, high = unit, None, None
+    # Halved now and then, if growth is uneven.
+    turns = itertools.cycle((True, True, True, False))
     while True:
         most = min(8 * low, MOST_SEQUENCES if high is None else high - unit)
         if most // unit * unit <= low:
@@ -276,9 +278,9 @@ def activations(
 ) -> int | None:
     """Returns the part of a step's memory that grows with the batch.
 
-    It is what half the batch (of the smallest, twice the batch) takes less (more), in proportion. What the
-    activations share with gradients, by being gone before those are there, is not in it: with a small
-    batch that may be all of it.
+    It is what half the batch (of the smallest, twice the batch) takes less (more), in
+    proportion. What the activations share with gradients, by being gone before those
+    are there, is not in it: with a small batch that may be all of it.
     """
     if memory.temporaries_bytes is None:
         return None
@@ -355,7 +357,8 @@ def notes(row: Row, options: PlanOptions) -> list[str]:
             else "of its compiler's message"
         )
         found.append(
-            f"{options.target} refuses {row.options.optimizer}: the numbers are {source}"
+            f"{options.target} refuses {row.options.optimizer}: the numbers are "
+            f"{source}"
         )
     return found
 
@@ -392,8 +395,9 @@ def heading(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> str:
     gives = f", which gives a program {gigabytes(there)}" if there else ""
     limit = f"; the largest batch in {options.fit}" if options.fit else ""
     return (
-        f"{run.model or run.init_from}: {param_count(config):,} parameters in {run.weights}, sequences of "
-        f"{run.seq}, on {options.target}{kind}{gives}{limit}"
+        f"{run.model or run.init_from}: {param_count(config):,} parameters in "
+        f"{run.weights}, sequences of {run.seq}, on "
+        f"{options.target}{kind}{gives}{limit}"
     )
 
 
@@ -415,12 +419,8 @@ def table(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> Table:
         caption_justify="left",
     )
     view.add_column("optimizer", no_wrap=True)
-    shares = (
-        "weights",
-        "optimizer\nstate",
-        "grads,\nother",
-        "activa-\ntions",
-    )  # For 80 characters.
+    # For 80 characters.
+    shares = ("weights", "optimizer\nstate", "grads,\nother", "activa-\ntions")
     for column in ("batch", *shares, "peak", *(("host",) if with_host else ())):
         view.add_column(column, justify="right", no_wrap=True)
     view.add_column("", no_wrap=True)

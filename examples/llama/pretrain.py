@@ -1,6 +1,7 @@
 """Pre-trains one model: `python -m examples.llama.pretrain --out runs/one --optimizer apollo-mini`.
 
-Writes config.json, metrics.jsonl, tensorboard/, curves.png and checkpoints/ to the output folder.
+Writes config.json, metrics.jsonl, tensorboard/, curves.png and checkpoints/ to the
+output folder.
 """
 
 import contextlib
@@ -67,15 +68,17 @@ def run_steps(
                 recorder.flush(functools.partial(evaluate, state.params, step))
             asked = vote.highest(stop.signal or 0)
             if last or asked or step % options.checkpoint_every == 0:
-                recorder.sync()  # A checkpoint is never ahead of the metrics, nor of a loss unseen.
+                # A checkpoint is never ahead of the metrics, nor of a loss unseen.
+                recorder.sync()
                 checkpoints.save(step, state, batches.get_state())
                 recorder.restart_clock()
             checkpoints.check()
             if asked and not last:
                 checkpoints.wait()
                 raise RunInterrupted(
-                    f"stopped by {signal.Signals(asked).name} after step {step} of {options.steps}; "
-                    f"{checkpoints.newest()}, and --resume auto continues from it"
+                    f"stopped by {signal.Signals(asked).name} after step {step} of "
+                    f"{options.steps}; {checkpoints.newest()}, and --resume auto "
+                    "continues from it"
                 )
 
 
@@ -87,9 +90,10 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         stop: entered by the caller; a signal that comes in the last step is left to it.
 
     Raises:
-        UsageError: for input that makes no run, before anything is written; where a checkpoint cannot
-            be written or read.
-        DivergedError: where the loss blew up; the metrics and checkpoints up to there are kept.
+        UsageError: for input that makes no run, before anything is written; where a
+            checkpoint cannot be written or read.
+        DivergedError: where the loss blew up; the metrics and checkpoints up to there
+            are kept.
         RunInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is on disk.
     """
     distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
@@ -128,9 +132,8 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         with distributed.together():
             if is_first():
                 stack.enter_context(only_run_in(options.out))
-                check_free(
-                    options.out, resume=resume
-                )  # Another run may have begun meanwhile.
+                # Another run may have begun meanwhile.
+                check_free(options.out, resume=resume)
                 write_config(options.out, description, text.tokenizer.to_str())
         checkpoints = stack.enter_context(
             Checkpoints(options.out, keep=options.keep_checkpoints, config=description)
@@ -218,16 +221,16 @@ def make_evaluation(
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(RunOptions, args, "python -m examples.llama.pretrain")
-        if (
-            args is None
-        ):  # From Python, which may have used JAX, it is the caller's to do.
+        if args is None:
+            # From Python, which may have used JAX, it is the caller's to do.
             distributed.start(options)
         with StopRequest() as stop:
             result = pretrain(options, stop)
         if is_first():
             print(
-                f"best validation perplexity {perplexity(result.val_loss):.2f} in {options.steps} steps; "
-                f"curves, metrics and checkpoints in {options.out}"
+                f"best validation perplexity {perplexity(result.val_loss):.2f} in "
+                f"{options.steps} steps; curves, metrics and checkpoints in "
+                f"{options.out}"
             )
 
     exit_on_usage_error(command)

@@ -30,8 +30,8 @@ class DivergedError(UsageError):
 class Recorder:
     """Turns steps into metrics lines and a progress bar, one step behind the device.
 
-    A loss is read when the next step has been handed to the device, so the device never waits for
-    the host.
+    A loss is read when the next step has been handed to the device, so the device never
+    waits for the host.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Recorder:
         """Writes out the queued step, with what `evaluate` returns where it is given.
 
         Raises:
-            DivergedError: where the loss or a gradient is not finite, unless such steps are skipped,
-                or the loss is far above that of guessing.
+            DivergedError: where the loss or a gradient is not finite, unless such steps
+                are skipped, or the loss is far above that of guessing.
         """
         if self._pending is None:
             return
@@ -111,7 +111,8 @@ class Recorder:
             self._check_validation(row["val_loss"], step)
             row["val_ppl"] = perplexity(row["val_loss"])
             notice(
-                f"step {step}: validation perplexity {row['val_ppl']:.2f}; {row['sample']!r}"
+                f"step {step}: validation perplexity {row['val_ppl']:.2f}; "
+                f"{row['sample']!r}"
             )
         self._log.write(row)
         self._show(row)
@@ -142,18 +143,20 @@ class Recorder:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             if self._options.on_nonfinite == "stop":
                 raise DivergedError(
-                    f"the loss is {loss:.4g} and the gradient's norm {grad_norm:.4g} at step {step}; "
-                    "lower --lr or --lr-embeddings, or give --on-nonfinite skip"
+                    f"the loss is {loss:.4g} and the gradient's norm {grad_norm:.4g} "
+                    f"at step {step}; lower --lr or --lr-embeddings, "
+                    "or give --on-nonfinite skip"
                 )
             self._skipped += 1
             self._skipped_in_a_row += 1
             notice(
-                f"step {step} is skipped: the loss is {loss:.4g}, the gradient's norm {grad_norm:.4g}"
+                f"step {step} is skipped: the loss is {loss:.4g}, "
+                f"the gradient's norm {grad_norm:.4g}"
             )
             if self._skipped_in_a_row == MOST_SKIPPED:
                 raise DivergedError(
-                    f"no loss or gradient was finite in the {MOST_SKIPPED} steps up to {step}; lower --lr or "
-                    "--lr-embeddings"
+                    f"no loss or gradient was finite in the {MOST_SKIPPED} steps up to "
+                    f"{step}; lower --lr or --lr-embeddings"
                 )
             return
         self._skipped_in_a_row = 0
@@ -165,7 +168,8 @@ class Recorder:
     def _check_validation(self, loss: float, step: int) -> None:
         if not loss < self._ceiling:  # Also when it is not a number.
             raise DivergedError(
-                f"the validation loss is {loss:.4g} at step {step}; lower --lr or --lr-embeddings"
+                f"the validation loss is {loss:.4g} at step {step}; "
+                "lower --lr or --lr-embeddings"
             )
 
     def _show(self, row: Row) -> None:

@@ -12,9 +12,8 @@ class RunResult(NamedTuple):
 
     options: RunOptions
     val_loss: float  # The best of its evaluations, in nats a token.
-    tokens_per_s: (
-        float  # Median over the steps, so without compilation and evaluations.
-    )
+    # Median over the steps, so without compilation and evaluations.
+    tokens_per_s: float
 
 
 def read_result(options: RunOptions) -> RunResult | None:

@@ -26,7 +26,8 @@ def make_sampler(
 ) -> Callable[[Params, int], str]:
     """Returns a function of the parameters and the step: a text that begins a new document.
 
-    The step and the seed set the draws, so a run that is resumed writes what it would have written.
+    The step and the seed set the draws, so a run that is resumed writes what it would
+    have written.
     """
     known = tokenizer.get_vocab_size()  # The model's vocabulary may be larger.
 

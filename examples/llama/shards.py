@@ -11,9 +11,8 @@ from tqdm import tqdm
 from examples.llama.split import Labelled
 from examples.llama.tokenizer import Encoder
 
-SHARD_TOKENS = (
-    2**26
-)  # 128 MiB of two-byte ids, which is also what writing a split holds in memory.
+# 128 MiB of two-byte ids, which is also what writing a split holds in memory.
+SHARD_TOKENS = 2**26
 # The tokenizer's threads get a batch, which ends with whichever of these comes first.
 BATCH_DOCUMENTS = 512
 BATCH_CHARS = 2**22
@@ -93,8 +92,8 @@ def write_tokens(
 ) -> None:
     """Encodes documents for the writer of their split, with one batch in memory at a time.
 
-    Stops after the document with which `until` holds, so that what is written does not depend on
-    how documents are batched.
+    Stops after the document with which `until` holds, so that what is written does not
+    depend on how documents are batched.
     """
     for batch in batches(documents):
         rows = encoder.encode([document.text for _, document in batch])

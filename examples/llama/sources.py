@@ -70,7 +70,8 @@ class FileSource:
                 raise self._error(unreadable(path, error)) from error
         if empty:
             raise UsageError(
-                f"{self.flag} {self.data!r} has no text in its {len(self.files)} files; give files with text"
+                f"{self.flag} {self.data!r} has no text in its {len(self.files)} "
+                "files; give files with text"
             )
 
     def fingerprint(self) -> str:
@@ -102,7 +103,8 @@ def open_source(flag: str, data: str) -> Source:
       it downloads; or `hf:/FOLDER[/CONFIG]`, a copy of one on disk.
 
     Raises:
-        UsageError: where there is no such source; while reading, where it holds no text.
+        UsageError: where there is no such source; while reading, where it holds no
+            text.
     """
     if data == "stdlib":
         return stdlib(flag)
@@ -119,11 +121,12 @@ def open_source(flag: str, data: str) -> Source:
         )
     if glob.has_magic(data):
         raise UsageError(
-            f"{flag} {data!r} matches no file; give a glob that does, such as 'corpus/**/*.txt'"
+            f"{flag} {data!r} matches no file; give a glob that does, "
+            "such as 'corpus/**/*.txt'"
         )
     raise UsageError(
-        f"{unknown_name(flag, data, ['stdlib', 'python'])}, or give a file, folder or glob that exists, "
-        "or hf:OWNER/NAME for a data set of the hub"
+        f"{unknown_name(flag, data, ['stdlib', 'python'])}, or give a file, folder or "
+        "glob that exists, or hf:OWNER/NAME for a data set of the hub"
     )
 
 
@@ -205,8 +208,9 @@ def site_folders() -> dict[str, Path]:
 def installed_python(flag: str = "--data") -> WithoutRepeats:
     """Returns the `.py` files of the running Python and of the packages installed beside it.
 
-    They are hundreds of megabytes where PyTorch and JAX are installed, and need no network.
-    Tests are among them: there are too few other files for a model of 60M parameters.
+    They are hundreds of megabytes where PyTorch and JAX are installed, and need no
+    network. Tests are among them: there are too few other files for a model of 60M
+    parameters.
     """
     library = stdlib(flag)
     files = {f"stdlib/{name}": path for name, path in library.files.items()}

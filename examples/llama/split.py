@@ -25,8 +25,8 @@ def draw(name: str) -> int:
 def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
     """Yields the documents in reading order, each with its split; each split gets at least one.
 
-    Where the hash would leave a split empty, as happens to a few documents only, it gets the one
-    that comes nearest to it.
+    Where the hash would leave a split empty, as happens to a few documents only, it
+    gets the one that comes nearest to it.
 
     Raises:
         UsageError: where there is one document only; `data` is where it is from.
@@ -45,8 +45,9 @@ def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
         return
     if len(waiting) < 2:
         raise UsageError(
-            f"--data {data!r} has 1 document, and training and validation need one each; "
-            "add documents (a long text is cut at its blank lines), or give --validation"
+            f"--data {data!r} has 1 document, and training and validation need one "
+            "each; add documents (a long text is cut at its blank lines), "
+            "or give --validation"
         )
     if found == {False}:
         nearest, its_split, others = (

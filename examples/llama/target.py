@@ -1,7 +1,8 @@
 """What memory a training step needs on a target: it is compiled for the target, and nothing is run.
 
-A target is `cpu`, `gpu` (of this machine) or a TPU topology as `v5e:1x1`, for which no TPU is needed: its
-compiler, libtpu, works without one. All numbers are bytes on one device.
+A target is `cpu`, `gpu` (of this machine) or a TPU topology as `v5e:1x1`, for which no
+TPU is needed: its compiler, libtpu, works without one. All numbers are bytes on one
+device.
 """
 
 import contextlib
@@ -33,11 +34,11 @@ from examples.llama.options import RunOptions
 from examples.llama.usage import UsageError, first_line
 
 LOCAL = ("cpu", "gpu")
-TOPOLOGY = re.compile(
-    r"[a-z0-9]+:[1-9]\d*(x[1-9]\d*)+"
-)  # A size of 0 ends libtpu's process.
+# A size of 0 ends libtpu's process.
+TOPOLOGY = re.compile(r"[a-z0-9]+:[1-9]\d*(x[1-9]\d*)+")
 INSTALL = "pip install 'apollo-optax[tpu-aot]' (in a clone: pip install '.[tpu-aot]')"
-LARGEST = "v5p"  # The generation with the most memory a device; any number of chips makes a topology.
+# The generation with the most memory a device; any number of chips makes a topology.
+LARGEST = "v5p"
 # What the TPU compiler says of a program that does not fit; the size is of arguments and all, in GiB.
 REFUSAL = re.compile(
     r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])"
@@ -54,8 +55,8 @@ class CompilerError(Exception):
 class Memory:
     """What a compiled step needs on one device, in bytes.
 
-    The compiler's own numbers are None for a program that it refuses and that fits no larger target
-    either; its message still has the peak, in hundredths of a GiB.
+    The compiler's own numbers are None for a program that it refuses and that fits no
+    larger target either; its message still has the peak, in hundredths of a GiB.
     """
 
     weights_bytes: int  # Of the parameters on the device, from their shapes.
@@ -66,18 +67,15 @@ class Memory:
     arguments_bytes: int | None = None
     temporaries_bytes: int | None = None
     output_bytes: int | None = None
-    alias_bytes: int | None = (
-        None  # What of the output is in the memory of the arguments.
-    )
+    # What of the output is in the memory of the arguments.
+    alias_bytes: int | None = None
     host_bytes: int | None = None  # The same sum as the peak, in host memory.
     host_temporaries_bytes: int | None = None
-    capacity_bytes: int | None = (
-        None  # What the device gives a program; None where that is not known.
-    )
+    # What the device gives a program; None where that is not known.
+    capacity_bytes: int | None = None
     refused: bool = False  # Whether the target's compiler refuses the program.
-    compiled_for: str | None = (
-        None  # The target, or the larger one that the numbers are of.
-    )
+    # The target, or the larger one that the numbers are of.
+    compiled_for: str | None = None
 
 
 def check_target(target: str) -> None:
@@ -86,8 +84,8 @@ def check_target(target: str) -> None:
         return
     if not TOPOLOGY.fullmatch(target):
         raise UsageError(
-            f"--target {target!r} is unknown; give cpu, gpu or a TPU topology: v5e:1x1, v5e:4x4, v6e:2x2, "
-            "v5p:2x2x1, v4:2x2x1"
+            f"--target {target!r} is unknown; give cpu, gpu or a TPU topology: "
+            "v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
@@ -135,8 +133,8 @@ def mesh_on(options: RunOptions, config: LlamaConfig, target: str) -> jax.shardi
     devices, count = devices_of(target), device_count(options.mesh)
     if target not in LOCAL and count != len(devices):
         raise UsageError(
-            f"--mesh {options.mesh} is {count} of the {len(devices)} devices of --target {target}; "
-            f"use all, or give another topology"
+            f"--mesh {options.mesh} is {count} of the {len(devices)} devices of "
+            f"--target {target}; use all, or give another topology"
         )
     # A CPU shows as many devices as it is asked for.
     return build.mesh_of(
@@ -156,8 +154,8 @@ def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory
     Args:
         options: of the run.
         target: what to compile for; a TPU needs a process of its own, see `Compiler`.
-        exact: of a program that the target's compiler refuses, get the numbers from a larger target; else
-            only the message's.
+        exact: of a program that the target's compiler refuses, get the numbers from a
+            larger target; else only the message's.
 
     Raises:
         UsageError: for a target that is not there, and options that do not go with it.
@@ -212,9 +210,8 @@ def compiled_step(
 ) -> jax.stages.Compiled:
     """Returns the step that `pretrain` runs, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
-    step: Any = build.training_step(
-        options, config, tx, mesh
-    )  # A function, of which jit makes more.
+    # A function, of which jit makes more.
+    step: Any = build.training_step(options, config, tx, mesh)
     tokens = (options.batch, options.seq + 1)
     return step.lower(
         build.abstract_state(options, config, tx, mesh),
@@ -297,8 +294,9 @@ def capacity(mesh: jax.sharding.Mesh) -> int | None:
 class Compiler:
     """A process that compiles for one target: `with Compiler(...) as memory_of: memory_of(options)`.
 
-    In a process of its own, as libtpu takes over signals, writes warnings and now and then ends the process
-    that asks it for something odd, and as Ctrl-C would wait for a compilation in this one.
+    In a process of its own, as libtpu takes over signals, writes warnings and now and
+    then ends the process that asks it for something odd, and as Ctrl-C would wait for a
+    compilation in this one.
 
     Args:
         target: what to compile for.
@@ -317,7 +315,8 @@ class Compiler:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=self._environment,
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends that one.
+            # Ctrl-C reaches this process only, which then ends that one.
+            start_new_session=True,
         )
         return self
 
@@ -366,9 +365,8 @@ def environment(target: str, devices: int) -> dict[str, str]:
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     if target == "gpu":
-        return ours | {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
-        }  # Another run may have the memory.
+        # Another run may have the memory.
+        return ours | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     ours |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if target == "cpu":
         return ours

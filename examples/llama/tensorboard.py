@@ -14,12 +14,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 class TensorBoard:
     """Writes event files to `folder`; use it in a `with`.
 
-    Not tensorboardX's SummaryWriter: that one writes in a thread, and where the disk is full, the
-    thread ends and the run waits for it for ever.
+    Not tensorboardX's SummaryWriter: that one writes in a thread, and where the disk is
+    full, the thread ends and the run waits for it for ever.
 
     Args:
         folder: made if need be.
-        step: the step to continue from; what TensorBoard has of later ones, it then forgets.
+        step: the step to continue from; what TensorBoard has of later ones, it then
+            forgets.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

@@ -24,9 +24,8 @@ class StepMetrics(NamedTuple):
     """What a step tells; scalars on the device."""
 
     loss: jax.Array  # Mean over the batch, in nats a token, before the step.
-    grad_norm: (
-        jax.Array
-    )  # Euclidean, over all parameters; not finite where any gradient is not.
+    # Euclidean, over all parameters; not finite where any gradient is not.
+    grad_norm: jax.Array
 
 
 # Of the state, which it consumes, the tokens (B, S) and the number of the step.
@@ -58,10 +57,14 @@ def make_train_step(
     Args:
         graphdef: the model's structure.
         tx: the optimizer.
-        accumulate: into how many micro-batches the batch is cut, one after the other; must divide B.
-        skip_nonfinite: leave the state as it is where the loss or a gradient is not finite.
-        rounding_seed: round bfloat16 parameters stochastically, with keys of this seed; None: to nearest.
-        out_shardings: of the state and the metrics, as `jax.jit` takes them; by default the compiler's.
+        accumulate: into how many micro-batches the batch is cut, one after the other;
+            must divide B.
+        skip_nonfinite: leave the state as it is where the loss or a gradient is not
+            finite.
+        rounding_seed: round bfloat16 parameters stochastically, with keys of this seed;
+            None: to nearest.
+        out_shardings: of the state and the metrics, as `jax.jit` takes them; by default
+            the compiler's.
     """
     loss_and_grads = jax.value_and_grad(functools.partial(next_token_loss, graphdef))
 
@@ -109,7 +112,8 @@ def make_layerwise_train_step(
     Args:
         pieces: the model.
         tx: an optimizer that treats the layers of a leaf separately.
-        offload_inputs: keep the layers' inputs in host memory from the forward to the backward walk.
+        offload_inputs: keep the layers' inputs in host memory from the forward to the
+            backward walk.
         rounding_seed: as in `make_train_step`; int8 parameters need it.
         out_shardings: as there.
     """

@@ -67,14 +67,18 @@ def explained(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         if disk_is_full(error):
-            return f"{error}; make room there, and give --resume auto to a run that had begun"
+            return (
+                f"{error}; make room there, and give --resume auto to a run that had "
+                "begun"
+            )
         return f"{error}; make it readable and writable, or give another path"
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(
         error
     ):
         return (
-            f"the device's memory is too small ({first_line(error)}); raise --accumulate, lower --batch or "
-            "--seq, or give --remat full or --weights bfloat16"
+            f"the device's memory is too small ({first_line(error)}); raise "
+            "--accumulate, lower --batch or --seq, "
+            "or give --remat full or --weights bfloat16"
         )
     return None
 
@@ -82,7 +86,8 @@ def explained(error: Exception) -> str | None:
 def exit_on_usage_error(command: Callable[[], object]) -> None:
     """Runs `command`; what the user can mend becomes one line on stderr and exit status 2.
 
-    A run that was interrupted and saved ends with status 0, as a command that did what it was asked.
+    A run that was interrupted and saved ends with status 0, as a command that did what
+    it was asked.
     """
     try:
         command()

@@ -1,7 +1,8 @@
 """How a run keeps its weights: in float32, bfloat16 or int8, on the device or in host memory.
 
-Int8 and host memory are for the layers' kernels; embeddings, head and norms are in the compute dtype and
-on the device. Both are filled a layer at a time, since the whole stack in bfloat16 may not fit.
+Int8 and host memory are for the layers' kernels; embeddings, head and norms are in the
+compute dtype and on the device. Both are filled a layer at a time, since the whole
+stack in bfloat16 may not fit.
 """
 
 import dataclasses
@@ -96,8 +97,8 @@ class Storage:
     def _group_spec(self, name: str, kernel: QuantizedArray) -> jax.P:
         """Returns how the groups (L, groups, out) of a kernel (L, in, out) are cut.
 
-        A group has one scale and stays on one device. What would cut within groups cuts the outputs
-        instead, or nothing where it does not divide those.
+        A group has one scale and stays on one device. What would cut within groups cuts
+        the outputs instead, or nothing where it does not divide those.
         """
         _, groups, outputs = kernel.scale.shape
         layers, rows, columns = spec = spec_of(
@@ -118,7 +119,8 @@ class Storage:
         """Returns the parameters, where only those of one layer are there in full at a time.
 
         Args:
-            shapes: all parameters, abstract, in the dtype in which they are computed with.
+            shapes: all parameters, abstract, in the dtype in which they are computed
+                with.
             rest: those outside the layers, in their places.
             layer: the parameters of a layer, by number, as a stack of one.
         """
