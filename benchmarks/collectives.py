@@ -1,9 +1,9 @@
 """What optimizers send between devices and hold on each: python -m benchmarks.collectives.
 
-The step from gradients to new weights is compiled for TPU topologies that need not be there, and nothing is
-run. Gradients come cut as the weights are, as a reduce-scatter over the data leaves them, so that all that is
-sent is sent for the optimizer's sake. Bytes are of one device; benchmarks/hlo.py says how those sent are
-counted.
+The step from gradients to new weights is compiled for TPU topologies that need not be
+there, and nothing is run. Gradients come cut as the weights are, as a reduce-scatter
+over the data leaves them, so that all that is sent is sent for the optimizer's sake.
+Bytes are of one device; benchmarks/hlo.py says how those sent are counted.
 """
 
 import dataclasses
@@ -50,7 +50,10 @@ all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B i
 is compiled as something else that needs and gives whole matrices on each device. *: too large for the chip's
 memory, so compiled for v5p."""
 CUTS = {
-    "trainer": "Matrices are cut as by `--mesh fsdp=N`, layers' along APOLLO's channels where N divides them",
+    "trainer": (
+        "Matrices are cut as by `--mesh fsdp=N`, layers' along APOLLO's channels where "
+        "N divides them"
+    ),
     "contracted": "The layers' matrices are cut along the side that APOLLO projects away",
 }
 TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
@@ -65,11 +68,13 @@ class Options:
     optimizers: tuple[str, ...] = ("adamw", "galore", "muon", "apollo", "apollo-mini")
     """Names that examples.llama.pretrain takes."""
     devices: tuple[int, ...] = tuple(TOPOLOGIES)
-    """How many devices the weights are cut over; 8, 16, 64 or 256, or any number with --target cpu."""
+    """How many devices the weights are cut over; 8, 16, 64 or 256, or any number with
+    --target cpu."""
     rank: int = 256
     """APOLLO's and GaLore's."""
     cut: str = "trainer"
-    """trainer: weights as the trainer cuts them; contracted: the layers' along the other side."""
+    """trainer: weights as the trainer cuts them; contracted: the layers' along the
+    other side."""
     target: str = "v5e"
     """v5e or cpu, which is quick to compile for."""
     jobs: int = 1
@@ -88,7 +93,8 @@ class Options:
         for count in self.devices:
             if count < 1 or (self.target == "v5e" and count not in TOPOLOGIES):
                 raise UsageError(
-                    f"--devices {count} is no topology here; give {', '.join(map(str, TOPOLOGIES))}"
+                    f"--devices {count} is no topology here; give "
+                    f"{', '.join(map(str, TOPOLOGIES))}"
                 )
         if self.jobs < 1:
             raise UsageError(f"--jobs {self.jobs} is out of range; give 1 or more")
@@ -100,7 +106,8 @@ class Cost:
 
     held: int  # In the optimizer's state.
     sent: float  # At most steps.
-    sent_at_refresh: float  # At those that compute projections anew; infinite where not known.
+    # At those that compute projections anew; infinite where not known.
+    sent_at_refresh: float
     fits: bool = True  # If not, it was compiled for as many larger chips.
 
 
@@ -125,7 +132,11 @@ def along_the_contracted_side(params: Any) -> Any:
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if len(x.shape) != 3:
             return x
-        spec = jax.P(None, None, "fsdp") if x.shape[1] > x.shape[2] else jax.P(None, "fsdp", None)
+        spec = (
+            jax.P(None, None, "fsdp")
+            if x.shape[1] > x.shape[2]
+            else jax.P(None, "fsdp", None)
+        )
         sharding = jax.sharding.NamedSharding(x.sharding.mesh, spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -140,7 +151,9 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
     state = abstract_state(run, config, tx, mesh)
     if cut == "contracted":
         params = along_the_contracted_side(state.params)
-        opt_state = placed(state.opt_state, state_shardings(run, state.opt_state, params))
+        opt_state = placed(
+            state.opt_state, state_shardings(run, state.opt_state, params)
+        )
         state = TrainState(params, opt_state)
 
     def step(state: TrainState, grads: Any) -> TrainState:
@@ -154,9 +167,12 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
             program = jitted.lower(state, state.params).compile().as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         refused_bytes(error)  # Raises what is no lack of memory.
-        return dataclasses.replace(compiled_cost(run, larger_target(mesh.size), cut), fits=False)
+        return dataclasses.replace(
+            compiled_cost(run, larger_target(mesh.size), cut), fits=False
+        )
     sent, at_refresh = (
-        sum(each.sent_bytes for each in collectives(program, rare=rare)) for rare in (False, True)
+        sum(each.sent_bytes for each in collectives(program, rare=rare))
+        for rare in (False, True)
     )
     return Cost(bytes_on_a_device(state.opt_state, host=False), sent, at_refresh)
 
@@ -171,11 +187,17 @@ def no_svds(mesh: jax.sharding.Mesh) -> Iterator[None]:
     """Has something in the place of SVDs that needs and gives the same: whole matrices on each device."""
 
     def everywhere(x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, jax.P()))
+        return jax.lax.with_sharding_constraint(
+            x, jax.sharding.NamedSharding(mesh, jax.P())
+        )
 
     def svd(matrix: jax.Array, **_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         matrix, k = everywhere(matrix), min(matrix.shape)
-        return everywhere(matrix[:, :k]), everywhere(matrix[:k, 0]), everywhere(matrix[:k])
+        return (
+            everywhere(matrix[:, :k]),
+            everywhere(matrix[:k, 0]),
+            everywhere(matrix[:k]),
+        )
 
     with mock.patch.object(jnp.linalg, "svd", svd):
         yield
@@ -189,7 +211,10 @@ def cost(run: RunOptions, target: str, devices: int, cut: str = "trainer") -> Co
         env=environment(target, devices),
     )
     if child.returncode:
-        raise RuntimeError(f"compiling {run.optimizer} for {target} failed:\n{child.stderr.decode()[-4000:]}")
+        raise RuntimeError(
+            f"compiling {run.optimizer} for {target} failed:\n"
+            f"{child.stderr.decode()[-4000:]}"
+        )
     found = Cost(**json.loads(child.stdout.splitlines()[-1]))
     print(f"{run.model} {run.optimizer} on {devices} devices: {found}", file=sys.stderr)
     return found
@@ -211,9 +236,15 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
     def cost_of(pair: tuple[str, int]) -> Cost:
         optimizer, devices = pair
         target = options.target if options.target == "cpu" else TOPOLOGIES[devices]
-        return cost(run_of(options, model, optimizer, devices), target, devices, options.cut)
+        return cost(
+            run_of(options, model, optimizer, devices), target, devices, options.cut
+        )
 
-    pairs = [(optimizer, devices) for optimizer in options.optimizers for devices in options.devices]
+    pairs = [
+        (optimizer, devices)
+        for optimizer in options.optimizers
+        for devices in options.devices
+    ]
     found = dict(zip(pairs, pool.map(cost_of, pairs), strict=True))
     for name in options.optimizers:
         costs = [found[name, devices] for devices in options.devices]
@@ -221,18 +252,30 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
         sent = [megabytes(each.sent) + ("" if each.fits else "*") for each in costs]
         yield [name, *sent, *held]
         if any(each.sent_at_refresh != each.sent for each in costs):
-            yield [f"{name}, at a refresh", *(megabytes(each.sent_at_refresh) for each in costs), *held]
+            yield [
+                f"{name}, at a refresh",
+                *(megabytes(each.sent_at_refresh) for each in costs),
+                *held,
+            ]
 
 
 def table(options: Options, model: str, pool: ThreadPoolExecutor) -> str:
-    head = ["optimizer", *(f"{what}, {count}" for what in ("sent", "held") for count in options.devices)]
+    head = [
+        "optimizer",
+        *(f"{what}, {count}" for what in ("sent", "held") for count in options.devices),
+    ]
     return markdown(head, rows(options, model, pool), numbers_from=1)
 
 
 def report(options: Options) -> None:
-    target = options.target if options.target == "cpu" else TOPOLOGIES[options.devices[0]]
+    target = (
+        options.target if options.target == "cpu" else TOPOLOGIES[options.devices[0]]
+    )
     check_target(target)
-    print(f"compiled for {options.target}, none attached, on {made_with(versions(target))}\n")
+    print(
+        f"compiled for {options.target}, none attached, on "
+        f"{made_with(versions(target))}\n"
+    )
     print(CAPTION.format(rank=options.rank, cut=CUTS[options.cut]))
     with ThreadPoolExecutor(options.jobs) as pool:
         for model in options.models:
@@ -240,7 +283,9 @@ def report(options: Options) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    exit_on_usage_error(lambda: report(parse(Options, args, "python -m benchmarks.collectives")))
+    exit_on_usage_error(
+        lambda: report(parse(Options, args, "python -m benchmarks.collectives"))
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ from apollo_optax import ScaleByApolloState, scale_by_apollo
 DATA = Path(__file__).parents[1] / "tests" / "data"
 CASES: dict[str, dict[str, Any]] = json.loads((DATA / "index.json").read_text())
 ARGUMENTS = (
-    *("rank", "scale_type", "scale", "update_proj_gap", "scale_front", "norm_growth_limit"),
+    *(
+        "rank",
+        "scale_type",
+        "scale",
+        "update_proj_gap",
+        "scale_front",
+        "norm_growth_limit",
+    ),
     *("b1", "b2", "eps"),
 )
 # The largest error relative to the largest entry.
@@ -45,8 +52,12 @@ def replay(case: str, dtype: str) -> Replay:
     gap, steps = CASES[case]["update_proj_gap"], CASES[case]["steps"]
 
     @jax.jit
-    def update(gradient: jax.Array, state: Any, projection: jax.Array) -> tuple[Any, Any]:
-        tx = scale_by_apollo(**arguments(case, projection=lambda key, shape: projection))
+    def update(
+        gradient: jax.Array, state: Any, projection: jax.Array
+    ) -> tuple[Any, Any]:
+        tx = scale_by_apollo(
+            **arguments(case, projection=lambda key, shape: projection)
+        )
         return tx.update(gradient, state)
 
     shape = CASES[case]["shape"]
@@ -65,7 +76,11 @@ def replay(case: str, dtype: str) -> Replay:
 def worst_error(case: str, dtype: str) -> float:
     """Returns the largest error of a case: of directions, moments and norms."""
     errors, norms, state, golden = replay(case, dtype)
-    found = [*errors, relative_error(state.mu, golden["mu"]), relative_error(state.nu, golden["nu"])]
+    found = [
+        *errors,
+        relative_error(state.mu, golden["mu"]),
+        relative_error(state.nu, golden["nu"]),
+    ]
     if CASES[case]["norm_growth_limit"] is not None:
         found.append(relative_error(norms, golden["norms"]))
     return max(found)

@@ -1,8 +1,8 @@
 """What a compiled program sends between devices, read off the text of its HLO.
 
-Collectives are found in loops, conditionals, fusions and asynchronous pairs alike. Bytes are of the
-algorithms that send the fewest: with k devices in a group and B bytes in the whole of what is reduced,
-gathered or exchanged, each device sends
+Collectives are found in loops, conditionals, fusions and asynchronous pairs alike.
+Bytes are of the algorithms that send the fewest: with k devices in a group and B bytes
+in the whole of what is reduced, gathered or exchanged, each device sends
 
     all-reduce                                2 (k - 1) / k B
     reduce-scatter, all-gather, all-to-all      (k - 1) / k B
@@ -30,11 +30,27 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLERS = ("fusion", "call", "async-start")  # Others call functions of scalars.
 _NO_KERNELS = frozenset(
     (
-        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
-        *("copy-done", "fusion-done", "async-done", "partition-id", "replica-id", "opt-barrier"),
+        *(
+            "parameter",
+            "constant",
+            "tuple",
+            "get-tuple-element",
+            "bitcast",
+            "after-all",
+        ),
+        *(
+            "copy-done",
+            "fusion-done",
+            "async-done",
+            "partition-id",
+            "replica-id",
+            "opt-barrier",
+        ),
     )
 )
-_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%([^\s,)]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|true_computation|false_computation)=%([^\s,)]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -45,9 +61,11 @@ class Collective:
 
     kind: str  # One of KINDS.
     dtype: str  # As HLO writes it: "bf16".
-    shape: tuple[int, ...]  # Of the whole: what is reduced, what is gathered, what each device exchanges.
+    # Of the whole: what is reduced, what is gathered, what each device exchanges.
+    shape: tuple[int, ...]
     group_size: int  # How many devices take part together.
-    times: float = 1  # How often it runs; infinity in a loop of which XLA does not know.
+    # How often it runs; infinity in a loop of which XLA does not know.
+    times: float = 1
 
     @property
     def size(self) -> int:
@@ -57,7 +75,11 @@ class Collective:
     def sent_bytes(self) -> float:
         """Bytes that each device sends, all times together; by the module's docstring."""
         share = (self.group_size - 1) / self.group_size
-        factors = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        factors = {
+            "all-reduce": 2 * share,
+            "collective-permute": 1.0,
+            "collective-broadcast": 1.0,
+        }
         if not (factor := factors.get(self.kind, share)):
             return 0.0
         return self.times * factor * self.size * _bits(self.dtype) / 8
@@ -68,8 +90,9 @@ def collectives(program: str, *, rare: bool = False) -> list[Collective]:
 
     Args:
       program: of ``compiled.as_text()``.
-      rare: whether conditionals go the way that sends the most rather than the least. What is done at some
-        steps only, as a projection's refresh, is the way that sends more.
+      rare: whether conditionals go the way that sends the most rather than the least.
+        What is done at some steps only, as a projection's refresh, is the way that
+        sends more.
 
     Raises:
       ValueError: for replica groups written in a form that is not known here.
@@ -88,12 +111,18 @@ def launches(program: str) -> float:
 
 def drawn_words(program: str) -> int:
     """Returns the size of the largest array of 32-bit words, which random numbers are made of."""
-    return max((math.prod(shape) for dtype, shape in _arrays(program) if dtype == "u32"), default=0)
+    return max(
+        (math.prod(shape) for dtype, shape in _arrays(program) if dtype == "u32"),
+        default=0,
+    )
 
 
 def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
     found = _ARRAY.findall(text)
-    return [(dtype, tuple(map(int, sizes.split(","))) if sizes else ()) for dtype, sizes in found]
+    return [
+        (dtype, tuple(map(int, sizes.split(","))) if sizes else ())
+        for dtype, sizes in found
+    ]
 
 
 def _bits(dtype: str) -> int:
@@ -105,7 +134,8 @@ def _bits(dtype: str) -> int:
 class _Program:
     def __init__(self, text: str, rare: bool) -> None:
         self._rare = rare
-        self._computations: dict[str, list[tuple[str, str, str]]] = {}  # Result, opcode, rest of the line.
+        # Result, opcode, rest of the line.
+        self._computations: dict[str, list[tuple[str, str, str]]] = {}
         self._entry = name = ""
         for line in text.splitlines():
             if found := _COMPUTATION.match(line):
@@ -124,7 +154,8 @@ class _Program:
                 # Of TPUs: an all-reduce of which each device keeps its part, so that no more is sent.
                 kept = opcode == "all-reduce" and name.startswith("all-reduce-scatter")
                 yield from (
-                    dataclasses.replace(each, kind="reduce-scatter") if kept else each for each in found
+                    dataclasses.replace(each, kind="reduce-scatter") if kept else each
+                    for each in found
                 )
             elif opcode == "while":
                 yield from self._loop(rest)
@@ -139,7 +170,10 @@ class _Program:
         total = 0.0
         for _, opcode, rest in self._computations[name or self._entry]:
             if opcode == "while":
-                (body,), count = re.findall(r"body=%([^\s,)]+)", rest), _TRIP_COUNT.search(rest)
+                (body,), count = (
+                    re.findall(r"body=%([^\s,)]+)", rest),
+                    _TRIP_COUNT.search(rest),
+                )
                 total += self.launches(body) * (int(count[1]) if count else math.inf)
             elif opcode == "conditional":
                 total += max(map(self.launches, self._branches(rest)))
@@ -163,7 +197,9 @@ class _Program:
     def _conditional(self, rest: str) -> Iterator[Collective]:
         branches = [list(self.collectives(name)) for name in self._branches(rest)]
         choose = max if self._rare else min
-        yield from choose(branches, key=lambda branch: sum(each.sent_bytes for each in branch))
+        yield from choose(
+            branches, key=lambda branch: sum(each.sent_bytes for each in branch)
+        )
 
 
 def _collectives(result: str, opcode: str, rest: str) -> list[Collective]:
@@ -176,7 +212,8 @@ def _collectives(result: str, opcode: str, rest: str) -> list[Collective]:
     if opcode == "reduce-scatter":  # Its result is a part of what is reduced.
         (axis,) = map(int, re.findall(r"dimensions=\{(\d+)\}", rest))
         arrays = [
-            (dtype, (*shape[:axis], shape[axis] * group_size, *shape[axis + 1 :])) for dtype, shape in arrays
+            (dtype, (*shape[:axis], shape[axis] * group_size, *shape[axis + 1 :]))
+            for dtype, shape in arrays
         ]
     kind = opcode.removesuffix("-start")
     return [Collective(kind, dtype, shape, group_size) for dtype, shape in arrays]

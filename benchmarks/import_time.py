@@ -23,17 +23,29 @@ class ImportTimes(NamedTuple):
 
 
 def seconds(module: str) -> float:
-    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    code = (
+        f"import time; t = time.perf_counter(); import {module}; "
+        "print(time.perf_counter() - t)"
+    )
     # pip has compiled optax to bytecode; a checkout is compiled by its first import, where that is allowed.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "PYTHONDONTWRITEBYTECODE"
+    }
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     return float(result.stdout)
 
 
 def measure(rounds: int = ROUNDS) -> ImportTimes:
-    seconds("apollo_optax")  # Reads the files into the system's cache and compiles what is not.
+    # Reads the files into the system's cache and compiles what is not.
+    seconds("apollo_optax")
     pairs = []
     for number in range(rounds):
         # Back and forth, so that a drift of the machine favours none.

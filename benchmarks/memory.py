@@ -1,9 +1,10 @@
 """The memory of training steps, compiled for TPUs that need not be there: python -m benchmarks.memory.
 
-Two tables: what the paper claims and this project set out to reach, and models by optimizers. Numbers are
-of one device, in GB of 1e9 bytes, from `examples.llama.plan`. A compilation takes from half a minute to
-some minutes; what has been compiled is in --out, so that a run that was cut off goes on. Delete that file
-when the code has changed.
+Two tables: what the paper claims and this project set out to reach, and models by
+optimizers. Numbers are of one device, in GB of 1e9 bytes, from `examples.llama.plan`. A
+compilation takes from half a minute to some minutes; what has been compiled is in
+--out, so that a run that was cut off goes on. Delete that file when the code has
+changed.
 """
 
 import dataclasses
@@ -47,7 +48,10 @@ class Options:
     """Of the second table: any of 60m, 130m, 350m, 1b, 7b and 13b."""
 
     def __post_init__(self) -> None:
-        for flag, names, known in (("--tables", self.tables, TABLES), ("--models", self.models, RANKS)):
+        for flag, names, known in (
+            ("--tables", self.tables, TABLES),
+            ("--models", self.models, RANKS),
+        ):
             for name in names:
                 if name not in known:
                     raise unknown_name(flag, name, known)
@@ -66,24 +70,37 @@ class Compiled:
         try:
             rows = [json.loads(line) for line in whole.splitlines()]
         except json.JSONDecodeError as error:
-            raise UsageError(f"--out {path} is no file of this command's ({error}); give another") from error
+            raise UsageError(
+                f"--out {path} is no file of this command's ({error}); give another"
+            ) from error
         try:
             self._known = {row["key"]: Memory(**row["memory"]) for row in rows}
         except (KeyError, TypeError) as error:
-            raise UsageError(f"--out {path} is of another version ({error}); delete it") from error
+            raise UsageError(
+                f"--out {path} is of another version ({error}); delete it"
+            ) from error
         path.write_text(whole)
 
     def __call__(self, run: RunOptions, target: str) -> Memory:
         """Returns the memory of a run with its defaults filled in."""
-        fields = dataclasses.asdict(run) | {"target": target, "versions": versions(target)}
+        fields = dataclasses.asdict(run) | {
+            "target": target,
+            "versions": versions(target),
+        }
         key = json.dumps(fields, default=str, sort_keys=True)
         if key not in self._known:
-            print(f"compiling {run.model} {run.optimizer}, batch {run.batch}, {target}", file=sys.stderr)
+            print(
+                f"compiling {run.model} {run.optimizer}, batch {run.batch}, {target}",
+                file=sys.stderr,
+            )
             with Compiler(target) as memory_of:
                 memory = memory_of(run)
             with self._lock, self._path.open("a") as file:
                 self._known[key] = memory
-                file.write(json.dumps({"key": key, "memory": dataclasses.asdict(memory)}) + "\n")
+                file.write(
+                    json.dumps({"key": key, "memory": dataclasses.asdict(memory)})
+                    + "\n"
+                )
         return self._known[key]
 
     def plan(self, options: PlanOptions) -> Memory:
@@ -103,15 +120,30 @@ class Compiled:
 
 def step_of(model: str, optimizer: str, **options: Any) -> PlanOptions:
     """Returns a run at the smallest batch in bfloat16, with APOLLO's moments in it too."""
-    default = {"batch": 1, "seq": 256, "weights": "bfloat16", "moment_dtype": "bfloat16", "remat": "none"}
-    return PlanOptions(**{"model": model, "optimizer": optimizer, "target": LARGE, **default, **options})
+    default = {
+        "batch": 1,
+        "seq": 256,
+        "weights": "bfloat16",
+        "moment_dtype": "bfloat16",
+        "remat": "none",
+    }
+    return PlanOptions(
+        **{
+            "model": model,
+            "optimizer": optimizer,
+            "target": LARGE,
+            **default,
+            **options,
+        }
+    )
 
 
 class Goal(NamedTuple):
     what: str
     paper: str
     goal: str
-    outcome: Callable[[Compiled], tuple[str, bool]]  # What was measured, and whether it meets the goal.
+    # What was measured, and whether it meets the goal.
+    outcome: Callable[[Compiled], tuple[str, bool]]
 
 
 def gb(size: float) -> str:
@@ -124,13 +156,18 @@ def below(limit: float, options: PlanOptions) -> Callable[[Compiled], tuple[str,
     def outcome(compiled: Compiled) -> tuple[str, bool]:
         memory = compiled.plan(options)
         refused = f", refused by {options.target}" if memory.refused else ""
-        return gb(memory.peak_bytes) + refused, not memory.refused and memory.peak_bytes <= limit * 1e9
+        return gb(
+            memory.peak_bytes
+        ) + refused, not memory.refused and memory.peak_bytes <= limit * 1e9
 
     return outcome
 
 
 def below_with_host(
-    limit: float, host_ratio: float | None, host_limit: float | None, options: PlanOptions
+    limit: float,
+    host_ratio: float | None,
+    host_limit: float | None,
+    options: PlanOptions,
 ) -> Callable[[Compiled], tuple[str, bool]]:
     """Goals for the device, and for the host: in multiples of the weights it keeps, or in GB."""
 
@@ -144,7 +181,8 @@ def below_with_host(
             met = met and memory.host_bytes <= host_limit * 1e9
         ratio = memory.host_bytes / memory.host_weights_bytes
         return (
-            f"{gb(memory.peak_bytes)}, host {gb(memory.host_bytes)} = {ratio:.3f} of the weights there, "
+            f"{gb(memory.peak_bytes)}, host {gb(memory.host_bytes)} = {ratio:.3f} of "
+            "the weights there, "
             f"{memory.host_temporaries_bytes:,} bytes of it temporary",
             met and memory.host_temporaries_bytes == 0,
         )
@@ -157,22 +195,37 @@ def more_sequences(times: float, fit: str) -> Callable[[Compiled], tuple[str, bo
 
     def outcome(compiled: Compiled) -> tuple[str, bool]:
         theirs = compiled.largest_batch(step_of("7b", "adamw", remat="full", fit=fit))
-        mini = step_of("7b", "apollo-mini", layerwise=True, embeddings="apollo", remat="full", fit=fit)
+        mini = step_of(
+            "7b",
+            "apollo-mini",
+            layerwise=True,
+            embeddings="apollo",
+            remat="full",
+            fit=fit,
+        )
         ours = compiled.largest_batch(mini)
-        return f"{ours} / {theirs} = {ours / max(1, theirs):.1f}x", bool(theirs) and ours >= times * theirs
+        return f"{ours} / {theirs} = {ours / max(1, theirs):.1f}x", bool(
+            theirs
+        ) and ours >= times * theirs
 
     return outcome
 
 
-def does_not_fit(fit: str, options: PlanOptions) -> Callable[[Compiled], tuple[str, bool]]:
+def does_not_fit(
+    fit: str, options: PlanOptions
+) -> Callable[[Compiled], tuple[str, bool]]:
     def outcome(compiled: Compiled) -> tuple[str, bool]:
         memory = compiled.plan(options)
-        return gb(memory.peak_bytes), memory.refused or memory.peak_bytes > bytes_in("--fit", fit)
+        return gb(memory.peak_bytes), memory.refused or memory.peak_bytes > bytes_in(
+            "--fit", fit
+        )
 
     return outcome
 
 
-def fits_with(options: PlanOptions, devices: int) -> Callable[[Compiled], tuple[str, bool]]:
+def fits_with(
+    options: PlanOptions, devices: int
+) -> Callable[[Compiled], tuple[str, bool]]:
     def outcome(compiled: Compiled) -> tuple[str, bool]:
         batch = compiled.largest_batch(options)
         return f"{batch // devices} sequences a device", batch > 0
@@ -181,18 +234,36 @@ def fits_with(options: PlanOptions, devices: int) -> Callable[[Compiled], tuple[
 
 
 def goals() -> list[Goal]:
-    mini = functools.partial(step_of, optimizer="apollo-mini", target=SMALL, layerwise=True)
+    mini = functools.partial(
+        step_of, optimizer="apollo-mini", target=SMALL, layerwise=True
+    )
     adam, apollo = {"embeddings": "adam"}, {"embeddings": "apollo"}
     of_7b, of_13b = functools.partial(mini, "7b"), functools.partial(mini, "13b")
     of_70b = functools.partial(mini, "llama-2-70b", offload="weights", **apollo)
     int8 = {"weights": "int8"}
     under_12 = "under 12 GB"
-    parallel = step_of("13b", "apollo-mini", remat="full", mesh="data=8", batch=8, target="v5p:2x2x2")
+    parallel = step_of(
+        "13b", "apollo-mini", remat="full", mesh="data=8", batch=8, target="v5p:2x2x2"
+    )
     return [
-        Goal("7B int8, layer-wise", under_12, "9.5 GB", below(9.5, of_7b(**int8, **adam))),
-        Goal("the same, embeddings too", under_12, "8.5 GB", below(8.5, of_7b(**int8, **apollo))),
-        Goal("7B int8, 2048 tokens", "", "11 GB", below(11, of_7b(**int8, **adam, seq=2048))),
-        Goal("13B int8, embeddings too", "", "16 GB", below(16, of_13b(**int8, **apollo))),
+        Goal(
+            "7B int8, layer-wise", under_12, "9.5 GB", below(9.5, of_7b(**int8, **adam))
+        ),
+        Goal(
+            "the same, embeddings too",
+            under_12,
+            "8.5 GB",
+            below(8.5, of_7b(**int8, **apollo)),
+        ),
+        Goal(
+            "7B int8, 2048 tokens",
+            "",
+            "11 GB",
+            below(11, of_7b(**int8, **adam, seq=2048)),
+        ),
+        Goal(
+            "13B int8, embeddings too", "", "16 GB", below(16, of_13b(**int8, **apollo))
+        ),
         Goal("7B bfloat16, layer-wise", "", "15.5 GB", below(15.5, of_7b(**adam))),
         Goal("the same, embeddings too", "", "14.5 GB", below(14.5, of_7b(**apollo))),
         Goal(
@@ -201,13 +272,20 @@ def goals() -> list[Goal]:
             "fits",
             fits_with(dataclasses.replace(parallel, fit="80GB"), 8),
         ),
-        Goal("largest batch, 7B in 80 GB", "16 / 4 = 4x", "2.4x", more_sequences(2.4, "80GB")),
+        Goal(
+            "largest batch, 7B in 80 GB",
+            "16 / 4 = 4x",
+            "2.4x",
+            more_sequences(2.4, "80GB"),
+        ),
         Goal("largest batch, 7B in 64 GB", "", "4.5x", more_sequences(4.5, "64GB")),
         Goal(
             "7B AdamW, float32 moments, in 80 GB",
             "",
             "does not fit",
-            does_not_fit("80GB", step_of("7b", "adamw", remat="full", moment_dtype="float32")),
+            does_not_fit(
+                "80GB", step_of("7b", "adamw", remat="full", moment_dtype="float32")
+            ),
         ),
         Goal(
             "7B bfloat16, weights on the host, embeddings too",
@@ -215,7 +293,12 @@ def goals() -> list[Goal]:
             "1.6 GB, host 1.02 of the weights",
             below_with_host(1.6, 1.02, None, of_7b(offload="weights", **apollo)),
         ),
-        Goal("70B bfloat16, weights on the host", "", "6 GB", below_with_host(6, None, None, of_70b())),
+        Goal(
+            "70B bfloat16, weights on the host",
+            "",
+            "6 GB",
+            below_with_host(6, None, None, of_70b()),
+        ),
         Goal(
             "70B int8, weights on the host",
             "",
@@ -236,11 +319,22 @@ class Variant(NamedTuple):
 
     def options(self, model: str) -> PlanOptions:
         rank = RANKS[model] if self.optimizer == "apollo" else None
-        given = {name: getattr(self, name) for name in ("weights", "embeddings", "moment_dtype")}
-        return step_of(model, self.optimizer, rank=rank, layerwise=self.step == "layer-wise", **given)
+        given = {
+            name: getattr(self, name)
+            for name in ("weights", "embeddings", "moment_dtype")
+        }
+        return step_of(
+            model,
+            self.optimizer,
+            rank=rank,
+            layerwise=self.step == "layer-wise",
+            **given,
+        )
 
     def cells(self) -> list[str]:
-        name = self.optimizer + (", embeddings too" if self.embeddings == "apollo" else "")
+        name = self.optimizer + (
+            ", embeddings too" if self.embeddings == "apollo" else ""
+        )
         return [name, self.moment_dtype, self.step, self.weights]
 
 
@@ -270,10 +364,14 @@ def goals_table(compiled: Compiled, pool: ThreadPoolExecutor) -> str:
         [goal.what, goal.paper, goal.goal, measured, "met" if met else "missed"]
         for goal, (measured, met) in zip(given, outcomes, strict=True)
     ]
-    return markdown(["APOLLO-Mini", "paper", "goal", "measured", ""], rows, numbers_from=5)
+    return markdown(
+        ["APOLLO-Mini", "paper", "goal", "measured", ""], rows, numbers_from=5
+    )
 
 
-def models_table(compiled: Compiled, pool: ThreadPoolExecutor, models: tuple[str, ...]) -> str:
+def models_table(
+    compiled: Compiled, pool: ThreadPoolExecutor, models: tuple[str, ...]
+) -> str:
     """Returns the peak of one sequence of 256 tokens, by model and optimizer."""
 
     def cell(pair: tuple[Variant, str]) -> str:
@@ -281,31 +379,57 @@ def models_table(compiled: Compiled, pool: ThreadPoolExecutor, models: tuple[str
         memory = compiled.plan(variant.options(model))
         return f"{memory.peak_bytes / 1e9:.2f}" + ("*" if memory.refused else "")
 
-    cells = iter(list(pool.map(cell, [(variant, model) for variant in VARIANTS for model in models])))
+    cells = iter(
+        list(
+            pool.map(
+                cell, [(variant, model) for variant in VARIANTS for model in models]
+            )
+        )
+    )
     rows = [[*variant.cells(), *(next(cells) for _ in models)] for variant in VARIANTS]
-    head = ["optimizer", "moments", "step", "weights", *(model.upper() for model in models)]
+    head = [
+        "optimizer",
+        "moments",
+        "step",
+        "weights",
+        *(model.upper() for model in models),
+    ]
     return markdown(head, rows, numbers_from=4)
 
 
 def report(options: Options) -> None:
     check_target(LARGE)
     compiled = Compiled(options.out)
-    made_with = ", ".join(f"{name} {version}" for name, version in versions(LARGE).items())
-    print(f"{platform.machine()}, no TPU; {made_with}; {datetime.date.today().isoformat()}\n")
+    made_with = ", ".join(
+        f"{name} {version}" for name, version in versions(LARGE).items()
+    )
+    print(
+        f"{platform.machine()}, no TPU; {made_with}; "
+        f"{datetime.date.today().isoformat()}\n"
+    )
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
             if "goals" in options.tables:
-                print(f"batch 1 of 256 tokens on {SMALL} unless said; embeddings with Adam\n")
+                print(
+                    f"batch 1 of 256 tokens on {SMALL} unless said; "
+                    "embeddings with Adam\n"
+                )
                 print(goals_table(compiled, pool) + "\n")
             if "models" in options.tables:
-                print(f"GB, batch 1 of 256 tokens, for {LARGE}; *: refused, from the compiler's message\n")
+                print(
+                    f"GB, batch 1 of 256 tokens, for {LARGE}; *: refused, from the "
+                    "compiler's message\n"
+                )
                 print(models_table(compiled, pool, options.models))
         except KeyboardInterrupt:
-            os._exit(130)  # At once, and with it the compilers: the pool would wait for them.
+            # At once, and with it the compilers: the pool would wait for them.
+            os._exit(130)
 
 
 def main(args: list[str] | None = None) -> None:
-    exit_on_usage_error(lambda: report(parse(Options, args, "python -m benchmarks.memory")))
+    exit_on_usage_error(
+        lambda: report(parse(Options, args, "python -m benchmarks.memory"))
+    )
 
 
 if __name__ == "__main__":

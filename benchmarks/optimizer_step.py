@@ -1,11 +1,12 @@
 """One step of each optimizer, timed side by side: python -m benchmarks.optimizer_step.
 
-A step is `update` and `apply_updates` in one jitted program that donates parameters and state, over the
-real shapes of a LLaMA's kernels (attention and MLP of all layers; embeddings, head and norms have Adam
-whatever the optimizer, and are left out). The optimizers take turns, a block of steps each, so that
-what else the machine does meets all of them, and so does a large copy, which gives the machine's
-bandwidth. Each is held against the bytes that it must move at that bandwidth: its floor.
-On a GPU, `python -m benchmarks.gpu step` times the same contenders.
+A step is `update` and `apply_updates` in one jitted program that donates parameters and
+state, over the real shapes of a LLaMA's kernels (attention and MLP of all layers;
+embeddings, head and norms have Adam whatever the optimizer, and are left out). The
+optimizers take turns, a block of steps each, so that what else the machine does meets
+all of them, and so does a large copy, which gives the machine's bandwidth. Each is held
+against the bytes that it must move at that bandwidth: its floor. On a GPU,
+`python -m benchmarks.gpu step` times the same contenders.
 """
 
 import dataclasses
@@ -20,7 +21,16 @@ import jax
 
 from benchmarks import import_time, step_torch
 from benchmarks.report import made_with, markdown
-from benchmarks.step_contenders import Contender, Copy, Draw, Measured, OnJax, Setting, methods, tree_bytes
+from benchmarks.step_contenders import (
+    Contender,
+    Copy,
+    Draw,
+    Measured,
+    OnJax,
+    Setting,
+    methods,
+    tree_bytes,
+)
 from examples.llama.config import preset
 from examples.llama.options import parse
 from examples.llama.usage import UsageError, exit_on_usage_error, notice, unknown_name
@@ -30,7 +40,8 @@ LAYOUTS = ("unstacked", "stacked")
 OPTIMIZERS = tuple(methods(Setting("tiny", "float32", "stacked")))
 PAUSE = 0.2  # Seconds; threads of the one before may spin.
 COPY = "copy"
-COPY_BYTES = {"cpu": 2**30, "gpu": 2**32}  # On a GPU a smaller copy would time its launch.
+# On a GPU a smaller copy would time its launch.
+COPY_BYTES = {"cpu": 2**30, "gpu": 2**32}
 IMPORT_LIMIT = 1.1  # Of `import apollo_optax` over `import optax`.
 
 
@@ -41,12 +52,13 @@ class Options:
     models: tuple[str, ...] = ("60m",)
     """Presets of examples/llama/config.py."""
     layouts: tuple[str, ...] = LAYOUTS
-    """unstacked, a leaf for each matrix; stacked, one for the matrices of all layers."""
+    """unstacked, a leaf for each matrix; stacked, one for the matrices of all
+    layers."""
     dtype: str = "float32"
     """float32 or bfloat16, of weights and gradients."""
     optimizers: tuple[str, ...] = OPTIMIZERS
-    """What to time beside adamw, to which ratios are: sgd, adamw, adafactor, lion, galore, muon, apollo,
-    apollo-mini."""
+    """What to time beside adamw, to which ratios are: sgd, adamw, adafactor, lion,
+    galore, muon, apollo, apollo-mini."""
     rounds: int = 7
     """How often each has a turn."""
     seconds: float = 0.5
@@ -54,7 +66,8 @@ class Options:
     compilations: int = 3
     """How often each is compiled, to time that."""
     against_torch: bool = False
-    """Add the authors' release (apollo-torch) and torch's fused AdamW, to the unstacked layout."""
+    """Add the authors' release (apollo-torch) and torch's fused AdamW, to the unstacked
+    layout."""
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -69,10 +82,17 @@ class Options:
                     raise unknown_name(flag, name, known)
         for name in ("rounds", "seconds", "compilations"):
             if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} {getattr(self, name)} is out of range; give a number above 0")
+                raise UsageError(
+                    f"--{name} {getattr(self, name)} is out of range; "
+                    "give a number above 0"
+                )
 
     def settings(self) -> list[Setting]:
-        return [Setting(model, self.dtype, layout) for model in self.models for layout in self.layouts]
+        return [
+            Setting(model, self.dtype, layout)
+            for model in self.models
+            for layout in self.layouts
+        ]
 
 
 Results = dict[Setting, dict[str, Measured]]  # By the contenders' names.
@@ -81,7 +101,9 @@ Results = dict[Setting, dict[str, Measured]]  # By the contenders' names.
 def contenders(setting: Setting, options: Options) -> dict[str, Contender]:
     kernels = setting.kernels()
     draw = Draw(kernels)
-    found: dict[str, Contender] = {COPY: Copy(COPY_BYTES["cpu" if jax.default_backend() == "cpu" else "gpu"])}
+    found: dict[str, Contender] = {
+        COPY: Copy(COPY_BYTES["cpu" if jax.default_backend() == "cpu" else "gpu"])
+    }
     for name, group in methods(setting).items():
         if name in ("adamw", *options.optimizers):
             found |= {method.name: OnJax(method, kernels, draw) for method in group}
@@ -96,11 +118,16 @@ def measure(setting: Setting, options: Options) -> dict[str, Measured]:
     for contender in taking_turns.values():
         contender.measured.copy = taking_turns[COPY].measured
     for number in range(options.compilations):
-        notice(f"{setting.model}, {setting.layout}: compilation {number + 1} of {options.compilations}")
+        notice(
+            f"{setting.model}, {setting.layout}: compilation {number + 1} of "
+            f"{options.compilations}"
+        )
         for contender in taking_turns.values():
             contender.compile()
     for number in range(options.rounds):
-        notice(f"{setting.model}, {setting.layout}: round {number + 1} of {options.rounds}")
+        notice(
+            f"{setting.model}, {setting.layout}: round {number + 1} of {options.rounds}"
+        )
         # Back and forth, so that a drift of the machine favours none.
         for name in list(taking_turns)[:: 1 if number % 2 == 0 else -1]:
             run_block(name, taking_turns[name], options.seconds)
@@ -122,7 +149,9 @@ def ratio(ours: Measured, theirs: Measured) -> float | None:
     """Returns the median over the rounds of the ratio of two steps' times."""
     if ours.out_of_memory or theirs.out_of_memory:
         return None
-    return statistics.median(a / b for a, b in zip(ours.by_round(), theirs.by_round(), strict=True))
+    return statistics.median(
+        a / b for a, b in zip(ours.by_round(), theirs.by_round(), strict=True)
+    )
 
 
 def over_floor(ours: Measured) -> float | None:
@@ -133,35 +162,62 @@ def over_floor(ours: Measured) -> float | None:
 
 
 def compilation_ratio(ours: Measured, theirs: Measured) -> float:
-    return statistics.median(a / b for a, b in zip(ours.compilations, theirs.compilations, strict=True))
+    return statistics.median(
+        a / b for a, b in zip(ours.compilations, theirs.compilations, strict=True)
+    )
 
 
 ADAMW = {moments: f"adamw, {moments} moments" for moments in DTYPES}
 HEAD = (
-    *("optimizer", "ms a step", "fastest, slowest block", "over adamw, float32 moments", "bfloat16 moments"),
-    *("least MB", "over its floor", "compile, s", "over adamw", "temporaries, MB", "state, MB"),
+    *(
+        "optimizer",
+        "ms a step",
+        "fastest, slowest block",
+        "over adamw, float32 moments",
+        "bfloat16 moments",
+    ),
+    *(
+        "least MB",
+        "over its floor",
+        "compile, s",
+        "over adamw",
+        "temporaries, MB",
+        "state, MB",
+    ),
 )
 
 
 def table(setting: Setting, results: dict[str, Measured]) -> str:
     """Returns a row for each optimizer, and what goes for all of them."""
     kernels = setting.kernels()
-    matrices = [tree_bytes([leaf]) // (leaf.shape[0] if setting.stacked else 1) for leaf in kernels.values()]
+    matrices = [
+        tree_bytes([leaf]) // (leaf.shape[0] if setting.stacked else 1)
+        for leaf in kernels.values()
+    ]
     copy = results[COPY]
     lines = [
-        f"{setting.model}, {setting.dtype}, {setting.layout}: {sum(x.size for x in kernels.values()):,} "
-        f"parameters in {len(kernels)} leaves, {megabytes(tree_bytes(kernels))} MB, the largest matrix "
-        f"{megabytes(max(matrices))} MB; a copy of {megabytes(copy.floor_bytes // 2)} MB moves "
-        f"{copy.floor_bytes / statistics.median(copy.by_round()) / 1e9:.1f} GB/s",
+        f"{setting.model}, {setting.dtype}, {setting.layout}: "
+        f"{sum(x.size for x in kernels.values()):,} parameters in {len(kernels)} "
+        f"leaves, {megabytes(tree_bytes(kernels))} MB, the largest matrix "
+        f"{megabytes(max(matrices))} MB; a copy of {megabytes(copy.floor_bytes // 2)} "
+        f"MB moves {copy.floor_bytes / statistics.median(copy.by_round()) / 1e9:.1f} "
+        "GB/s",
         "",
-        markdown(HEAD, [cells(name, results) for name in results if name != COPY], numbers_from=1),
+        markdown(
+            HEAD,
+            [cells(name, results) for name in results if name != COPY],
+            numbers_from=1,
+        ),
     ]
     for name, measured in results.items():
         if measured.refresh_every and measured.refreshes:
             refresh = milliseconds(statistics.median(measured.refreshes))
             lines += [
                 "",
-                f"{name}: one step in {measured.refresh_every} takes {refresh} ms, amortised into the table",
+                (
+                    f"{name}: one step in {measured.refresh_every} takes {refresh} ms, "
+                    "amortised into the table"
+                ),
             ]
     return "\n".join(lines)
 
@@ -182,7 +238,9 @@ def cells(name: str, results: dict[str, Measured]) -> list[str]:
         floor,
         number(over_floor(ours)),
         number(statistics.median(ours.compilations)) if ours.compilations else "",
-        number(compilation_ratio(ours, adamws[0])) if ours.compilations and adamws[0] else "",
+        number(compilation_ratio(ours, adamws[0]))
+        if ours.compilations and adamws[0]
+        else "",
         megabytes(ours.temporaries_bytes),
         megabytes(ours.state_bytes),
     ]
@@ -200,7 +258,8 @@ def megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:,.1f}"
 
 
-Outcome = Callable[[dict[str, Measured]], float | None]  # None where it was not measured.
+# None where it was not measured.
+Outcome = Callable[[dict[str, Measured]], float | None]
 
 
 class Goal(NamedTuple):
@@ -230,7 +289,11 @@ class Goal(NamedTuple):
 
 def over(ours: str, theirs: str) -> Outcome:
     """Returns the ratio of two contenders' times as a function of the results."""
-    return lambda results: ratio(results[ours], results[theirs]) if {ours, theirs} <= results.keys() else None
+    return lambda results: (
+        ratio(results[ours], results[theirs])
+        if {ours, theirs} <= results.keys()
+        else None
+    )
 
 
 def goals() -> list[Goal]:
@@ -238,19 +301,42 @@ def goals() -> list[Goal]:
 
     def to_compile(ours: str) -> Outcome:
         return lambda results: (
-            compilation_ratio(results[ours], results[ADAMW["float32"]]) if ours in results else None
+            compilation_ratio(results[ours], results[ADAMW["float32"]])
+            if ours in results
+            else None
         )
 
-    cpu = functools.partial(Goal, place="CPU", setting=Setting("60m", "float32", "unstacked"))
+    cpu = functools.partial(
+        Goal, place="CPU", setting=Setting("60m", "float32", "unstacked")
+    )
     alone = ("unstacked",)
     mini, r128 = "apollo-mini", "apollo, rank 128"
     release_128 = over(r128, "apollo-torch, rank 128")
     return [
         cpu("apollo-mini over optax.adamw", 0.6, outcome=over(mini, ADAMW["float32"])),
-        cpu("apollo rank 128 over the authors' release", 0.9, outcome=release_128, layouts=alone),
-        cpu("apollo rank 128 over optax.contrib.galore", 0.5, outcome=over(r128, "galore, rank 128")),
-        cpu("compile time, apollo-mini over adamw", 3.0, outcome=to_compile(mini), layouts=alone),
-        cpu("compile time, apollo rank 128 over adamw", 3.0, outcome=to_compile(r128), layouts=alone),
+        cpu(
+            "apollo rank 128 over the authors' release",
+            0.9,
+            outcome=release_128,
+            layouts=alone,
+        ),
+        cpu(
+            "apollo rank 128 over optax.contrib.galore",
+            0.5,
+            outcome=over(r128, "galore, rank 128"),
+        ),
+        cpu(
+            "compile time, apollo-mini over adamw",
+            3.0,
+            outcome=to_compile(mini),
+            layouts=alone,
+        ),
+        cpu(
+            "compile time, apollo rank 128 over adamw",
+            3.0,
+            outcome=to_compile(r128),
+            layouts=alone,
+        ),
     ]
 
 
@@ -261,7 +347,14 @@ def goals_table(results: Results, imports: import_time.ImportTimes) -> str:
     """Returns what was to be reached, and what is."""
     rows = [goal.cells(results) for goal in goals()]
     imported = [number(imports.ratio), verdict(imports.ratio <= IMPORT_LIMIT)]
-    rows.append(["anywhere", "import apollo_optax over import optax", f"<= {IMPORT_LIMIT}", *imported])
+    rows.append(
+        [
+            "anywhere",
+            "import apollo_optax over import optax",
+            f"<= {IMPORT_LIMIT}",
+            *imported,
+        ]
+    )
     return markdown(GOALS_HEAD, rows, numbers_from=5)
 
 
@@ -276,11 +369,12 @@ def report(options: Options) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         step_torch.check()
         packages += ["torch", "apollo-torch"]
-    jax.config.update("jax_enable_compilation_cache", False)  # Compile times are of cold compilations.
+    # Compile times are of cold compilations.
+    jax.config.update("jax_enable_compilation_cache", False)
     print(made_with(packages))
     print(
-        f"ratios: medians over {options.rounds} rounds of blocks of {options.seconds} s; compile: median of "
-        f"{options.compilations}; MB of 1e6 bytes\n"
+        f"ratios: medians over {options.rounds} rounds of blocks of {options.seconds} "
+        f"s; compile: median of {options.compilations}; MB of 1e6 bytes\n"
     )
     results: Results = {}
     for setting in options.settings():
@@ -290,7 +384,9 @@ def report(options: Options) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    exit_on_usage_error(lambda: report(parse(Options, args, "python -m benchmarks.optimizer_step")))
+    exit_on_usage_error(
+        lambda: report(parse(Options, args, "python -m benchmarks.optimizer_step"))
+    )
 
 
 if __name__ == "__main__":

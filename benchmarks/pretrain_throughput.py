@@ -1,8 +1,9 @@
 """Tokens a second of the example's step and of transformers: python -m benchmarks.pretrain_throughput.
 
-The example's step with AdamW and with APOLLO-Mini, and `transformers`' LLaMA under eager torch with
-fused AdamW, train the same shape on the same random tokens in blocks of steps that take turns, so
-that what else the machine does meets all of them. Torch and transformers must be installed.
+The example's step with AdamW and with APOLLO-Mini, and `transformers`' LLaMA under
+eager torch with fused AdamW, train the same shape on the same random tokens in blocks
+of steps that take turns, so that what else the machine does meets all of them. Torch
+and transformers must be installed.
 """
 
 import dataclasses
@@ -28,9 +29,11 @@ from examples.llama.options import RunOptions
 from examples.llama.train import TrainState, make_train_step
 from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
 
-WARMUP_STEPS = 2  # The first compiles, the second finds what the first left in the caches.
+# The first compiles, the second finds what the first left in the caches.
+WARMUP_STEPS = 2
 
-RunSteps = Callable[[int], float]  # Runs so many steps, waits for the last, returns its loss.
+# Runs so many steps, waits for the last, returns its loss.
+RunSteps = Callable[[int], float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,8 @@ class Options:
     dtype: str
     """float32 or bfloat16, of weights, moments and matrix products."""
     remat: str = "dots"
-    """What our backward pass computes again: none, dots or full. Torch computes nothing again."""
+    """What our backward pass computes again: none, dots or full. Torch computes nothing
+    again."""
     steps: int
     """Steps a block."""
     repeats: int = 7
@@ -59,7 +63,9 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "steps", "repeats"):
             if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)} is out of range; give 1 or more")
+                raise UsageError(
+                    f"--{name} {getattr(self, name)} is out of range; give 1 or more"
+                )
         for flag, value, known in (
             ("--dtype", self.dtype, ("float32", "bfloat16")),
             ("--remat", self.remat, REMAT_POLICIES),
@@ -72,12 +78,19 @@ ON_CPU = Options(model="60m", batch=2, seq=256, dtype="float32", steps=2)
 ON_ACCELERATOR = Options(model="350m", batch=16, seq=1024, dtype="bfloat16", steps=20)
 
 
-def ours(options: Options, config: LlamaConfig, tokens: np.ndarray, optimizer: str) -> RunSteps:
+def ours(
+    options: Options, config: LlamaConfig, tokens: np.ndarray, optimizer: str
+) -> RunSteps:
     """Returns the example's training, with one of its optimizers."""
-    execution = Execution(remat=options.remat, param_dtype=options.dtype, compute_dtype=options.dtype)
+    execution = Execution(
+        remat=options.remat, param_dtype=options.dtype, compute_dtype=options.dtype
+    )
     # The folder is the one option without a default; nothing is written to it.
     run = RunOptions(
-        out=Path(os.devnull), model=options.model, optimizer=optimizer, moment_dtype=options.dtype
+        out=Path(os.devnull),
+        model=options.model,
+        optimizer=optimizer,
+        moment_dtype=options.dtype,
     )
     tx, _ = make_optimizer(with_defaults(run, config), config)
     train_step = make_train_step(graphdef_of(config, execution), tx)
@@ -104,7 +117,8 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UsageError(
-            f"{name} is not installed; pip install torch transformers, or give --skip-torch"
+            f"{name} is not installed; pip install torch transformers, "
+            "or give --skip-torch"
         ) from error
 
 
@@ -114,7 +128,9 @@ def torch_runs_here() -> bool:
     return backend == "cpu" or (backend == "gpu" and torch.cuda.is_available())
 
 
-def transformers_on_torch(options: Options, config: LlamaConfig, tokens: np.ndarray) -> RunSteps:
+def transformers_on_torch(
+    options: Options, config: LlamaConfig, tokens: np.ndarray
+) -> RunSteps:
     """Returns the training of `transformers`' LLaMA of the same shape."""
     torch, transformers = imported("torch"), imported("transformers")
     torch.manual_seed(0)
@@ -122,12 +138,18 @@ def transformers_on_torch(options: Options, config: LlamaConfig, tokens: np.ndar
     device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
     fields = hf_config(config, options.dtype, end_id=None)
     # No cache of keys and values, which is for generation.
-    shape = transformers.LlamaConfig.from_dict(fields | {"use_cache": False, "attn_implementation": "sdpa"})
-    model = transformers.LlamaForCausalLM(shape).to(device=device, dtype=getattr(torch, options.dtype))
+    shape = transformers.LlamaConfig.from_dict(
+        fields | {"use_cache": False, "attn_implementation": "sdpa"}
+    )
+    model = transformers.LlamaForCausalLM(shape).to(
+        device=device, dtype=getattr(torch, options.dtype)
+    )
     if sum(p.numel() for p in model.parameters()) != param_count(config):
         raise AssertionError("parameters of torch's model")
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, weight_decay=0.0, fused=True
+    )
     forward = torch.compile(model) if options.torch_compile else model
 
     def run_steps(steps: int) -> float:
@@ -153,7 +175,9 @@ def timed(trainers: dict[str, RunSteps], options: Options) -> dict[str, list[flo
     for name, run_steps in trainers.items():
         loss = run_steps(1)
         if not abs(loss - guessing) < 0.5:
-            raise AssertionError(f"{name} begins with a loss of {loss}, guessing has {guessing}")
+            raise AssertionError(
+                f"{name} begins with a loss of {loss}, guessing has {guessing}"
+            )
         run_steps(WARMUP_STEPS - 1)
     rates: dict[str, list[float]] = {name: [] for name in trainers}
     for repeat in range(options.repeats):
@@ -169,7 +193,12 @@ def timed(trainers: dict[str, RunSteps], options: Options) -> dict[str, list[flo
 def table(rates: dict[str, list[float]], options: Options, baseline: str | None) -> str:
     """Returns medians over the blocks; a ratio is the median of the blocks' ratios."""
     config, device = preset(options.model), jax.devices()[0]
-    lines = ["| step | tokens/s | fastest, slowest block | TFLOP/s | of the peak | against torch |"]
+    lines = [
+        (
+            "| step | tokens/s | fastest, slowest block | TFLOP/s | of the peak | against "
+            "torch |"
+        )
+    ]
     lines.append("|---|---|---|---|---|---|")
     for name, blocks in rates.items():
         rate = statistics.median(blocks)
@@ -180,7 +209,10 @@ def table(rates: dict[str, list[float]], options: Options, baseline: str | None)
         if baseline:
             ratio = f"{statistics.median(a / b for a, b in zip(blocks, rates[baseline], strict=True)):.2f}"
         spread = f"{max(blocks):,.0f}, {min(blocks):,.0f}"
-        lines.append(f"| {name} | {rate:,.0f} | {spread} | {flops / 1e12:.3g} | {share} | {ratio} |")
+        lines.append(
+            f"| {name} | {rate:,.0f} | {spread} | {flops / 1e12:.3g} | {share} | "
+            f"{ratio} |"
+        )
     return "\n".join(lines)
 
 
@@ -197,7 +229,10 @@ def measure(options: Options) -> None:
     }
     baseline = None
     if with_torch:
-        baseline = f"transformers, {'compiled' if options.torch_compile else 'eager'} torch, adamw"
+        baseline = (
+            "transformers, "
+            f"{'compiled' if options.torch_compile else 'eager'} torch, adamw"
+        )
         trainers[baseline] = transformers_on_torch(options, config, tokens)
         packages += ["torch", "transformers"]
     elif not options.skip_torch:

@@ -1,8 +1,8 @@
 """Whether random signs train as well as normal entries: `python -m benchmarks.projection_quality`.
 
-Trains the tiny LLaMA with APOLLO and APOLLO-Mini on the source of Python's standard library, once a seed for
-each projection, all else equal, and prints the validation perplexities. Takes half an hour on two cores; cut
-off, the same command goes on.
+Trains the tiny LLaMA with APOLLO and APOLLO-Mini on the source of Python's standard
+library, once a seed for each projection, all else equal, and prints the validation
+perplexities. Takes half an hour on two cores; cut off, the same command goes on.
 """
 
 import dataclasses
@@ -25,9 +25,14 @@ class ProjectionOptions(quality.QualityOptions):
 
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
-        options = parse(ProjectionOptions, args, "python -m benchmarks.projection_quality")
+        options = parse(
+            ProjectionOptions, args, "python -m benchmarks.projection_quality"
+        )
         ways: quality.Ways = {
-            f"{optimizer}, {projection}": {"optimizer": optimizer, "projection": projection}
+            f"{optimizer}, {projection}": {
+                "optimizer": optimizer,
+                "projection": projection,
+            }
             for optimizer in OPTIMIZERS
             for projection in PROJECTIONS
         }

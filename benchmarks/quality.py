@@ -48,7 +48,11 @@ def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
 
 
 def table(
-    options: QualityOptions, what: str, over: str, results: dict[str, list[float]], reference: dict[str, str]
+    options: QualityOptions,
+    what: str,
+    over: str,
+    results: dict[str, list[float]],
+    reference: dict[str, str],
 ) -> str:
     """Returns means, standard deviations, and how far each mean is from that of the way it is held against.
 
@@ -66,7 +70,8 @@ def table(
         return way, f"{mean:.2f}", f"{spread:.2f}", f"{mean / other - 1:+.1%}"
 
     return (
-        f"{what}, {options.steps} steps, {len(options.seeds)} seeds, products in {options.compute_dtype}\n"
+        f"{what}, {options.steps} steps, {len(options.seeds)} seeds, products in "
+        f"{options.compute_dtype}\n"
         f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
         f"{report.markdown(('way', 'val ppl', '±', over), map(row, results), 1)}"
     )

@@ -13,7 +13,11 @@ import jax
 
 def cores() -> int:
     """Returns the number of cores that this process may use, as XLA counts them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 def machine() -> str:
@@ -22,7 +26,11 @@ def machine() -> str:
     name = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+        name = (
+            next(line for line in lines if line.startswith("model name"))
+            .partition(":")[2]
+            .strip()
+        )
     return f"{name}, {cores()} cores"
 
 
@@ -32,7 +40,9 @@ def made_with(packages: Iterable[str]) -> str:
     return f"{machine()}; {versions}; {datetime.date.today().isoformat()}"
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int) -> str:
+def markdown(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int
+) -> str:
     """Returns a table whose columns from `numbers_from` on are aligned to the right."""
     rule = ["---"] * numbers_from + ["---:"] * (len(head) - numbers_from)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))

@@ -1,6 +1,7 @@
 """Optimizer-state bytes of the paper's models, from shapes alone: python -m benchmarks.state_bytes.
 
-Nothing is allocated: every number is read off ``jax.eval_shape`` of the optimizer's own ``init``.
+Nothing is allocated: every number is read off ``jax.eval_shape`` of the optimizer's own
+``init``.
 """
 
 import math
@@ -24,28 +25,41 @@ MODELS = {
 VOCABULARY = 32000
 
 
-def llama(hidden: int, intermediate: int, layers: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+def llama(
+    hidden: int, intermediate: int, layers: int
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """A LLaMA's parameters in bfloat16, unstacked: kernels, then embedding, head and norms."""
     kernels = dict.fromkeys("qkvo", (hidden, hidden))
     kernels |= {"gate": (hidden, intermediate), "up": (hidden, intermediate)}
     kernels |= {"down": (intermediate, hidden)}
     shapes = {
-        f"layer_{i}": kernels | {"attention_norm": (hidden,), "mlp_norm": (hidden,)} for i in range(layers)
+        f"layer_{i}": kernels | {"attention_norm": (hidden,), "mlp_norm": (hidden,)}
+        for i in range(layers)
     }
-    shapes |= {"embed": {"embedding": (VOCABULARY, hidden)}, "lm_head": {"kernel": (hidden, VOCABULARY)}}
+    shapes |= {
+        "embed": {"embedding": (VOCABULARY, hidden)},
+        "lm_head": {"kernel": (hidden, VOCABULARY)},
+    }
     shapes |= {"norm": {"scale": (hidden,)}}
     return {
-        module: {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in leaves.items()}
+        module: {
+            name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+            for name, shape in leaves.items()
+        }
         for module, leaves in shapes.items()
     }
 
 
 def state_bytes(tx: optax.GradientTransformation, params: object) -> int:
     state = jax.eval_shape(tx.init, params)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
 
 
-def optimizers(rank: int, dtype: str) -> dict[str, Callable[[], optax.GradientTransformation]]:
+def optimizers(
+    rank: int, dtype: str
+) -> dict[str, Callable[[], optax.GradientTransformation]]:
     return {
         "AdamW": lambda: optax.adamw(1e-3),  # Moments of the parameters' dtype.
         "GaLore": lambda: optax.contrib.galore(1e-2, rank),
@@ -56,7 +70,10 @@ def optimizers(rank: int, dtype: str) -> dict[str, Callable[[], optax.GradientTr
 
 def table(only_kernels: bool, dtype: str) -> str:
     names = list(optimizers(1, dtype))
-    lines = ["| model | rank | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    lines = [
+        "| model | rank | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
     for model, (hidden, intermediate, layers, rank) in MODELS.items():
         params = llama(hidden, intermediate, layers)
         if only_kernels:
@@ -65,13 +82,20 @@ def table(only_kernels: bool, dtype: str) -> str:
                 for name, layer in params.items()
                 if name.startswith("layer_")
             }
-        costs = [state_bytes(make(), params) for make in optimizers(rank, dtype).values()]
-        lines.append(f"| {model} | {rank} | " + " | ".join(f"{cost:,}" for cost in costs) + " |")
+        costs = [
+            state_bytes(make(), params) for make in optimizers(rank, dtype).values()
+        ]
+        lines.append(
+            f"| {model} | {rank} | " + " | ".join(f"{cost:,}" for cost in costs) + " |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    print(f"jax {jax.__version__}, optax {optax.__version__}, apollo-optax {apollo_optax.__version__}")
+    print(
+        f"jax {jax.__version__}, optax {optax.__version__}, apollo-optax "
+        f"{apollo_optax.__version__}"
+    )
     print("bytes of optimizer state, bfloat16 parameters and moments\n")
     print("attention and MLP kernels:\n")
     print(table(only_kernels=True, dtype="bfloat16"))

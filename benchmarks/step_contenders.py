@@ -17,7 +17,13 @@ import optax.contrib
 import apollo_optax
 from examples.llama.config import preset
 from examples.llama.model import Execution, init_params
-from examples.llama.optimizers import KERNELS, galore_over_layers, in_float32, moments_in, path_name
+from examples.llama.optimizers import (
+    KERNELS,
+    galore_over_layers,
+    in_float32,
+    moments_in,
+    path_name,
+)
 
 FEWEST_TIMES = 3  # Of a block, however slow.
 SECONDS_TOGETHER = 0.1  # Of the steps that are waited for together.
@@ -30,7 +36,8 @@ class Setting(NamedTuple):
 
     model: str
     dtype: str  # Of weights and gradients.
-    layout: str  # "unstacked": a leaf for each matrix; "stacked": a leaf for the matrices of all layers.
+    # "unstacked": a leaf for each matrix; "stacked": a leaf for the matrices of all layers.
+    layout: str
     layers: int | None = None  # How many of the model's layers; None: all.
 
     @property
@@ -43,12 +50,18 @@ class Setting(NamedTuple):
         if self.layers is not None:
             config = dataclasses.replace(config, num_layers=self.layers)
         params = jax.eval_shape(lambda: init_params(config, execution, seed=0))
-        stacks = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-        stacks = {name: leaf for name, leaf in stacks.items() if re.search(KERNELS, name)}
+        stacks = {
+            path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)
+        }
+        stacks = {
+            name: leaf for name, leaf in stacks.items() if re.search(KERNELS, name)
+        }
         if self.stacked:
             return stacks
         return {
-            name.replace("layers", f"layer_{index}", 1): jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            name.replace("layers", f"layer_{index}", 1): jax.ShapeDtypeStruct(
+                leaf.shape[1:], leaf.dtype
+            )
             for name, leaf in stacks.items()
             for index in range(leaf.shape[0])
         }
@@ -61,28 +74,33 @@ class Setting(NamedTuple):
 class Method:
     """An optimizer, and what its step must read and write.
 
-    Writing of weights, and reading and writing of the state, are the same for all. A matrix is taken to
-    be too large for any cache, so that a second pass over it is a second read.
+    Writing of weights, and reading and writing of the state, are the same for all. A
+    matrix is taken to be too large for any cache, so that a second pass over it is a
+    second read.
     """
 
     name: str
     make: Callable[[], optax.GradientTransformation]
     gradient_reads: int = 1
     weight_reads: int = 1
-    read_only: str | None = None  # The field of the state that an ordinary step does not write.
+    # The field of the state that an ordinary step does not write.
+    read_only: str | None = None
     refresh_every: int | None = None  # Steps from one dearer step to the next.
 
     def floor_bytes(self, kernels: dict[str, jax.ShapeDtypeStruct]) -> int:
         """Returns the bytes that an ordinary step must move; gradients have the weights' dtype.
 
-        With W bytes of weights and S of state that is `(gradient_reads + weight_reads + 1) W + 2 S`:
-        SGD 3 W, Adam 3 W + 2 S, and APOLLO 4 W + 2 S, as a gradient must be read whole, to be
-        projected, before the first number of it can be scaled.
+        With W bytes of weights and S of state that is
+        `(gradient_reads + weight_reads + 1) W + 2 S`: SGD 3 W, Adam 3 W + 2 S, and
+        APOLLO 4 W + 2 S, as a gradient must be read whole, to be projected, before the
+        first number of it can be scaled.
         """
         state = jax.eval_shape(self.make().init, kernels)
         unwritten = optax.tree.get(state, self.read_only) if self.read_only else ()
         passes = self.gradient_reads + self.weight_reads + 1
-        return passes * tree_bytes(kernels) + 2 * tree_bytes(state) - tree_bytes(unwritten)
+        return (
+            passes * tree_bytes(kernels) + 2 * tree_bytes(state) - tree_bytes(unwritten)
+        )
 
 
 def tree_bytes(tree: Any) -> int:
@@ -100,7 +118,9 @@ def adamw(setting: Setting, moments: str) -> optax.GradientTransformation:
 def galore(setting: Setting, rank: int) -> optax.GradientTransformation:
     if not setting.stacked:
         return optax.contrib.galore(LEARNING_RATE, rank, update_proj_gap=GALORE_GAP)
-    return optax.chain(galore_over_layers(rank, 1.0), optax.scale_by_learning_rate(LEARNING_RATE))
+    return optax.chain(
+        galore_over_layers(rank, 1.0), optax.scale_by_learning_rate(LEARNING_RATE)
+    )
 
 
 def muon(setting: Setting) -> optax.GradientTransformation:
@@ -111,7 +131,9 @@ def muon(setting: Setting) -> optax.GradientTransformation:
     return optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=numbers)
 
 
-def apollo(setting: Setting, of: Callable[..., Any], **options: Any) -> optax.GradientTransformation:
+def apollo(
+    setting: Setting, of: Callable[..., Any], **options: Any
+) -> optax.GradientTransformation:
     numbers = apollo_optax.ApolloDimensionNumbers(1, 2) if setting.stacked else None
     return of(LEARNING_RATE, weight_dimension_numbers=numbers, **options)
 
@@ -125,13 +147,20 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
     return {
         "sgd": [Method("sgd", lambda: optax.sgd(LEARNING_RATE))],
         "adamw": [
-            Method(f"adamw, {moments} moments", functools.partial(adamw, setting, moments))
+            Method(
+                f"adamw, {moments} moments", functools.partial(adamw, setting, moments)
+            )
             for moments in ("float32", "bfloat16")
         ],
         # Means of the squared gradient, then the size of the update by them, then the update; its
         # size goes by that of the weights.
         "adafactor": [
-            Method("adafactor", lambda: optax.adafactor(LEARNING_RATE), gradient_reads=3, weight_reads=2)
+            Method(
+                "adafactor",
+                lambda: optax.adafactor(LEARNING_RATE),
+                gradient_reads=3,
+                weight_reads=2,
+            )
         ],
         "lion": [Method("lion", lambda: optax.lion(LEARNING_RATE))],
         "galore": [
@@ -144,7 +173,10 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
         ],
         "muon": [Method("muon", functools.partial(muon, setting))],
         "apollo": [
-            *(twice(f"apollo, rank {rank}", of(apollo_optax.apollo, rank=rank)) for rank in ranks),
+            *(
+                twice(f"apollo, rank {rank}", of(apollo_optax.apollo, rank=rank))
+                for rank in ranks
+            ),
             *(
                 twice(
                     f"apollo, rank {rank}, rademacher",
@@ -155,7 +187,10 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
         ],
         "apollo-mini": [
             twice("apollo-mini", of(apollo_optax.apollo_mini)),
-            twice("apollo-mini, rademacher", of(apollo_optax.apollo_mini, projection="rademacher")),
+            twice(
+                "apollo-mini, rademacher",
+                of(apollo_optax.apollo_mini, projection="rademacher"),
+            ),
         ],
     }
 
@@ -166,7 +201,8 @@ class Measured:
 
     floor_bytes: int
     refresh_every: int | None = None
-    blocks: list[list[float]] = dataclasses.field(default_factory=list)  # Ordinary steps, by round.
+    # Ordinary steps, by round.
+    blocks: list[list[float]] = dataclasses.field(default_factory=list)
     refreshes: list[float] = dataclasses.field(default_factory=list)
     compilations: list[float] = dataclasses.field(default_factory=list)
     temporaries_bytes: int | None = None
@@ -203,7 +239,9 @@ class Contender(Protocol):
         ...
 
 
-def timed(step: Callable[[], None], wait: Callable[[], None], seconds: float) -> list[float]:
+def timed(
+    step: Callable[[], None], wait: Callable[[], None], seconds: float
+) -> list[float]:
     """Returns the times of some steps, for about so many seconds.
 
     Args:
@@ -212,7 +250,8 @@ def timed(step: Callable[[], None], wait: Callable[[], None], seconds: float) ->
         seconds: how long to go on; there are `FEWEST_TIMES` at the least, however slow.
 
     Returns:
-        The time of a step as the mean of a few that are waited for together, as in training: the
+        The time of a step as the mean of a few that are waited for together, as in
+            training: the
         device need not idle while the next step is launched.
     """
 
@@ -236,7 +275,9 @@ class Draw:
     def __init__(self, kernels: dict[str, jax.ShapeDtypeStruct]) -> None:
         def draw(seed: jax.Array) -> dict[str, jax.Array]:
             # The generator that the hardware has: the numbers need be of no quality.
-            keys = jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), len(kernels))
+            keys = jax.random.split(
+                jax.random.key(seed, impl="unsafe_rbg"), len(kernels)
+            )
             return {
                 name: jax.random.uniform(key, leaf.shape, leaf.dtype, -1e-2, 1e-2)
                 for key, (name, leaf) in zip(keys, kernels.items(), strict=True)
@@ -251,7 +292,9 @@ class Draw:
 class OnJax:
     """An Optax optimizer: update and apply in one program that donates parameters and state."""
 
-    def __init__(self, method: Method, kernels: dict[str, jax.ShapeDtypeStruct], draw: Draw) -> None:
+    def __init__(
+        self, method: Method, kernels: dict[str, jax.ShapeDtypeStruct], draw: Draw
+    ) -> None:
         self.measured = Measured(method.floor_bytes(kernels), method.refresh_every)
         self._kernels, self._draw, self._tx = kernels, draw, method.make()
         self._init = jax.jit(self._tx.init).lower(kernels).compile()
@@ -268,7 +311,9 @@ class OnJax:
         self.measured.compilations.append(time.perf_counter() - start)
         sizes = self._step.memory_analysis()
         self.measured.temporaries_bytes = sizes.temp_size_in_bytes
-        self.measured.state_bytes = sizes.argument_size_in_bytes - 2 * tree_bytes(self._kernels)
+        self.measured.state_bytes = sizes.argument_size_in_bytes - 2 * tree_bytes(
+            self._kernels
+        )
 
     def _lowered(self) -> jax.stages.Lowered:
         @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -276,7 +321,9 @@ class OnJax:
             updates, state = self._tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        return step.lower(self._kernels, jax.eval_shape(self._tx.init, self._kernels), self._kernels)
+        return step.lower(
+            self._kernels, jax.eval_shape(self._tx.init, self._kernels), self._kernels
+        )
 
     def run_block(self, seconds: float) -> None:
         try:
@@ -318,14 +365,20 @@ class Copy:
 
     def compile(self) -> None:
         # Into memory that is there; a copy from bits to the same bits may go through one thread.
-        copy = jax.jit(lambda target, source: -source, donate_argnums=0, keep_unused=True)
+        copy = jax.jit(
+            lambda target, source: -source, donate_argnums=0, keep_unused=True
+        )
         self._copy = copy.lower(self._source, self._source).compile()
 
     def run_block(self, seconds: float) -> None:
-        source, target = (jnp.ones(self._source.shape, self._source.dtype) for _ in range(2))
+        source, target = (
+            jnp.ones(self._source.shape, self._source.dtype) for _ in range(2)
+        )
 
         def step() -> None:
             nonlocal target
             target = self._copy(target, source)
 
-        self.measured.blocks.append(timed(step, lambda: jax.block_until_ready(target), seconds))
+        self.measured.blocks.append(
+            timed(step, lambda: jax.block_until_ready(target), seconds)
+        )

@@ -1,6 +1,7 @@
 """The authors' release and torch's fused AdamW, for benchmarks.optimizer_step --against-torch.
 
-The release (PyPI `apollo-torch`, under a non-commercial licence) is called as its README says.
+The release (PyPI `apollo-torch`, under a non-commercial licence) is called as its
+README says.
 """
 
 import functools
@@ -13,7 +14,15 @@ import jax
 
 import apollo_optax
 from benchmarks.report import cores
-from benchmarks.step_contenders import LEARNING_RATE, Measured, Method, Setting, adamw, apollo, timed
+from benchmarks.step_contenders import (
+    LEARNING_RATE,
+    Measured,
+    Method,
+    Setting,
+    adamw,
+    apollo,
+    timed,
+)
 from examples.llama.usage import UsageError
 
 RELEASE_GAP = 200  # As in its README, and in the paper.
@@ -25,7 +34,8 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UsageError(
-            f"--against-torch needs {name} ({error}); pip install '.[bench-torch]', or make bench-step"
+            f"--against-torch needs {name} ({error}); pip install '.[bench-torch]', "
+            "or make bench-step"
         ) from error
 
 
@@ -40,7 +50,9 @@ def device_type() -> str:
         return "cpu"
     if backend == "gpu" and imported("torch").cuda.is_available():
         return "cuda"
-    raise UsageError(f"--against-torch: torch can't use this device ({backend}); leave it out")
+    raise UsageError(
+        f"--against-torch: torch can't use this device ({backend}); leave it out"
+    )
 
 
 def check() -> None:
@@ -92,7 +104,9 @@ class OnTorch:
 
         def draw(leaf: jax.ShapeDtypeStruct) -> Any:
             dtype = getattr(torch, leaf.dtype.name)
-            return torch.empty(leaf.shape[::-1], dtype=dtype, device=self._device).uniform_(-1e-2, 1e-2)
+            return torch.empty(
+                leaf.shape[::-1], dtype=dtype, device=self._device
+            ).uniform_(-1e-2, 1e-2)
 
         params = [torch.nn.Parameter(draw(leaf)) for leaf in self._kernels.values()]
         for param, leaf in zip(params, self._kernels.values(), strict=True):
@@ -119,15 +133,23 @@ def fused_adamw(params: list[Any], gap: int) -> Any:
     return imported("torch").optim.AdamW(params, lr=LEARNING_RATE, fused=True)
 
 
-def contenders(setting: Setting, kernels: dict[str, jax.ShapeDtypeStruct]) -> dict[str, OnTorch]:
+def contenders(
+    setting: Setting, kernels: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, OnTorch]:
     """Returns torch's by name; their floors are those of ours, with moments in the weights' dtype."""
 
-    def floor_bytes(make: Callable[..., Any], gradient_reads: int, **options: Any) -> int:
-        return Method("", functools.partial(make, setting, **options), gradient_reads).floor_bytes(kernels)
+    def floor_bytes(
+        make: Callable[..., Any], gradient_reads: int, **options: Any
+    ) -> int:
+        return Method(
+            "", functools.partial(make, setting, **options), gradient_reads
+        ).floor_bytes(kernels)
 
     ours = functools.partial(floor_bytes, apollo, 2, moment_dtype=setting.dtype)
     found = {
-        "torch adamw, fused": OnTorch(floor_bytes(adamw, 1, moments=setting.dtype), kernels, fused_adamw),
+        "torch adamw, fused": OnTorch(
+            floor_bytes(adamw, 1, moments=setting.dtype), kernels, fused_adamw
+        ),
         "apollo-torch, mini": OnTorch(
             ours(of=apollo_optax.apollo_mini),
             kernels,

@@ -1,9 +1,10 @@
 """What weights of few bits cost in perplexity: `python -m benchmarks.weights_quality`.
 
-Trains the tiny LLaMA with APOLLO-Mini on the source of Python's standard library, once a seed for each way
-to keep the weights, all else equal, and prints the validation perplexities. Takes half an hour on two cores;
-cut off, the same command goes on. In float32 all are computed with the same numbers, so that only the
-weights differ: `--compute-dtype float32`.
+Trains the tiny LLaMA with APOLLO-Mini on the source of Python's standard library, once
+a seed for each way to keep the weights, all else equal, and prints the validation
+perplexities. Takes half an hour on two cores; cut off, the same command goes on. In
+float32 all are computed with the same numbers, so that only the weights differ:
+`--compute-dtype float32`.
 """
 
 import dataclasses
@@ -33,7 +34,11 @@ def main(args: list[str] | None = None) -> None:
         options = parse(WeightsOptions, args, "python -m benchmarks.weights_quality")
         results = quality.perplexities(options, WAYS)
         reference = dict.fromkeys(WAYS, "float32")
-        print(quality.table(options, "tiny, apollo-mini", "over float32", results, reference))
+        print(
+            quality.table(
+                options, "tiny, apollo-mini", "over float32", results, reference
+            )
+        )
 
     exit_on_usage_error(command)
 

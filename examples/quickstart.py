@@ -30,7 +30,9 @@ def loss_fn(model: Mlp, x_BxD: jax.Array, y_BxK: jax.Array) -> jax.Array:
 
 
 @nnx.jit
-def train_step(model: Mlp, optimizer: nnx.Optimizer, x_BxD: jax.Array, y_BxK: jax.Array) -> jax.Array:
+def train_step(
+    model: Mlp, optimizer: nnx.Optimizer, x_BxD: jax.Array, y_BxK: jax.Array
+) -> jax.Array:
     loss, grads = nnx.value_and_grad(loss_fn)(model, x_BxD, y_BxK)
     optimizer.update(model, grads)
     return loss

@@ -16,18 +16,31 @@ from pathlib import Path
 from benchmarks.gpu import needs
 
 # The parts run in this order, so that what takes least time is known first.
-DEFAULT_SECONDS = {"check": 60.0, "step": 120.0, "memory": 120.0, "throughput": 240.0, "train": 300.0}
+DEFAULT_SECONDS = {
+    "check": 60.0,
+    "step": 120.0,
+    "memory": 120.0,
+    "throughput": 240.0,
+    "train": 300.0,
+}
 PARTS = tuple(DEFAULT_SECONDS)
 
 
 def arguments(args: list[str] | None) -> argparse.Namespace:
     # argparse, since tyro is not on every machine that has a GPU.
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Measures what only a GPU can show."
+        prog="python -m benchmarks.gpu",
+        description="Measures what only a GPU can show.",
     )
-    budgets = ", ".join(f"{name} {seconds:g}" for name, seconds in DEFAULT_SECONDS.items())
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the tables")
+    budgets = ", ".join(
+        f"{name} {seconds:g}" for name, seconds in DEFAULT_SECONDS.items()
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu"), help="folder for the tables"
+    )
     parser.add_argument(
         "--seconds",
         nargs="+",
@@ -35,20 +48,41 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         metavar="PART=N",
         help=f"time budgets of parts, by default {budgets}",
     )
-    parser.add_argument("--total-seconds", type=float, help="time budget of the whole call")
-    parser.add_argument("--rehearse", action="store_true", help="run at tiny sizes, also on a CPU")
     parser.add_argument(
-        "--dump", nargs="+", default=[], metavar="PART", help="keep the optimised HLO of each step"
+        "--total-seconds", type=float, help="time budget of the whole call"
     )
-    parser.add_argument("--only", default="", metavar="REGEX", help="measure rows with a matching name alone")
-    parser.add_argument("--needs", action="store_true", help="list the packages and their versions")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run at tiny sizes, also on a CPU"
+    )
+    parser.add_argument(
+        "--dump",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="keep the optimised HLO of each step",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="REGEX",
+        help="measure rows with a matching name alone",
+    )
+    parser.add_argument(
+        "--needs", action="store_true", help="list the packages and their versions"
+    )
     quality = parser.add_argument_group("quality runs of the part train")
     quality.add_argument("--data", help="as in pretrain; python unless rehearsed")
     quality.add_argument("--seeds", nargs="+", type=int, default=[0])
     quality.add_argument(
-        "--lr-factors", nargs="+", type=float, default=[1.0], help="multiples of the default rates"
+        "--lr-factors",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="multiples of the default rates",
     )
-    quality.add_argument("--optimizers", nargs="+", help="by default those of the table")
+    quality.add_argument(
+        "--optimizers", nargs="+", help="by default those of the table"
+    )
     quality.add_argument("--steps", type=int, help="by default as many as fit")
     given = parser.parse_args(args)
     for name in (*given.parts, *given.dump):
@@ -61,7 +95,10 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
             parser.error(f"--seconds {budget!r} is malformed; give PART=N, as check=60")
         given.budgets[name] = float(seconds)
     if given.total_seconds is not None and not given.total_seconds > 0:
-        parser.error(f"--total-seconds {given.total_seconds} is out of range; give a number above 0")
+        parser.error(
+            f"--total-seconds {given.total_seconds} is out of range; "
+            "give a number above 0"
+        )
     try:
         re.compile(given.only)
     except re.error as error:
@@ -92,7 +129,10 @@ def runners(given: argparse.Namespace) -> dict[str, Callable[..., None]]:
         data=given.data or ("stdlib" if given.rehearse else "python"),
         seeds=tuple(given.seeds),
         lr_factors=tuple(given.lr_factors),
-        optimizers=tuple(given.optimizers or (train.REHEARSED if given.rehearse else train.OPTIMIZERS)),
+        optimizers=tuple(
+            given.optimizers
+            or (train.REHEARSED if given.rehearse else train.OPTIMIZERS)
+        ),
         steps=given.steps,
     )
     return {
@@ -114,8 +154,8 @@ def measure(given: argparse.Namespace) -> None:
     device = this_device()
     if device.platform != "gpu" and not given.rehearse:
         raise UsageError(
-            f"JAX finds no GPU, only {device.kind}; install JAX for CUDA, or give --rehearse to try "
-            "the command at tiny sizes"
+            f"JAX finds no GPU, only {device.kind}; install JAX for CUDA, or give "
+            "--rehearse to try the command at tiny sizes"
         )
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.parts or PARTS:
@@ -140,7 +180,10 @@ def main(args: list[str] | None = None) -> None:
         print(needs.report())
         return
     if missing := needs.missing():
-        print(f"error: {', '.join(missing)} must be installed; see --needs", file=sys.stderr)
+        print(
+            f"error: {', '.join(missing)} must be installed; see --needs",
+            file=sys.stderr,
+        )
         sys.exit(2)
     from examples.llama.usage import exit_on_usage_error
 

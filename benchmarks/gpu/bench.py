@@ -89,7 +89,9 @@ class Bench:
         """Returns whether --only leaves a row in."""
         return bool(re.search(self.only, name))
 
-    def measure(self, jobs: Iterable[Job], put: Callable[[Job, Any, Any], None]) -> None:
+    def measure(
+        self, jobs: Iterable[Job], put: Callable[[Job, Any, Any], None]
+    ) -> None:
         """Measures each job; `put` gets the job, what it prepared and what it found.
 
         As many jobs as the host has cores for prepare at a time. None of them measures
@@ -121,7 +123,9 @@ class Bench:
             if self.left() <= 0:
                 break
             notice(f"{self.report.part}: preparing {job.name}")
-            worker = Worker(job.row, *job.args, variables={**self.quick(), **job.variables})
+            worker = Worker(
+                job.row, *job.args, variables={**self.quick(), **job.variables}
+            )
             started.append(stack.enter_context(worker))
         return started
 

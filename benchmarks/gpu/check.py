@@ -59,13 +59,17 @@ def jitted_against_eager() -> list[Outcome]:
     shapes = {"kernel": (64, 96), "tall": (96, 64), "stack": (3, 32, 48), "bias": (96,)}
     numbers = {"stack": apollo_optax.ApolloDimensionNumbers(1, 2)}
     rules = apollo_optax.dimension_numbers_by_path(list(numbers.items()))
-    apollo = functools.partial(apollo_optax.scale_by_apollo, weight_dimension_numbers=rules)
+    apollo = functools.partial(
+        apollo_optax.scale_by_apollo, weight_dimension_numbers=rules
+    )
     found = []
     for name, tx in (
         ("apollo", apollo(rank=8, update_proj_gap=2)),
         ("apollo-mini", apollo(rank=1, scale_type="tensor", scale=128.0)),
     ):
-        state = eager = tx.init({key: jnp.zeros(shape) for key, shape in shapes.items()})
+        state = eager = tx.init(
+            {key: jnp.zeros(shape) for key, shape in shapes.items()}
+        )
         update, errors = jax.jit(tx.update), []
         for step in range(STEPS):
             keys = jax.random.split(jax.random.key(step), len(shapes))
@@ -74,7 +78,9 @@ def jitted_against_eager() -> list[Outcome]:
             updates, state = update(grads, state)
             others, eager = tx.update(grads, eager)
             errors.append(largest_difference(updates, others))
-        found.append(Outcome(f"{name}, jitted against eager, {STEPS} steps", max(errors), 1e-5))
+        found.append(
+            Outcome(f"{name}, jitted against eager, {STEPS} steps", max(errors), 1e-5)
+        )
     return found
 
 
@@ -92,7 +98,9 @@ def stochastic_rounding() -> list[Outcome]:
     count, step = 2**20, 2.0**-11  # Above 1, a bfloat16 step is 2^-7.
     params = {"kernel": jnp.ones((count,), jnp.bfloat16)}
     updates = {"kernel": jnp.full((count,), step)}
-    apply = jax.jit(lambda: apply_updates_stochastic(params, updates, jax.random.key(0)))
+    apply = jax.jit(
+        lambda: apply_updates_stochastic(params, updates, jax.random.key(0))
+    )
     here = np.asarray(apply()["kernel"], np.float64)
     with jax.default_device(jax.devices("cpu")[0]):
         ours, theirs = (jax.tree.map(np.asarray, tree) for tree in (params, updates))
@@ -103,14 +111,23 @@ def stochastic_rounding() -> list[Outcome]:
     bias = abs(float(here.mean()) - 1 - step) / standard_error
     differing = int((here != np.asarray(there, np.float64)).sum())
     return [
-        Outcome(f"stochastic rounding of {count:,} numbers, other than on the CPU", differing, 0),
+        Outcome(
+            f"stochastic rounding of {count:,} numbers, other than on the CPU",
+            differing,
+            0,
+        ),
         Outcome("their mean's distance from the unrounded, standard errors", bias, 5),
     ]
 
 
 def small_run(**options: Any) -> RunOptions:
     """Returns a run of the tiny model in float32, with its defaults filled in."""
-    fields = {"weights": "float32", "moment_dtype": "float32", "batch": 4, "seq": 64} | options
+    fields = {
+        "weights": "float32",
+        "moment_dtype": "float32",
+        "batch": 4,
+        "seq": 64,
+    } | options
     (run,) = runs(step_of("tiny", "apollo-mini", **fields), preset("tiny"))
     return run
 
@@ -123,8 +140,12 @@ def trained(run: RunOptions, steps: int = STEPS) -> tuple[list[float], Any]:
     train_step = build.training_step(run, config, tx, mesh)
     losses, rng = [], np.random.default_rng(0)
     for step in range(1, steps + 1):
-        tokens = rng.integers(config.vocab_size, size=(run.batch, run.seq + 1), dtype=np.int32)
-        state, metrics = train_step(state, jax.device_put(tokens, over_data(mesh)), np.int32(step))
+        tokens = rng.integers(
+            config.vocab_size, size=(run.batch, run.seq + 1), dtype=np.int32
+        )
+        state, metrics = train_step(
+            state, jax.device_put(tokens, over_data(mesh)), np.int32(step)
+        )
         losses.append(float(metrics.loss))
     return losses, jax.device_get(state.params)
 
@@ -134,7 +155,11 @@ def compared(what: str, ours: RunOptions, theirs: RunOptions) -> list[Outcome]:
     by_loss = max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
     return [
         Outcome(f"{what}, losses of {STEPS} steps", by_loss, 1e-5),
-        Outcome(f"{what}, parameters after them", largest_difference(params, other_params), 1e-4),
+        Outcome(
+            f"{what}, parameters after them",
+            largest_difference(params, other_params),
+            1e-4,
+        ),
     ]
 
 
@@ -150,7 +175,9 @@ def in_host_memory(offload: str) -> list[Outcome] | Failed:
         return Failed("needs a device with a memory of its own")
     jax.config.update("jax_default_matmul_precision", "highest")
     run = small_run(layerwise=True)
-    return compared(f"{offload} in host memory", dataclasses.replace(run, offload=offload), run)
+    return compared(
+        f"{offload} in host memory", dataclasses.replace(run, offload=offload), run
+    )
 
 
 def flash_attention(head_size: int) -> list[Outcome] | Failed:
@@ -158,7 +185,9 @@ def flash_attention(head_size: int) -> list[Outcome] | Failed:
         return Failed("needs cuDNN's flash attention")
     # Queries, keys, values and the gradient of the result.
     keys = jax.random.split(jax.random.key(0), 4)
-    given = [jax.random.normal(key, (4, 256, 8, head_size), jnp.bfloat16) for key in keys]
+    given = [
+        jax.random.normal(key, (4, 256, 8, head_size), jnp.bfloat16) for key in keys
+    ]
 
     def computed(dtype: Any, implementation: Any) -> Iterator[np.ndarray]:
         *inputs, cotangent = (x.astype(dtype) for x in given)
@@ -175,8 +204,14 @@ def flash_attention(head_size: int) -> list[Outcome] | Failed:
         pairs = zip(computed(jnp.bfloat16, implementation), exact, strict=True)
         return [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs]
 
-    ratios = [ours / theirs for ours, theirs in zip(errors("cudnn"), errors("xla"), strict=True)]
-    what = f"cuDNN's attention, heads of {head_size}: its error and its gradients' over XLA's"
+    ratios = [
+        ours / theirs
+        for ours, theirs in zip(errors("cudnn"), errors("xla"), strict=True)
+    ]
+    what = (
+        f"cuDNN's attention, heads of {head_size}: its error and its gradients' over "
+        "XLA's"
+    )
     return [Outcome(what, max(ratios), 2.0)]
 
 
@@ -185,17 +220,30 @@ def jobs(on_gpu: bool) -> list[Job]:
         *(
             (f"golden trajectories, {dtype}, {name}", golden, (dtype, cases))
             for dtype in TOLERANCES
-            for name, cases in (("first half", list(CASES)[::2]), ("second half", list(CASES)[1::2]))
+            for name, cases in (
+                ("first half", list(CASES)[::2]),
+                ("second half", list(CASES)[1::2]),
+            )
         ),
         ("jitted against eager", jitted_against_eager, ()),
         ("stochastic rounding", stochastic_rounding, ()),
         ("layer-wise against ordinary step", layerwise_against_ordinary, ()),
-        *((f"cuDNN's attention, heads of {size}", flash_attention, (size,)) for size in (64, 128)),
-        *((f"{what} in host memory", in_host_memory, (what,)) for what in ("weights", "activations")),
+        *(
+            (f"cuDNN's attention, heads of {size}", flash_attention, (size,))
+            for size in (64, 128)
+        ),
+        *(
+            (f"{what} in host memory", in_host_memory, (what,))
+            for what in ("weights", "activations")
+        ),
     ]
     # What a program computes is checked, not how fast: trying kernels would take most of the time.
-    variables = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"} if on_gpu else {}
-    return [Job(name, checked, (check, *args), variables) for name, check, args in checks]
+    variables = (
+        {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"} if on_gpu else {}
+    )
+    return [
+        Job(name, checked, (check, *args), variables) for name, check, args in checks
+    ]
 
 
 def put_outcome(table: Table, name: str, outcome: Outcome) -> None:

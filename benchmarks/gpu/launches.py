@@ -1,6 +1,7 @@
 """Counts what `--dump` kept: python -m benchmarks.gpu.launches OUT/step-hlo.zip.
 
-A GPU takes some microseconds to launch a kernel, so a step of many small ones waits for them.
+A GPU takes some microseconds to launch a kernel, so a step of many small ones waits for
+them.
 """
 
 import argparse
@@ -15,12 +16,17 @@ def table(path: Path) -> str:
     """Returns how many kernels each program of a --dump launches."""
     with zipfile.ZipFile(path) as file:
         programs = {name: file.read(name).decode() for name in file.namelist()}
-    rows = [[name.removesuffix(".txt"), f"{launches(text):,.0f}"] for name, text in programs.items()]
+    rows = [
+        [name.removesuffix(".txt"), f"{launches(text):,.0f}"]
+        for name, text in programs.items()
+    ]
     return markdown(["program", "kernels launched"], rows, numbers_from=1)
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.launches", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.launches", description=__doc__
+    )
     parser.add_argument("dump", type=Path, help="a PART-hlo.zip")
     given = parser.parse_args(args)
     try:

@@ -53,7 +53,9 @@ def trained(run: RunOptions, hlo: Path | None) -> Generator[Memory | Trained]:
     yield timed_steps(run, compiled, build.initial_state(run, config, tx, mesh), mesh)
 
 
-def timed_steps(run: RunOptions, step: Any, state: Any, mesh: jax.sharding.Mesh) -> Trained:
+def timed_steps(
+    run: RunOptions, step: Any, state: Any, mesh: jax.sharding.Mesh
+) -> Trained:
     """Returns what training on random tokens for some seconds shows."""
     vocab_size = build.model_config(run).vocab_size
     drawn = np.random.default_rng(0).integers(vocab_size, size=(run.batch, run.seq + 1))
@@ -83,7 +85,13 @@ def planned_runs(model: str, seq: int) -> list[RunOptions]:
     found = []
     for batch, options in wanted:
         remat = "none" if batch == 1 else "full"
-        given = {"target": "gpu", "seq": seq, "layerwise": True, "batch": batch, "remat": remat}
+        given = {
+            "target": "gpu",
+            "seq": seq,
+            "layerwise": True,
+            "batch": batch,
+            "remat": remat,
+        }
         (run,) = runs(step_of(model, "apollo-mini", **given, **options), preset(model))
         found.append(run)
     return found
@@ -101,8 +109,8 @@ def gigabytes(size: int | None) -> str:
 def run(bench: Bench) -> None:
     model, seq = ("tiny", 32) if bench.rehearse else ("7b", 256)
     title = (
-        f"{model}, sequences of {seq}, layer-wise apollo-mini, moments in bfloat16; remat none at "
-        "batch 1, full above; GB of 1e9 bytes"
+        f"{model}, sequences of {seq}, layer-wise apollo-mini, moments in bfloat16; "
+        "remat none at batch 1, full above; GB of 1e9 bytes"
     )
     table = bench.report.table(title, HEAD, numbers_from=2)
     found: dict[str, Trained] = {}
@@ -122,18 +130,26 @@ def run(bench: Bench) -> None:
             return
         found[job.name] = result
         rate = run.batch * run.seq / result.seconds
-        cells += [gigabytes(result.peak_bytes), gigabytes(result.initial_peak_bytes), host]
+        cells += [
+            gigabytes(result.peak_bytes),
+            gigabytes(result.initial_peak_bytes),
+            host,
+        ]
         cells += [f"{result.seconds:.3f}", f"{rate:,.0f}"]
         table.put(job.name, cells, values | result._asdict())
 
     planned = planned_runs(model, seq)[: 2 if bench.rehearse else None]
-    jobs = [Job(name_of(run), trained, (run, bench.hlo(name_of(run)))) for run in planned]
+    jobs = [
+        Job(name_of(run), trained, (run, bench.hlo(name_of(run)))) for run in planned
+    ]
     bench.measure(jobs, put)
     if bench.on_gpu and not bench.rehearse:
         put_goals(bench, planned, found)
 
 
-def put_goals(bench: Bench, planned: list[RunOptions], found: dict[str, Trained]) -> None:
+def put_goals(
+    bench: Bench, planned: list[RunOptions], found: dict[str, Trained]
+) -> None:
     table = bench.report.table("Goals", GOALS_HEAD, numbers_from=5)
     for run, low, high in (
         (planned[0], 0.0, 9.5),

@@ -35,7 +35,9 @@ def installed(name: str) -> str | None:
 def tested() -> dict[str, str]:
     """Returns the versions in constraints.txt."""
     lines = CONSTRAINTS.read_text().splitlines()
-    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    pairs = (
+        line.split("==") for line in lines if "==" in line and not line.startswith("#")
+    )
     return {name.strip().lower(): version.strip() for name, version in pairs}
 
 

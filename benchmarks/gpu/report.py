@@ -19,7 +19,9 @@ class Table:
         numbers_from: the first column to align to the right.
     """
 
-    def __init__(self, report: "Report", title: str, head: Sequence[str], numbers_from: int) -> None:
+    def __init__(
+        self, report: "Report", title: str, head: Sequence[str], numbers_from: int
+    ) -> None:
         self._report, self._title = report, title
         self._head, self._numbers_from = head, numbers_from
         self._cells: dict[str, Sequence[str]] = {}
@@ -78,4 +80,6 @@ class Report:
         found = {"part": self.part, "made_with": self._made_with, "tables": tables}
         found["notes"] = self._notes
         write_whole(self.folder / f"{self.part}.md", self.as_markdown())
-        write_whole(self.folder / f"{self.part}.json", json.dumps(found, indent=1) + "\n")
+        write_whole(
+            self.folder / f"{self.part}.json", json.dumps(found, indent=1) + "\n"
+        )

@@ -65,13 +65,21 @@ def timed(
     kernels = setting.kernels()
     contender: Contender
     if name in TORCH_ROWS:
-        packages = ("torch", "apollo_torch") if name.startswith("apollo") else ("torch",)
-        if missing := [package for package in packages if not importlib.util.find_spec(package)]:
+        packages = (
+            ("torch", "apollo_torch") if name.startswith("apollo") else ("torch",)
+        )
+        if missing := [
+            package for package in packages if not importlib.util.find_spec(package)
+        ]:
             yield Failed(f"{missing[0]} is not installed")
             return
         contender = step_torch.contenders(setting, kernels)[name]
     else:
-        known = {method.name: method for group in methods(setting).values() for method in group}
+        known = {
+            method.name: method
+            for group in methods(setting).values()
+            for method in group
+        }
         contender = OnJax(known[name], kernels, Draw(kernels))
     copy = Copy(copy_bytes)
     copy.compile()
@@ -99,12 +107,29 @@ def goals() -> list[Goal]:
     release = over(MINI, "apollo-torch, mini")
     return [
         gpu("apollo-mini over its floor of bytes", 1.3, outcome=over_bytes(MINI)),
-        gpu("apollo rank 256 over its floor of bytes", 1.45, outcome=over_bytes(RANK_256)),
+        gpu(
+            "apollo rank 256 over its floor of bytes",
+            1.45,
+            outcome=over_bytes(RANK_256),
+        ),
         gpu("apollo-mini over adamw, bfloat16 moments", 0.75, outcome=over(MINI, bf16)),
         gpu("apollo-mini over adamw, float32 moments", 0.45, outcome=over(MINI, f32)),
-        gpu("apollo rank 256 over adamw, bfloat16 moments", 0.95, outcome=over(RANK_256, bf16)),
-        gpu("apollo rank 256 over adamw, float32 moments", 0.6, outcome=over(RANK_256, f32)),
-        gpu("apollo-mini over the authors' release", 0.3, outcome=release, layouts=("unstacked",)),
+        gpu(
+            "apollo rank 256 over adamw, bfloat16 moments",
+            0.95,
+            outcome=over(RANK_256, bf16),
+        ),
+        gpu(
+            "apollo rank 256 over adamw, float32 moments",
+            0.6,
+            outcome=over(RANK_256, f32),
+        ),
+        gpu(
+            "apollo-mini over the authors' release",
+            0.3,
+            outcome=release,
+            layouts=("unstacked",),
+        ),
     ]
 
 
@@ -113,7 +138,9 @@ def row(name: str, results: dict[str, Measured]) -> list[str]:
     found = cells(name, results)
     bandwidth = ""
     if measured.copy and (blocks := measured.copy.by_round()):
-        bandwidth = f"{measured.copy.floor_bytes / sorted(blocks)[len(blocks) // 2] / 1e9:,.0f}"
+        bandwidth = (
+            f"{measured.copy.floor_bytes / sorted(blocks)[len(blocks) // 2] / 1e9:,.0f}"
+        )
     return [*found[:7], bandwidth, *found[9:]]
 
 
@@ -122,14 +149,19 @@ def title(setting: Setting) -> str:
     count = sum(leaf.size for leaf in kernels.values())
     layers = f", {setting.layers} of its layers" if setting.layers else ""
     return (
-        f"{setting.model}{layers}, {setting.dtype}, {setting.layout}: {count:,} parameters in "
-        f"{len(kernels)} leaves, {megabytes(tree_bytes(kernels))} MB; medians of {ROUNDS} rounds of blocks "
-        f"of {BLOCK_SECONDS} s, each beside a copy in the same process"
+        f"{setting.model}{layers}, {setting.dtype}, {setting.layout}: {count:,} "
+        f"parameters in {len(kernels)} leaves, {megabytes(tree_bytes(kernels))} MB; "
+        f"medians of {ROUNDS} rounds of blocks of {BLOCK_SECONDS} s, each beside a "
+        "copy in the same process"
     )
 
 
 def run(bench: Bench) -> None:
-    sizes = Sizes("tiny", 2, 2**20) if bench.rehearse else Sizes("7b", LAYERS, COPY_BYTES["gpu"])
+    sizes = (
+        Sizes("tiny", 2, 2**20)
+        if bench.rehearse
+        else Sizes("7b", LAYERS, COPY_BYTES["gpu"])
+    )
     results: Results = {}
     tables: dict[Setting, Table] = {}
 
@@ -146,11 +178,14 @@ def run(bench: Bench) -> None:
         if found.refresh_every and found.refreshes:
             seconds = sorted(found.refreshes)[len(found.refreshes) // 2]
             bench.report.note(
-                f"{name}: one step in {found.refresh_every} takes {milliseconds(seconds)} ms, amortised "
-                "into the table."
+                f"{name}: one step in {found.refresh_every} takes "
+                f"{milliseconds(seconds)} ms, amortised into the table."
             )
 
-    for layout, names in (("unstacked", (*ROWS, *TORCH_ROWS)), ("stacked", STACKED_ROWS)):
+    for layout, names in (
+        ("unstacked", (*ROWS, *TORCH_ROWS)),
+        ("stacked", STACKED_ROWS),
+    ):
         setting = Setting(sizes.model, "bfloat16", layout, sizes.layers)
         results[setting] = {}
         tables[setting] = bench.report.table(title(setting), HEAD, numbers_from=1)

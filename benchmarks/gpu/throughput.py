@@ -1,8 +1,9 @@
 """`throughput`: what a small state is worth, the larger batch that fits beside it.
 
 AdamW with bfloat16 moments, and APOLLO-Mini by the ordinary and by the layer-wise step,
-each train 7B at the largest batch that fits a part of the GPU's memory, on random tokens.
-The largest batch is where a line through the memory of two compiled batches meets it.
+each train 7B at the largest batch that fits a part of the GPU's memory, on random
+tokens. The largest batch is where a line through the memory of two compiled batches
+meets it.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from examples.llama.plan import PlanOptions, bytes_in, runs
 from examples.llama.target import memory_of
 from examples.llama.usage import notice
 
-PLANNED_BATCHES = (64, 256)  # Large enough for activations, not gradients, to make the peak.
+# Large enough for activations, not gradients, to make the peak.
+PLANNED_BATCHES = (64, 256)
 MARGIN = 0.97  # The rest of the memory is for what the compiler does not count.
 STEP_DOWN = 0.9  # A batch that does not fit is multiplied by this.
 HEAD = (
@@ -36,7 +38,8 @@ HEAD = (
 class Case(NamedTuple):
     """A row of the table."""
 
-    limit_bytes: int | None  # The memory that the run gets; None: all, at the run's batch.
+    # The memory that the run gets; None: all, at the run's batch.
+    limit_bytes: int | None
     name: str
     run: RunOptions
 
@@ -58,7 +61,9 @@ def cases(model: str, seq: int, limits: list[int]) -> list[Case]:
         (None, "apollo-mini, layer-wise, int8 weights", int8),
         *((limit, "apollo-mini", mini) for limit in limits),
     ]
-    return [Case(limit, name, *runs(plan, preset(model))) for limit, name, plan in found]
+    return [
+        Case(limit, name, *runs(plan, preset(model))) for limit, name, plan in found
+    ]
 
 
 def line(run: RunOptions, platform: str) -> Generator[tuple[float, float]]:
@@ -107,7 +112,9 @@ def measured(
             return batch, NO_TIME
         run = dataclasses.replace(case.run, batch=batch)
         hlo: Path | None = bench.hlo(f"{case.name}, {case.memory}")
-        job = Job(f"{case.name}, {case.memory}, batch {batch}", trained, (run, hlo), variables)
+        job = Job(
+            f"{case.name}, {case.memory}, batch {batch}", trained, (run, hlo), variables
+        )
         found = bench.measure_alone(job)
         if found != Failed("out of memory"):
             return batch, found
@@ -116,13 +123,15 @@ def measured(
 
 
 def run(bench: Bench) -> None:
-    model, seq, limits = ("tiny", 16, [60_000_000]) if bench.rehearse else ("7b", 256, [])
+    model, seq, limits = (
+        ("tiny", 16, [60_000_000]) if bench.rehearse else ("7b", 256, [])
+    )
     if not limits:
         there = bench.device.memory_bytes or 0
         limits = [min(bytes_in("", "80GB"), there), bytes_in("", "64GB")]
     title = (
-        f"{model}, bfloat16 weights unless said, sequences of {seq}, remat full (none for int8); "
-        "GB of 1e9 bytes"
+        f"{model}, bfloat16 weights unless said, sequences of {seq}, remat full (none "
+        "for int8); GB of 1e9 bytes"
     )
     table = bench.report.table(title, HEAD, numbers_from=2)
     lines: dict[tuple[str, bool], tuple[float, float] | Failed] = {}
@@ -145,8 +154,12 @@ def run(bench: Bench) -> None:
         flops = rate * flops_per_token(model_config(case.run), seq)
         cells = [
             *(case.memory, case.name, f"{batch:,}", f"{rate:,.0f}"),
-            f"{rate / adamw[case.limit_bytes]:.2f}" if case.limit_bytes in adamw else "",
+            f"{rate / adamw[case.limit_bytes]:.2f}"
+            if case.limit_bytes in adamw
+            else "",
             f"{flops / peak:.1%}" if peak else "",
             f"{found.peak_bytes / 1e9:.2f}" if found.peak_bytes else "",
         ]
-        table.put(name, cells, {"batch": batch, "line": lines.get(kind), **found._asdict()})
+        table.put(
+            name, cells, {"batch": batch, "line": lines.get(kind), **found._asdict()}
+        )

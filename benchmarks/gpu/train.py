@@ -1,8 +1,8 @@
 """`train`: model-flops utilisation, then the quality of optimizers at 60M parameters.
 
-All optimizers train on the same batches, for as many tokens each as fit the time. Runs are
-kept in OUT/train.json with their curves; another call with the same OUT adds seeds and
-rates to them.
+All optimizers train on the same batches, for as many tokens each as fit the time. Runs
+are kept in OUT/train.json with their curves; another call with the same OUT adds seeds
+and rates to them.
 """
 
 import dataclasses
@@ -39,15 +39,34 @@ from examples.llama.windows import Windows, token_count, validation_batches
 
 UTILISATION_SECONDS = 75.0  # At most, of a part's time.
 OPTIMIZERS = ("adamw", "apollo-mini", "muon", "apollo", "adafactor")
-PREPARE_SECONDS = 25.0  # What a wave of runs takes to compile, for the plan of the time.
+# What a wave of runs takes to compile, for the plan of the time.
+PREPARE_SECONDS = 25.0
 RUN_SECONDS = 4.0  # What a run takes beside its steps: initial weights, evaluations.
 SHARE_OF_TIME = 0.9  # That the plan fills, as not all optimizers are as fast as AdamW.
 EVALUATIONS = 10
 EVALUATION_WINDOWS = 1024
 CURVE_POINTS = 100
-UTILISATION_HEAD = ("model", "optimizer", "batch", "seq", "tokens/s", "of the peak flops", "s a step")
+UTILISATION_HEAD = (
+    "model",
+    "optimizer",
+    "batch",
+    "seq",
+    "tokens/s",
+    "of the peak flops",
+    "s a step",
+)
 QUALITY_HEAD = (
-    *("optimizer", "lr", "lr emb", "seed", "steps", "tokens", "val ppl", "train loss", "tokens/s"),
+    *(
+        "optimizer",
+        "lr",
+        "lr emb",
+        "seed",
+        "steps",
+        "tokens",
+        "val ppl",
+        "train loss",
+        "tokens/s",
+    ),
 )
 
 
@@ -57,7 +76,8 @@ REHEARSED = ("adamw", "apollo-mini")
 class Sizes(NamedTuple):
     """What is trained."""
 
-    quality: RunOptions  # The model and the batch of the quality runs, whichever optimizer.
+    # The model and the batch of the quality runs, whichever optimizer.
+    quality: RunOptions
     utilisation: tuple[RunOptions, ...]
     data_tokens: int | None  # None: all there are.
 
@@ -69,7 +89,11 @@ def bfloat16_run(model: str, optimizer: str, **options: Any) -> RunOptions:
 
 def sizes(rehearse: bool) -> Sizes:
     # Weights in float32 and products in bfloat16: AdamW at its best.
-    mixed = {"weights": "float32", "compute_dtype": "bfloat16", "moment_dtype": "float32"}
+    mixed = {
+        "weights": "float32",
+        "compute_dtype": "bfloat16",
+        "moment_dtype": "float32",
+    }
     if rehearse:
         quality = bfloat16_run("tiny", "adamw", batch=4, seq=32, **mixed)
         return Sizes(quality, (quality,), 100_000)
@@ -96,7 +120,9 @@ def load(data: str, config: LlamaConfig, max_tokens: int | None) -> corpus.Corpu
     return corpus.load_corpus(data, vocab_size=config.vocab_size, max_tokens=max_tokens)
 
 
-def tokenised(data: str, config: LlamaConfig, max_tokens: int | None) -> Generator[Text]:
+def tokenised(
+    data: str, config: LlamaConfig, max_tokens: int | None
+) -> Generator[Text]:
     """Yields once the tokens are on disk."""
     text = load(data, config, max_tokens)
     yield Text(token_count(text.train), text.key)
@@ -125,23 +151,34 @@ def quality_run(
     text = load(data, config, max_tokens)
     windows = Windows(text.train, run.seq)
     held_out = validation_batches(
-        text.validation, seq=run.seq, count=EVALUATION_WINDOWS, batch=min(128, run.batch)
+        text.validation,
+        seq=run.seq,
+        count=EVALUATION_WINDOWS,
+        batch=min(128, run.batch),
     )
     # The same order for every optimizer and seed of weights.
     order = np.random.default_rng(run.seed).permutation(len(windows))
     tx, _ = make_optimizer(run, config)
     step: Any = compiled
     state = build.initial_state(run, config, tx, mesh)
-    evaluate = make_evaluator(pieces_of(config, build.execution_of(run, config, mesh)), held_out)
+    evaluate = make_evaluator(
+        pieces_of(config, build.execution_of(run, config, mesh)), held_out
+    )
     losses, validation, seconds = [], [(0, evaluate(state.params))], 0.0
     yield None
 
-    evaluated = sorted({round(run.steps * (k + 1) / EVALUATIONS) for k in range(EVALUATIONS)} - {0})
+    evaluated = sorted(
+        {round(run.steps * (k + 1) / EVALUATIONS) for k in range(EVALUATIONS)} - {0}
+    )
     start = time.perf_counter()
     for number in range(1, run.steps + 1):
-        chosen = order[np.arange((number - 1) * run.batch, number * run.batch) % len(order)]
+        chosen = order[
+            np.arange((number - 1) * run.batch, number * run.batch) % len(order)
+        ]
         tokens = np.stack([windows[int(index)] for index in chosen])
-        placed = jax.device_put((tokens, np.int32(number)), (over_data(mesh), build.on_every_device(mesh)))
+        placed = jax.device_put(
+            (tokens, np.int32(number)), (over_data(mesh), build.on_every_device(mesh))
+        )
         state, metrics = step(state, *placed)
         losses.append(metrics.loss)
         if number in evaluated:
@@ -177,8 +214,8 @@ class QualityOptions:
 def utilisation(bench: Bench, planned: tuple[RunOptions, ...]) -> dict[str, float]:
     """Fills the first table; returns tokens a second by model and optimizer."""
     title = (
-        "Model-flops utilisation; 60m with float32 weights and bfloat16 products, the others all in "
-        "bfloat16, remat dots"
+        "Model-flops utilisation; 60m with float32 weights and bfloat16 products, the "
+        "others all in bfloat16, remat dots"
     )
     table = bench.report.table(title, UTILISATION_HEAD, numbers_from=2)
     rates: dict[str, float] = {}
@@ -195,7 +232,11 @@ def utilisation(bench: Bench, planned: tuple[RunOptions, ...]) -> dict[str, floa
         peak = peak_flops(bench.device.kind, "bfloat16")
         flops = rate * flops_per_token(build.model_config(run), run.seq)
         share = f"{flops / peak:.1%}" if peak else ""
-        table.put(job.name, [*cells, f"{rate:,.0f}", share, f"{found.seconds:.4f}"], found._asdict())
+        table.put(
+            job.name,
+            [*cells, f"{rate:,.0f}", share, f"{found.seconds:.4f}"],
+            found._asdict(),
+        )
 
     jobs = []
     for run in planned:
@@ -215,18 +256,28 @@ def kept_runs(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     tables = json.loads(path.read_text())["tables"]
     rows = [row for table in tables for row in table["rows"]]
-    return {row["name"]: row for row in rows if row["values"] and "validation" in row["values"]}
+    return {
+        row["name"]: row
+        for row in rows
+        if row["values"] and "validation" in row["values"]
+    }
 
 
-def steps_that_fit(bench: Bench, run: RunOptions, text: Text, rate: float, count: int) -> int:
+def steps_that_fit(
+    bench: Bench, run: RunOptions, text: Text, rate: float, count: int
+) -> int:
     """Returns how many steps each of `count` runs gets, at most one pass over the text."""
     waves = -(-count // rows_per_wave())
-    seconds = SHARE_OF_TIME * (bench.left() - waves * PREPARE_SECONDS) / count - RUN_SECONDS
+    seconds = (
+        SHARE_OF_TIME * (bench.left() - waves * PREPARE_SECONDS) / count - RUN_SECONDS
+    )
     tokens = min(seconds * rate, text.train_tokens)
     return int(tokens // (run.batch * run.seq))
 
 
-def quality_jobs(bench: Bench, sizes: Sizes, options: QualityOptions, steps: int) -> list[Job]:
+def quality_jobs(
+    bench: Bench, sizes: Sizes, options: QualityOptions, steps: int
+) -> list[Job]:
     jobs, base = [], sizes.quality
     grid = itertools.product(options.seeds, options.lr_factors, options.optimizers)
     fields = ("batch", "seq", "weights", "compute_dtype", "moment_dtype")
@@ -236,7 +287,13 @@ def quality_jobs(bench: Bench, sizes: Sizes, options: QualityOptions, steps: int
         assert run.lr is not None
         run = dataclasses.replace(run, lr=float(f"{factor * run.lr:.6g}"))
         name = f"{optimizer}, lr {run.lr:g}, seed {seed}, {steps} steps"
-        jobs.append(Job(name, quality_run, (run, options.data, sizes.data_tokens, bench.hlo(name))))
+        jobs.append(
+            Job(
+                name,
+                quality_run,
+                (run, options.data, sizes.data_tokens, bench.hlo(name)),
+            )
+        )
     return jobs
 
 
@@ -251,15 +308,18 @@ def quality(
     """Fills the second table, beginning with the runs of earlier calls, and draws the curves."""
     base = sizes.quality
     count = len(options.seeds) * len(options.lr_factors) * len(options.optimizers)
-    steps = options.steps or next((row["values"]["steps"] for row in kept.values()), None)
+    steps = options.steps or next(
+        (row["values"]["steps"] for row in kept.values()), None
+    )
     steps = steps or steps_that_fit(bench, base, text, rate, count)
     if bench.rehearse:
         steps = 4
     tokens = base.batch * base.seq
     title = (
-        f"Quality: {base.model}, {steps:,} steps of {tokens:,} tokens of `--data {options.data}` "
-        f"({text.train_tokens:,} training tokens, key {text.key}), {base.weights} weights, "
-        f"{base.compute_dtype} products; rates warmed up over a tenth, then a cosine to a tenth"
+        f"Quality: {base.model}, {steps:,} steps of {tokens:,} tokens of `--data "
+        f"{options.data}` ({text.train_tokens:,} training tokens, key {text.key}), "
+        f"{base.weights} weights, {base.compute_dtype} products; rates warmed up over "
+        "a tenth, then a cosine to a tenth"
     )
     table = bench.report.table(title, QUALITY_HEAD, numbers_from=1)
     for name, row in kept.items():
@@ -272,7 +332,10 @@ def quality(
         del known
         put_quality(table, job, found)
 
-    bench.measure([j for j in quality_jobs(bench, sizes, options, steps) if j.name not in kept], put)
+    bench.measure(
+        [j for j in quality_jobs(bench, sizes, options, steps) if j.name not in kept],
+        put,
+    )
     draw(bench.report.folder / "train.png", kept_runs(json_of(bench)))
 
 
@@ -299,7 +362,12 @@ def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
         values = row["values"]
         tokens = values["batch"] * values["seq"]
         steps, losses = zip(*values["validation"], strict=True)
-        axes.plot([tokens * step for step in steps], list(map(perplexity, losses)), label=name, marker=".")
+        axes.plot(
+            [tokens * step for step in steps],
+            list(map(perplexity, losses)),
+            label=name,
+            marker=".",
+        )
     axes.set(xlabel="tokens", ylabel="validation perplexity", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
     if found:
@@ -314,7 +382,9 @@ def run(bench: Bench, options: QualityOptions) -> None:
     config = build.model_config(base)
     # The CPU makes the tokens while the GPU is measured.
     on_cpu = {"JAX_PLATFORMS": "cpu"}
-    with Worker(tokenised, options.data, config, planned.data_tokens, variables=on_cpu) as worker:
+    with Worker(
+        tokenised, options.data, config, planned.data_tokens, variables=on_cpu
+    ) as worker:
         share = min(UTILISATION_SECONDS, bench.left() / 4)
         first = dataclasses.replace(bench, deadline=time.monotonic() + share)
         rates = utilisation(first, planned.utilisation)
@@ -322,7 +392,11 @@ def run(bench: Bench, options: QualityOptions) -> None:
         text = worker.prepared(bench.deadline)
     rate = rates.get(f"{base.model}, {base.optimizer}")
     if isinstance(text, Failed) or rate is None:
-        reason = text.reason if isinstance(text, Failed) else "the rate of AdamW is not known"
+        reason = (
+            text.reason
+            if isinstance(text, Failed)
+            else "the rate of AdamW is not known"
+        )
         bench.report.note(f"Quality: {reason}.")
         return
     quality(bench, planned, options, text, rate, kept)

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from examples.llama.usage import UsageError
 
 Row = Callable[..., Generator[Any, Any, None]]
-"""A measurement, as a generator: it prepares until its first `yield`, which may carry what
-is known by then. It measures after that and yields the result."""
+"""A measurement, as a generator: it prepares until its first `yield`, which may carry
+what is known by then. It measures after that and yields the result."""
 
 ENDS_WITHIN_SECONDS = 10.0  # A process that takes longer to end is killed.
-_environment = threading.Lock()  # Only one worker at a time inherits a changed environment.
+# Only one worker at a time inherits a changed environment.
+_environment = threading.Lock()
 
 
 class Failed(NamedTuple):
@@ -29,8 +30,8 @@ class Failed(NamedTuple):
 class Worker:
     """A row in a process of its own: `with Worker(row, ...) as worker: worker.ask(...)`.
 
-    An allocator's limits and the compiler's flags are read once per process, and only the
-    end of a process gives all of its memory back.
+    An allocator's limits and the compiler's flags are read once per process, and only
+    the end of a process gives all of its memory back.
 
     Args:
         row: a function that can be pickled.
@@ -41,11 +42,14 @@ class Worker:
     def __init__(self, row: Row, *args: Any, variables: Mapping[str, str] = {}) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, row, args), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, row, args), daemon=True
+        )
         # JAX would take three quarters of a GPU at its start, and rows prepare side by side.
         with inherited({"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables}):
             self._process.start()
-        theirs.close()  # The end of the process shows only if no one else has this end open.
+        # The end of the process shows only if no one else has this end open.
+        theirs.close()
         self._failed: Failed | None = None
         self._is_asked = True  # Whether it has not answered yet.
 
@@ -110,7 +114,8 @@ def inherited(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _serve(connection: Any, row: Row, args: tuple[Any, ...]) -> None:
     steps = row(*args)
-    with contextlib.suppress(EOFError, StopIteration):  # The caller is gone, or the row over.
+    with contextlib.suppress(EOFError, StopIteration):
+        # The caller is gone, or the row over.
         while True:
             try:
                 answer = next(steps)

@@ -28,7 +28,12 @@ from examples.llama.model import (
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.partition import check_sizes, parameter_shardings, state_shardings
 from apollo_optax import state_bytes
-from examples.llama.train import TrainState, TrainStep, make_layerwise_train_step, make_train_step
+from examples.llama.train import (
+    TrainState,
+    TrainStep,
+    make_layerwise_train_step,
+    make_train_step,
+)
 from examples.llama.usage import UsageError
 from examples.llama.weights import Storage, on_mesh
 from examples.llama.windows import token_count
@@ -37,12 +42,17 @@ from examples.llama.windows import token_count
 def model_config(options: TrainingOptions) -> LlamaConfig:
     """Returns the shape that --model or --init-from gives; raises `UsageError` for a --seq too long."""
     if options.init_from:
-        name, config = f"--init-from {options.init_from}", hf.read_config(options.init_from)
+        name, config = (
+            f"--init-from {options.init_from}",
+            hf.read_config(options.init_from),
+        )
     else:
         assert options.model is not None
         name, config = f"--model {options.model}", preset(options.model)
     if options.seq > config.max_seq_len:
-        raise UsageError(f"--seq {options.seq} is too long; {name} takes {config.max_seq_len}")
+        raise UsageError(
+            f"--seq {options.seq} is too long; {name} takes {config.max_seq_len}"
+        )
     return config
 
 
@@ -52,7 +62,8 @@ def mesh_of(
     """Returns the mesh of a run, of all `devices`, by default those of all processes.
 
     Raises:
-        UsageError: where its sizes do not multiply to their number, or do not divide the model's.
+        UsageError: where its sizes do not multiply to their number, or do not divide
+            the model's.
     """
     mesh = make_mesh(options.mesh, devices)
     check_sizes(options, config)
@@ -66,16 +77,22 @@ def execution_of(
     assert options.compute_dtype is not None
     execution = Execution(
         remat=options.remat,
-        param_dtype=options.compute_dtype if options.weights == "int8" else options.weights,
+        param_dtype=options.compute_dtype
+        if options.weights == "int8"
+        else options.weights,
         compute_dtype=options.compute_dtype,
         attention=options.attention,
         mesh=mesh,
     )
     automatic = dataclasses.replace(execution, attention="auto")
-    if options.attention == "cudnn" and automatic.attention_implementation(config.head_size) != "cudnn":
+    if (
+        options.attention == "cudnn"
+        and automatic.attention_implementation(config.head_size) != "cudnn"
+    ):
         raise UsageError(
-            "--attention cudnn takes an NVIDIA GPU from Ampere on, --compute-dtype bfloat16 and heads of a "
-            f"multiple of 8 up to 128; this is {jax.devices()[0].device_kind}, {execution.compute_dtype}, "
+            "--attention cudnn takes an NVIDIA GPU from Ampere on, --compute-dtype "
+            "bfloat16 and heads of a multiple of 8 up to 128; this is "
+            f"{jax.devices()[0].device_kind}, {execution.compute_dtype}, "
             f"{config.head_size}; leave it out"
         )
     return execution
@@ -87,8 +104,9 @@ def check_offload(options: TrainingOptions) -> None:
     kinds = {memory.kind for memory in device.addressable_memories()}
     if options.offload and (device.platform == "cpu" or "pinned_host" not in kinds):
         raise UsageError(
-            f"--offload {options.offload} moves what a GPU or TPU has no room for to the host's memory, and "
-            f"this is {device.device_kind}, which has no other; leave it out"
+            f"--offload {options.offload} moves what a GPU or TPU has no room for to "
+            f"the host's memory, and this is {device.device_kind}, "
+            "which has no other; leave it out"
         )
 
 
@@ -98,7 +116,9 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
         tokenizer = str(options.init_from)  # Its weights mean nothing with another one.
     if options.data.startswith("hf:") and not max_tokens:
         # A hub data set may have no end. Rounded up, so that runs a little longer find it cached.
-        max_tokens = 2 ** (options.steps * options.batch * (options.seq + 1)).bit_length()
+        max_tokens = (
+            2 ** (options.steps * options.batch * (options.seq + 1)).bit_length()
+        )
     return corpus.load_corpus(
         options.data,
         vocab_size=config.vocab_size,
@@ -109,7 +129,9 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
     )
 
 
-def describe(options: RunOptions, config: LlamaConfig, text: corpus.Corpus) -> dict[str, Any]:
+def describe(
+    options: RunOptions, config: LlamaConfig, text: corpus.Corpus
+) -> dict[str, Any]:
     """Returns what the run is, as JSON: two runs with the same description compute the same."""
     return options.as_run() | {
         "model_config": dataclasses.asdict(config),
@@ -134,27 +156,36 @@ def summary(
     """Returns what is about to run, in a line."""
     tokens = options.steps * options.batch * options.seq
     there = token_count(text.train)
-    state = sum(state_bytes(tx, abstract_params(config, execution_of(options, config), mesh)))
+    state = sum(
+        state_bytes(tx, abstract_params(config, execution_of(options, config), mesh))
+    )
     return (
-        f"{options.model or options.init_from}: {param_count(config):,} parameters in {options.weights}, "
-        f"{filesize.decimal(state)} of optimizer state, on {mesh.size} of {len(jax.devices())} "
-        f"{jax.devices()[0].device_kind}; {tokens:,} tokens, {tokens / there:.2g} times the {there:,} "
-        "there are"
+        f"{options.model or options.init_from}: {param_count(config):,} parameters in "
+        f"{options.weights}, {filesize.decimal(state)} of optimizer state, on "
+        f"{mesh.size} of {len(jax.devices())} {jax.devices()[0].device_kind}; "
+        f"{tokens:,} tokens, {tokens / there:.2g} times the {there:,} there are"
     )
 
 
-def abstract_params(config: LlamaConfig, execution: Execution, mesh: jax.sharding.Mesh) -> Params:
+def abstract_params(
+    config: LlamaConfig, execution: Execution, mesh: jax.sharding.Mesh
+) -> Params:
     """Returns the parameters' shapes, dtypes and shardings; allocates nothing."""
     shapes = jax.eval_shape(lambda: init_params(config, execution, seed=0))
     return placed(shapes, parameter_shardings(shapes, mesh))
 
 
 def storage_of(options: TrainingOptions, mesh: jax.sharding.Mesh) -> Storage:
-    return Storage(mesh, int8=options.weights == "int8", offload="weights" in options.offloaded)
+    return Storage(
+        mesh, int8=options.weights == "int8", offload="weights" in options.offloaded
+    )
 
 
 def abstract_state(
-    options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    options: RunOptions,
+    config: LlamaConfig,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state; allocates nothing."""
     params = abstract_params(config, execution_of(options, config), mesh)
@@ -175,7 +206,10 @@ def shardings_of(shapes: Any) -> Any:
 
 
 def initial_state(
-    options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    options: RunOptions,
+    config: LlamaConfig,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> TrainState:
     shapes = abstract_params(config, execution_of(options, config), mesh)
     shardings = shardings_of(abstract_state(options, config, tx, mesh).opt_state)
@@ -188,12 +222,16 @@ def initial_state(
     return TrainState(initial_params(options, config, mesh), opt_state)
 
 
-def initial_params(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh) -> Params:
+def initial_params(
+    options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
+) -> Params:
     """Returns the weights to start from, as --weights and --offload keep them."""
     execution, storage = execution_of(options, config), storage_of(options, mesh)
     shapes = abstract_params(config, execution, mesh)
     shardings = shardings_of(shapes)
-    of_ends = {name: sharding for name, sharding in shardings.items() if name != "layers"}
+    of_ends = {
+        name: sharding for name, sharding in shardings.items() if name != "layers"
+    }
     if options.init_from:
         given = hf.load_params(options.init_from, config, execution.param_dtype)
         if not storage.a_layer_at_a_time:
@@ -201,24 +239,36 @@ def initial_params(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.
         layers = given.pop("layers")
         rest = jax.tree.map(on_mesh, given, of_ends)
         return storage.filled(
-            shapes, rest, lambda index: jax.tree.map(lambda x: x[index : index + 1], layers)
+            shapes,
+            rest,
+            lambda index: jax.tree.map(lambda x: x[index : index + 1], layers),
         )
     arguments = {"config": config, "execution": execution, "seed": options.seed}
     if not storage.a_layer_at_a_time:
-        return jax.jit(functools.partial(init_params, **arguments), out_shardings=shardings)()
+        return jax.jit(
+            functools.partial(init_params, **arguments), out_shardings=shardings
+        )()
     rest = jax.jit(functools.partial(init_ends, **arguments), out_shardings=of_ends)()
     # The layers' axis is not cut, so a stack of one is cut as that of all.
-    draw = jax.jit(functools.partial(init_layer, **arguments), out_shardings=shardings["layers"])
+    draw = jax.jit(
+        functools.partial(init_layer, **arguments), out_shardings=shardings["layers"]
+    )
     return storage.filled(shapes, rest, lambda index: draw(index=index))
 
 
 def training_step(
-    options: RunOptions, config: LlamaConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    options: RunOptions,
+    config: LlamaConfig,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> TrainStep:
     """Returns the compiled step of a run."""
     execution = execution_of(options, config, mesh)
     # Of the metrics too, which every process reads.
-    out_shardings = (shardings_of(abstract_state(options, config, tx, mesh)), on_every_device(mesh))
+    out_shardings = (
+        shardings_of(abstract_state(options, config, tx, mesh)),
+        on_every_device(mesh),
+    )
     rounding_seed = options.seed if options.rounding == "stochastic" else None
     if options.layerwise:
         return make_layerwise_train_step(

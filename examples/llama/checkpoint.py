@@ -1,7 +1,7 @@
 """Checkpoints with Orbax: written in the background, whole or not at all, the newest few kept.
 
-A checkpoint is a folder named by its step with three items: `state` (parameters and optimizer state),
-`data` (where the data iterator was) and `config` (what the run is).
+A checkpoint is a folder named by its step with three items: `state` (parameters and
+optimizer state), `data` (where the data iterator was) and `config` (what the run is).
 """
 
 import contextlib
@@ -29,7 +29,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run; use it in a `with`, which waits for the last one to be written.
 
-    All processes of a run take part, each with what its devices hold; the folder is one for all.
+    All processes of a run take part, each with what its devices hold; the folder is one
+    for all.
 
     Args:
         run_folder: the run's folder; its checkpoints are in `checkpoints/`.
@@ -44,7 +45,9 @@ class Checkpoints:
             self.folder,
             # What a killed run left half written goes; another process's would as well, so one
             # folder is one run's.
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True
+            ),
         )
 
     def __enter__(self) -> Self:
@@ -113,7 +116,8 @@ class Checkpoints:
             abstract_state: shapes, dtypes and shardings to restore to.
 
         Raises:
-            UsageError: for a checkpoint of another configuration, or where none can be read.
+            UsageError: for a checkpoint of another configuration, or where none can be
+                read.
         """
         damaged: dict[int, str] = {}
         for step in reversed(from_first(self.steps)):
@@ -121,9 +125,15 @@ class Checkpoints:
                 with together():
                     restored = self._restore(step, abstract_state)
             # Neither another run's checkpoint, nor one that there is no room or leave to read, is damaged.
-            except (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            except (
+                UsageError,
+                MemoryError,
+                PermissionError,
+                jax.errors.JaxRuntimeError,
+            ):
                 raise
-            except Exception as error:  # TensorStore raises all sorts of them for damaged files.
+            except Exception as error:
+                # TensorStore raises all sorts of them for damaged files.
                 damaged[step] = first_line(error)
             else:
                 with together():
@@ -134,8 +144,8 @@ class Checkpoints:
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise UsageError(
-                f"none of the checkpoints in {self.folder} can be read ({reasons}); put back one that can, "
-                "or choose another --out"
+                f"none of the checkpoints in {self.folder} can be read ({reasons}); "
+                "put back one that can, or choose another --out"
             )
         return None
 
@@ -145,30 +155,38 @@ class Checkpoints:
             notice(f"checkpoint {step} cannot be read ({reason}); it is now {aside}")
 
     def _restore(self, step: int, abstract_state: TrainState) -> Restored:
-        args = ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()
+        )
         small = self._manager.restore(step, args=args)
         if differing := differing_fields(self._config, small["config"]):
             raise UsageError(
-                f"checkpoint {self.folder / str(step)} is of another run ({'; '.join(differing)}); "
-                "give the same options, or another --out"
+                f"checkpoint {self.folder / str(step)} is of another run "
+                f"({'; '.join(differing)}); give the same options, or another --out"
             )
         # After the configuration: of another one, the shapes would differ.
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        return Restored(step, self._manager.restore(step, args=args)["state"], small["data"])
+        return Restored(
+            step, self._manager.restore(step, args=args)["state"], small["data"]
+        )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are the last two.
+        except (OSError, ValueError, RuntimeError) as error:
+            # TensorStore's are the last two.
             remedy = "make room there" if disk_is_full(error) else "see to that"
             raise UsageError(
-                f"a checkpoint could not be written to {self.folder} ({first_line(error)}); {self.newest()}; "
-                f"{remedy} and run again with --resume auto"
+                f"a checkpoint could not be written to {self.folder} "
+                f"({first_line(error)}); {self.newest()}; {remedy} and run again with "
+                "--resume auto"
             ) from error
 
 
-def restore_params(run_folder: Path, abstract_params: Params, step: int | None) -> Params:
+def restore_params(
+    run_folder: Path, abstract_params: Params, step: int | None
+) -> Params:
     """Returns the parameters of a checkpoint, without reading its optimizer state.
 
     Args:
@@ -183,13 +201,22 @@ def restore_params(run_folder: Path, abstract_params: Params, step: int | None) 
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
     if not steps or step not in (None, *steps):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
-        raise UsageError(f"{folder} has not got {wanted}; it has those of steps {steps}")
+        raise UsageError(
+            f"{folder} has not got {wanted}; it has those of steps {steps}"
+        )
     path = folder / str(steps[-1] if step is None else step)
     item = {"params": abstract_params}
     args = ocp.args.PyTreeRestore(
-        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
     )
     try:
-        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / "state", args)["params"]
-    except Exception as error:  # TensorStore raises all sorts of them for damaged files.
-        raise UsageError(f"{path} cannot be read ({first_line(error)}); give another --step") from error
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+            path / "state", args
+        )["params"]
+    except Exception as error:
+        # TensorStore raises all sorts of them for damaged files.
+        raise UsageError(
+            f"{path} cannot be read ({first_line(error)}); give another --step"
+        ) from error

@@ -1,8 +1,9 @@
 """Compares optimizers on the same batches: `python -m examples.llama.compare --out runs/compare`.
 
-Runs every optimizer at every pair of learning rates given, each into a folder of its own, then the
-best pair of each optimizer again with the other seeds, and ends with a table and a figure with the
-curves. With `--resume auto`, runs that have ended are not run again and one that was cut off goes on.
+Runs every optimizer at every pair of learning rates given, each into a folder of its
+own, then the best pair of each optimizer again with the other seeds, and ends with a
+table and a figure with the curves. With `--resume auto`, runs that have ended are not
+run again and one that was cut off goes on.
 """
 
 import collections
@@ -22,7 +23,13 @@ from examples.llama.evaluate import perplexity
 from examples.llama.interrupt import StopRequest
 from examples.llama.mesh import make_mesh
 from examples.llama.optimizers import RECIPES, make_optimizer, unused, with_defaults
-from examples.llama.options import RunOptions, TrainingOptions, check_positive, check_seed, parse
+from examples.llama.options import (
+    RunOptions,
+    TrainingOptions,
+    check_positive,
+    check_seed,
+    parse,
+)
 from examples.llama.plots import plot_comparison
 from examples.llama.pretrain import pretrain
 from examples.llama.recorder import DivergedError
@@ -39,20 +46,27 @@ class CompareOptions(TrainingOptions):
     """Several runs that differ only in optimizer, learning rates and seed."""
 
     optimizers: tuple[str, ...] = ("adamw", "apollo-mini")
-    """Any of adamw, apollo, apollo-mini, apollo-svd, galore, muon, adafactor, lion and sgd."""
+    """Any of adamw, apollo, apollo-mini, apollo-svd, galore, muon, adafactor, lion and
+    sgd."""
     lr: tuple[float, ...] = ()
-    """Peak learning rates of the layers' kernels to try; by default each optimizer's own."""
+    """Peak learning rates of the layers' kernels to try; by default each optimizer's
+    own."""
     lr_factors: tuple[float, ...] = ()
-    """Multiples of each optimizer's own learning rate of the kernels to try, instead of --lr."""
+    """Multiples of each optimizer's own learning rate of the kernels to try, instead of
+    --lr."""
     lr_embeddings: tuple[float, ...] = ()
-    """Peak learning rates of embeddings, head and norms to try; by default each optimizer's own."""
+    """Peak learning rates of embeddings, head and norms to try; by default each
+    optimizer's own."""
     more_seeds: tuple[int, ...] = ()
-    """Seeds besides --seed, for another run each of every optimizer's best pair of rates."""
+    """Seeds besides --seed, for another run each of every optimizer's best pair of
+    rates."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lr and self.lr_factors:
-            raise UsageError("--lr and --lr-factors both say which learning rates to try; give one")
+            raise UsageError(
+                "--lr and --lr-factors both say which learning rates to try; give one"
+            )
         for flag, values in (
             ("--lr", self.lr),
             ("--lr-factors", self.lr_factors),
@@ -63,7 +77,9 @@ class CompareOptions(TrainingOptions):
         for seed in self.more_seeds:
             check_seed("--more-seeds", seed)
             if (self.seed, *self.more_seeds).count(seed) > 1:
-                raise UsageError(f"--more-seeds {seed} is given twice; give each seed once")
+                raise UsageError(
+                    f"--more-seeds {seed} is given twice; give each seed once"
+                )
         if not self.optimizers:
             raise UsageError("--optimizers is empty; give one or more")
 
@@ -77,19 +93,34 @@ class Setting(NamedTuple):
 
 def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
     """Returns the runs with the first seed: each optimizer with each pair of rates, defaults filled in."""
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainingOptions)}
+    fields = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(TrainingOptions)
+    }
     common = RunOptions(**fields)
     runs = []
     for name in options.optimizers:
         run = dataclasses.replace(common, optimizer=name)
         # What is meant for some of the optimizers is kept from the others.
         names = [flag[2:] for flag in unused(run, config)] if name in RECIPES else []
-        ignored = {field.name: field.default for field in dataclasses.fields(run) if field.name in names}
+        ignored = {
+            field.name: field.default
+            for field in dataclasses.fields(run)
+            if field.name in names
+        }
         default = with_defaults(dataclasses.replace(run, **ignored), config)
         assert default.lr is not None
-        lrs = options.lr or [default.lr * factor for factor in options.lr_factors] or [default.lr]
-        for lr, lr_embeddings in itertools.product(lrs, options.lr_embeddings or [default.lr_embeddings]):
-            run = dataclasses.replace(default, lr=float(f"{lr:.6g}"), lr_embeddings=lr_embeddings)
+        lrs = (
+            options.lr
+            or [default.lr * factor for factor in options.lr_factors]
+            or [default.lr]
+        )
+        for lr, lr_embeddings in itertools.product(
+            lrs, options.lr_embeddings or [default.lr_embeddings]
+        ):
+            run = dataclasses.replace(
+                default, lr=float(f"{lr:.6g}"), lr_embeddings=lr_embeddings
+            )
             runs.append(in_own_folder(run, options))
     if len({run.out for run in runs}) < len(runs):
         raise UsageError("an optimizer or learning rate is given twice; give each once")
@@ -114,7 +145,8 @@ def finish(run: RunOptions, stop: StopRequest) -> tuple[RunResult, ...]:
         result = ()
     if stop.signal:
         raise RunInterrupted(
-            f"stopped by {stop.signal.name} after {label(run)}; --resume auto goes on with the next run"
+            f"stopped by {stop.signal.name} after {label(run)}; --resume auto goes on "
+            "with the next run"
         )
     return result
 
@@ -129,33 +161,57 @@ def best_of_each(settings: list[Setting]) -> list[RunOptions]:
     return [result.options for result in best.values()]
 
 
-def with_more_seeds(setting: Setting, options: CompareOptions, stop: StopRequest) -> Setting:
+def with_more_seeds(
+    setting: Setting, options: CompareOptions, stop: StopRequest
+) -> Setting:
     results = setting.results
     for seed in options.more_seeds:
-        results += finish(in_own_folder(dataclasses.replace(setting.options, seed=seed), options), stop)
+        results += finish(
+            in_own_folder(dataclasses.replace(setting.options, seed=seed), options),
+            stop,
+        )
     return setting._replace(results=results)
 
 
-def table(settings: list[Setting], best: list[RunOptions], sizes: dict[str, StateBytes]) -> Table:
+def table(
+    settings: list[Setting], best: list[RunOptions], sizes: dict[str, StateBytes]
+) -> Table:
     """Returns a row for each setting; one that diverged is there with its options alone."""
     caption = (
-        "val ppl: best of a run's evaluations, mean over seeds; ±: their standard deviation; "
-        "*: the optimizer's best with the first seed; kernels, emb+head, rest: optimizer state"
+        "val ppl: best of a run's evaluations, mean over seeds; ±: their standard "
+        "deviation; *: the optimizer's best with the first seed; kernels, emb+head, "
+        "rest: optimizer state"
     )
     view = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
     view.add_column("optimizer", no_wrap=True)
-    for column in ("lr", "lr emb", "val ppl", "±", "seeds", "kernels", "emb+head", "rest", "tokens/s"):
+    for column in (
+        "lr",
+        "lr emb",
+        "val ppl",
+        "±",
+        "seeds",
+        "kernels",
+        "emb+head",
+        "rest",
+        "tokens/s",
+    ):
         view.add_column(column, justify="right", no_wrap=True)
     for setting in settings:
         run, results = setting
         row = [run.optimizer, f"{run.lr:g}", f"{run.lr_embeddings:g}"]
         if results:
             perplexities = [perplexity(result.val_loss) for result in results]
-            spread = f"{statistics.stdev(perplexities):.2f}" if len(perplexities) > 1 else ""
-            row.append(f"{statistics.mean(perplexities):.2f}{'*' if run in best else ' '}")
+            spread = (
+                f"{statistics.stdev(perplexities):.2f}" if len(perplexities) > 1 else ""
+            )
+            row.append(
+                f"{statistics.mean(perplexities):.2f}{'*' if run in best else ' '}"
+            )
             row.extend((spread, str(len(results))))
             row.extend(filesize.decimal(size) for size in sizes[run.optimizer])
-            row.append(f"{statistics.median(result.tokens_per_s for result in results):,.0f}")
+            row.append(
+                f"{statistics.median(result.tokens_per_s for result in results):,.0f}"
+            )
         else:
             row.append("diverged ")
         view.add_row(*row)
@@ -164,7 +220,10 @@ def table(settings: list[Setting], best: list[RunOptions], sizes: dict[str, Stat
 
 def write_results(settings: list[Setting], options: CompareOptions) -> None:
     rows = [
-        {name: getattr(result.options, name) for name in ("optimizer", "lr", "lr_embeddings", "seed")}
+        {
+            name: getattr(result.options, name)
+            for name in ("optimizer", "lr", "lr_embeddings", "seed")
+        }
         | {"val_ppl": perplexity(result.val_loss), "tokens_per_s": result.tokens_per_s}
         for setting in settings
         for result in setting.results
@@ -172,7 +231,9 @@ def write_results(settings: list[Setting], options: CompareOptions) -> None:
     replace_text(options.out / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def draw(settings: list[Setting], best: list[RunOptions], options: CompareOptions) -> None:
+def draw(
+    settings: list[Setting], best: list[RunOptions], options: CompareOptions
+) -> None:
     sweeps: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
     for setting in settings:
         if setting.results:
@@ -184,7 +245,9 @@ def draw(settings: list[Setting], best: list[RunOptions], options: CompareOption
     plot_comparison({label(run): run.out for run in best}, sweeps, options.out)
 
 
-def compare(options: CompareOptions, stop: StopRequest, console: Console) -> list[Setting]:
+def compare(
+    options: CompareOptions, stop: StopRequest, console: Console
+) -> list[Setting]:
     """Trains all runs one after the other; a run that diverges is reported and the rest go on.
 
     Raises:
@@ -198,13 +261,20 @@ def compare(options: CompareOptions, stop: StopRequest, console: Console) -> lis
         check_free(options.out)
     for run in runs:
         check_free(run.out, resume=resume)
-    params = abstract_params(config, execution_of(options, config), make_mesh(options.mesh))
-    sizes = {run.optimizer: state_bytes(make_optimizer(run, config)[0], params) for run in runs}
+    params = abstract_params(
+        config, execution_of(options, config), make_mesh(options.mesh)
+    )
+    sizes = {
+        run.optimizer: state_bytes(make_optimizer(run, config)[0], params)
+        for run in runs
+    }
 
     settings = [Setting(run, finish(run, stop)) for run in runs]
     chosen = best_of_each(settings)
     settings = [
-        with_more_seeds(setting, options, stop) if setting.options in chosen else setting
+        with_more_seeds(setting, options, stop)
+        if setting.options in chosen
+        else setting
         for setting in settings
     ]
     write_results(settings, options)

@@ -9,8 +9,9 @@ from examples.llama.usage import unknown_name
 class RopeScaling:
     """Llama 3's stretching of rotary embeddings to contexts longer than those first trained on.
 
-    Frequencies with fewer than `low_freq_factor` turns in the original context are divided by
-    `factor`, those with more than `high_freq_factor` are kept, those between are interpolated.
+    Frequencies with fewer than `low_freq_factor` turns in the original context are
+    divided by `factor`, those with more than `high_freq_factor` are kept, those between
+    are interpolated.
     """
 
     factor: float
@@ -29,7 +30,8 @@ class LlamaConfig:
     num_heads: int
     num_layers: int
     num_kv_heads: int = 0
-    """Heads of keys and values, each shared by as many query heads; 0 means `num_heads`."""
+    """Heads of keys and values, each shared by as many query heads; 0 means
+    `num_heads`."""
     head_size: int = 0
     """0 means `hidden_size / num_heads`."""
     max_seq_len: int = 2048
@@ -43,17 +45,22 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if not self.head_size and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}, "
-                "unless head_size is given"
+                f"hidden_size {self.hidden_size} must be a multiple of num_heads "
+                f"{self.num_heads}, unless head_size is given"
             )
         # Frozen, so that it can be a static argument: only here are the two defaults resolved.
-        object.__setattr__(self, "head_size", self.head_size or self.hidden_size // self.num_heads)
+        object.__setattr__(
+            self, "head_size", self.head_size or self.hidden_size // self.num_heads
+        )
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         if self.head_size % 2:
-            raise ValueError(f"head_size {self.head_size} must be even for rotary embeddings")
+            raise ValueError(
+                f"head_size {self.head_size} must be even for rotary embeddings"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads "
+                f"{self.num_kv_heads}"
             )
 
 

@@ -1,7 +1,7 @@
 """Text as tokens on disk, split by document into training and validation, made once and kept.
 
-The tokens are kept under the user's cache directory, with the tokenizer that made them, so only the
-first run on a text pays for reading it.
+The tokens are kept under the user's cache directory, with the tokenizer that made them,
+so only the first run on a text pays for reading it.
 """
 
 import functools
@@ -36,7 +36,8 @@ from examples.llama.tokenizer import (
 from examples.llama.usage import UsageError
 
 MANIFEST = "manifest.json"
-HUB_VALIDATION_TOKENS = 2**21  # Validation takes 128 windows of them; C4 has far more to offer.
+# Validation takes 128 windows of them; C4 has far more to offer.
+HUB_VALIDATION_TOKENS = 2**21
 TOKENIZER_CHARS = 64 * 2**20  # A BPE barely changes with more text than this.
 CACHE_FORMAT = 2  # Part of the cache key: raise it when the files under a key change.
 
@@ -65,20 +66,28 @@ def load_corpus(
     Args:
         data: see `sources.open_source`.
         vocab_size: the model's; every token id is below it.
-        tokenizer: see `tokenizer.load_tokenizer`. By default a BPE is trained on `data`;
-            for `python` there is one in this repository, which a vocabulary of its size or
-            more takes.
+        tokenizer: see `tokenizer.load_tokenizer`. By default a BPE is trained on
+            `data`; for `python` there is one in this repository, which a vocabulary of
+            its size or more takes.
         vocab: tokens of that BPE, by default `vocab_size`.
-        max_tokens: stop reading after the training document with which there are so many tokens.
-        validation: held-out text, named as `data` is. By default, and of a data set of the hub, the
-            split `validation` where there is one; else one document in twenty, chosen by a hash.
+        max_tokens: stop reading after the training document with which there are so
+            many tokens.
+        validation: held-out text, named as `data` is. By default, and of a data set of
+            the hub, the split `validation` where there is one; else one document in
+            twenty, chosen by a hash.
 
     Raises:
-        UsageError: for any of these that makes no corpus, or a cache that cannot be written.
+        UsageError: for any of these that makes no corpus, or a cache that cannot be
+            written.
     """
     check_sizes(vocab_size, tokenizer, vocab, max_tokens)
     source = open_source("--data", data)
-    if data == "python" and not tokenizer and vocab is None and vocab_size >= PYTHON_VOCAB:
+    if (
+        data == "python"
+        and not tokenizer
+        and vocab is None
+        and vocab_size >= PYTHON_VOCAB
+    ):
         tokenizer = str(PYTHON_TOKENIZER)
     held_out = open_source("--validation", validation) if validation else None
     encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
@@ -97,28 +106,32 @@ def load_corpus(
         return read_corpus(folder)
     except OSError as error:  # What the sources raise, they report themselves.
         raise UsageError(
-            f"the corpus cannot be kept in {cache_folder()} ({error}); free disk space there, "
-            "or set XDG_CACHE_HOME to another folder"
+            f"the corpus cannot be kept in {cache_folder()} ({error}); free disk space "
+            "there, or set XDG_CACHE_HOME to another folder"
         ) from error
 
 
-def check_sizes(vocab_size: int, tokenizer: str | None, vocab: int | None, max_tokens: int | None) -> None:
+def check_sizes(
+    vocab_size: int, tokenizer: str | None, vocab: int | None, max_tokens: int | None
+) -> None:
     if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"--data-tokens {max_tokens} is out of range; give a number above 0")
+        raise UsageError(
+            f"--data-tokens {max_tokens} is out of range; give a number above 0"
+        )
     if vocab is not None and tokenizer:
         raise UsageError(
-            f"--vocab {vocab} is for a tokenizer trained here, and --tokenizer {tokenizer!r} gives one; "
-            "leave one of them out"
+            f"--vocab {vocab} is for a tokenizer trained here, and --tokenizer "
+            f"{tokenizer!r} gives one; leave one of them out"
         )
     if not tokenizer and vocab_size < SMALLEST_VOCAB:
         raise UsageError(
-            f"--model has a vocabulary of {vocab_size}, too small for every byte and an end; "
-            f"give one with {SMALLEST_VOCAB} or more, or a --tokenizer"
+            f"--model has a vocabulary of {vocab_size}, too small for every byte and "
+            f"an end; give one with {SMALLEST_VOCAB} or more, or a --tokenizer"
         )
     if vocab is not None and not SMALLEST_VOCAB <= vocab <= vocab_size:
         raise UsageError(
-            f"--vocab {vocab} is out of range; give {SMALLEST_VOCAB} (every byte and an end) "
-            f"to {vocab_size} (the model's vocabulary)"
+            f"--vocab {vocab} is out of range; give {SMALLEST_VOCAB} (every byte and "
+            f"an end) to {vocab_size} (the model's vocabulary)"
         )
 
 
@@ -146,7 +159,8 @@ def build(
     Args:
         folder: does not exist yet.
         data: what the user calls `source`.
-        source: of the training documents, and of the held-out ones too where `held_out` is None.
+        source: of the training documents, and of the held-out ones too where `held_out`
+            is None.
         held_out: source of the validation documents.
         encoder: the tokenizer, or the vocabulary of the BPE to train.
         max_tokens: see `load_corpus`.
@@ -154,18 +168,26 @@ def build(
     validation_source = held_out or source
     validation = validation_source.held_out() or held_out
     if not isinstance(encoder, Encoder):
-        texts = (document.text for label, document in training(source, validation, data) if label == TRAIN)
+        texts = (
+            document.text
+            for label, document in training(source, validation, data)
+            if label == TRAIN
+        )
         encoder = train_tokenizer(first_chars(texts, TOKENIZER_CHARS), encoder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         built = Path(temporary) / folder.name
         built.mkdir()
-        limit = HUB_VALIDATION_TOKENS if isinstance(validation_source, HubSource) else None
+        limit = (
+            HUB_VALIDATION_TOKENS if isinstance(validation_source, HubSource) else None
+        )
         writers = {
             TRAIN: ShardWriter(built, TRAIN, encoder.vocab_size, max_tokens),
             VALIDATION: ShardWriter(built, VALIDATION, encoder.vocab_size, limit),
         }
-        tokenise(training(source, validation, data), validation, encoder, writers, max_tokens)
+        tokenise(
+            training(source, validation, data), validation, encoder, writers, max_tokens
+        )
         encoder.tokenizer.save(str(built / TOKENIZER_FILE))
         digests = b"".join(writer.digest.digest() for writer in writers.values())
         manifest = {
@@ -180,9 +202,15 @@ def build(
         publish(built, folder)
 
 
-def training(source: Source, validation: Iterable[Document] | None, data: str) -> Iterator[Labelled]:
+def training(
+    source: Source, validation: Iterable[Document] | None, data: str
+) -> Iterator[Labelled]:
     """Yields the documents of `source`, all of them for training where there are others to validate on."""
-    return split(source, data) if validation is None else ((TRAIN, document) for document in source)
+    return (
+        split(source, data)
+        if validation is None
+        else ((TRAIN, document) for document in source)
+    )
 
 
 def tokenise(
@@ -194,15 +222,25 @@ def tokenise(
 ) -> None:
     # The bar shows only where this takes long, and only to a person.
     with tqdm(
-        total=max_tokens, desc="tokenising", unit="token", unit_scale=True, delay=2, disable=None
+        total=max_tokens,
+        desc="tokenising",
+        unit="token",
+        unit_scale=True,
+        delay=2,
+        disable=None,
     ) as bar:
-        write = functools.partial(write_tokens, encoder=encoder, writers=writers, bar=bar)
+        write = functools.partial(
+            write_tokens, encoder=encoder, writers=writers, bar=bar
+        )
         train, held_out = writers[TRAIN], writers[VALIDATION]
         if validation is None:
             write(training, until=lambda: train.full and held_out.documents > 0)
         else:
             write(training, until=lambda: train.full)
-            write(((VALIDATION, document) for document in validation), until=lambda: held_out.full)
+            write(
+                ((VALIDATION, document) for document in validation),
+                until=lambda: held_out.full,
+            )
     for writer in writers.values():
         writer.close()
 

@@ -25,9 +25,9 @@ def train_loader(
 ) -> grain.DatasetIterator[np.ndarray]:
     """Returns batches without end, shuffled anew each epoch; the seed alone sets their order.
 
-    The k-th batches of all processes together are the k-th of one process, and the state after k of
-    them is the same on each, whatever `process_count` and `workers`: a checkpoint may move between
-    meshes.
+    The k-th batches of all processes together are the k-th of one process, and the
+    state after k of them is the same on each, whatever `process_count` and `workers`: a
+    checkpoint may move between meshes.
 
     Args:
         shards: training tokens (1-D), as of `Corpus.train`.
@@ -39,20 +39,28 @@ def train_loader(
         process_count: of how many; must divide `batch`.
 
     Returns:
-        An iterator over int32 (B // process_count, S), with `get_state` and `set_state` for checkpoints.
+        An iterator over int32 (B // process_count, S), with `get_state` and `set_state`
+        for checkpoints.
 
     Raises:
-        UsageError: where there are fewer windows than a batch takes, or a number is out of range.
+        UsageError: where there are fewer windows than a batch takes, or a number is out
+            of range.
     """
     windows = Windows(shards, seq)
     if len(windows) < batch:
         raise UsageError(
-            f"--batch {batch} of --seq {seq} needs {batch * seq + 1} training tokens and there "
-            f"are {token_count(shards)}; lower one of them, or give more text with --data"
+            f"--batch {batch} of --seq {seq} needs {batch * seq + 1} training tokens "
+            f"and there are {token_count(shards)}; lower one of them, "
+            "or give more text with --data"
         )
     if batch % process_count:
-        raise UsageError(f"--batch {batch} is not a multiple of the {process_count} processes; change one")
+        raise UsageError(
+            f"--batch {batch} is not a multiple of the {process_count} processes; "
+            "change one"
+        )
     shuffled = grain.MapDataset.source(windows).shuffle(seed).repeat(EPOCHS)
     batches = shuffled[process_index::process_count].batch(batch // process_count)
-    ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=BATCHES_AHEAD * workers)
+    ahead = grain.ReadOptions(
+        num_threads=workers, prefetch_buffer_size=BATCHES_AHEAD * workers
+    )
     return iter(batches.to_iter_dataset(ahead))

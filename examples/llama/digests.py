@@ -15,19 +15,26 @@ from examples.llama.usage import first_line
 def content_digest(source: str, files: Mapping[str, Path]) -> str:
     """Returns a digest of the names and bytes of files.
 
-    A file is not read again while its size and time of modification stay as they are, so that
-    starting a run on 100 GB takes as long as listing them. What is known of one source's files is one
-    file of the cache.
+    A file is not read again while its size and time of modification stay as they are,
+    so that starting a run on 100 GB takes as long as listing them. What is known of one
+    source's files is one file of the cache.
 
     Raises:
         DocumentError: where a file cannot be read.
         OSError: where the cache cannot be written.
     """
-    memo = cache_folder() / "digests" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
+    memo = (
+        cache_folder()
+        / "digests"
+        / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
+    )
     known = json.loads(memo.read_text()) if memo.exists() else {}
     # The bar shows only where this takes long, and only to a person.
     bar = tqdm(files.values(), desc="hashing", unit="file", delay=2, disable=None)
-    found = {str(path.absolute()): file_digest(path, known.get(str(path.absolute()))) for path in bar}
+    found = {
+        str(path.absolute()): file_digest(path, known.get(str(path.absolute())))
+        for path in bar
+    }
     if found != known:
         write_whole(memo, json.dumps(found))
     content = [(name, found[str(path.absolute())][-1]) for name, path in files.items()]
@@ -48,4 +55,7 @@ def file_digest(path: Path, known: list[str | int] | None) -> list[str | int]:
 
 
 def unreadable(path: Path, error: OSError) -> DocumentError:
-    return DocumentError(f"{path} cannot be read ({first_line(error)}); make it readable, or leave it out")
+    return DocumentError(
+        f"{path} cannot be read ({first_line(error)}); make it readable, "
+        "or leave it out"
+    )

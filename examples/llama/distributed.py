@@ -1,7 +1,8 @@
 """Several processes that train one model: how they meet, agree and end.
 
-Each runs the same program with the same options on devices of its own. The first, process 0, writes the
-run's files and says what there is to say. Where there is one process, all of this does nothing.
+Each runs the same program with the same options on devices of its own. The first,
+process 0, writes the run's files and says what there is to say. Where there is one
+process, all of this does nothing.
 """
 
 import contextlib
@@ -19,7 +20,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.llama.options import ProcessOptions
-from examples.llama.usage import OtherProcessError, UsageError, explained, first_line, is_first
+from examples.llama.usage import (
+    OtherProcessError,
+    UsageError,
+    explained,
+    first_line,
+    is_first,
+)
 
 # A process that gave no sign of life for so long is dead, and JAX ends the others. Its threads give them
 # however busy Python is.
@@ -41,8 +48,13 @@ def start(options: ProcessOptions) -> None:
         return
     by_flags = options.coordinator is not None
     place = options.coordinator or "the place that the cluster names"
-    waits = f"this process waits for the others at {place}, {MEETING_SECONDS} seconds at the most"
-    said = threading.Timer(SILENT_SECONDS, lambda: print(waits, file=sys.stderr, flush=True))
+    waits = (
+        f"this process waits for the others at {place}, "
+        f"{MEETING_SECONDS} seconds at the most"
+    )
+    said = threading.Timer(
+        SILENT_SECONDS, lambda: print(waits, file=sys.stderr, flush=True)
+    )
     said.daemon = True
     said.start()
     try:
@@ -62,9 +74,10 @@ def start(options: ProcessOptions) -> None:
         # What it says where it finds no cluster.
     except RuntimeError as error:
         raise UsageError(
-            f"the other processes were not met at {place} ({first_line(error)}); see whether one ended with "
-            f"an error of its own, start all of them within {MEETING_SECONDS} seconds, with a HOST:PORT that "
-            "is process 0's and free, or give --processes 1"
+            f"the other processes were not met at {place} ({first_line(error)}); see "
+            "whether one ended with an error of its own, start all of them within "
+            f"{MEETING_SECONDS} seconds, with a HOST:PORT that is process 0's and "
+            "free, or give --processes 1"
         ) from error
     finally:
         said.cancel()
@@ -78,20 +91,28 @@ def exchange(text: str) -> list[str]:
     sizes = multihost_utils.process_allgather(np.int32(data.size))
     padded = np.pad(data, (0, max(1, sizes.max()) - data.size))
     rows = multihost_utils.process_allgather(padded)
-    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+    return [
+        row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)
+    ]
 
 
 def check_same(ours: Mapping[str, Any], what: str) -> None:
     """Raises `UsageError` on every process where they do not all give the same."""
     first, *others = map(json.loads, exchange(json.dumps(ours)))
     for process, other in enumerate(others, start=1):
-        differing = [name for name in first | other if first.get(name) != other.get(name)]
+        differing = [
+            name for name in first | other if first.get(name) != other.get(name)
+        ]
         if differing:
             values = "; ".join(
-                f"{name} is {first.get(name)} on process 0 and {other.get(name)} on process {process}"
+                f"{name} is {first.get(name)} on process 0 and {other.get(name)} on "
+                f"process {process}"
                 for name in differing
             )
-            raise UsageError(f"the processes have different {what}: {values}; give all of them the same")
+            raise UsageError(
+                f"the processes have different {what}: {values}; "
+                "give all of them the same"
+            )
 
 
 @contextlib.contextmanager
@@ -102,7 +123,11 @@ def together() -> Iterator[None]:
         yield
     except Exception as own:
         error = own
-    said = "" if error is None else explained(error) or f"{type(error).__name__}: {first_line(error)}"
+    said = (
+        ""
+        if error is None
+        else explained(error) or f"{type(error).__name__}: {first_line(error)}"
+    )
     failed = {process: other for process, other in enumerate(exchange(said)) if other}
     if error is not None:
         raise error
@@ -122,22 +147,29 @@ def from_first(compute: Callable[[], Any]) -> Any:
 class Vote:
     """Lets all processes know at the same step that one of them has been asked to stop.
 
-    A vote is counted on the devices and read at the next one, so that no device waits for a host.
+    A vote is counted on the devices and read at the next one, so that no device waits
+    for a host.
     """
 
     def __init__(self) -> None:
         self._running: jax.Array | None = None
         if jax.process_count() > 1:
-            mesh = jax.make_mesh((jax.device_count(),), ("all",), (jax.sharding.AxisType.Auto,))
+            mesh = jax.make_mesh(
+                (jax.device_count(),), ("all",), (jax.sharding.AxisType.Auto,)
+            )
             self._cut = jax.sharding.NamedSharding(mesh, jax.P("all"))
-            self._highest = jax.jit(jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
+            self._highest = jax.jit(
+                jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, jax.P())
+            )
 
     def highest(self, number: int) -> int:
         """Returns the highest number that a process gave at the call before; of one process, `number`."""
         if jax.process_count() == 1:
             return number
         before, shape = self._running, (jax.device_count(),)
-        votes = jax.make_array_from_callback(shape, self._cut, lambda _: np.full(1, number, np.int32))
+        votes = jax.make_array_from_callback(
+            shape, self._cut, lambda _: np.full(1, number, np.int32)
+        )
         self._running = self._highest(votes)
         return 0 if before is None else int(before)
 
@@ -146,8 +178,8 @@ class Vote:
 def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
     """Ends one of several processes where it fails alone: with status 2 for an error to mend, else 1.
 
-    An ordinary end waits for the others, which wait for this one in the middle of a step. They end when they
-    miss it.
+    An ordinary end waits for the others, which wait for this one in the middle of a
+    step. They end when they miss it.
 
     Args:
         agreed: errors that all processes raise at the same step.
@@ -162,9 +194,9 @@ def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
         line = explained(error)
         if line is None and isinstance(error, jax.errors.JaxRuntimeError):
             print(
-                f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, as when "
-                f"another has ended ({first_line(error)}); see what that one says, and start all again with "
-                "--resume auto",
+                f"error: process {jax.process_index()} of {jax.process_count()} cannot "
+                f"go on, as when another has ended ({first_line(error)}); see what "
+                "that one says, and start all again with --resume auto",
                 file=sys.stderr,
             )
         elif line is None:

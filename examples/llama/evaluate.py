@@ -10,7 +10,9 @@ from apollo_optax import layerwise_apply
 from examples.llama.model import Params, Pieces
 
 
-def make_evaluator(pieces: Pieces, batches_KxBxS: np.ndarray) -> Callable[[Params], float]:
+def make_evaluator(
+    pieces: Pieces, batches_KxBxS: np.ndarray
+) -> Callable[[Params], float]:
     """Returns a function of the parameters: the mean loss over the batches, in nats a token."""
     loss_of = jax.jit(layerwise_apply(pieces.embed, pieces.layer, pieces.head))
 

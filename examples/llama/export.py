@@ -15,7 +15,12 @@ from examples.llama.mesh import make_mesh
 from examples.llama.model import Execution
 from examples.llama.options import CHOICES, parse
 from examples.llama.run_log import TOKENIZER, read_config
-from examples.llama.usage import UsageError, exit_on_usage_error, first_line, unknown_name
+from examples.llama.usage import (
+    UsageError,
+    exit_on_usage_error,
+    first_line,
+    unknown_name,
+)
 from examples.llama.weights import Storage
 
 
@@ -26,11 +31,13 @@ class ExportOptions:
     run: Path
     """Folder of the run."""
     to: Path
-    """Folder to write config.json, *.safetensors and the tokenizer to; must not exist."""
+    """Folder to write config.json, *.safetensors and the tokenizer to; must not
+    exist."""
     step: int | None = None
     """The checkpoint's step; by default the newest."""
     dtype: str | None = None
-    """float32 or bfloat16; by default that of the run's weights, which int8 is dequantized to."""
+    """float32 or bfloat16; by default that of the run's weights, which int8 is
+    dequantized to."""
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *CHOICES["--compute-dtype"]):
@@ -51,18 +58,23 @@ def export(options: ExportOptions) -> None:
     """Writes the weights.
 
     Raises:
-        UsageError: where there is no such run or checkpoint, or something would be overwritten.
+        UsageError: where there is no such run or checkpoint, or something would be
+            overwritten.
     """
     config, run = config_of_run(options.run)
     path = options.run / TOKENIZER
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises nothing more specific.
-        raise UsageError(f"{path} cannot be read ({first_line(error)}); put it back") from error
+        raise UsageError(
+            f"{path} cannot be read ({first_line(error)}); put it back"
+        ) from error
     int8, mesh = run["weights"] == "int8", make_mesh("data=1")
     dtype = run["compute_dtype"] if int8 else run["weights"]
     shapes = abstract_params(config, Execution(param_dtype=dtype), mesh)
-    params = restore_params(options.run, Storage(mesh, int8=int8).abstract(shapes), options.step)
+    params = restore_params(
+        options.run, Storage(mesh, int8=int8).abstract(shapes), options.step
+    )
     hf.save_pretrained(
         dequantize(params),
         config,

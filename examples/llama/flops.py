@@ -43,9 +43,9 @@ OTHER_DEVICE = re.compile(r" (MIG|Laptop|D|Ti)\b")
 def flops_per_token(config: LlamaConfig, seq: int) -> float:
     """Returns the flops of a training step, forward and backward, per token.
 
-    Model flops as in appendix B of PaLM (https://arxiv.org/abs/2204.02311): what the equations
-    need, so recomputed activations and the optimizer do not count, and attention's two products
-    over all `seq` positions though half are masked.
+    Model flops as in appendix B of PaLM (https://arxiv.org/abs/2204.02311): what the
+    equations need, so recomputed activations and the optimizer do not count, and
+    attention's two products over all `seq` positions though half are masked.
 
     Args:
         config: the shape.
@@ -65,12 +65,20 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     if dtype != "bfloat16" or OTHER_DEVICE.search(device_kind):
         return None
     # The longest name counts, and only whole words, or a kind that is not listed finds a shorter one's.
-    names = [name for name in PEAK_BFLOAT16_FLOPS if re.match(rf"{re.escape(name)}(?![^\s-])", device_kind)]
+    names = [
+        name
+        for name in PEAK_BFLOAT16_FLOPS
+        if re.match(rf"{re.escape(name)}(?![^\s-])", device_kind)
+    ]
     return PEAK_BFLOAT16_FLOPS[max(names, key=len)] if names else None
 
 
 def mfu(
-    tokens_per_s: float, config: LlamaConfig, seq: int, devices: Sequence[Any], dtype: str
+    tokens_per_s: float,
+    config: LlamaConfig,
+    seq: int,
+    devices: Sequence[Any],
+    dtype: str,
 ) -> float | None:
     """Returns the model-flops utilisation, 0 to 1, of all `devices`; None where a peak is unknown.
 
@@ -83,4 +91,8 @@ def mfu(
     """
     peaks = [peak_flops(device.device_kind, dtype) for device in devices]
     total = sum(peak for peak in peaks if peak is not None)
-    return None if None in peaks or not total else tokens_per_s * flops_per_token(config, seq) / total
+    return (
+        None
+        if None in peaks or not total
+        else tokens_per_s * flops_per_token(config, seq) / total
+    )

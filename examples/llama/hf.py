@@ -1,8 +1,9 @@
 """Weights and tokenizers in Hugging Face's format: a folder of safetensors and JSON, both ways.
 
-A linear layer's weight is (out, in) there, one tensor a layer; here it is (in, out), stacked over the
-layers. Each tensor is thus a transposed view of one layer of a leaf, read and written by itself.
-Rotary embeddings pair (h, h + H/2) in both, so no rows change places.
+A linear layer's weight is (out, in) there, one tensor a layer; here it is (in, out),
+stacked over the layers. Each tensor is thus a transposed view of one layer of a leaf,
+read and written by itself. Rotary embeddings pair (h, h + H/2) in both, so no rows
+change places.
 """
 
 import contextlib
@@ -39,10 +40,22 @@ _Q, _KV = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
 NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "embed/embedding": ("model.embed_tokens.weight", (_V, _D)),
     "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", (_D,)),
-    "layers/attention/q_proj/kernel": ("model.layers.{}.self_attn.q_proj.weight", (_Q, _D)),
-    "layers/attention/k_proj/kernel": ("model.layers.{}.self_attn.k_proj.weight", (_KV, _D)),
-    "layers/attention/v_proj/kernel": ("model.layers.{}.self_attn.v_proj.weight", (_KV, _D)),
-    "layers/attention/o_proj/kernel": ("model.layers.{}.self_attn.o_proj.weight", (_D, _Q)),
+    "layers/attention/q_proj/kernel": (
+        "model.layers.{}.self_attn.q_proj.weight",
+        (_Q, _D),
+    ),
+    "layers/attention/k_proj/kernel": (
+        "model.layers.{}.self_attn.k_proj.weight",
+        (_KV, _D),
+    ),
+    "layers/attention/v_proj/kernel": (
+        "model.layers.{}.self_attn.v_proj.weight",
+        (_KV, _D),
+    ),
+    "layers/attention/o_proj/kernel": (
+        "model.layers.{}.self_attn.o_proj.weight",
+        (_D, _Q),
+    ),
     "layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", (_D,)),
     "layers/mlp/gate_proj/kernel": ("model.layers.{}.mlp.gate_proj.weight", (_F, _D)),
     "layers/mlp/up_proj/kernel": ("model.layers.{}.mlp.up_proj.weight", (_F, _D)),
@@ -56,9 +69,9 @@ EMBEDDING, HEAD = NAMES["embed/embedding"][0], NAMES["lm_head/kernel"][0]
 def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
     """Returns the weights of `folder` as the model's parameters, in numpy arrays.
 
-    Reads `model.safetensors`, or the shards of `model.safetensors.index.json`, tensor by tensor: the
-    host holds the model once, and one tensor more. A tied model may come with an `lm_head.weight`,
-    which must then be the embedding.
+    Reads `model.safetensors`, or the shards of `model.safetensors.index.json`, tensor
+    by tensor: the host holds the model once, and one tensor more. A tied model may come
+    with an `lm_head.weight`, which must then be the embedding.
 
     Args:
         folder: holds the weights, in float32, bfloat16 or float16.
@@ -69,24 +82,29 @@ def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
         The structure and shapes of `init_params(config, ...)`.
 
     Raises:
-        UsageError: where a file is missing or corrupt, or a tensor is missing, superfluous, or of
-            another shape or dtype; the latter before any is read.
+        UsageError: where a file is missing or corrupt, or a tensor is missing,
+            superfluous, or of another shape or dtype; the latter before any is read.
     """
     check_dtype(param_dtype)
     tensors = {tensor.name: tensor for tensor in tensors_of(config)}
     files = locate(folder, config, tensors)
-    leaves = {path: np.empty(leaf.shape, jnp.dtype(param_dtype)) for path, leaf in shapes_of(config).items()}
+    leaves = {
+        path: np.empty(leaf.shape, jnp.dtype(param_dtype))
+        for path, leaf in shapes_of(config).items()
+    }
     for file in sorted(set(files.values())):
         with opened(file) as weights:
-            for tensor in (tensor for name, tensor in tensors.items() if files[name] == file):
+            for tensor in (
+                tensor for name, tensor in tensors.items() if files[name] == file
+            ):
                 tensor.view(leaves[tensor.path])[...] = weights.get_tensor(tensor.name)
     if config.tied_head and HEAD in files:
         with opened(files[HEAD]) as weights:
             head_VxD = weights.get_tensor(HEAD).astype(jnp.dtype(param_dtype))
         if not np.array_equal(head_VxD, leaves["embed/embedding"]):
             raise UsageError(
-                f"{files[HEAD]}: {HEAD} is not {EMBEDDING}, though {CONFIG} says tie_word_embeddings; "
-                "set that to false, or remove the tensor"
+                f"{files[HEAD]}: {HEAD} is not {EMBEDDING}, though {CONFIG} says "
+                "tie_word_embeddings; set that to false, or remove the tensor"
             )
     return traverse_util.unflatten_dict(leaves, sep="/")
 
@@ -103,21 +121,23 @@ def save_pretrained(
 ) -> None:
     """Writes a folder from which transformers loads a LlamaForCausalLM and its tokenizer.
 
-    The files are written to a hidden folder beside it, which is renamed when all are there. Of
-    parameters on devices the host holds no more than one shard.
+    The files are written to a hidden folder beside it, which is renamed when all are
+    there. Of parameters on devices the host holds no more than one shard.
 
     Args:
-        params: jax or numpy arrays, of the structure and shapes of `init_params(config, ...)`.
+        params: jax or numpy arrays, of the structure and shapes of
+            `init_params(config, ...)`.
         config: their shape.
         folder: where to; must be empty or not there.
-        dtype: float32 or bfloat16, what the weights are written in; by default what they are in.
+        dtype: float32 or bfloat16, what the weights are written in; by default what
+            they are in.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
         tokenizer: written too where given.
         end_token: the token that ends a text; transformers calls it `eos_token`.
 
     Raises:
-        UsageError: for an argument other than described, before anything is written, and where the
-            files can't be written, with none left behind.
+        UsageError: for an argument other than described, before anything is written,
+            and where the files can't be written, with none left behind.
     """
     folder = folder.resolve()
     check_free(folder)
@@ -126,15 +146,22 @@ def save_pretrained(
     for name in {dtype or leaf.dtype.name for leaf in leaves.values()}:
         check_dtype(name)
     if max_shard_bytes <= 0:
-        raise UsageError(f"max_shard_bytes {max_shard_bytes} is out of range; give a number above 0")
+        raise UsageError(
+            f"max_shard_bytes {max_shard_bytes} is out of range; give a number above 0"
+        )
     end_id = check_tokenizer(tokenizer, end_token, config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        with tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix=f".{folder.name}."
+        ) as temporary:
             built = Path(temporary) / folder.name
             built.mkdir()
             write_json(
-                built / CONFIG, hf_config(config, dtype or leaves["embed/embedding"].dtype.name, end_id)
+                built / CONFIG,
+                hf_config(
+                    config, dtype or leaves["embed/embedding"].dtype.name, end_id
+                ),
             )
             write_weights(built, leaves, tensors_of(config), dtype, max_shard_bytes)
             if tokenizer:
@@ -142,7 +169,8 @@ def save_pretrained(
             built.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UsageError(
-            f"cannot write {folder}: {first_line(error)}; free space or choose another folder"
+            f"cannot write {folder}: {first_line(error)}; free space or choose another "
+            "folder"
         ) from error
 
 
@@ -151,7 +179,9 @@ def check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose a folder")
     if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} already holds files; choose a folder that is empty or not there")
+        raise UsageError(
+            f"{folder} already holds files; choose a folder that is empty or not there"
+        )
 
 
 class HfTensor(NamedTuple):
@@ -180,12 +210,18 @@ def tensors_of(config: LlamaConfig) -> list[HfTensor]:
     def tensor(path: str, layer: int | None = None) -> HfTensor:
         shape = shapes[path].shape if layer is None else shapes[path].shape[1:]
         name = NAMES[path][0].format(layer)
-        return HfTensor(name, shape[::-1] if path.endswith("/kernel") else shape, path, layer)
+        return HfTensor(
+            name, shape[::-1] if path.endswith("/kernel") else shape, path, layer
+        )
 
     stacked = [path for path in NAMES if path.startswith("layers/")]
     return [
         tensor("embed/embedding"),
-        *(tensor(path, layer) for layer in range(config.num_layers) for path in stacked),
+        *(
+            tensor(path, layer)
+            for layer in range(config.num_layers)
+            for path in stacked
+        ),
         tensor("final_norm/scale"),
         *([] if config.tied_head else [tensor("lm_head/kernel")]),
     ]
@@ -207,8 +243,9 @@ def check_leaves(leaves: Mapping[str, Any], config: LlamaConfig) -> None:
     for path in sorted(expected.keys() | found.keys()):
         if found.get(path) != expected.get(path):
             raise UsageError(
-                f"params: {path} is {found.get(path, 'missing')}, but {expected.get(path, 'missing')} in "
-                "a model of this config; give the config that the parameters were made with"
+                f"params: {path} is {found.get(path, 'missing')}, but "
+                f"{expected.get(path, 'missing')} in a model of this config; give the "
+                "config that the parameters were made with"
             )
 
 
@@ -224,7 +261,9 @@ def opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="np") as weights:
             yield weights
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot read {file}: {first_line(error)}; download it again") from error
+        raise UsageError(
+            f"cannot read {file}: {first_line(error)}; download it again"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -233,23 +272,33 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
         raise UsageError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}; give a folder that save_pretrained wrote, "
-            "or convert its weights to safetensors"
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}; give a folder that "
+            "save_pretrained wrote, or convert its weights to safetensors"
         )
     weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UsageError(f"{folder / INDEX} has no weight_map from tensors to files; download it again")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise UsageError(
+            f"{folder / INDEX} has no weight_map from tensors to files; "
+            "download it again"
+        )
     files = [folder / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.exists():
-            raise UsageError(f"{file} is not there, though {INDEX} names it; download it")
+            raise UsageError(
+                f"{file} is not there, though {INDEX} names it; download it"
+            )
     return files
 
 
-def locate(folder: Path, config: LlamaConfig, tensors: Mapping[str, HfTensor]) -> dict[str, Path]:
+def locate(
+    folder: Path, config: LlamaConfig, tensors: Mapping[str, HfTensor]
+) -> dict[str, Path]:
     """Returns the file of each tensor, and of a tied model's head where there is one.
 
-    Reads no more than the files' headers. Raises `UsageError` for the first that is not as `tensors`.
+    Reads no more than the files' headers. Raises `UsageError` for the first that is not
+    as `tensors`.
     """
     # Early versions stored constants of the rotary embeddings, `inv_freq`, which are ignored.
     expected = dict(tensors)
@@ -263,19 +312,24 @@ def locate(folder: Path, config: LlamaConfig, tensors: Mapping[str, HfTensor]) -
                     continue
                 if name not in expected:
                     raise UsageError(
-                        f"{file}: {name} is no tensor of a LLaMA of {config.num_layers} layers without "
-                        f"biases; correct num_hidden_layers in {CONFIG}, or choose another model"
+                        f"{file}: {name} is no tensor of a LLaMA of "
+                        f"{config.num_layers} layers without biases; correct "
+                        f"num_hidden_layers in {CONFIG}, or choose another model"
                     )
                 if name in files:
-                    raise UsageError(f"{file}: {name} is also in {files[name]}; remove one of the two")
+                    raise UsageError(
+                        f"{file}: {name} is also in {files[name]}; remove one of the "
+                        "two"
+                    )
                 check_stored(file, name, weights.get_slice(name), expected[name])
                 files[name] = file
     missing = [name for name in tensors if name not in files]
     if missing:
         others = f" and {len(missing) - 1} other tensors" if len(missing) > 1 else ""
         raise UsageError(
-            f"{folder} lacks {missing[0]}{others}; download the rest, or correct num_hidden_layers "
-            f"{config.num_layers} or tie_word_embeddings {str(config.tied_head).lower()} in {CONFIG}"
+            f"{folder} lacks {missing[0]}{others}; download the rest, or correct "
+            f"num_hidden_layers {config.num_layers} or tie_word_embeddings "
+            f"{str(config.tied_head).lower()} in {CONFIG}"
         )
     return files
 
@@ -285,33 +339,54 @@ def check_stored(file: Path, name: str, stored: Any, tensor: HfTensor) -> None:
     shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
     if dtype not in STORED_DTYPES:
         supported = ", ".join(STORED_DTYPES.values())
-        raise UsageError(f"{file}: {name} is of dtype {dtype}; convert it to one of: {supported}")
+        raise UsageError(
+            f"{file}: {name} is of dtype {dtype}; convert it to one of: {supported}"
+        )
     if shape != tensor.shape:
         raise UsageError(
-            f"{file}: {name} is {shape}, but {tensor.shape} by ({', '.join(NAMES[tensor.path][1])}) in "
-            f"{CONFIG}; correct that, or choose the weights that belong to it"
+            f"{file}: {name} is {shape}, but {tensor.shape} by "
+            f"({', '.join(NAMES[tensor.path][1])}) in {CONFIG}; correct that, or "
+            "choose the weights that belong to it"
         )
 
 
 def write_weights(
-    folder: Path, leaves: Mapping[str, Any], tensors: list[HfTensor], dtype: str | None, max_shard_bytes: int
+    folder: Path,
+    leaves: Mapping[str, Any],
+    tensors: list[HfTensor],
+    dtype: str | None,
+    max_shard_bytes: int,
 ) -> None:
     """Writes one file, or shards and their index where it would be larger than `max_shard_bytes`."""
-    sizes = [math.prod(t.shape) * jnp.dtype(dtype or leaves[t.path].dtype).itemsize for t in tensors]
+    sizes = [
+        math.prod(t.shape) * jnp.dtype(dtype or leaves[t.path].dtype).itemsize
+        for t in tensors
+    ]
     shards = cut_into_shards(tensors, sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
+        file = (
+            f"model-{number:05}-of-{len(shards):05}.safetensors"
+            if len(shards) > 1
+            else WEIGHTS
+        )
         save_file(
-            {tensor.name: fetch(leaves[tensor.path], tensor, dtype) for tensor in shard},
+            {
+                tensor.name: fetch(leaves[tensor.path], tensor, dtype)
+                for tensor in shard
+            },
             folder / file,
-            metadata={"format": "pt"},  # transformers 4 refuses files that don't say it.
+            # transformers 4 refuses files that don't say it.
+            metadata={"format": "pt"},
         )
         # Some versions of safetensors write files that no other user can read.
         (folder / file).chmod((folder / CONFIG).stat().st_mode)
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+        write_json(
+            folder / INDEX,
+            {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map},
+        )
 
 
 def cut_into_shards(
@@ -342,25 +417,31 @@ def check_tokenizer(
     ids = tokenizer.get_vocab(with_added_tokens=True).values() if tokenizer else ()
     if (largest := max(ids, default=0)) >= config.vocab_size:
         raise UsageError(
-            f"tokenizer has a token of id {largest}, but the model's vocab_size is {config.vocab_size}; "
-            "give the tokenizer it was trained with"
+            f"tokenizer has a token of id {largest}, but the model's vocab_size is "
+            f"{config.vocab_size}; give the tokenizer it was trained with"
         )
     if end_token is None:
         return None
     end_id = tokenizer.token_to_id(end_token) if tokenizer else None
     if end_id is None:
-        raise UsageError(f"end_token {end_token!r} is no token of the tokenizer; give one that is")
+        raise UsageError(
+            f"end_token {end_token!r} is no token of the tokenizer; give one that is"
+        )
     return end_id
 
 
 def write_tokenizer(
-    folder: Path, tokenizer: tokenizers.Tokenizer, end_token: str | None, config: LlamaConfig
+    folder: Path,
+    tokenizer: tokenizers.Tokenizer,
+    end_token: str | None,
+    config: LlamaConfig,
 ) -> None:
     (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_token,
         "model_max_length": config.max_seq_len,
-        "clean_up_tokenization_spaces": False,  # Else transformers 4 drops spaces before punctuation.
+        # Else transformers 4 drops spaces before punctuation.
+        "clean_up_tokenization_spaces": False,
     }
     write_json(folder / TOKENIZER_CONFIG, fields)

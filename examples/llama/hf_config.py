@@ -25,12 +25,12 @@ Number = TypeVar("Number", int, float)
 def read_config(folder: Path) -> LlamaConfig:
     """Returns the shape that `folder/config.json` describes.
 
-    Rotary embeddings are read as transformers 5 writes them, `rope_parameters`, and as earlier
-    versions do, `rope_theta` beside `rope_scaling`.
+    Rotary embeddings are read as transformers 5 writes them, `rope_parameters`, and as
+    earlier versions do, `rope_theta` beside `rope_scaling`.
 
     Raises:
-        UsageError: where the file or a field of it is missing or unusable, or the model is not a
-            LLaMA that `model.py` computes.
+        UsageError: where the file or a field of it is missing or unusable, or the model
+            is not a LLaMA that `model.py` computes.
     """
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
     if "model_config" in fields.values:
@@ -46,7 +46,9 @@ def read_config(folder: Path) -> LlamaConfig:
     rope_theta, rope_scaling = read_rope(fields, max_seq_len)
     tied_head = fields.values.get("tie_word_embeddings", False)
     if not isinstance(tied_head, bool):
-        raise UsageError(f"{fields.path}: tie_word_embeddings is {tied_head!r}; give true or false")
+        raise UsageError(
+            f"{fields.path}: tie_word_embeddings is {tied_head!r}; give true or false"
+        )
     try:
         return LlamaConfig(
             vocab_size=fields.number("vocab_size", int),
@@ -106,7 +108,9 @@ class Fields(NamedTuple):
     values: dict[str, Any]
     prefix: str = ""
 
-    def number(self, name: str, kind: type[Number], default: Number | None = None) -> Number:
+    def number(
+        self, name: str, kind: type[Number], default: Number | None = None
+    ) -> Number:
         """Returns a number above 0; null counts as missing, as in transformers."""
         value = self.values.get(name)
         if value is None:
@@ -114,9 +118,15 @@ class Fields(NamedTuple):
                 raise UsageError(f"{self.path} lacks {self.prefix}{name}; add it")
             return default
         types = (int, float) if kind is float else int
-        if not isinstance(value, types) or isinstance(value, bool) or not 0 < value < math.inf:
+        if (
+            not isinstance(value, types)
+            or isinstance(value, bool)
+            or not 0 < value < math.inf
+        ):
             noun = "number" if kind is float else "whole number"
-            raise UsageError(f"{self.path}: {self.prefix}{name} is {value!r}; give a {noun} above 0")
+            raise UsageError(
+                f"{self.path}: {self.prefix}{name} is {value!r}; give a {noun} above 0"
+            )
         return kind(value)
 
     def unsupported(self, name: str, *supported: object) -> UsageError:
@@ -134,7 +144,11 @@ def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | No
     if not isinstance(values, dict):
         raise UsageError(f"{fields.path}: {name} is {values!r}; give an object or null")
     rope = Fields(fields.path, values, f"{name}.")
-    theta = rope.number("rope_theta", float, default=fields.number("rope_theta", float, default=10_000.0))
+    theta = rope.number(
+        "rope_theta",
+        float,
+        default=fields.number("rope_theta", float, default=10_000.0),
+    )
     key = "rope_type" if "rope_type" in values else "type"
     if values.get(key, "default") == "default":
         return theta, None
@@ -144,12 +158,14 @@ def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | No
         factor=rope.number("factor", float),
         low_freq_factor=rope.number("low_freq_factor", float),
         high_freq_factor=rope.number("high_freq_factor", float),
-        original_max_seq_len=rope.number("original_max_position_embeddings", int, default=max_seq_len),
+        original_max_seq_len=rope.number(
+            "original_max_position_embeddings", int, default=max_seq_len
+        ),
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise UsageError(
-            f"{fields.path}: {name}.low_freq_factor {scaling.low_freq_factor} is not below "
-            f"high_freq_factor {scaling.high_freq_factor}; correct them"
+            f"{fields.path}: {name}.low_freq_factor {scaling.low_freq_factor} is not "
+            f"below high_freq_factor {scaling.high_freq_factor}; correct them"
         )
     return theta, scaling
 
@@ -159,9 +175,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{path} is not there; give a folder that save_pretrained wrote") from None
+        raise UsageError(
+            f"{path} is not there; give a folder that save_pretrained wrote"
+        ) from None
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; give a file that can be read") from error
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; give a file that can be read"
+        ) from error
     except ValueError as error:  # Of the encoding too.
         raise UsageError(f"{path} is not JSON: {error}; download it again") from error
     if not isinstance(value, dict):

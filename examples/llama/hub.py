@@ -36,16 +36,23 @@ class HubSource:
         owner, *rest = name.split("/")
         if not owner or not all(rest) or len(rest) not in (1, 2):
             raise UsageError(
-                f"{flag} {data!r} is no name of a data set; "
-                "give hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or hf:/FOLDER for one on disk"
+                f"{flag} {data!r} is no name of a data set; give hf:OWNER/NAME, "
+                "hf:OWNER/NAME/CONFIG, or hf:/FOLDER for one on disk"
             )
-        return cls(flag, data, f"{owner}/{rest[0]}", rest[1] if len(rest) == 2 else None, revision or None)
+        return cls(
+            flag,
+            data,
+            f"{owner}/{rest[0]}",
+            rest[1] if len(rest) == 2 else None,
+            revision or None,
+        )
 
     def __iter__(self) -> Iterator[Document]:
         if "train" not in self._splits:
             raise UsageError(
                 f"{self.flag} {self.data!r} has no split 'train'; its splits are: "
-                f"{', '.join(self._splits)}; give a data set or configuration that has one"
+                f"{', '.join(self._splits)}; give a data set or configuration that has "
+                "one"
             )
         return self._read("train")
 
@@ -55,13 +62,21 @@ class HubSource:
     def fingerprint(self) -> str:
         """Returns a digest of the name; of the files too where the data set is a folder.
 
-        What the hub holds under a name is known only after reading it: a REVISION makes it certain.
+        What the hub holds under a name is known only after reading it: a REVISION makes
+        it certain.
         """
         folder = Path(self.path)
         paths = sorted(folder.rglob("*")) if folder.is_absolute() else []
-        files = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
+        files = {
+            str(path.relative_to(folder)): path for path in paths if path.is_file()
+        }
         try:
-            content = [self.path, self.config, self.revision, content_digest(self.data, files)]
+            content = [
+                self.path,
+                self.config,
+                self.revision,
+                content_digest(self.data, files),
+            ]
         except DocumentError as error:
             raise UsageError(f"{self.flag} {self.data!r}: {error}") from error
         return hashlib.sha256(repr(content).encode()).hexdigest()
@@ -76,7 +91,9 @@ class HubSource:
                 "run pip install 'apollo-optax[examples]'"
             ) from error
         with self._one_line_errors():
-            splits = datasets.load_dataset(self.path, self.config, revision=self.revision, streaming=True)
+            splits = datasets.load_dataset(
+                self.path, self.config, revision=self.revision, streaming=True
+            )
         return {str(name): split for name, split in splits.items()}
 
     def _read(self, split: str) -> Iterator[Document]:
@@ -88,7 +105,10 @@ class HubSource:
                     empty = False
                     yield named_by_text(text)
         if empty:
-            raise UsageError(f"{self.flag} {self.data!r} has no text in its split {split!r}; give another")
+            raise UsageError(
+                f"{self.flag} {self.data!r} has no text in its split {split!r}; "
+                "give another"
+            )
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:
@@ -102,8 +122,9 @@ class HubSource:
         # ValueError; a data set that is a script, which is no longer run, a RuntimeError.
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UsageError(
-                f"{self.flag} {self.data!r} cannot be read ({first_line(error)}); check the name, the "
-                "network and, for a data set with terms to agree to, `hf auth login`"
+                f"{self.flag} {self.data!r} cannot be read ({first_line(error)}); "
+                "check the name, the network and, for a data set with terms to agree "
+                "to, `hf auth login`"
             ) from error
 
 
@@ -138,7 +159,7 @@ def tokenizer_folder(name: str) -> Path:
         return download(local_files_only=False)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--tokenizer {name!r} is no file or folder here, nor to be had from the hub "
-            f"({first_line(error)}); check the name, the network and, for a model with terms to agree to, "
-            "`hf auth login`"
+            f"--tokenizer {name!r} is no file or folder here, nor to be had from the "
+            f"hub ({first_line(error)}); check the name, the network and, for a model "
+            "with terms to agree to, `hf auth login`"
         ) from error

@@ -16,9 +16,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Takes SIGTERM and SIGINT inside its `with`.
 
-    Inside `deferred`, the first is recorded in `signal`, for whoever can end in good order; elsewhere
-    it raises `RunInterrupted` at once. A second Ctrl-C raises `KeyboardInterrupt`; schedulers send
-    signals twice in a moment, so it counts only when it comes a second later.
+    Inside `deferred`, the first is recorded in `signal`, for whoever can end in good
+    order; elsewhere it raises `RunInterrupted` at once. A second Ctrl-C raises
+    `KeyboardInterrupt`; schedulers send signals twice in a moment, so it counts only
+    when it comes a second later.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,9 @@ class StopRequest:
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only, and lets no other ask for them.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._handle) for number in SIGNALS
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,8 +54,8 @@ class StopRequest:
             self.signal, self._when = signal.Signals(number), time.monotonic()
             if not self._deferred:
                 raise RunInterrupted(
-                    f"stopped by {self.signal.name} outside of training; --resume auto goes on with what is "
-                    "on disk",
+                    f"stopped by {self.signal.name} outside of training; --resume auto "
+                    "goes on with what is on disk",
                     status=128 + number,
                 )
         elif number == signal.SIGINT and time.monotonic() > self._when + 1:

@@ -1,8 +1,9 @@
 """Cross entropy of the next token, a chunk of the sequence at a time.
 
-Logits are the largest array of a language model: a batch of 131,072 tokens over a vocabulary of
-32,000 is 17 GB of float32. Here those of one chunk exist at a time. The gradient of a chunk is
-computed together with its loss, while its logits are there, so nothing is computed twice.
+Logits are the largest array of a language model: a batch of 131,072 tokens over a
+vocabulary of 32,000 is 17 GB of float32. Here those of one chunk exist at a time. The
+gradient of a chunk is computed together with its loss, while its logits are there, so
+nothing is computed twice.
 
 B batch, T tokens, t tokens of a chunk, C chunks, D hidden size, V vocabulary.
 """
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 LOGITS_BYTES = 2**28  # Of one chunk's float32 logits, over the whole batch.
 
 
-def num_chunks(batch: int, seq: int, vocab_size: int, logits_bytes: int = LOGITS_BYTES) -> int:
+def num_chunks(
+    batch: int, seq: int, vocab_size: int, logits_bytes: int = LOGITS_BYTES
+) -> int:
     """Returns into how many chunks a sequence is cut: two or more, so never all logits exist."""
     return min(seq, max(2, -(-4 * batch * seq * vocab_size // logits_bytes)))
 
@@ -28,8 +31,8 @@ def chunked_cross_entropy(
 
     Args:
         x_BxTxD: what the head is applied to.
-        head_DxV: the output head, used in the dtype of `x`; products are summed in float32, and in
-            float64 for float64.
+        head_DxV: the output head, used in the dtype of `x`; products are summed in
+            float32, and in float64 for float64.
         targets_BxT: the tokens to predict.
         chunks: the number of pieces the sequence is cut into; T need not be a multiple.
 
@@ -39,7 +42,9 @@ def chunked_cross_entropy(
     B, T, _ = x_BxTxD.shape
     pieces = _pieces(x_BxTxD, targets_BxT, chunks)
 
-    def add_chunk(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def add_chunk(
+        total: jax.Array, piece: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, None]:
         x, targets, weights = piece
         loss, _ = _chunk_loss(_logits(x, head_DxV), targets, weights)
         return total + loss, None
@@ -67,7 +72,9 @@ def _forward(
         hit_BxtxV = jnp.arange(head.shape[1]) == targets_Bxt[..., None]
         # Of padding too: it adds nothing to the head's, as its x is 0, and its own is cut off below.
         grad_BxtxV = ((probabilities_BxtxV - hit_BxtxV) / (B * T)).astype(x_BxtxD.dtype)
-        head_grad_DxV += jnp.einsum("btd,btv->dv", x_BxtxD, grad_BxtxV, preferred_element_type=dtype)
+        head_grad_DxV += jnp.einsum(
+            "btd,btv->dv", x_BxtxD, grad_BxtxV, preferred_element_type=dtype
+        )
         x_grad_BxtxD = jnp.einsum("btv,dv->btd", grad_BxtxV, head)
         return (total + loss, head_grad_DxV), x_grad_BxtxD
 
@@ -83,7 +90,9 @@ def _backward(
     chunks: int, grads: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     del chunks
-    x_grad_BxTxD, head_grad_DxV = (grad * cotangent.astype(grad.dtype) for grad in grads)
+    x_grad_BxTxD, head_grad_DxV = (
+        grad * cotangent.astype(grad.dtype) for grad in grads
+    )
     return x_grad_BxTxD, head_grad_DxV, None
 
 
@@ -94,11 +103,14 @@ def _sum_dtype(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _pieces(x_BxTxD: jax.Array, targets_BxT: jax.Array, chunks: int) -> tuple[jax.Array, ...]:
+def _pieces(
+    x_BxTxD: jax.Array, targets_BxT: jax.Array, chunks: int
+) -> tuple[jax.Array, ...]:
     """Returns x (C, B, t, D), targets (C, B, t) and weights (C, t), which are 0 for the padding."""
     B, T, D = x_BxTxD.shape
     t = -(-T // chunks)
-    chunks = -(-T // t)  # Fewer where t is rounded up by much: no chunk is padding alone.
+    # Fewer where t is rounded up by much: no chunk is padding alone.
+    chunks = -(-T // t)
     padding = (0, t * chunks - T)
     # Along the sequence, not the batch: the batch may be cut over devices.
     x = jnp.pad(x_BxTxD, ((0, 0), padding, (0, 0))).reshape(B, chunks, t, D)
@@ -109,7 +121,9 @@ def _pieces(x_BxTxD: jax.Array, targets_BxT: jax.Array, chunks: int) -> tuple[ja
 
 def _logits(x_BxtxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
     head = head_DxV.astype(x_BxtxD.dtype)
-    return jnp.einsum("btd,dv->btv", x_BxtxD, head, preferred_element_type=_sum_dtype(x_BxtxD))
+    return jnp.einsum(
+        "btd,dv->btv", x_BxtxD, head, preferred_element_type=_sum_dtype(x_BxtxD)
+    )
 
 
 def _chunk_loss(
@@ -117,5 +131,7 @@ def _chunk_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the weighted sum of the cross entropies and the log of each softmax's denominator."""
     logsumexp_Bxt = jax.nn.logsumexp(logits_BxtxV, axis=-1)
-    target_Bxt = jnp.take_along_axis(logits_BxtxV, targets_Bxt[..., None], axis=-1)[..., 0]
+    target_Bxt = jnp.take_along_axis(logits_BxtxV, targets_Bxt[..., None], axis=-1)[
+        ..., 0
+    ]
     return jnp.sum((logsumexp_Bxt - target_Bxt) * weights_t), logsumexp_Bxt

@@ -9,7 +9,8 @@ from jax.experimental import mesh_utils
 
 from examples.llama.usage import UsageError, unknown_name
 
-AXES = ("data", "fsdp", "tensor")  # The last is the innermost: its devices are next to each other.
+# The last is the innermost: its devices are next to each other.
+AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # What the sequences of a batch are cut over.
 
 
@@ -25,7 +26,9 @@ def axis_sizes(text: str) -> dict[str, int]:
         if equals and name not in AXES:
             raise unknown_name("--mesh", name, AXES)
         if not size.isdecimal() or int(size) < 1:
-            raise UsageError(f"--mesh {text} is malformed; give numbers above 0, as in data=2,fsdp=4")
+            raise UsageError(
+                f"--mesh {text} is malformed; give numbers above 0, as in data=2,fsdp=4"
+            )
         if name in sizes:
             raise UsageError(f"--mesh {text} gives {name} twice; give it once")
         sizes[name] = int(size)
@@ -55,15 +58,28 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
     if count == 1 and jax.process_count() == 1:
         devices = devices[:1]
     if count != len(devices):
-        here, axes, product = len(devices), " x ".join(sizes), " x ".join(map(str, sizes.values()))
-        shown = f", or set JAX_NUM_CPU_DEVICES={count}" if devices[0].platform == "cpu" else ""
+        here, axes, product = (
+            len(devices),
+            " x ".join(sizes),
+            " x ".join(map(str, sizes.values())),
+        )
+        shown = (
+            f", or set JAX_NUM_CPU_DEVICES={count}"
+            if devices[0].platform == "cpu"
+            else ""
+        )
         raise UsageError(
             f"--mesh {text} needs {count} devices, and the devices here are {here} "
-            f"({devices[0].device_kind}); give {axes} = {here} in place of {product}{shown}"
+            f"({devices[0].device_kind}); give {axes} = {here} in place of "
+            f"{product}{shown}"
         )
     # Not `jax.make_mesh`, which refuses sizes that are no product of a TPU topology's.
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(grid, tuple(sizes), (jax.sharding.AxisType.Auto,) * len(sizes))
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return jax.sharding.Mesh(
+        grid, tuple(sizes), (jax.sharding.AxisType.Auto,) * len(sizes)
+    )
 
 
 def on_every_device(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -81,22 +97,29 @@ def ways(mesh: jax.sharding.Mesh, axes: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def constrained(x: jax.Array, mesh: jax.sharding.Mesh, *cuts: str | tuple[str, ...] | None) -> jax.Array:
+def constrained(
+    x: jax.Array, mesh: jax.sharding.Mesh, *cuts: str | tuple[str, ...] | None
+) -> jax.Array:
     """Tells the compiler over which mesh axes each axis of `x` is cut.
 
     An axis that its devices do not divide stays whole, as the one row of a sample does.
     """
     if mesh.size == 1:
         return x
-    spec = jax.P(*(None if size % ways(mesh, cut) else cut for size, cut in zip(x.shape, cuts, strict=True)))
+    spec = jax.P(
+        *(
+            None if size % ways(mesh, cut) else cut
+            for size, cut in zip(x.shape, cuts, strict=True)
+        )
+    )
     return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
 
 
 def batch_share(mesh: jax.sharding.Mesh, batch: int) -> tuple[int, int]:
     """Returns which part of a batch's rows this process's devices hold, and of how many parts.
 
-    Processes whose devices differ along `tensor` alone hold the same part. Where parts overlap, every
-    process has the whole batch.
+    Processes whose devices differ along `tensor` alone hold the same part. Where parts
+    overlap, every process has the whole batch.
     """
     held: dict[int, set[int]] = {}
     for device, (rows, _) in over_data(mesh).devices_indices_map((batch, 1)).items():

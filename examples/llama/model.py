@@ -1,8 +1,9 @@
 """LLaMA in Flax NNX: one block, stacked over the depth and scanned.
 
-Shapes: B batch, T tokens, S = T + 1, D hidden size, N heads, K heads of keys and values, H head size,
-F feed-forward size, L layers, V vocabulary. A stacked kernel is (L, in, out), so the layer is an axis
-of the weight and the time to compile does not grow with the depth.
+Shapes: B batch, T tokens, S = T + 1, D hidden size, N heads, K heads of keys and
+values, H head size, F feed-forward size, L layers, V vocabulary. A stacked kernel is
+(L, in, out), so the layer is an axis of the weight and the time to compile does not
+grow with the depth.
 """
 
 import dataclasses
@@ -18,12 +19,14 @@ from examples.llama.config import LlamaConfig
 from examples.llama.loss import chunked_cross_entropy, num_chunks
 from examples.llama.mesh import ROWS, constrained, ways
 
-Params = dict[str, Any]  # Nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
+# Nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
+Params = dict[str, Any]
 
 # What the backward pass finds of a layer's activations; it computes the others again.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # All but attention's scores.
+    # All but attention's scores.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -37,7 +40,8 @@ class Execution:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     attention: str = "auto"
-    """xla, cudnn, or auto: cudnn where its flash attention takes the dtype, the heads and the GPU."""
+    """xla, cudnn, or auto: cudnn where its flash attention takes the dtype, the heads
+    and the GPU."""
     mesh: jax.sharding.Mesh | None = None
     """What activations are cut over; None leaves that to the compiler."""
 
@@ -52,7 +56,9 @@ class Execution:
     def attention_implementation(self, head_size: int) -> Any:
         if self.attention != "auto":
             return self.attention
-        fits = self.compute_dtype == "bfloat16" and head_size <= 128 and head_size % 8 == 0
+        fits = (
+            self.compute_dtype == "bfloat16" and head_size <= 128 and head_size % 8 == 0
+        )
         return "cudnn" if fits and cudnn_has_flash_attention() else "xla"
 
 
@@ -75,28 +81,39 @@ def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
     return frequency_h.astype(np.float32)
 
 
-def rotary(x_BxTxNxH: jax.Array, position_T: jax.Array, frequency_h: np.ndarray) -> jax.Array:
+def rotary(
+    x_BxTxNxH: jax.Array, position_T: jax.Array, frequency_h: np.ndarray
+) -> jax.Array:
     """Rotates each pair (h, h + H/2) of every head by its frequency times its position.
 
-    Dot products of rotated vectors then depend on positions only through their difference.
+    Dot products of rotated vectors then depend on positions only through their
+    difference.
     """
     angle_Tx1xh = position_T[:, None, None] * frequency_h
     cos, sin = jnp.cos(angle_Tx1xh), jnp.sin(angle_Tx1xh)
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    rotated = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
     return rotated.astype(x_BxTxNxH.dtype)
 
 
 def initializer(config: LlamaConfig) -> nnx.Initializer:
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         # In float32 and rounded: drawn in bfloat16, a seed would give other weights, not rounder ones.
-        return (config.initializer_range * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        return (
+            config.initializer_range * jax.random.normal(key, shape, jnp.float32)
+        ).astype(dtype)
 
     return init
 
 
 def linear(
-    config: LlamaConfig, execution: Execution, size_in: int, size_out: int, rngs: nnx.Rngs
+    config: LlamaConfig,
+    execution: Execution,
+    size_in: int,
+    size_out: int,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     return nnx.Linear(
         size_in,
@@ -122,7 +139,9 @@ def rms_norm(config: LlamaConfig, execution: Execution, rngs: nnx.Rngs) -> nnx.R
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary position embeddings."""
 
-    def __init__(self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs
+    ) -> None:
         self.config, self.execution = config, execution
         D, H = config.hidden_size, config.head_size
         self.q_proj = linear(config, execution, D, config.num_heads * H, rngs)
@@ -146,7 +165,9 @@ class Attention(nnx.Module):
             k_BxTxKxH,
             v_BxTxKxH,
             is_causal=True,
-            implementation=self.execution.attention_implementation(self.config.head_size),
+            implementation=self.execution.attention_implementation(
+                self.config.head_size
+            ),
         )
         return self.o_proj(out_BxTxNxH.reshape(B, T, -1))
 
@@ -154,7 +175,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs
+    ) -> None:
         self.execution = execution
         D, F = config.hidden_size, config.intermediate_size
         self.gate_proj = linear(config, execution, D, F, rngs)
@@ -169,7 +192,9 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs
+    ) -> None:
         self.execution = execution
         self.attention_norm = rms_norm(config, execution, rngs)
         self.attention = Attention(config, execution, rngs=rngs)
@@ -224,7 +249,9 @@ class Llama(nnx.Module):
             self.layers = stacked_block(rngs)
         self.final_norm = rms_norm(config, execution, rngs)
         if not config.tied_head:
-            self.lm_head = linear(config, execution, config.hidden_size, config.vocab_size, rngs)
+            self.lm_head = linear(
+                config, execution, config.hidden_size, config.vocab_size, rngs
+            )
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """Returns what the head is applied to: (B, T, D) in the compute dtype."""
@@ -243,28 +270,42 @@ class Llama(nnx.Module):
         """Returns what the first layer is applied to: (B, T, D) in the compute dtype."""
         # Rows of the table come from where they are, so only its other axis is brought together.
         table_VxD = self.execution.cut(self.embed.embedding[...], "tensor", None)
-        x_BxTxD = jnp.take(table_VxD.astype(self.execution.compute_dtype), tokens_BxT, axis=0)
+        x_BxTxD = jnp.take(
+            table_VxD.astype(self.execution.compute_dtype), tokens_BxT, axis=0
+        )
         return self.execution.cut(x_BxTxD, ROWS, None, None)
 
     def head(self) -> jax.Array:
         """Returns the output head: (D, V) in the parameters' dtype."""
-        return self.lm_head.kernel[...] if hasattr(self, "lm_head") else self.embed.embedding[...].T
+        return (
+            self.lm_head.kernel[...]
+            if hasattr(self, "lm_head")
+            else self.embed.embedding[...].T
+        )
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Applies the head to what `hidden` returns, (..., D)."""
         head_DxV = self.head().astype(x.dtype)
-        return jnp.einsum("...d,dv->...v", x, head_DxV, preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...d,dv->...v", x, head_DxV, preferred_element_type=jnp.float32
+        )
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         return self.logits(self.hidden(tokens_BxT))
 
 
-def graphdef_of(config: LlamaConfig, execution: Execution = Execution()) -> nnx.GraphDef[Llama]:
+def graphdef_of(
+    config: LlamaConfig, execution: Execution = Execution()
+) -> nnx.GraphDef[Llama]:
     """Returns the model's structure; allocates nothing."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, execution, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(
+        nnx.eval_shape(lambda: Llama(config, execution, rngs=nnx.Rngs(0)))
+    )
 
 
-def init_params(config: LlamaConfig, execution: Execution = Execution(), *, seed: int) -> Params:
+def init_params(
+    config: LlamaConfig, execution: Execution = Execution(), *, seed: int
+) -> Params:
     """Returns new parameters as a nested dictionary; under `jax.eval_shape`, their shapes."""
 
     @jax.jit
@@ -275,12 +316,18 @@ def init_params(config: LlamaConfig, execution: Execution = Execution(), *, seed
     return params()
 
 
-def init_ends(config: LlamaConfig, execution: Execution = Execution(), *, seed: int) -> Params:
+def init_ends(
+    config: LlamaConfig, execution: Execution = Execution(), *, seed: int
+) -> Params:
     """Returns those of `init_params` outside the layers; XLA draws no others."""
 
     @jax.jit
     def params() -> Params:
-        return {k: v for k, v in init_params(config, execution, seed=seed).items() if k != "layers"}
+        return {
+            k: v
+            for k, v in init_params(config, execution, seed=seed).items()
+            if k != "layers"
+        }
 
     return params()
 
@@ -295,10 +342,14 @@ def init_layer(
     graphdef, keys = nnx.split(rngs)
     rngs = nnx.merge(graphdef, jax.tree.map(lambda key: key[index], keys))
     block = Block(config, execution, rngs=rngs)
-    return jax.tree.map(lambda x: x[None], nnx.to_pure_dict(nnx.state(block, nnx.Param)))
+    return jax.tree.map(
+        lambda x: x[None], nnx.to_pure_dict(nnx.state(block, nnx.Param))
+    )
 
 
-def next_token_loss(graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: jax.Array) -> jax.Array:
+def next_token_loss(
+    graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: jax.Array
+) -> jax.Array:
     """Returns the mean cross entropy, in nats, of each token after the first given those before.
 
     Args:
@@ -310,7 +361,9 @@ def next_token_loss(graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: j
         A float32 scalar.
     """
     model = nnx.merge(graphdef, params)
-    return cross_entropy(model.execution, model.hidden(tokens_BxS[:, :-1]), model.head(), tokens_BxS)
+    return cross_entropy(
+        model.execution, model.hidden(tokens_BxS[:, :-1]), model.head(), tokens_BxS
+    )
 
 
 def cross_entropy(
@@ -318,7 +371,11 @@ def cross_entropy(
 ) -> jax.Array:
     B, T, _ = x_BxTxD.shape
     # Of the logits that a device has: each chunk ends in a sum of the head's gradient over the devices.
-    chunks = num_chunks(execution.on_a_device(B, ROWS), T, execution.on_a_device(head_DxV.shape[1], "tensor"))
+    chunks = num_chunks(
+        execution.on_a_device(B, ROWS),
+        T,
+        execution.on_a_device(head_DxV.shape[1], "tensor"),
+    )
     x_BxTxD = execution.cut(x_BxTxD, ROWS, None, None)
     head_DxV = execution.cut(head_DxV, None, "tensor")
     return chunked_cross_entropy(x_BxTxD, head_DxV, tokens_BxS[:, 1:], chunks)
@@ -330,24 +387,36 @@ def gradient_barrier(tree: Any) -> Any:
     return tree
 
 
-gradient_barrier.defvjp(lambda tree: (tree, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
+gradient_barrier.defvjp(
+    lambda tree: (tree, None), lambda _, grads: (jax.lax.optimization_barrier(grads),)
+)
 
 
 class Pieces(NamedTuple):
     """`next_token_loss` as three pure functions, for a step that takes the layers one by one.
 
-    Parameters are as in the whole model, without `layers`; a layer's are those of one of them.
+    Parameters are as in the whole model, without `layers`; a layer's are those of one
+    of them.
     """
 
-    embed: Callable[[Params, jax.Array], jax.Array]  # Parameters, tokens (B, S) -> x (B, T, D).
+    # Parameters, tokens (B, S) -> x (B, T, D).
+    embed: Callable[[Params, jax.Array], jax.Array]
     layer: Callable[..., jax.Array]  # A layer's parameters, x -> x.
-    head: Callable[[Params, jax.Array, jax.Array], jax.Array]  # Parameters, x, tokens -> the loss.
-    logits: Callable[[Params, jax.Array], jax.Array]  # Parameters, x (..., D) -> float32 (..., V).
+    # Parameters, x, tokens -> the loss.
+    head: Callable[[Params, jax.Array, jax.Array], jax.Array]
+    # Parameters, x (..., D) -> float32 (..., V).
+    logits: Callable[[Params, jax.Array], jax.Array]
 
 
 def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces:
-    ends = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, execution, with_layers=False, rngs=nnx.Rngs(0))))
-    block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, execution, rngs=nnx.Rngs(0))))
+    ends = nnx.graphdef(
+        nnx.eval_shape(
+            lambda: Llama(config, execution, with_layers=False, rngs=nnx.Rngs(0))
+        )
+    )
+    block = nnx.graphdef(
+        nnx.eval_shape(lambda: Block(config, execution, rngs=nnx.Rngs(0)))
+    )
 
     def embed(params: Params, tokens_BxS: jax.Array) -> jax.Array:
         return nnx.merge(ends, params).embedded(tokens_BxS[:, :-1])
@@ -363,12 +432,16 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
 
     def head(params: Params, x_BxTxD: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
         model = nnx.merge(ends, params)
-        return cross_entropy(execution, model.final_norm(x_BxTxD), model.head(), tokens_BxS)
+        return cross_entropy(
+            execution, model.final_norm(x_BxTxD), model.head(), tokens_BxS
+        )
 
     def logits(params: Params, x: jax.Array) -> jax.Array:
         model = nnx.merge(ends, params)
         return model.logits(model.final_norm(x))
 
     if execution.remat != "none":
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT_POLICIES[execution.remat])
+        layer = jax.checkpoint(
+            layer, prevent_cse=False, policy=REMAT_POLICIES[execution.remat]
+        )
     return Pieces(embed, layer, head, logits)

@@ -1,8 +1,9 @@
 """The optimizers by name, with their learning rates.
 
-Parameters fall into two groups: the kernels of the layers (attention and MLP), which is where the
-optimizers differ, and the rest (embeddings, head, norms), which all of them leave to Adam. Each group
-has a learning rate of its own, so that no comparison is won by a better rate for the embeddings alone.
+Parameters fall into two groups: the kernels of the layers (attention and MLP), which is
+where the optimizers differ, and the rest (embeddings, head, norms), which all of them
+leave to Adam. Each group has a learning rate of its own, so that no comparison is won
+by a better rate for the embeddings alone.
 
 To add an optimizer, add a `Recipe`.
 """
@@ -38,42 +39,59 @@ def path_name(path: tuple[Any, ...]) -> str:
 def adamw(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     del config
     # Without weight decay, as in the APOLLO paper's pre-training, AdamW is Adam.
-    return in_float32(moments_in(options.moment_dtype, optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)))
+    return in_float32(
+        moments_in(
+            options.moment_dtype, optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+        )
+    )
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns `tx` as it is for float32 parameters.
 
-    Optax gives a second moment the parameters' dtype, and in bfloat16 its decay of 0.999 is 1: it would
-    never forget. APOLLO's moments are in float32 by themselves.
+    Optax gives a second moment the parameters' dtype, and in bfloat16 its decay of
+    0.999 is 1: it would never forget. APOLLO's moments are in float32 by themselves.
     """
 
     def widened(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+        return jax.tree.map(
+            lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
+        )
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
     ) -> tuple[optax.Updates, optax.OptState]:
         return tx.update(widened(updates), state, widened(params))
 
     return optax.GradientTransformation(lambda params: tx.init(widened(params)), update)
 
 
-def moments_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def moments_in(
+    dtype: str, tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """Returns `tx` with its state kept in `dtype` between steps; Optax can do so for a first moment."""
 
     def cast(state: optax.OptState, dtype: Any) -> optax.OptState:
-        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+        return jax.tree.map(
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            state,
+        )
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
     ) -> tuple[optax.Updates, optax.OptState]:
         updates, state = tx.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     if dtype == "float32":  # As it is; float64 parameters have moments in float64.
         return tx
-    return optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update)
+    return optax.GradientTransformation(
+        lambda params: cast(tx.init(params), dtype), update
+    )
 
 
 def with_adam_for_the_rest(
@@ -87,7 +105,9 @@ def with_adam_for_the_rest(
 def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     # As `optax.adafactor` chains them.
     scaler = optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
     )
     factored = optax.FactoredState(count=UNMAPPED, v_row=0, v_col=0, v=0)
     axes = (factored, optax.EmptyState(), optax.EmptyState())
@@ -97,13 +117,17 @@ def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransfo
 def galore(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     assert options.rank is not None
     assert options.scale is not None
-    return with_adam_for_the_rest(galore_over_layers(options.rank, options.scale), options, config)
+    return with_adam_for_the_rest(
+        galore_over_layers(options.rank, options.scale), options, config
+    )
 
 
 def galore_over_layers(rank: int, scale: float) -> optax.GradientTransformation:
     """Returns Optax's GaLore, which takes matrices, for stacks of them."""
     moments = optax.ScaleByAdamState(count=UNMAPPED, mu=0, nu=0)
-    axes = optax.contrib.GaLoreState(count=UNMAPPED, base_optimizer_state=moments, projector=0)
+    axes = optax.contrib.GaLoreState(
+        count=UNMAPPED, base_optimizer_state=moments, projector=0
+    )
     return over_layers(optax.contrib.scale_by_galore(rank, scale=scale), axes)
 
 
@@ -111,12 +135,15 @@ def galore_over_layers(rank: int, scale: float) -> optax.GradientTransformation:
 UNMAPPED: Any = None
 
 
-def over_layers(tx: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
+def over_layers(
+    tx: optax.GradientTransformation, axes: Any
+) -> optax.GradientTransformation:
     """Maps a transformation of matrices over the first axis of stacked ones, whose norms stay apart.
 
     Args:
         tx: a transformation of matrices.
-        axes: 0 for each part of its state that each matrix has, `UNMAPPED` for what they share.
+        axes: 0 for each part of its state that each matrix has, `UNMAPPED` for what
+            they share.
     """
     mapped_init = jax.vmap(tx.init, out_axes=axes)
     mapped_update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
@@ -126,9 +153,13 @@ def over_layers(tx: optax.GradientTransformation, axes: Any) -> optax.GradientTr
         return mapped_init(params) if jax.tree.leaves(params) else tx.init(params)
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
     ) -> tuple[optax.Updates, optax.OptState]:
-        return (mapped_update if jax.tree.leaves(updates) else tx.update)(updates, state, params)
+        return (mapped_update if jax.tree.leaves(updates) else tx.update)(
+            updates, state, params
+        )
 
     return optax.GradientTransformation(init, update)
 
@@ -143,7 +174,9 @@ def muon(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformati
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params)
 
     descent = optax.contrib.muon(
-        1.0, mu_dtype=options.moment_dtype, muon_weight_dimension_numbers=dimension_numbers
+        1.0,
+        mu_dtype=options.moment_dtype,
+        muon_weight_dimension_numbers=dimension_numbers,
     )
     # Optax has Muon's scaling by shape only inside `muon`, which goes downhill by itself.
     scaler = optax.chain(descent, optax.scale(-1.0))
@@ -159,7 +192,10 @@ def dimension_numbers(options: RunOptions) -> Callable[[Any], Any]:
     """Returns which axes of the parameters are matrices to APOLLO."""
     rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2))]
     if options.embeddings == "apollo":
-        rules += [(name, apollo_optax.ApolloDimensionNumbers(0, 1)) for name in (EMBEDDING, HEAD)]
+        rules += [
+            (name, apollo_optax.ApolloDimensionNumbers(0, 1))
+            for name in (EMBEDDING, HEAD)
+        ]
     return apollo_optax.dimension_numbers_by_path(rules)
 
 
@@ -188,8 +224,8 @@ def apollo(
 class Recipe(NamedTuple):
     """An optimizer: what scales the gradients, and its default learning rates and APOLLO options.
 
-    The learning rates are the best of the grids in docs/results.md, with the tiny model and one seed;
-    apollo-svd has those of apollo.
+    The learning rates are the best of the grids in docs/results.md, with the tiny model
+    and one seed; apollo-svd has those of apollo.
     """
 
     scaler: Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
@@ -226,7 +262,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "apollo-svd": channel_wise(svd=True),
     "galore": Recipe(
-        galore, lr=2e-2, lr_embeddings=3e-2, rank_of=quarter_of_width, scale=0.25, layerwise=False
+        galore,
+        lr=2e-2,
+        lr_embeddings=3e-2,
+        rank_of=quarter_of_width,
+        scale=0.25,
+        layerwise=False,
     ),
     "muon": Recipe(muon, lr=7e-3, lr_embeddings=3e-2),
     "adafactor": Recipe(adafactor, lr=9e-2, lr_embeddings=3e-2),
@@ -239,17 +280,22 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
     """Fills in what the model and the optimizer decide.
 
     Raises:
-        UsageError: for an optimizer not in the table, or one that can't do what the options ask for.
+        UsageError: for an optimizer not in the table, or one that can't do what the
+            options ask for.
     """
     if options.optimizer not in RECIPES:
         raise unknown_name("--optimizer", options.optimizer, RECIPES)
     recipe = RECIPES[options.optimizer]
     for flag, value in unused(options, config).items():
-        raise UsageError(f"{flag} {value} means nothing to --optimizer {options.optimizer}; leave it out")
+        raise UsageError(
+            f"{flag} {value} means nothing to --optimizer {options.optimizer}; "
+            "leave it out"
+        )
     if options.layerwise and not recipe.layerwise:
         raise UsageError(
-            f"--layerwise can't be done with --optimizer {options.optimizer}: Optax's takes no tree in which "
-            "all matrices are masked out; leave out one of the two"
+            f"--layerwise can't be done with --optimizer {options.optimizer}: Optax's "
+            "takes no tree in which all matrices are masked out; "
+            "leave out one of the two"
         )
     defaults = {
         "lr": recipe.lr,
@@ -257,7 +303,11 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
         "rank": recipe.rank_of(config),
         "scale": recipe.scale,
     }
-    unset = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    unset = {
+        name: value
+        for name, value in defaults.items()
+        if getattr(options, name) is None
+    }
     return dataclasses.replace(options, **unset)
 
 
@@ -269,8 +319,16 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
         for flag, value, has_use in (
             ("--rank", options.rank, recipe.rank_of(config) is not None),
             ("--scale", options.scale, recipe.scale is not None),
-            ("--embeddings", options.embeddings, options.optimizer.startswith("apollo")),
-            ("--projection", options.projection, options.optimizer in ("apollo", "apollo-mini")),
+            (
+                "--embeddings",
+                options.embeddings,
+                options.optimizer.startswith("apollo"),
+            ),
+            (
+                "--projection",
+                options.projection,
+                options.optimizer in ("apollo", "apollo-mini"),
+            ),
         )
         if value not in (None, "adam", "random") and not has_use
     }
@@ -279,7 +337,9 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
 def make_schedule(peak: float, steps: int) -> optax.Schedule:
     """Returns the rate by step: up over the first tenth, then a cosine down to a tenth of `peak`."""
     warmup = max(1, steps // 10)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), end_value=peak / 10)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup, max(steps, warmup + 1), end_value=peak / 10
+    )
 
 
 def lr_group(path: str) -> str:
@@ -288,7 +348,9 @@ def lr_group(path: str) -> str:
 
 def lr_groups(params: Any) -> Any:
     """Returns "kernels" or "rest" for each leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: lr_group(path_name(path)), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: lr_group(path_name(path)), params
+    )
 
 
 def make_optimizer(

@@ -51,17 +51,18 @@ class TextOptions:
     """What decides which tokens there are, beside the model's vocabulary."""
 
     data: str = "stdlib"
-    """stdlib: the source of Python's standard library, which needs no network. python: that and the
-    source of all installed packages. Or a file, a folder or a quoted glob of text, .jsonl or .parquet (field
-    `text`), or hf:OWNER/NAME[/CONFIG] from the hub."""
+    """stdlib: the source of Python's standard library, which needs no network. python:
+    that and the source of all installed packages. Or a file, a folder or a quoted glob
+    of text, .jsonl or .parquet (field `text`), or hf:OWNER/NAME[/CONFIG] from the
+    hub."""
     validation: str | None = None
     """The same for held-out text; by default one document in twenty of --data."""
     data_tokens: int | None = None
-    """Stop reading --data after this many tokens; by default a run on hf: takes as many as it needs, and
-    otherwise all are read."""
+    """Stop reading --data after this many tokens; by default a run on hf: takes as many
+    as it needs, and otherwise all are read."""
     tokenizer: str | None = None
-    """A tokenizer.json, a folder with one, or a name on the hub; by default that of --init-from, else a
-    BPE trained on --data at its first use."""
+    """A tokenizer.json, a folder with one, or a name on the hub; by default that of
+    --init-from, else a BPE trained on --data at its first use."""
     vocab: int | None = None
     """Tokens of that BPE; by default the model's vocabulary."""
 
@@ -73,13 +74,15 @@ class TrainingOptions(TextOptions):
     out: Path
     """Folder for the results; must not hold another run."""
     model: str | None = None
-    """tiny (the default), 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b or llama-3-8b."""
+    """tiny (the default), 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b or
+    llama-3-8b."""
     init_from: Path | None = None
-    """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to start from, instead
-    of --model and random weights."""
+    """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to
+    start from, instead of --model and random weights."""
     mesh: str = "data=1"
-    """The devices, as data=2,fsdp=2,tensor=2: data and fsdp cut each batch, fsdp every matrix of weights,
-    tensor their heads and columns. The sizes must multiply to the number of devices; those left out are 1."""
+    """The devices, as data=2,fsdp=2,tensor=2: data and fsdp cut each batch, fsdp every
+    matrix of weights, tensor their heads and columns. The sizes must multiply to the
+    number of devices; those left out are 1."""
     steps: int = 800
     """Training steps; the first tenth warms the learning rates up."""
     batch: int = 8
@@ -95,46 +98,53 @@ class TrainingOptions(TextOptions):
     eval_every: int = 100
     """Steps between evaluations; the last step always has one."""
     eval_windows: int = 128
-    """Sequences of held-out text an evaluation takes, spread evenly over it and always the same."""
+    """Sequences of held-out text an evaluation takes, spread evenly over it and always
+    the same."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     resume: str = "never"
-    """auto: continue the run in --out from its last checkpoint, or start it. never: refuse a folder
-    with a run in it."""
+    """auto: continue the run in --out from its last checkpoint, or start it. never:
+    refuse a folder with a run in it."""
     on_nonfinite: str = "stop"
     """What to do at a loss or gradient that is not finite: stop, or skip the step."""
     weights: str = "float32"
-    """float32 or bfloat16, of the parameters; or int8 for the layers' kernels, which takes --layerwise."""
+    """float32 or bfloat16, of the parameters; or int8 for the layers' kernels, which
+    takes --layerwise."""
     compute_dtype: str | None = None
-    """float32 or bfloat16, of activations and matrix products, and with --weights int8 of the other
-    parameters; by default that of --weights, bfloat16 for int8."""
+    """float32 or bfloat16, of activations and matrix products, and with --weights int8
+    of the other parameters; by default that of --weights, bfloat16 for int8."""
     rounding: str | None = None
-    """How updates are added to bfloat16 and int8 weights: stochastic (the default), or nearest, which
-    loses those smaller than the last bit."""
+    """How updates are added to bfloat16 and int8 weights: stochastic (the default), or
+    nearest, which loses those smaller than the last bit."""
     layerwise: bool = False
-    """Update each layer in the backward pass as soon as it has its gradient, so that the gradients of one
-    layer are in memory, not of all."""
+    """Update each layer in the backward pass as soon as it has its gradient, so that
+    the gradients of one layer are in memory, not of all."""
     offload: str | None = None
-    """With --layerwise, what to keep in host memory: weights (the layers' kernels), activations (the
-    layers' inputs), or weights,activations."""
+    """With --layerwise, what to keep in host memory: weights (the layers' kernels),
+    activations (the layers' inputs), or weights,activations."""
     remat: str = "dots"
-    """What the backward pass computes again to save memory: none, dots (all but the products with
-    weights) or full (each layer)."""
+    """What the backward pass computes again to save memory: none, dots (all but the
+    products with weights) or full (each layer)."""
     attention: str = "auto"
     """xla, cudnn, or auto: cudnn on a GPU in bfloat16."""
     rank: int | None = None
-    """APOLLO's and GaLore's rank; by default 1 for apollo-mini, else a quarter of the hidden size."""
+    """APOLLO's and GaLore's rank; by default 1 for apollo-mini, else a quarter of the
+    hidden size."""
     scale: float | None = None
-    """APOLLO's scale, by default 128 for apollo-mini, else 1; GaLore's, by default 0.25."""
+    """APOLLO's scale, by default 128 for apollo-mini, else 1; GaLore's, by default
+    0.25."""
     moment_dtype: str = "float32"
-    """float32 or bfloat16, of the moments of APOLLO and Adam, and of the first of Muon and Lion. In bfloat16
-    a second moment hardly forgets, as 0.999 of it rounds to itself."""
+    """float32 or bfloat16, of the moments of APOLLO and Adam, and of the first of Muon
+    and Lion. In bfloat16 a second moment hardly forgets, as 0.999 of it rounds to
+    itself."""
     embeddings: str = "adam"
-    """What APOLLO does with the embeddings and the head: adam, or apollo as with the kernels."""
+    """What APOLLO does with the embeddings and the head: adam, or apollo as with the
+    kernels."""
     projection: str = "random"
-    """What apollo and apollo-mini project with: random (normal entries) or rademacher (random signs)."""
+    """What apollo and apollo-mini project with: random (normal entries) or rademacher
+    (random signs)."""
 
     def __post_init__(self) -> None:
         for flag, value in self.numbers().items():
@@ -142,33 +152,42 @@ class TrainingOptions(TextOptions):
                 check_positive(flag, value)
         check_seed("--seed", self.seed)
         if self.steps > MOST_STEPS:
-            raise UsageError(f"--steps {self.steps} is out of range; give 1 to {MOST_STEPS}")
+            raise UsageError(
+                f"--steps {self.steps} is out of range; give 1 to {MOST_STEPS}"
+            )
         if self.workers > MOST_WORKERS:
-            raise UsageError(f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}")
+            raise UsageError(
+                f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}"
+            )
         for name in ("model", "data", "validation", "tokenizer"):
             if getattr(self, name) == "":
                 raise UsageError(f"--{name} is empty; give it a value, or leave it out")
         if self.batch % self.accumulate:
             raise UsageError(
-                f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}; change one"
+                f"--batch {self.batch} is not a multiple of --accumulate "
+                f"{self.accumulate}; change one"
             )
         rows, cuts = self.batch // self.accumulate, row_cuts(self.mesh)
         if rows % cuts:
             raise UsageError(
-                f"--batch {self.batch} in --accumulate {self.accumulate} micro-batches is {rows} sequences, "
-                f"not a multiple of the {cuts} that data and fsdp of --mesh {self.mesh} make; change one"
+                f"--batch {self.batch} in --accumulate {self.accumulate} micro-batches "
+                f"is {rows} sequences, not a multiple of the {cuts} that data and fsdp "
+                f"of --mesh {self.mesh} make; change one"
             )
         if self.model and self.init_from:
             raise UsageError(
-                f"--model {self.model} and --init-from {self.init_from} both give the model's shape; "
-                "give one of them"
+                f"--model {self.model} and --init-from {self.init_from} both give the "
+                "model's shape; give one of them"
             )
         # Frozen, so only here are the defaults that depend on other options resolved.
         if not self.init_from:
             object.__setattr__(self, "model", self.model or "tiny")
         for flag, known in CHOICES.items():
             value = getattr(self, flag[2:].replace("-", "_"))
-            if value not in (*known, *(None,) * (flag in ("--compute-dtype", "--rounding"))):
+            if value not in (
+                *known,
+                *(None,) * (flag in ("--compute-dtype", "--rounding")),
+            ):
                 raise unknown_name(flag, value, known)
         widest = "bfloat16" if self.weights == "int8" else self.weights
         object.__setattr__(self, "compute_dtype", self.compute_dtype or widest)
@@ -177,11 +196,13 @@ class TrainingOptions(TextOptions):
 
     def _check_rounding(self) -> None:
         if self.weights == "float32" and self.rounding == "stochastic":
-            raise UsageError("--rounding stochastic means nothing to --weights float32; leave it out")
+            raise UsageError(
+                "--rounding stochastic means nothing to --weights float32; leave it out"
+            )
         if self.weights == "int8" and self.rounding == "nearest":
             raise UsageError(
-                "--rounding nearest would lose all updates of --weights int8, which are smaller than half a "
-                "step of it; leave it out"
+                "--rounding nearest would lose all updates of --weights int8, which "
+                "are smaller than half a step of it; leave it out"
             )
         default = "nearest" if self.weights == "float32" else "stochastic"
         object.__setattr__(self, "rounding", self.rounding or default)
@@ -191,26 +212,41 @@ class TrainingOptions(TextOptions):
             if name not in OFFLOADABLE:
                 raise unknown_name("--offload", name, OFFLOADABLE)
             if self.offloaded.count(name) > 1:
-                raise UsageError(f"--offload {self.offload} names {name} twice; give each once")
+                raise UsageError(
+                    f"--offload {self.offload} names {name} twice; give each once"
+                )
         if not self.layerwise:
             for flag, value, reason in (
-                ("--weights", self.weights == "int8" and "int8", "the ordinary step would hold all of them"),
-                ("--offload", self.offload, "the ordinary step would fetch all of them"),
+                (
+                    "--weights",
+                    self.weights == "int8" and "int8",
+                    "the ordinary step would hold all of them",
+                ),
+                (
+                    "--offload",
+                    self.offload,
+                    "the ordinary step would fetch all of them",
+                ),
             ):
                 if value:
-                    raise UsageError(f"{flag} {value} takes --layerwise, since {reason} in full; give it too")
+                    raise UsageError(
+                        f"{flag} {value} takes --layerwise, "
+                        f"since {reason} in full; give it too"
+                    )
             return
         if self.accumulate > 1:
             raise UsageError(
-                f"--accumulate {self.accumulate} can't be done with --layerwise, which drops a layer's "
-                "gradient before the next micro-batch; leave it out, and if the batch does not fit, add "
-                "--remat full or devices to --mesh, or lower --batch"
+                f"--accumulate {self.accumulate} can't be done with --layerwise, which "
+                "drops a layer's gradient before the next micro-batch; leave it out, "
+                "and if the batch does not fit, add --remat full or devices to --mesh, "
+                "or lower --batch"
             )
         if self.on_nonfinite == "skip":
             raise UsageError(
-                "--on-nonfinite skip can't be done with --layerwise, which has updated other layers by the "
-                "time it sees a gradient; leave it out: stop keeps the last good checkpoint, and APOLLO's "
-                "limiter bounds each layer's update without a norm over all"
+                "--on-nonfinite skip can't be done with --layerwise, which has updated "
+                "other layers by the time it sees a gradient; leave it out: stop keeps "
+                "the last good checkpoint, and APOLLO's limiter bounds each layer's "
+                "update without a norm over all"
             )
 
     @property
@@ -222,7 +258,14 @@ class TrainingOptions(TextOptions):
         """Returns what must be positive, by flag."""
         names = (
             *("steps", "batch", "accumulate", "seq", "data_tokens", "vocab", "workers"),
-            *("eval_every", "eval_windows", "checkpoint_every", "keep_checkpoints", "rank", "scale"),
+            *(
+                "eval_every",
+                "eval_windows",
+                "checkpoint_every",
+                "keep_checkpoints",
+                "rank",
+                "scale",
+            ),
         )
         return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
 
@@ -232,8 +275,8 @@ class ProcessOptions:
     """Which of several processes this is; the same run on another number of them is the same run."""
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 of several meets the others. Under Slurm, Open MPI, GKE and on TPU pods
-    these three are found out."""
+    """HOST:PORT at which process 0 of several meets the others. Under Slurm, Open MPI,
+    GKE and on TPU pods these three are found out."""
     processes: int | None = None
     """How many processes there are; 1: run alone, whatever the cluster says."""
     process_id: int | None = None
@@ -243,19 +286,33 @@ class ProcessOptions:
         given = (self.coordinator, self.processes, self.process_id)
         if given in ((None, None, None), (None, 1, None)):
             return
-        if self.coordinator is None or self.processes is None or self.process_id is None:
-            flags = dict(zip(("--coordinator HOST:PORT", "--processes", "--process-id"), given, strict=True))
-            missing = " and ".join(flag for flag, value in flags.items() if value is None)
+        if (
+            self.coordinator is None
+            or self.processes is None
+            or self.process_id is None
+        ):
+            flags = dict(
+                zip(
+                    ("--coordinator HOST:PORT", "--processes", "--process-id"),
+                    given,
+                    strict=True,
+                )
+            )
+            missing = " and ".join(
+                flag for flag, value in flags.items() if value is None
+            )
             raise UsageError(
-                f"--coordinator, --processes and --process-id go together; add {missing}, or give "
-                "--processes 1 alone"
+                "--coordinator, --processes and --process-id go together; add "
+                f"{missing}, or give --processes 1 alone"
             )
         if not re.fullmatch(r".+:\d+", self.coordinator):
-            raise UsageError(f"--coordinator {self.coordinator} is malformed; give HOST:PORT")
+            raise UsageError(
+                f"--coordinator {self.coordinator} is malformed; give HOST:PORT"
+            )
         if not 0 <= self.process_id < self.processes:
             raise UsageError(
-                f"--process-id {self.process_id} is out of range; give 0 to {self.processes - 1}, as "
-                f"--processes is {self.processes}"
+                f"--process-id {self.process_id} is out of range; give 0 to "
+                f"{self.processes - 1}, as --processes is {self.processes}"
             )
 
 
@@ -268,20 +325,27 @@ class RunOptions(ProcessOptions, TrainingOptions):
     lr: float | None = None
     """Peak learning rate of the layers' kernels; by default the optimizer's own."""
     lr_embeddings: float | None = None
-    """Peak learning rate of embeddings, head and norms; by default the optimizer's own."""
+    """Peak learning rate of embeddings, head and norms; by default the optimizer's
+    own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_processes()
 
     def numbers(self) -> dict[str, float | None]:
-        more = {"--lr": self.lr, "--lr-embeddings": self.lr_embeddings, "--processes": self.processes}
+        more = {
+            "--lr": self.lr,
+            "--lr-embeddings": self.lr_embeddings,
+            "--processes": self.processes,
+        }
         return super().numbers() | more
 
     def as_run(self) -> dict[str, Any]:
         """Returns the options that make the run what it is, on whichever process, as JSON."""
         fields = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return {name: value for name, value in fields.items() if name not in PROCESS_FIELDS}
+        return {
+            name: value for name, value in fields.items() if name not in PROCESS_FIELDS
+        }
 
 
 def check_positive(flag: str, value: float) -> None:
@@ -297,19 +361,25 @@ def check_seed(flag: str, seed: int) -> None:
 def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Returns what two configurations disagree on, as `field: theirs -> ours`, changeable fields aside.
 
-    A field that one has not got, because it is older than the field, has the field's default.
+    A field that one has not got, because it is older than the field, has the field's
+    default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
     defaults["rounding"] = "nearest"  # Before there was a choice.
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):
-        ignored.update(field.name for field in dataclasses.fields(TextOptions))  # It may have moved.
+        # It may have moved.
+        ignored.update(field.name for field in dataclasses.fields(TextOptions))
     pairs = {
         name: (theirs.get(name, defaults.get(name)), ours.get(name, defaults.get(name)))
         for name in ours | theirs
         if name not in ignored
     }
-    return [f"{name}: {before} -> {now}" for name, (before, now) in pairs.items() if before != now]
+    return [
+        f"{name}: {before} -> {now}"
+        for name, (before, now) in pairs.items()
+        if before != now
+    ]
 
 
 PROCESS_FIELDS = frozenset(field.name for field in dataclasses.fields(ProcessOptions))

@@ -1,11 +1,12 @@
 """What is cut over which axis of the mesh: one table for the parameters, and what follows from it.
 
-`tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM does
-(https://arxiv.org/abs/1909.08053): what comes back to the hidden size is summed over the devices, once after
-attention and once after the MLP. `fsdp` cuts every matrix along the hidden size: a device keeps its part, and
-is sent the rest when a layer is computed. Without `tensor` that can be any side, and is that of APOLLO's
-channels where it divides: then each device projects whole channels of a layer's matrices, and sends norms
-alone. `data` cuts no parameter. Activations are cut in `model.py`.
+`tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM
+does (https://arxiv.org/abs/1909.08053): what comes back to the hidden size is summed
+over the devices, once after attention and once after the MLP. `fsdp` cuts every matrix
+along the hidden size: a device keeps its part, and is sent the rest when a layer is
+computed. Without `tensor` that can be any side, and is that of APOLLO's channels where
+it divides: then each device projects whole channels of a layer's matrices, and sends
+norms alone. `data` cuts no parameter. Activations are cut in `model.py`.
 """
 
 import math
@@ -25,9 +26,15 @@ from examples.llama.usage import UsageError
 # By path; the first that matches counts. The axis of layers is never cut: a step takes them one by one.
 PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
     (r"^embed/embedding$", jax.P("tensor", "fsdp")),  # (V, D)
-    (r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$", jax.P(None, "fsdp", "tensor")),  # (L, D, heads)
+    (
+        r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$",
+        jax.P(None, "fsdp", "tensor"),
+    ),  # (L, D, heads)
     (r"^layers/.*/o_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, heads, D)
-    (r"^layers/.*/(gate_proj|up_proj)/kernel$", jax.P(None, "fsdp", "tensor")),  # (L, D, F)
+    (
+        r"^layers/.*/(gate_proj|up_proj)/kernel$",
+        jax.P(None, "fsdp", "tensor"),
+    ),  # (L, D, F)
     (r"^layers/.*/down_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, F, D)
     (r"^lm_head/kernel$", jax.P("fsdp", "tensor")),  # (D, V)
     (r"norm/scale$", jax.P()),
@@ -35,7 +42,10 @@ PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
 
 
 def spec_of(
-    name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, parts: tuple[int, ...] | None = None
+    name: str,
+    shape: tuple[int, ...],
+    mesh: jax.sharding.Mesh,
+    parts: tuple[int, ...] | None = None,
 ) -> jax.P:
     """Returns how a parameter is cut: by `PARTITION_RULES`, or along APOLLO's channels.
 
@@ -43,14 +53,15 @@ def spec_of(
         name: its path.
         shape: its shape.
         mesh: the devices.
-        parts: how many parts an axis has that stay whole, such as groups of numbers with one scale; by
-            default `shape`.
+        parts: how many parts an axis has that stay whole, such as groups of numbers
+            with one scale; by default `shape`.
     """
     spec = next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
     # Of a side that both cut, XLA would gather the parts of `tensor` too, where `data` has as many devices.
     if not re.search(KERNELS, name) or mesh.shape["tensor"] > 1:
         return spec
-    channels = 1 if shape[1] > shape[2] else 2  # The larger side, or the outputs, as apollo_optax has it.
+    # The larger side, or the outputs, as apollo_optax has it.
+    channels = 1 if shape[1] > shape[2] else 2
     if spec[channels] == "fsdp" or (parts or shape)[channels] % mesh.shape["fsdp"]:
         return spec
     layers, rows, columns = spec
@@ -72,15 +83,20 @@ def cut_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
 
 def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
     """Raises `UsageError` for a size of the model that an axis of --mesh does not divide."""
-    model = f"--init-from {options.init_from}" if options.init_from else f"--model {options.model}"
+    model = (
+        f"--init-from {options.init_from}"
+        if options.init_from
+        else f"--model {options.model}"
+    )
     for axis, parts in axis_sizes(options.mesh).items():
         cut = cut_sizes(config).get(axis, {})
         most = math.gcd(*cut.values())
         for what, size in cut.items():
             if size % parts:
                 raise UsageError(
-                    f"--mesh {options.mesh} cuts the {what} of {model}, {size}, over {axis}={parts}, which "
-                    f"does not divide it; give {axis}={most}" + (" or a divisor of it" if most > 1 else "")
+                    f"--mesh {options.mesh} cuts the {what} of {model}, {size}, over "
+                    f"{axis}={parts}, which does not divide it; give {axis}={most}"
+                    + (" or a divisor of it" if most > 1 else "")
                 )
 
 
@@ -88,7 +104,9 @@ def parameter_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
     """Returns the sharding of every parameter, of arrays or shapes, by `spec_of`."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
-        return jax.sharding.NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh))
+        return jax.sharding.NamedSharding(
+            mesh, spec_of(path_name(path), leaf.shape, mesh)
+        )
 
     return jax.tree_util.tree_map_with_path(place, params)
 
@@ -96,8 +114,9 @@ def parameter_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
 def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> Any:
     """Returns the sharding of every leaf of an optimizer's state, of whatever optimizer.
 
-    They are those of `apollo_optax.state_sharding`. What that leaves whole though it is a matrix or more of
-    a parameter that is cut, as GaLore's moments and projections are, is cut along its last axis.
+    They are those of `apollo_optax.state_sharding`. What that leaves whole though it is
+    a matrix or more of a parameter that is cut, as GaLore's moments and projections
+    are, is cut along its last axis.
 
     Args:
         options: of the run, which say what is a matrix.
@@ -105,18 +124,30 @@ def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> 
         params: shapes with shardings.
     """
     numbers = dimension_numbers(options)
-    shardings = apollo_optax.state_sharding(state, params, weight_dimension_numbers=numbers)
+    shardings = apollo_optax.state_sharding(
+        state, params, weight_dimension_numbers=numbers
+    )
     owners = apollo_optax.state_owners(state, params)
-    parameters = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    parameters = {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
     def place(leaf: Any, sharding: jax.sharding.NamedSharding, owner: str) -> Any:
         parameter = parameters.get(owner)
-        if parameter is None or leaf.ndim < 2 or leaf.shape == parameter.shape or cuts(sharding):
+        if (
+            parameter is None
+            or leaf.ndim < 2
+            or leaf.shape == parameter.shape
+            or cuts(sharding)
+        ):
             return sharding
         mesh, axes = parameter.sharding.mesh, cuts(parameter.sharding)
         for cut in (axes, *((axis,) for axis in axes)):
             if leaf.shape[-1] % ways(mesh, cut) == 0:
-                return jax.sharding.NamedSharding(mesh, jax.P(*[None] * (leaf.ndim - 1), cut))
+                return jax.sharding.NamedSharding(
+                    mesh, jax.P(*[None] * (leaf.ndim - 1), cut)
+                )
         return sharding
 
     return jax.tree.map(place, state, shardings, owners)
@@ -124,5 +155,11 @@ def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> 
 
 def cuts(sharding: jax.sharding.NamedSharding) -> tuple[str, ...]:
     """Returns the axes of the mesh that cut an array."""
-    names = [name for entry in sharding.spec for name in (entry if isinstance(entry, tuple) else (entry,))]
-    return tuple(name for name in names if name is not None and sharding.mesh.shape[name] > 1)
+    names = [
+        name
+        for entry in sharding.spec
+        for name in (entry if isinstance(entry, tuple) else (entry,))
+    ]
+    return tuple(
+        name for name in names if name is not None and sharding.mesh.shape[name] > 1
+    )

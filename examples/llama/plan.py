@@ -1,8 +1,8 @@
 """Tells a run's memory before it runs: `python -m examples.llama.plan --model 7b --target v5e:1x1`.
 
-Compiles the very step that `pretrain` runs, for this machine or for TPUs that are not there, and reads the
-memory off the compiled program; nothing is trained. All numbers are for one device, in bytes or in GB of
-1e9 bytes, and of the training step alone.
+Compiles the very step that `pretrain` runs, for this machine or for TPUs that are not
+there, and reads the memory off the compiled program; nothing is trained. All numbers
+are for one device, in bytes or in GB of 1e9 bytes, and of the training step alone.
 """
 
 import dataclasses
@@ -30,7 +30,16 @@ from examples.llama.options import RunOptions, parse
 from examples.llama.target import LOCAL, Compiler, CompilerError, Memory, check_target
 from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
 
-UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS = {
+    "kb": 1e3,
+    "mb": 1e6,
+    "gb": 1e9,
+    "tb": 1e12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 SCALES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1}
 MOST_SEQUENCES = 2**20  # That --fit tries.
 SHARES = {
@@ -40,12 +49,13 @@ SHARES = {
     "activations_bytes": "activations",
 }
 CAPTION = (
-    "{unit} on a device; peak: arguments + temporaries + output - what of these is in the same place; "
-    "activations: what grows with the batch, by a second compilation; gradients, other: the rest"
+    "{unit} on a device; peak: arguments + temporaries + output - what of these is in "
+    "the same place; activations: what grows with the batch, by a second compilation; "
+    "gradients, other: the rest"
 )
 WIDENED = (
-    "the CPU's compiler turns bfloat16 into float32, so temporaries are not those of a GPU or TPU; "
-    "give --target v5e:1x1 for such"
+    "the CPU's compiler turns bfloat16 into float32, so temporaries are not those of a "
+    "GPU or TPU; give --target v5e:1x1 for such"
 )
 
 
@@ -56,10 +66,11 @@ class PlanOptions(RunOptions):
     out: Path = Path(os.devnull)
     """Not used: a command line of pretrain can be given as it is."""
     target: str = "cpu"
-    """What to compile for: cpu, gpu (this machine's) or TPUs that need not be there: v5e:1x1, v5e:4x4,
-    v6e:2x2, v5p:2x2x1, v4:2x2x1."""
+    """What to compile for: cpu, gpu (this machine's) or TPUs that need not be there:
+    v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1."""
     fit: str | None = None
-    """A size as 16GB (16e9 bytes) or 15.75GiB: find the largest batch that fits, in place of --batch."""
+    """A size as 16GB (16e9 bytes) or 15.75GiB: find the largest batch that fits, in
+    place of --batch."""
     compare: tuple[str, ...] = ()
     """Several optimizers in place of --optimizer, as adamw,apollo,apollo-mini."""
     json: bool = False
@@ -68,20 +79,29 @@ class PlanOptions(RunOptions):
     """Draw the memory as bars into this .png."""
 
     def __post_init__(self) -> None:
-        names = tuple(name for words in self.compare for name in words.split(",") if name)
+        names = tuple(
+            name for words in self.compare for name in words.split(",") if name
+        )
         if self.compare and not names:
-            raise UsageError("--compare names no optimizer; give some as adamw,apollo, or leave it out")
+            raise UsageError(
+                "--compare names no optimizer; give some as adamw,apollo, "
+                "or leave it out"
+            )
         for name in names:
             if name not in RECIPES:
                 raise unknown_name("--compare", name, RECIPES)
             if names.count(name) > 1:
-                raise UsageError(f"--compare {name} is given twice; give each optimizer once")
+                raise UsageError(
+                    f"--compare {name} is given twice; give each optimizer once"
+                )
         object.__setattr__(self, "compare", names)
         if self.fit is not None:
             bytes_in("--fit", self.fit)
             object.__setattr__(self, "batch", smallest_batch(self))
         if self.plot and not (self.plot.suffix == ".png" and self.plot.parent.is_dir()):
-            raise UsageError(f"--plot {self.plot} is no .png in a folder that is there; give another")
+            raise UsageError(
+                f"--plot {self.plot} is no .png in a folder that is there; give another"
+            )
         super().__post_init__()
 
 
@@ -89,7 +109,10 @@ def bytes_in(flag: str, text: str) -> int:
     """Returns the bytes in `16GB` or `15.75GiB`; raises `UsageError` for another form."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)", text.strip().lower())
     if not match or not float(match[1]):
-        raise UsageError(f"{flag} {text!r} is no size; give one as 16GB (1e9 bytes each) or 15.75GiB (2**30)")
+        raise UsageError(
+            f"{flag} {text!r} is no size; give one as 16GB (1e9 bytes each) or "
+            "15.75GiB (2**30)"
+        )
     return int(float(match[1]) * UNITS[match[2]])
 
 
@@ -104,7 +127,8 @@ class Row(NamedTuple):
     options: RunOptions
     memory: Memory
     activations_bytes: int | None  # Of the peak, what grows with the batch.
-    limit_bytes: int | None  # What --fit gives, else what the device has; None where that is not known.
+    # What --fit gives, else what the device has; None where that is not known.
+    limit_bytes: int | None
 
     @property
     def fits(self) -> bool | None:
@@ -117,16 +141,24 @@ class Row(NamedTuple):
         """The rest of the peak: gradients, temporaries, tokens, and what layouts add to arrays."""
         if self.activations_bytes is None:
             return None
-        known = self.memory.weights_bytes + self.memory.optimizer_bytes + self.activations_bytes
+        known = (
+            self.memory.weights_bytes
+            + self.memory.optimizer_bytes
+            + self.activations_bytes
+        )
         return self.memory.peak_bytes - known
 
 
-MemoryOf = Callable[..., Memory]  # Of `RunOptions`, as `target.memory_of` without the target.
+# Of `RunOptions`, as `target.memory_of` without the target.
+MemoryOf = Callable[..., Memory]
 
 
 def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
     """Returns what to plan, an optimizer each, defaults filled in."""
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(RunOptions)}
+    fields = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(RunOptions)
+    }
     run = RunOptions(**fields)
     if not options.compare:
         return [with_defaults(run, config)]
@@ -135,7 +167,11 @@ def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
         run = dataclasses.replace(run, optimizer=name)
         # What is meant for some of the optimizers is kept from the others.
         names = [flag[2:] for flag in unused(run, config)]
-        ignored = {field.name: field.default for field in dataclasses.fields(run) if field.name in names}
+        ignored = {
+            field.name: field.default
+            for field in dataclasses.fields(run)
+            if field.name in names
+        }
         planned.append(with_defaults(dataclasses.replace(run, **ignored), config))
     return planned
 
@@ -144,8 +180,9 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
     """Yields a row for each optimizer.
 
     Raises:
-        UsageError: for options that make no run on the target, and where --fit is too small for one
-            optimizer; of several, those that do not fit have a row that says so.
+        UsageError: for options that make no run on the target, and where --fit is too
+            small for one optimizer; of several, those that do not fit have a row that
+            says so.
     """
     config = model_config(options)
     for run in runs(options, config):
@@ -153,12 +190,15 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
         batch, limit = run.batch, None
         if options.fit is not None:
             limit = bytes_in("--fit", options.fit)
-            batch = fitting_batch(options, limit, functools.partial(measured, exact=False))
+            batch = fitting_batch(
+                options, limit, functools.partial(measured, exact=False)
+            )
             if not batch and len(options.compare) < 2:
                 need = gigabytes(measured(run.batch).peak_bytes)
                 raise UsageError(
-                    f"--fit {options.fit} is too small: {run.optimizer} does not fit at batch {run.batch}, "
-                    f"which needs {need}; raise it, or see --layerwise, --weights and --offload"
+                    f"--fit {options.fit} is too small: {run.optimizer} does not fit "
+                    f"at batch {run.batch}, which needs {need}; raise it, or see "
+                    "--layerwise, --weights and --offload"
                 )
         batch = batch or run.batch
         memory = measured(batch)
@@ -176,18 +216,22 @@ def remembered(run: RunOptions, memory_of: MemoryOf) -> MemoryOf:
 
     def measured(batch: int, exact: bool = True) -> Memory:
         # Only of a program that is refused is there more to be known.
-        if batch not in known or (exact and known[batch].refused and known[batch].compiled_for is None):
+        if batch not in known or (
+            exact and known[batch].refused and known[batch].compiled_for is None
+        ):
             known[batch] = memory_of(dataclasses.replace(run, batch=batch), exact=exact)
         return known[batch]
 
     return measured
 
 
-def fitting_batch(options: PlanOptions, limit: int, measured: Callable[[int], Memory]) -> int:
+def fitting_batch(
+    options: PlanOptions, limit: int, measured: Callable[[int], Memory]
+) -> int:
     """Returns the largest batch of which a device needs at most `limit` bytes, or 0.
 
-    Follows the line through the last two batches that were compiled, at most to eight times the batch,
-    then closes in. Memory is taken to grow with the batch.
+    Follows the line through the last two batches that were compiled, at most to eight
+    times the batch, then closes in. Memory is taken to grow with the batch.
     """
     unit = smallest_batch(options)
 
@@ -195,23 +239,33 @@ def fitting_batch(options: PlanOptions, limit: int, measured: Callable[[int], Me
         memory = measured(batch)
         if memory.capacity_bytes is not None and limit > memory.capacity_bytes:
             raise UsageError(
-                f"--fit {options.fit} is more than a device of --target {options.target} gives a program, "
-                f"{gigabytes(memory.capacity_bytes)}; lower it, or give a larger target"
+                f"--fit {options.fit} is more than a device of --target "
+                f"{options.target} gives a program, "
+                f"{gigabytes(memory.capacity_bytes)}; lower it, or give a larger "
+                "target"
             )
         return not memory.refused and memory.peak_bytes <= limit
 
     if not fits(unit):
         return 0
-    low, before, high = unit, None, None  # `low` fits, as did `before`; `high` does not.
-    turns = itertools.cycle((True, True, True, False))  # Halved now and then, if growth is uneven.
+    # `low` fits, as did `before`; `high` does not.
+    low, before, high = unit, None, None
+    # Halved now and then, if growth is uneven.
+    turns = itertools.cycle((True, True, True, False))
     while True:
         most = min(8 * low, MOST_SEQUENCES if high is None else high - unit)
         if most // unit * unit <= low:
             return low
         guess = most if high is None else (low + high) // 2
         if (high is None or next(turns)) and (other := high or before):
-            growth = (measured(other).peak_bytes - measured(low).peak_bytes) / (other - low)
-            guess = low + (limit - measured(low).peak_bytes) / growth if growth > 0 else most
+            growth = (measured(other).peak_bytes - measured(low).peak_bytes) / (
+                other - low
+            )
+            guess = (
+                low + (limit - measured(low).peak_bytes) / growth
+                if growth > 0
+                else most
+            )
         guess = low + max(1, int(min(guess, most) - low) // unit) * unit
         if fits(guess):
             low, before = guess, low
@@ -219,12 +273,14 @@ def fitting_batch(options: PlanOptions, limit: int, measured: Callable[[int], Me
             high = guess
 
 
-def activations(measured: Callable[[int], Memory], memory: Memory, batch: int, unit: int) -> int | None:
+def activations(
+    measured: Callable[[int], Memory], memory: Memory, batch: int, unit: int
+) -> int | None:
     """Returns the part of a step's memory that grows with the batch.
 
-    It is what half the batch (of the smallest, twice the batch) takes less (more), in proportion. What the
-    activations share with gradients, by being gone before those are there, is not in it: with a small
-    batch that may be all of it.
+    It is what half the batch (of the smallest, twice the batch) takes less (more), in
+    proportion. What the activations share with gradients, by being gone before those
+    are there, is not in it: with a small batch that may be all of it.
     """
     if memory.temporaries_bytes is None:
         return None
@@ -233,7 +289,9 @@ def activations(measured: Callable[[int], Memory], memory: Memory, batch: int, u
     if other.compiled_for != memory.compiled_for:
         return None  # Refused, and known of another kind of device.
     growth = max(0, (memory.peak_bytes - other.peak_bytes) * batch // (batch - size))
-    return min(growth, memory.peak_bytes - memory.weights_bytes - memory.optimizer_bytes)
+    return min(
+        growth, memory.peak_bytes - memory.weights_bytes - memory.optimizer_bytes
+    )
 
 
 def gigabytes(size: int) -> str:
@@ -249,7 +307,17 @@ def is_widened(row: Row, target: str) -> bool:
 def as_json(row: Row, options: PlanOptions, config: LlamaConfig) -> dict[str, Any]:
     run, memory = row.options, row.memory
     names = (
-        *("optimizer", "model", "batch", "seq", "accumulate", "mesh", "weights", "compute_dtype", "rounding"),
+        *(
+            "optimizer",
+            "model",
+            "batch",
+            "seq",
+            "accumulate",
+            "mesh",
+            "weights",
+            "compute_dtype",
+            "rounding",
+        ),
         *("moment_dtype", "embeddings", "rank", "layerwise", "offload", "remat"),
     )
     return {
@@ -268,7 +336,13 @@ def as_json(row: Row, options: PlanOptions, config: LlamaConfig) -> dict[str, An
 
 
 def versions(target: str) -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", *(() if target in LOCAL else ("libtpu",)))
+    names = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        *(() if target in LOCAL else ("libtpu",)),
+    )
     return {name: metadata.version(name) for name in names}
 
 
@@ -277,8 +351,15 @@ def notes(row: Row, options: PlanOptions) -> list[str]:
     memory = row.memory
     found = [WIDENED] if is_widened(row, options.target) else []
     if memory.refused:
-        source = f"measured on {memory.compiled_for}" if memory.compiled_for else "of its compiler's message"
-        found.append(f"{options.target} refuses {row.options.optimizer}: the numbers are {source}")
+        source = (
+            f"measured on {memory.compiled_for}"
+            if memory.compiled_for
+            else "of its compiler's message"
+        )
+        found.append(
+            f"{options.target} refuses {row.options.optimizer}: the numbers are "
+            f"{source}"
+        )
     return found
 
 
@@ -291,7 +372,12 @@ def cells(row: Row, options: PlanOptions, scale: float, with_host: bool) -> list
 
     mark = "*" if is_widened(row, options.target) else ""
     fits = {True: "fits", False: "does not fit", None: ""}[row.fits]
-    sizes = [memory.weights_bytes, memory.optimizer_bytes, row.gradients_bytes, row.activations_bytes]
+    sizes = [
+        memory.weights_bytes,
+        memory.optimizer_bytes,
+        row.gradients_bytes,
+        row.activations_bytes,
+    ]
     return [
         row.options.optimizer,
         f"{row.options.batch:,}",
@@ -309,8 +395,9 @@ def heading(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> str:
     gives = f", which gives a program {gigabytes(there)}" if there else ""
     limit = f"; the largest batch in {options.fit}" if options.fit else ""
     return (
-        f"{run.model or run.init_from}: {param_count(config):,} parameters in {run.weights}, sequences of "
-        f"{run.seq}, on {options.target}{kind}{gives}{limit}"
+        f"{run.model or run.init_from}: {param_count(config):,} parameters in "
+        f"{run.weights}, sequences of {run.seq}, on "
+        f"{options.target}{kind}{gives}{limit}"
     )
 
 
@@ -332,7 +419,8 @@ def table(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> Table:
         caption_justify="left",
     )
     view.add_column("optimizer", no_wrap=True)
-    shares = ("weights", "optimizer\nstate", "grads,\nother", "activa-\ntions")  # For 80 characters.
+    # For 80 characters.
+    shares = ("weights", "optimizer\nstate", "grads,\nother", "activa-\ntions")
     for column in ("batch", *shares, "peak", *(("host",) if with_host else ())):
         view.add_column(column, justify="right", no_wrap=True)
     view.add_column("", no_wrap=True)
@@ -353,9 +441,17 @@ def draw(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> None:
         axes.barh(labels, widths, left=left, height=0.6, label=label)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, end, place in zip(rows, left, labels, strict=True):
-        host = f" + {gigabytes(row.memory.host_bytes)} on the host" if row.memory.host_bytes else ""
+        host = (
+            f" + {gigabytes(row.memory.host_bytes)} on the host"
+            if row.memory.host_bytes
+            else ""
+        )
         mark = "*" if is_widened(row, options.target) else ""
-        axes.annotate(f" {gigabytes(row.memory.peak_bytes)}{mark}{host}", (end, place), va="center")
+        axes.annotate(
+            f" {gigabytes(row.memory.peak_bytes)}{mark}{host}",
+            (end, place),
+            va="center",
+        )
     if limit := rows[0].limit_bytes:
         axes.axvline(limit / 1e9, color="black", ls="--", lw=1)
     axes.set_xlim(right=1.45 * max(left))  # Room for the numbers.

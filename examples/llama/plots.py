@@ -18,7 +18,9 @@ def plot_curves(runs: Mapping[str, Path], folder: Path) -> None:
 
 
 def plot_comparison(
-    runs: Mapping[str, Path], sweeps: Mapping[str, Sequence[tuple[float, float]]], folder: Path
+    runs: Mapping[str, Path],
+    sweeps: Mapping[str, Sequence[tuple[float, float]]],
+    folder: Path,
 ) -> None:
     """Draws the curves of the runs, beside them what each optimizer reached at each learning rate.
 
@@ -35,7 +37,9 @@ def plot_comparison(
     draw_curves(curves, runs)
     for name, points in sweeps.items():
         sweep.semilogx(*zip(*sorted(points), strict=True), "o-", ms=4, label=name)
-    sweep.set(xlabel="learning rate of the kernels", ylabel="best validation perplexity")
+    sweep.set(
+        xlabel="learning rate of the kernels", ylabel="best validation perplexity"
+    )
     sweep.legend()
     sweep.grid(which="both", alpha=0.3)
     figure.savefig(folder / CURVES, dpi=120)
@@ -50,7 +54,17 @@ def draw_curves(axes: Axes, runs: Mapping[str, Path]) -> None:
         axes.plot([row["step"] for row in rows], losses, color, lw=0.6, alpha=0.4)
         evaluated = [row for row in rows if "val_loss" in row]
         steps = [row["step"] for row in evaluated]
-        axes.plot(steps, [row["val_loss"] for row in evaluated], f"{color}o-", ms=4, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="training: thin; validation: dots")
+        axes.plot(
+            steps,
+            [row["val_loss"] for row in evaluated],
+            f"{color}o-",
+            ms=4,
+            label=label,
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats a token)",
+        title="training: thin; validation: dots",
+    )
     axes.legend()
     axes.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """Pre-trains one model: `python -m examples.llama.pretrain --out runs/one --optimizer apollo-mini`.
 
-Writes config.json, metrics.jsonl, tensorboard/, curves.png and checkpoints/ to the output folder.
+Writes config.json, metrics.jsonl, tensorboard/, curves.png and checkpoints/ to the
+output folder.
 """
 
 import contextlib
@@ -57,7 +58,9 @@ def run_steps(
     shape, vote = (options.batch, options.seq + 1), distributed.Vote()
     with stop.deferred():
         for step in range(first_step, options.steps + 1):
-            tokens_BxS = jax.make_array_from_process_local_data(over_data(mesh), next(batches), shape)
+            tokens_BxS = jax.make_array_from_process_local_data(
+                over_data(mesh), next(batches), shape
+            )
             state, metrics = train_step(state, tokens_BxS, np.int32(step))
             recorder.add(step, metrics)
             last = step == options.steps
@@ -65,15 +68,17 @@ def run_steps(
                 recorder.flush(functools.partial(evaluate, state.params, step))
             asked = vote.highest(stop.signal or 0)
             if last or asked or step % options.checkpoint_every == 0:
-                recorder.sync()  # A checkpoint is never ahead of the metrics, nor of a loss unseen.
+                # A checkpoint is never ahead of the metrics, nor of a loss unseen.
+                recorder.sync()
                 checkpoints.save(step, state, batches.get_state())
                 recorder.restart_clock()
             checkpoints.check()
             if asked and not last:
                 checkpoints.wait()
                 raise RunInterrupted(
-                    f"stopped by {signal.Signals(asked).name} after step {step} of {options.steps}; "
-                    f"{checkpoints.newest()}, and --resume auto continues from it"
+                    f"stopped by {signal.Signals(asked).name} after step {step} of "
+                    f"{options.steps}; {checkpoints.newest()}, and --resume auto "
+                    "continues from it"
                 )
 
 
@@ -85,9 +90,10 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         stop: entered by the caller; a signal that comes in the last step is left to it.
 
     Raises:
-        UsageError: for input that makes no run, before anything is written; where a checkpoint cannot
-            be written or read.
-        DivergedError: where the loss blew up; the metrics and checkpoints up to there are kept.
+        UsageError: for input that makes no run, before anything is written; where a
+            checkpoint cannot be written or read.
+        DivergedError: where the loss blew up; the metrics and checkpoints up to there
+            are kept.
         RunInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is on disk.
     """
     distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
@@ -110,7 +116,9 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
             process_index=share,
             process_count=shares,
         )
-        held_out = validation_batches(text.validation, seq=options.seq, count=options.eval_windows)
+        held_out = validation_batches(
+            text.validation, seq=options.seq, count=options.eval_windows
+        )
         description = build.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
@@ -124,19 +132,24 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         with distributed.together():
             if is_first():
                 stack.enter_context(only_run_in(options.out))
-                check_free(options.out, resume=resume)  # Another run may have begun meanwhile.
+                # Another run may have begun meanwhile.
+                check_free(options.out, resume=resume)
                 write_config(options.out, description, text.tokenizer.to_str())
         checkpoints = stack.enter_context(
             Checkpoints(options.out, keep=options.keep_checkpoints, config=description)
         )
         step, state = 0, None
         if resume and (
-            restored := checkpoints.restore_newest(build.abstract_state(options, config, tx, mesh))
+            restored := checkpoints.restore_newest(
+                build.abstract_state(options, config, tx, mesh)
+            )
         ):
             step, state = restored.step, restored.state
             batches.set_state(restored.data)
         with distributed.together():
-            log = stack.enter_context(RunLog(options.out, step=step) if is_first() else NoLog())
+            log = stack.enter_context(
+                RunLog(options.out, step=step) if is_first() else NoLog()
+            )
         bar = stack.enter_context(
             tqdm(
                 initial=step,
@@ -160,7 +173,9 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
                 mesh=mesh,
                 stop=stop,
                 evaluate=make_evaluation(options, pieces, text, held_out, mesh),
-                recorder=Recorder(options, config, mesh, schedules["kernels"], log, bar),
+                recorder=Recorder(
+                    options, config, mesh, schedules["kernels"], log, bar
+                ),
                 checkpoints=checkpoints,
             )
         except DivergedError as error:
@@ -185,11 +200,17 @@ def result_of(options: RunOptions) -> RunResult | None:
 
 
 def make_evaluation(
-    options: RunOptions, pieces: Pieces, text: Corpus, held_out: np.ndarray, mesh: jax.sharding.Mesh
+    options: RunOptions,
+    pieces: Pieces,
+    text: Corpus,
+    held_out: np.ndarray,
+    mesh: jax.sharding.Mesh,
 ) -> Callable[[Params, int], Row]:
     """Returns a function of the parameters and the step, to what an evaluation adds to the metrics."""
     validation_loss = make_evaluator(pieces, held_out)
-    sample = make_sampler(pieces, text.tokenizer, text.end_id, seed=options.seed, mesh=mesh)
+    sample = make_sampler(
+        pieces, text.tokenizer, text.end_id, seed=options.seed, mesh=mesh
+    )
 
     def evaluate(params: Params, step: int) -> Row:
         return {"val_loss": validation_loss(params), "sample": sample(params, step)}
@@ -200,14 +221,16 @@ def make_evaluation(
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(RunOptions, args, "python -m examples.llama.pretrain")
-        if args is None:  # From Python, which may have used JAX, it is the caller's to do.
+        if args is None:
+            # From Python, which may have used JAX, it is the caller's to do.
             distributed.start(options)
         with StopRequest() as stop:
             result = pretrain(options, stop)
         if is_first():
             print(
-                f"best validation perplexity {perplexity(result.val_loss):.2f} in {options.steps} steps; "
-                f"curves, metrics and checkpoints in {options.out}"
+                f"best validation perplexity {perplexity(result.val_loss):.2f} in "
+                f"{options.steps} steps; curves, metrics and checkpoints in "
+                f"{options.out}"
             )
 
     exit_on_usage_error(command)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-FIELD = "text"  # Of a JSON line, a Parquet file or a hub data set: as in C4, FineWeb, the Pile.
+# Of a JSON line, a Parquet file or a hub data set: as in C4, FineWeb, the Pile.
+FIELD = "text"
 LONG_FILE_BYTES = 2**16
 PIECE_BYTES = 2**14
 PARQUET_ROWS = 1024  # Read at once.
@@ -17,8 +18,9 @@ PARQUET_ROWS = 1024  # Read at once.
 class Document(NamedTuple):
     """A text, with the name by which it falls into training or validation.
 
-    The name is a file's path relative to the source, or a digest of the text for what has no file of
-    its own: documents that are added, removed or reordered move no others.
+    The name is a file's path relative to the source, or a digest of the text for what
+    has no file of its own: documents that are added, removed or reordered move no
+    others.
     """
 
     name: str
@@ -30,7 +32,8 @@ class DocumentError(Exception):
 
 
 def named_by_text(text: str) -> Document:
-    encoded = text.encode(errors="replace")  # JSON can spell half a character (a lone surrogate).
+    # JSON can spell half a character (a lone surrogate).
+    encoded = text.encode(errors="replace")
     return Document(hashlib.sha256(encoded).hexdigest(), encoded.decode())
 
 
@@ -57,7 +60,8 @@ def read_pieces(path: Path) -> Iterator[str]:
 
     So that a book, or a corpus in one file, can be split by document.
     """
-    last: list[bytes] = []  # Held back: what is too short at the end of the file joins it.
+    # Held back: what is too short at the end of the file joins it.
+    last: list[bytes] = []
     piece: list[bytes] = []
     size = 0
     for line in text_lines(path):
@@ -78,8 +82,8 @@ def text_lines(path: Path) -> Iterator[bytes]:
         for line in file:
             if b"\0" in line:
                 raise DocumentError(
-                    f"{path} is binary, not text (it has NUL bytes); leave it out, as with a glob such as "
-                    f"{str(path.parent / '*.txt')!r}"
+                    f"{path} is binary, not text (it has NUL bytes); leave it out, as "
+                    f"with a glob such as {str(path.parent / '*.txt')!r}"
                 )
             yield line
 
@@ -97,26 +101,35 @@ def read_json_lines(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield row_text(parse_json(line, place), place)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DocumentError(f"{path} is not a whole gzip file ({error}); make or get it again") from error
+            raise DocumentError(
+                f"{path} is not a whole gzip file ({error}); make or get it again"
+            ) from error
 
 
 def parse_json(line: bytes, place: str) -> object:
     try:
         return json.loads(decode(line))
     except json.JSONDecodeError as error:
-        raise DocumentError(f"{place} is not JSON ({error}); give one JSON object a line") from error
+        raise DocumentError(
+            f"{place} is not JSON ({error}); give one JSON object a line"
+        ) from error
 
 
 def row_text(row: object, place: str) -> str:
     """Returns a row's text; `place` is where the row is, for errors."""
     if not isinstance(row, dict):
-        raise DocumentError(f"{place} is a {type(row).__name__}; give JSON objects with a field {FIELD!r}")
+        raise DocumentError(
+            f"{place} is a {type(row).__name__}; give JSON objects with a field "
+            f"{FIELD!r}"
+        )
     text = row.get(FIELD)
     if not isinstance(text, str):
-        fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+        fields = ", ".join(
+            f"{name} ({type(value).__name__})" for name, value in row.items()
+        )
         raise DocumentError(
-            f"{place} has no string called {FIELD!r}; its fields are: {fields or 'none'}; "
-            f"name the one with the text {FIELD!r}"
+            f"{place} has no string called {FIELD!r}; its fields are: "
+            f"{fields or 'none'}; name the one with the text {FIELD!r}"
         )
     return text
 
@@ -134,8 +147,8 @@ def read_parquet(path: Path) -> Iterator[str]:
             columns = file.schema_arrow.names
             if FIELD not in columns:
                 raise DocumentError(
-                    f"{path} has no column {FIELD!r}; its columns are: {', '.join(columns)}; "
-                    f"name the one with the text {FIELD!r}"
+                    f"{path} has no column {FIELD!r}; its columns are: "
+                    f"{', '.join(columns)}; name the one with the text {FIELD!r}"
                 )
             batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=[FIELD])
             texts = (text for batch in batches for text in batch.column(0).to_pylist())

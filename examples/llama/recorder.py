@@ -30,8 +30,8 @@ class DivergedError(UsageError):
 class Recorder:
     """Turns steps into metrics lines and a progress bar, one step behind the device.
 
-    A loss is read when the next step has been handed to the device, so the device never waits for
-    the host.
+    A loss is read when the next step has been handed to the device, so the device never
+    waits for the host.
     """
 
     def __init__(
@@ -49,13 +49,17 @@ class Recorder:
         self._tokens = options.batch * options.seq
         # Many at once: computing one a step would wait for the device.
         self._lrs = functools.lru_cache(maxsize=1)(
-            lambda block: np.asarray(jax.vmap(schedule)(block * LR_BLOCK + np.arange(LR_BLOCK)))
+            lambda block: np.asarray(
+                jax.vmap(schedule)(block * LR_BLOCK + np.arange(LR_BLOCK))
+            )
         )
         # Far above the loss of guessing, which no run that goes well exceeds by much.
         self._ceiling = 10 * math.log(config.vocab_size)
         self._log = log
         self._bar = bar
-        self._skipped = log.rows_before[-1].get("skipped_steps", 0) if log.rows_before else 0
+        self._skipped = (
+            log.rows_before[-1].get("skipped_steps", 0) if log.rows_before else 0
+        )
         self._skipped_in_a_row = 0
         self._pending: tuple[int, StepMetrics] | None = None
         self._clock = self._clock_before = time.perf_counter()
@@ -69,8 +73,8 @@ class Recorder:
         """Writes out the queued step, with what `evaluate` returns where it is given.
 
         Raises:
-            DivergedError: where the loss or a gradient is not finite, unless such steps are skipped,
-                or the loss is far above that of guessing.
+            DivergedError: where the loss or a gradient is not finite, unless such steps
+                are skipped, or the loss is far above that of guessing.
         """
         if self._pending is None:
             return
@@ -78,8 +82,14 @@ class Recorder:
         loss, grad_norm = (float(value) for value in jax.device_get(device_metrics))
         # A step that is read at once, before an evaluation, may have been made while the one before it
         # was read: then the two are timed together.
-        seconds = time.perf_counter() - (self._clock_before if evaluate else self._clock)
-        tokens_per_s = self._tokens * (2 if evaluate and self._clock_before < self._clock else 1) / seconds
+        seconds = time.perf_counter() - (
+            self._clock_before if evaluate else self._clock
+        )
+        tokens_per_s = (
+            self._tokens
+            * (2 if evaluate and self._clock_before < self._clock else 1)
+            / seconds
+        )
         # The schedule counts the steps that were made.
         block, offset = divmod(step - 1 - self._skipped, LR_BLOCK)
         lr = float(self._lrs(block)[offset])
@@ -100,7 +110,10 @@ class Recorder:
             row |= evaluate()
             self._check_validation(row["val_loss"], step)
             row["val_ppl"] = perplexity(row["val_loss"])
-            notice(f"step {step}: validation perplexity {row['val_ppl']:.2f}; {row['sample']!r}")
+            notice(
+                f"step {step}: validation perplexity {row['val_ppl']:.2f}; "
+                f"{row['sample']!r}"
+            )
         self._log.write(row)
         self._show(row)
         self._clock_before, self._clock = self._clock, time.perf_counter()
@@ -130,26 +143,33 @@ class Recorder:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             if self._options.on_nonfinite == "stop":
                 raise DivergedError(
-                    f"the loss is {loss:.4g} and the gradient's norm {grad_norm:.4g} at step {step}; "
-                    "lower --lr or --lr-embeddings, or give --on-nonfinite skip"
+                    f"the loss is {loss:.4g} and the gradient's norm {grad_norm:.4g} "
+                    f"at step {step}; lower --lr or --lr-embeddings, "
+                    "or give --on-nonfinite skip"
                 )
             self._skipped += 1
             self._skipped_in_a_row += 1
-            notice(f"step {step} is skipped: the loss is {loss:.4g}, the gradient's norm {grad_norm:.4g}")
+            notice(
+                f"step {step} is skipped: the loss is {loss:.4g}, "
+                f"the gradient's norm {grad_norm:.4g}"
+            )
             if self._skipped_in_a_row == MOST_SKIPPED:
                 raise DivergedError(
-                    f"no loss or gradient was finite in the {MOST_SKIPPED} steps up to {step}; lower --lr or "
-                    "--lr-embeddings"
+                    f"no loss or gradient was finite in the {MOST_SKIPPED} steps up to "
+                    f"{step}; lower --lr or --lr-embeddings"
                 )
             return
         self._skipped_in_a_row = 0
         if loss > self._ceiling:
-            raise DivergedError(f"the loss is {loss:.4g} at step {step}; lower --lr or --lr-embeddings")
+            raise DivergedError(
+                f"the loss is {loss:.4g} at step {step}; lower --lr or --lr-embeddings"
+            )
 
     def _check_validation(self, loss: float, step: int) -> None:
         if not loss < self._ceiling:  # Also when it is not a number.
             raise DivergedError(
-                f"the validation loss is {loss:.4g} at step {step}; lower --lr or --lr-embeddings"
+                f"the validation loss is {loss:.4g} at step {step}; "
+                "lower --lr or --lr-embeddings"
             )
 
     def _show(self, row: Row) -> None:

@@ -12,7 +12,8 @@ class RunResult(NamedTuple):
 
     options: RunOptions
     val_loss: float  # The best of its evaluations, in nats a token.
-    tokens_per_s: float  # Median over the steps, so without compilation and evaluations.
+    # Median over the steps, so without compilation and evaluations.
+    tokens_per_s: float
 
 
 def read_result(options: RunOptions) -> RunResult | None:
@@ -21,4 +22,6 @@ def read_result(options: RunOptions) -> RunResult | None:
     if not rows or rows[-1]["step"] < options.steps or "val_loss" not in rows[-1]:
         return None
     val_loss = min(row["val_loss"] for row in rows if "val_loss" in row)
-    return RunResult(options, val_loss, statistics.median(row["tokens_per_s"] for row in rows))
+    return RunResult(
+        options, val_loss, statistics.median(row["tokens_per_s"] for row in rows)
+    )

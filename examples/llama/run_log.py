@@ -33,10 +33,13 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
     for name in OF_A_RUN:
         if (folder / name).exists():
             remedy = (
-                f"its {CONFIG} is missing, so put that back," if resume else "continue it with --resume auto,"
+                f"its {CONFIG} is missing, so put that back,"
+                if resume
+                else "continue it with --resume auto,"
             )
             raise UsageError(
-                f"--out {folder} already holds a run ({name}); {remedy} choose another folder or remove it"
+                f"--out {folder} already holds a run ({name}); "
+                f"{remedy} choose another folder or remove it"
             )
 
 
@@ -52,7 +55,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"--out {folder} is in use by another run; wait for its end, or choose another folder"
+                f"--out {folder} is in use by another run; wait for its end, "
+                "or choose another folder"
             ) from error
         yield
 
@@ -63,8 +67,8 @@ def check_same_run(folder: Path, config: dict[str, Any]) -> None:
         return
     if differing := differing_fields(config, read_config(folder)):
         raise UsageError(
-            f"--out {folder} holds another run ({'; '.join(differing)}); give the same options, or another "
-            "--out"
+            f"--out {folder} holds another run ({'; '.join(differing)}); give the same "
+            "options, or another --out"
         )
 
 
@@ -74,7 +78,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); put it back, or give another folder") from error
+        raise UsageError(
+            f"{path} cannot be read ({error}); put it back, or give another folder"
+        ) from error
     if not isinstance(config, dict) or "optimizer" not in config:
         raise UsageError(f"{path} is no run's configuration; give another folder")
     return config
@@ -91,24 +97,33 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        step: the step to continue from; metrics of later steps, which will be run again, are dropped.
+        step: the step to continue from; metrics of later steps, which will be run
+            again, are dropped.
     """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         rows = read_metrics(folder)
         if len(rows) < step:
             raise UsageError(
-                f"{folder / METRICS} has {len(rows)} of the {step} steps that the checkpoint goes on from; "
-                "put it back, or choose another --out"
+                f"{folder / METRICS} has {len(rows)} of the {step} steps that the "
+                "checkpoint goes on from; put it back, or choose another --out"
             )
         if rows and not step:
             kept = set_aside(folder / METRICS)
-            notice(f"{folder} has no checkpoint: starting again at step 1; the metrics so far are in {kept}")
+            notice(
+                f"{folder} has no checkpoint: starting again at step 1; "
+                f"the metrics so far are in {kept}"
+            )
         self.rows_before = rows[:step]
-        replace_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows_before))
+        replace_text(
+            folder / METRICS,
+            "".join(json.dumps(row) + "\n" for row in self.rows_before),
+        )
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context((folder / METRICS).open("a"))
-            self._tensorboard = stack.enter_context(TensorBoard(folder / TENSORBOARD, step))
+            self._tensorboard = stack.enter_context(
+                TensorBoard(folder / TENSORBOARD, step)
+            )
             self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -119,7 +134,8 @@ class RunLog:
 
     def write(self, row: Row) -> None:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()  # So that a run can be watched, and one that dies leaves its curve.
+        # So that a run can be watched, and one that dies leaves its curve.
+        self._file.flush()
         self._tensorboard.write(row)
 
     def sync(self) -> None:
@@ -164,7 +180,8 @@ def replace_text(path: Path, text: str) -> None:
 def read_metrics(folder: Path) -> list[Row]:
     """Returns the rows of a run, one for each step from the first; none where there is no file yet.
 
-    The last line is left out where it is cut off, as a run leaves it that is killed while it writes.
+    The last line is left out where it is cut off, as a run leaves it that is killed
+    while it writes.
 
     Raises:
         UsageError: where a line is no metrics of its step.
@@ -181,8 +198,8 @@ def read_metrics(folder: Path) -> list[Row]:
             row = None
         if not isinstance(row, dict) or row.get("step") != number:
             raise UsageError(
-                f"line {number} of {path} is not the metrics of step {number}; mend it, or choose another "
-                "--out"
+                f"line {number} of {path} is not the metrics of step {number}; mend "
+                "it, or choose another --out"
             )
         rows.append(row)
     return rows

@@ -17,11 +17,17 @@ TEMPERATURE = 0.8
 
 
 def make_sampler(
-    pieces: Pieces, tokenizer: tokenizers.Tokenizer, end_id: int, *, seed: int, mesh: jax.sharding.Mesh
+    pieces: Pieces,
+    tokenizer: tokenizers.Tokenizer,
+    end_id: int,
+    *,
+    seed: int,
+    mesh: jax.sharding.Mesh,
 ) -> Callable[[Params, int], str]:
     """Returns a function of the parameters and the step: a text that begins a new document.
 
-    The step and the seed set the draws, so a run that is resumed writes what it would have written.
+    The step and the seed set the draws, so a run that is resumed writes what it would
+    have written.
     """
     known = tokenizer.get_vocab_size()  # The model's vocabulary may be larger.
 
@@ -34,11 +40,17 @@ def make_sampler(
                 return pieces.logits(params, x_1xTxD[:, position])
 
             # The whole text again for each token: short, and no cache of keys and values to keep.
-            logits_V = layerwise_apply(pieces.embed, pieces.layer, head)(params, tokens_1xT)[0, :known]
-            token = jax.random.categorical(jax.random.fold_in(key, position), logits_V / TEMPERATURE)
+            logits_V = layerwise_apply(pieces.embed, pieces.layer, head)(
+                params, tokens_1xT
+            )[0, :known]
+            token = jax.random.categorical(
+                jax.random.fold_in(key, position), logits_V / TEMPERATURE
+            )
             return tokens_1xT.at[0, position + 1].set(token)
 
-        return jax.lax.fori_loop(0, LENGTH, extend, jnp.full((1, LENGTH + 1), end_id))[0, 1:]
+        return jax.lax.fori_loop(0, LENGTH, extend, jnp.full((1, LENGTH + 1), end_id))[
+            0, 1:
+        ]
 
     def sample(params: Params, step: int) -> str:
         tokens_T = np.asarray(sampled_tokens(params, jnp.asarray(step)))

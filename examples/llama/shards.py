@@ -11,7 +11,8 @@ from tqdm import tqdm
 from examples.llama.split import Labelled
 from examples.llama.tokenizer import Encoder
 
-SHARD_TOKENS = 2**26  # 128 MiB of two-byte ids, which is also what writing a split holds in memory.
+# 128 MiB of two-byte ids, which is also what writing a split holds in memory.
+SHARD_TOKENS = 2**26
 # The tokenizer's threads get a batch, which ends with whichever of these comes first.
 BATCH_DOCUMENTS = 512
 BATCH_CHARS = 2**22
@@ -28,11 +29,15 @@ class ShardWriter:
         digest: of the tokens.
     """
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, limit: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, split: str, vocab_size: int, limit: int | None = None
+    ) -> None:
         self._folder = folder
         self._split = split
         self._limit = limit
-        self._buffer = np.empty(SHARD_TOKENS, np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self._buffer = np.empty(
+            SHARD_TOKENS, np.uint16 if vocab_size <= 2**16 else np.uint32
+        )
         self._filled = 0
         self._shards = 0
         self.documents = 0
@@ -62,14 +67,19 @@ class ShardWriter:
             self._write_shard()
 
     def _write_shard(self) -> None:
-        np.save(self._folder / f"{self._split}-{self._shards:05}.npy", self._buffer[: self._filled])
+        np.save(
+            self._folder / f"{self._split}-{self._shards:05}.npy",
+            self._buffer[: self._filled],
+        )
         self._shards += 1
         self._filled = 0
 
 
 def read_shards(folder: Path, split: str) -> list[np.ndarray]:
     """Returns a split's tokens, one memory-mapped row a shard."""
-    return [np.load(path, mmap_mode="r") for path in sorted(folder.glob(f"{split}-*.npy"))]
+    return [
+        np.load(path, mmap_mode="r") for path in sorted(folder.glob(f"{split}-*.npy"))
+    ]
 
 
 def write_tokens(
@@ -82,8 +92,8 @@ def write_tokens(
 ) -> None:
     """Encodes documents for the writer of their split, with one batch in memory at a time.
 
-    Stops after the document with which `until` holds, so that what is written does not depend on
-    how documents are batched.
+    Stops after the document with which `until` holds, so that what is written does not
+    depend on how documents are batched.
     """
     for batch in batches(documents):
         rows = encoder.encode([document.text for _, document in batch])

@@ -18,7 +18,15 @@ from examples.llama.usage import UsageError, unknown_name
 # pydoc_data is one English text so long that whichever split it falls into would be about it.
 SKIPPED_FOLDERS = frozenset(
     (
-        *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"),
+        *(
+            "site-packages",
+            "dist-packages",
+            "test",
+            "tests",
+            "idlelib",
+            "lib2to3",
+            "encodings",
+        ),
         "pydoc_data",
     )
 )
@@ -62,7 +70,8 @@ class FileSource:
                 raise self._error(unreadable(path, error)) from error
         if empty:
             raise UsageError(
-                f"{self.flag} {self.data!r} has no text in its {len(self.files)} files; give files with text"
+                f"{self.flag} {self.data!r} has no text in its {len(self.files)} "
+                "files; give files with text"
             )
 
     def fingerprint(self) -> str:
@@ -94,7 +103,8 @@ def open_source(flag: str, data: str) -> Source:
       it downloads; or `hf:/FOLDER[/CONFIG]`, a copy of one on disk.
 
     Raises:
-        UsageError: where there is no such source; while reading, where it holds no text.
+        UsageError: where there is no such source; while reading, where it holds no
+            text.
     """
     if data == "stdlib":
         return stdlib(flag)
@@ -106,12 +116,17 @@ def open_source(flag: str, data: str) -> Source:
     if files:
         return FileSource(flag, data, files, read_file)
     if Path(data).expanduser().is_dir():
-        raise UsageError(f"{flag} {data!r} is a folder without files; give one with text")
+        raise UsageError(
+            f"{flag} {data!r} is a folder without files; give one with text"
+        )
     if glob.has_magic(data):
-        raise UsageError(f"{flag} {data!r} matches no file; give a glob that does, such as 'corpus/**/*.txt'")
+        raise UsageError(
+            f"{flag} {data!r} matches no file; give a glob that does, "
+            "such as 'corpus/**/*.txt'"
+        )
     raise UsageError(
-        f"{unknown_name(flag, data, ['stdlib', 'python'])}, or give a file, folder or glob that exists, "
-        "or hf:OWNER/NAME for a data set of the hub"
+        f"{unknown_name(flag, data, ['stdlib', 'python'])}, or give a file, folder or "
+        "glob that exists, or hf:OWNER/NAME for a data set of the hub"
     )
 
 
@@ -124,7 +139,9 @@ def stdlib(flag: str = "--data") -> FileSource:
     folder = stdlib_folder()
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
     kept = [path for path in paths if not SKIPPED_FOLDERS.intersection(path.parts)]
-    return FileSource(flag, "stdlib", {path.as_posix(): folder / path for path in kept}, read_module)
+    return FileSource(
+        flag, "stdlib", {path.as_posix(): folder / path for path in kept}, read_module
+    )
 
 
 def read_module(name: str, path: Path) -> list[Document]:
@@ -170,21 +187,30 @@ def split_opening_comment(text: str) -> tuple[str, str]:
     Also returns the rest of the module.
     """
     lines = text.splitlines(keepends=True)
-    opening = list(itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), lines))
+    opening = list(
+        itertools.takewhile(
+            lambda line: line.startswith("#") or not line.strip(), lines
+        )
+    )
     return "".join(opening), "".join(lines[len(opening) :])
 
 
 def site_folders() -> dict[str, Path]:
     """Returns the folders of installed packages, by the start of their documents' names."""
     folders = {name: Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
-    return folders if folders["purelib"] != folders["platlib"] else {"purelib": folders["purelib"]}
+    return (
+        folders
+        if folders["purelib"] != folders["platlib"]
+        else {"purelib": folders["purelib"]}
+    )
 
 
 def installed_python(flag: str = "--data") -> WithoutRepeats:
     """Returns the `.py` files of the running Python and of the packages installed beside it.
 
-    They are hundreds of megabytes where PyTorch and JAX are installed, and need no network.
-    Tests are among them: there are too few other files for a model of 60M parameters.
+    They are hundreds of megabytes where PyTorch and JAX are installed, and need no
+    network. Tests are among them: there are too few other files for a model of 60M
+    parameters.
     """
     library = stdlib(flag)
     files = {f"stdlib/{name}": path for name, path in library.files.items()}
@@ -200,9 +226,15 @@ def find_files(data: str) -> dict[str, Path]:
     if path.is_file():
         return {path.name: path}
     # A folder's hidden files, such as those of .git, are as little meant as a glob's `*` matches them.
-    root, pattern = (path, glob.escape(str(path)) + "/**") if path.is_dir() else (glob_root(path), str(path))
+    root, pattern = (
+        (path, glob.escape(str(path)) + "/**")
+        if path.is_dir()
+        else (glob_root(path), str(path))
+    )
     found = (Path(name) for name in glob.iglob(pattern, recursive=True))
-    names = sorted(found_path.relative_to(root) for found_path in found if found_path.is_file())
+    names = sorted(
+        found_path.relative_to(root) for found_path in found if found_path.is_file()
+    )
     return {name.as_posix(): root / name for name in names}
 
 

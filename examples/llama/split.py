@@ -25,8 +25,8 @@ def draw(name: str) -> int:
 def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
     """Yields the documents in reading order, each with its split; each split gets at least one.
 
-    Where the hash would leave a split empty, as happens to a few documents only, it gets the one
-    that comes nearest to it.
+    Where the hash would leave a split empty, as happens to a few documents only, it
+    gets the one that comes nearest to it.
 
     Raises:
         UsageError: where there is one document only; `data` is where it is from.
@@ -37,17 +37,30 @@ def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
         waiting.append(document)
         found.add(in_validation(document.name))
         if len(found) == 2:
-            yield from ((VALIDATION if in_validation(d.name) else TRAIN, d) for d in waiting)
+            yield from (
+                (VALIDATION if in_validation(d.name) else TRAIN, d) for d in waiting
+            )
             waiting.clear()
     if len(found) == 2:
         return
     if len(waiting) < 2:
         raise UsageError(
-            f"--data {data!r} has 1 document, and training and validation need one each; "
-            "add documents (a long text is cut at its blank lines), or give --validation"
+            f"--data {data!r} has 1 document, and training and validation need one "
+            "each; add documents (a long text is cut at its blank lines), "
+            "or give --validation"
         )
     if found == {False}:
-        nearest, its_split, others = min(waiting, key=lambda d: draw(d.name)), VALIDATION, TRAIN
+        nearest, its_split, others = (
+            min(waiting, key=lambda d: draw(d.name)),
+            VALIDATION,
+            TRAIN,
+        )
     else:
-        nearest, its_split, others = max(waiting, key=lambda d: draw(d.name)), TRAIN, VALIDATION
-    yield from ((its_split if document is nearest else others, document) for document in waiting)
+        nearest, its_split, others = (
+            max(waiting, key=lambda d: draw(d.name)),
+            TRAIN,
+            VALIDATION,
+        )
+    yield from (
+        (its_split if document is nearest else others, document) for document in waiting
+    )

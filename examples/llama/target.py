@@ -1,7 +1,8 @@
 """What memory a training step needs on a target: it is compiled for the target, and nothing is run.
 
-A target is `cpu`, `gpu` (of this machine) or a TPU topology as `v5e:1x1`, for which no TPU is needed: its
-compiler, libtpu, works without one. All numbers are bytes on one device.
+A target is `cpu`, `gpu` (of this machine) or a TPU topology as `v5e:1x1`, for which no
+TPU is needed: its compiler, libtpu, works without one. All numbers are bytes on one
+device.
 """
 
 import contextlib
@@ -33,9 +34,11 @@ from examples.llama.options import RunOptions
 from examples.llama.usage import UsageError, first_line
 
 LOCAL = ("cpu", "gpu")
-TOPOLOGY = re.compile(r"[a-z0-9]+:[1-9]\d*(x[1-9]\d*)+")  # A size of 0 ends libtpu's process.
+# A size of 0 ends libtpu's process.
+TOPOLOGY = re.compile(r"[a-z0-9]+:[1-9]\d*(x[1-9]\d*)+")
 INSTALL = "pip install 'apollo-optax[tpu-aot]' (in a clone: pip install '.[tpu-aot]')"
-LARGEST = "v5p"  # The generation with the most memory a device; any number of chips makes a topology.
+# The generation with the most memory a device; any number of chips makes a topology.
+LARGEST = "v5p"
 # What the TPU compiler says of a program that does not fit; the size is of arguments and all, in GiB.
 REFUSAL = re.compile(
     r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])"
@@ -52,8 +55,8 @@ class CompilerError(Exception):
 class Memory:
     """What a compiled step needs on one device, in bytes.
 
-    The compiler's own numbers are None for a program that it refuses and that fits no larger target
-    either; its message still has the peak, in hundredths of a GiB.
+    The compiler's own numbers are None for a program that it refuses and that fits no
+    larger target either; its message still has the peak, in hundredths of a GiB.
     """
 
     weights_bytes: int  # Of the parameters on the device, from their shapes.
@@ -64,12 +67,15 @@ class Memory:
     arguments_bytes: int | None = None
     temporaries_bytes: int | None = None
     output_bytes: int | None = None
-    alias_bytes: int | None = None  # What of the output is in the memory of the arguments.
+    # What of the output is in the memory of the arguments.
+    alias_bytes: int | None = None
     host_bytes: int | None = None  # The same sum as the peak, in host memory.
     host_temporaries_bytes: int | None = None
-    capacity_bytes: int | None = None  # What the device gives a program; None where that is not known.
+    # What the device gives a program; None where that is not known.
+    capacity_bytes: int | None = None
     refused: bool = False  # Whether the target's compiler refuses the program.
-    compiled_for: str | None = None  # The target, or the larger one that the numbers are of.
+    # The target, or the larger one that the numbers are of.
+    compiled_for: str | None = None
 
 
 def check_target(target: str) -> None:
@@ -78,11 +84,13 @@ def check_target(target: str) -> None:
         return
     if not TOPOLOGY.fullmatch(target):
         raise UsageError(
-            f"--target {target!r} is unknown; give cpu, gpu or a TPU topology: v5e:1x1, v5e:4x4, v6e:2x2, "
-            "v5p:2x2x1, v4:2x2x1"
+            f"--target {target!r} is unknown; give cpu, gpu or a TPU topology: "
+            "v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise UsageError(f"--target {target} needs libtpu, which compiles for TPUs; {INSTALL}")
+        raise UsageError(
+            f"--target {target} needs libtpu, which compiles for TPUs; {INSTALL}"
+        )
 
 
 def for_target(options: RunOptions, target: str) -> RunOptions:
@@ -94,7 +102,9 @@ def for_target(options: RunOptions, target: str) -> RunOptions:
     if target == "gpu":
         return options  # `build.execution_of` looks at the GPU.
     if options.attention == "cudnn":
-        raise UsageError(f"--attention cudnn takes a GPU, and --target is {target}; leave it out")
+        raise UsageError(
+            f"--attention cudnn takes a GPU, and --target is {target}; leave it out"
+        )
     return dataclasses.replace(options, attention="xla")
 
 
@@ -105,25 +115,31 @@ def devices_of(target: str) -> Sequence[Any]:
             return jax.devices(target)
         # A v4 chip is one device, as JAX has it on a real one; libtpu's own default is two.
         more = {"chip_config_name": "megacore"} if target.startswith("v4:") else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=target, **more).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=target, **more
+        ).devices
     except RuntimeError as error:
         remedy = (
             "give cpu or a TPU topology as v5e:1x1"
             if target in LOCAL
             else "give one as v5e:1x1, v5e:4x4 or v5p:2x2x2"
         )
-        raise UsageError(f"--target {target} is not there ({first_line(error)}); {remedy}") from error
+        raise UsageError(
+            f"--target {target} is not there ({first_line(error)}); {remedy}"
+        ) from error
 
 
 def mesh_on(options: RunOptions, config: LlamaConfig, target: str) -> jax.sharding.Mesh:
     devices, count = devices_of(target), device_count(options.mesh)
     if target not in LOCAL and count != len(devices):
         raise UsageError(
-            f"--mesh {options.mesh} is {count} of the {len(devices)} devices of --target {target}; "
-            f"use all, or give another topology"
+            f"--mesh {options.mesh} is {count} of the {len(devices)} devices of "
+            f"--target {target}; use all, or give another topology"
         )
     # A CPU shows as many devices as it is asked for.
-    return build.mesh_of(options, config, devices[:count] if target == "cpu" else devices)
+    return build.mesh_of(
+        options, config, devices[:count] if target == "cpu" else devices
+    )
 
 
 def larger_target(devices: int) -> str:
@@ -138,8 +154,8 @@ def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory
     Args:
         options: of the run.
         target: what to compile for; a TPU needs a process of its own, see `Compiler`.
-        exact: of a program that the target's compiler refuses, get the numbers from a larger target; else
-            only the message's.
+        exact: of a program that the target's compiler refuses, get the numbers from a
+            larger target; else only the message's.
 
     Raises:
         UsageError: for a target that is not there, and options that do not go with it.
@@ -157,11 +173,15 @@ def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory
     larger = larger_target(mesh.size)
     if exact and larger != target:
         try:
-            memory = compiled_memory(options, config, mesh_on(options, config, larger), larger)
+            memory = compiled_memory(
+                options, config, mesh_on(options, config, larger), larger
+            )
         except jax.errors.JaxRuntimeError as error:
             refused_bytes(error)
     kind = mesh.devices.flat[0].device_kind
-    return dataclasses.replace(memory, device_kind=kind, capacity_bytes=available, refused=True)
+    return dataclasses.replace(
+        memory, device_kind=kind, capacity_bytes=available, refused=True
+    )
 
 
 def refused_bytes(error: Exception) -> tuple[int, int]:
@@ -176,15 +196,22 @@ def binary_bytes(number: str, unit: str) -> int:
     return round(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
-def compiled_memory(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, target: str) -> Memory:
+def compiled_memory(
+    options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, target: str
+) -> Memory:
     """Returns the memory of the step that `pretrain` runs, compiled for the devices of a mesh."""
-    return memory_of_step(compiled_step(options, config, mesh), options, config, mesh, target)
+    return memory_of_step(
+        compiled_step(options, config, mesh), options, config, mesh, target
+    )
 
 
-def compiled_step(options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+def compiled_step(
+    options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
     """Returns the step that `pretrain` runs, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
-    step: Any = build.training_step(options, config, tx, mesh)  # A function, of which jit makes more.
+    # A function, of which jit makes more.
+    step: Any = build.training_step(options, config, tx, mesh)
     tokens = (options.batch, options.seq + 1)
     return step.lower(
         build.abstract_state(options, config, tx, mesh),
@@ -267,8 +294,9 @@ def capacity(mesh: jax.sharding.Mesh) -> int | None:
 class Compiler:
     """A process that compiles for one target: `with Compiler(...) as memory_of: memory_of(options)`.
 
-    In a process of its own, as libtpu takes over signals, writes warnings and now and then ends the process
-    that asks it for something odd, and as Ctrl-C would wait for a compilation in this one.
+    In a process of its own, as libtpu takes over signals, writes warnings and now and
+    then ends the process that asks it for something odd, and as Ctrl-C would wait for a
+    compilation in this one.
 
     Args:
         target: what to compile for.
@@ -287,7 +315,8 @@ class Compiler:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=self._environment,
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends that one.
+            # Ctrl-C reaches this process only, which then ends that one.
+            start_new_session=True,
         )
         return self
 
@@ -313,10 +342,19 @@ class Compiler:
 
     def _last_words(self) -> str:
         status = self._process.wait()
-        cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        cause = (
+            f"signal {signal.Signals(-status).name}"
+            if status < 0
+            else f"status {status}"
+        )
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").splitlines()[-CRASH_LINES:]
-        return "\n".join([f"the compiler for {self._target} ended with {cause}; its last lines:", *lines])
+        return "\n".join(
+            [
+                f"the compiler for {self._target} ended with {cause}; its last lines:",
+                *lines,
+            ]
+        )
 
 
 def environment(target: str, devices: int) -> dict[str, str]:
@@ -327,7 +365,8 @@ def environment(target: str, devices: int) -> dict[str, str]:
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     if target == "gpu":
-        return ours | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # Another run may have the memory.
+        # Another run may have the memory.
+        return ours | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     ours |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if target == "cpu":
         return ours

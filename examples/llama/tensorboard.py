@@ -14,12 +14,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 class TensorBoard:
     """Writes event files to `folder`; use it in a `with`.
 
-    Not tensorboardX's SummaryWriter: that one writes in a thread, and where the disk is full, the
-    thread ends and the run waits for it for ever.
+    Not tensorboardX's SummaryWriter: that one writes in a thread, and where the disk is
+    full, the thread ends and the run waits for it for ever.
 
     Args:
         folder: made if need be.
-        step: the step to continue from; what TensorBoard has of later ones, it then forgets.
+        step: the step to continue from; what TensorBoard has of later ones, it then
+            forgets.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -27,7 +28,9 @@ class TensorBoard:
         self._writer = EventsWriter(str(folder / "events"), f".after-{step}")
         if step:
             start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=step + 1, session_log=start)
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -44,5 +47,7 @@ class TensorBoard:
                 content = summary.scalar(name, value)
             else:
                 continue
-            self._writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=content))
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=row["step"], summary=content)
+            )
         self._writer.flush()

@@ -1,7 +1,8 @@
 """Tokenises text ahead of a run: `python -m examples.llama.tokenise --model 1b --data ...`.
 
-A run does it by itself at the first use of a text, before its first step. Where that takes hours, do it
-on a machine without accelerators that shares the cache (XDG_CACHE_HOME).
+A run does it by itself at the first use of a text, before its first step. Where that
+takes hours, do it on a machine without accelerators that shares the cache
+(XDG_CACHE_HOME).
 """
 
 import dataclasses
@@ -39,8 +40,9 @@ def main(args: list[str] | None = None) -> None:
             options.save_tokenizer.parent.mkdir(parents=True, exist_ok=True)
             text.tokenizer.save(str(options.save_tokenizer), pretty=False)
         print(
-            f"{token_count(text.train):,} training and {token_count(text.validation):,} validation "
-            f"tokens of {text.tokenizer.get_vocab_size():,} kinds, ready for runs"
+            f"{token_count(text.train):,} training and "
+            f"{token_count(text.validation):,} validation tokens of "
+            f"{text.tokenizer.get_vocab_size():,} kinds, ready for runs"
         )
 
     exit_on_usage_error(command)

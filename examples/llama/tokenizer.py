@@ -12,7 +12,8 @@ import tokenizers
 from examples.llama.hub import TOKENIZER_FILES, tokenizer_folder
 from examples.llama.usage import UsageError, first_line
 
-END = "<|end|>"  # Follows every document, so that no window mistakes one for its successor.
+# Follows every document, so that no window mistakes one for its successor.
+END = "<|end|>"
 # What other tokenizers call it where no tokenizer_config.json says.
 KNOWN_ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 SMALLEST_VOCAB = 256 + 1  # A token for each byte, and `END`.
@@ -36,7 +37,9 @@ class Encoder(NamedTuple):
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Returns each text's token ids (uint32, 1-D), the last of them `end_id`."""
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*encoding.ids, self.end_id], np.uint32) for encoding in encodings]
+        return [
+            np.array([*encoding.ids, self.end_id], np.uint32) for encoding in encodings
+        ]
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -58,7 +61,9 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
     """Returns a byte-level BPE: it can spell any text, so there is no unknown token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -75,12 +80,13 @@ def load_tokenizer(name: str, vocab_size: int) -> Encoder:
     """Returns the tokenizer that a value of `--tokenizer` names.
 
     Args:
-        name: path of a tokenizer.json, a folder with one, or the name of a model on the hub.
+        name: path of a tokenizer.json, a folder with one, or the name of a model on the
+            hub.
         vocab_size: the model's.
 
     Raises:
-        UsageError: where there is none, it does not fit the model, or it has no token for the end of
-            a text.
+        UsageError: where there is none, it does not fit the model, or it has no token
+            for the end of a text.
     """
     path = tokenizer_path(name)
     try:
@@ -93,8 +99,9 @@ def load_tokenizer(name: str, vocab_size: int) -> Encoder:
     encoder = Encoder(tokenizer, find_end(name, tokenizer, path.parent / CONFIG_FILE))
     if encoder.vocab_size > vocab_size:
         raise UsageError(
-            f"--tokenizer {name!r} has {encoder.vocab_size} tokens and the model's vocabulary is "
-            f"{vocab_size}; give a smaller tokenizer, or a model with a larger vocabulary"
+            f"--tokenizer {name!r} has {encoder.vocab_size} tokens and the model's "
+            f"vocabulary is {vocab_size}; give a smaller tokenizer, "
+            "or a model with a larger vocabulary"
         )
     return encoder
 
@@ -109,13 +116,13 @@ def tokenizer_path(name: str) -> Path:
         folder = tokenizer_folder(name)
     else:
         raise UsageError(
-            f"--tokenizer {name!r} does not exist; give a {TOKENIZER_FILE}, a folder with one, "
-            "or OWNER/NAME of a model on the hub"
+            f"--tokenizer {name!r} does not exist; give a {TOKENIZER_FILE}, a folder "
+            "with one, or OWNER/NAME of a model on the hub"
         )
     if not (folder / TOKENIZER_FILE).exists():
         raise UsageError(
-            f"--tokenizer {name!r} has no {TOKENIZER_FILE}; write one with transformers' "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"--tokenizer {name!r} has no {TOKENIZER_FILE}; write one with "
+            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return folder / TOKENIZER_FILE
 
@@ -128,7 +135,8 @@ def find_end(name: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
             return end_id
     if named is not None:
         raise UsageError(
-            f"--tokenizer {name!r} has no token {named!r}, the eos_token of {config}; correct one of them"
+            f"--tokenizer {name!r} has no token {named!r}, "
+            f"the eos_token of {config}; correct one of them"
         )
     raise UsageError(
         f"--tokenizer {name!r} has none of {', '.join(KNOWN_ENDS)} to end a document with; "
@@ -142,7 +150,8 @@ def eos_token(name: str, config: Path) -> str | None:
         return None
     try:
         token = json.loads(config.read_text("utf-8")).get("eos_token")
-        return token["content"] if isinstance(token, dict) else token  # An AddedToken or a string.
+        # An AddedToken or a string.
+        return token["content"] if isinstance(token, dict) else token
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise UsageError(
             f"--tokenizer {name!r}: {config} holds no JSON object of a tokenizer "

@@ -24,17 +24,23 @@ class StepMetrics(NamedTuple):
     """What a step tells; scalars on the device."""
 
     loss: jax.Array  # Mean over the batch, in nats a token, before the step.
-    grad_norm: jax.Array  # Euclidean, over all parameters; not finite where any gradient is not.
+    # Euclidean, over all parameters; not finite where any gradient is not.
+    grad_norm: jax.Array
 
 
 # Of the state, which it consumes, the tokens (B, S) and the number of the step.
-TrainStep = Callable[[TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[
+    [TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike],
+    tuple[TrainState, StepMetrics],
+]
 
 
 def rounding_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
     """Returns the key of a step's stochastic rounding."""
     # Folded in twice, as other draws of the same seed fold in small numbers once.
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x726F756E64 % 2**32), step)
+    return jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(seed), 0x726F756E64 % 2**32), step
+    )
 
 
 def make_train_step(
@@ -51,10 +57,14 @@ def make_train_step(
     Args:
         graphdef: the model's structure.
         tx: the optimizer.
-        accumulate: into how many micro-batches the batch is cut, one after the other; must divide B.
-        skip_nonfinite: leave the state as it is where the loss or a gradient is not finite.
-        rounding_seed: round bfloat16 parameters stochastically, with keys of this seed; None: to nearest.
-        out_shardings: of the state and the metrics, as `jax.jit` takes them; by default the compiler's.
+        accumulate: into how many micro-batches the batch is cut, one after the other;
+            must divide B.
+        skip_nonfinite: leave the state as it is where the loss or a gradient is not
+            finite.
+        rounding_seed: round bfloat16 parameters stochastically, with keys of this seed;
+            None: to nearest.
+        out_shardings: of the state and the metrics, as `jax.jit` takes them; by default
+            the compiler's.
     """
     loss_and_grads = jax.value_and_grad(functools.partial(next_token_loss, graphdef))
 
@@ -66,7 +76,9 @@ def make_train_step(
         if accumulate == 1:
             loss, grads = loss_and_grads(state.params, tokens_BxS)
         else:
-            loss, grads = accumulated(loss_and_grads, state.params, tokens_BxS, accumulate)
+            loss, grads = accumulated(
+                loss_and_grads, state.params, tokens_BxS, accumulate
+            )
         metrics = StepMetrics(loss, global_norm(grads))
 
         def stepped() -> TrainState:
@@ -74,7 +86,9 @@ def make_train_step(
             if rounding_seed is None:
                 params = optax.apply_updates(state.params, updates)
             else:
-                params = apply_updates_stochastic(state.params, updates, rounding_key(rounding_seed, step))
+                params = apply_updates_stochastic(
+                    state.params, updates, rounding_key(rounding_seed, step)
+                )
             return TrainState(cast(Params, params), opt_state)
 
         if not skip_nonfinite:
@@ -98,19 +112,26 @@ def make_layerwise_train_step(
     Args:
         pieces: the model.
         tx: an optimizer that treats the layers of a leaf separately.
-        offload_inputs: keep the layers' inputs in host memory from the forward to the backward walk.
+        offload_inputs: keep the layers' inputs in host memory from the forward to the
+            backward walk.
         rounding_seed: as in `make_train_step`; int8 parameters need it.
         out_shardings: as there.
     """
-    update = layerwise_step(pieces.embed, pieces.layer, pieces.head, tx, offload_inputs=offload_inputs)
+    update = layerwise_step(
+        pieces.embed, pieces.layer, pieces.head, tx, offload_inputs=offload_inputs
+    )
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
         state: TrainState, tokens_BxS: jax.Array, step: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         key = None if rounding_seed is None else rounding_key(rounding_seed, step)
-        params, opt_state, metrics = update(state.params, state.opt_state, tokens_BxS, key=key)
-        return TrainState(params, opt_state), StepMetrics(metrics.loss, metrics.grad_norm)
+        params, opt_state, metrics = update(
+            state.params, state.opt_state, tokens_BxS, key=key
+        )
+        return TrainState(params, opt_state), StepMetrics(
+            metrics.loss, metrics.grad_norm
+        )
 
     return train_step
 
@@ -124,16 +145,28 @@ def accumulated(
     """Returns the mean loss and gradients over micro-batches, of which one is in memory at a time."""
     B, S = tokens_BxS.shape
     # Every device that holds rows of the batch holds some of each micro-batch.
-    tokens_KxMxS = jnp.moveaxis(tokens_BxS.reshape(B // micro_batches, micro_batches, S), 1, 0)
+    tokens_KxMxS = jnp.moveaxis(
+        tokens_BxS.reshape(B // micro_batches, micro_batches, S), 1, 0
+    )
 
-    def add(sums: tuple[jax.Array, Params], tokens_MxS: jax.Array) -> tuple[tuple[jax.Array, Params], None]:
-        return jax.tree.map(lambda total, x: total + x, sums, loss_and_grads(params, tokens_MxS)), None
+    def add(
+        sums: tuple[jax.Array, Params], tokens_MxS: jax.Array
+    ) -> tuple[tuple[jax.Array, Params], None]:
+        return jax.tree.map(
+            lambda total, x: total + x, sums, loss_and_grads(params, tokens_MxS)
+        ), None
 
     # In float32 for bfloat16 parameters: a sum of many loses what each adds.
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
+    )
     (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), tokens_KxMxS)
-    return loss / micro_batches, jax.tree.map(lambda g, p: (g / micro_batches).astype(p.dtype), grads, params)
+    return loss / micro_batches, jax.tree.map(
+        lambda g, p: (g / micro_batches).astype(p.dtype), grads, params
+    )
 
 
 def global_norm(grads: Params) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
+    return jnp.sqrt(
+        sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
+    )

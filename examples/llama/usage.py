@@ -56,7 +56,9 @@ def disk_is_full(error: BaseException) -> bool:
     """Whether an error, of the system or of a library that passes it on, says so."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(
+        error
+    )
 
 
 def explained(error: Exception) -> str | None:
@@ -65,12 +67,18 @@ def explained(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         if disk_is_full(error):
-            return f"{error}; make room there, and give --resume auto to a run that had begun"
+            return (
+                f"{error}; make room there, and give --resume auto to a run that had "
+                "begun"
+            )
         return f"{error}; make it readable and writable, or give another path"
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(
+        error
+    ):
         return (
-            f"the device's memory is too small ({first_line(error)}); raise --accumulate, lower --batch or "
-            "--seq, or give --remat full or --weights bfloat16"
+            f"the device's memory is too small ({first_line(error)}); raise "
+            "--accumulate, lower --batch or --seq, "
+            "or give --remat full or --weights bfloat16"
         )
     return None
 
@@ -78,7 +86,8 @@ def explained(error: Exception) -> str | None:
 def exit_on_usage_error(command: Callable[[], object]) -> None:
     """Runs `command`; what the user can mend becomes one line on stderr and exit status 2.
 
-    A run that was interrupted and saved ends with status 0, as a command that did what it was asked.
+    A run that was interrupted and saved ends with status 0, as a command that did what
+    it was asked.
     """
     try:
         command()
@@ -88,7 +97,10 @@ def exit_on_usage_error(command: Callable[[], object]) -> None:
         if interruption.status:
             sys.exit(interruption.status)
     except KeyboardInterrupt:
-        print("interrupted at once; --resume auto goes on with what is on disk", file=sys.stderr)
+        print(
+            "interrupted at once; --resume auto goes on with what is on disk",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except Exception as error:
         if (line := explained(error)) is None:

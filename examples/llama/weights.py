@@ -1,7 +1,8 @@
 """How a run keeps its weights: in float32, bfloat16 or int8, on the device or in host memory.
 
-Int8 and host memory are for the layers' kernels; embeddings, head and norms are in the compute dtype and
-on the device. Both are filled a layer at a time, since the whole stack in bfloat16 may not fit.
+Int8 and host memory are for the layers' kernels; embeddings, head and norms are in the
+compute dtype and on the device. Both are filled a layer at a time, since the whole
+stack in bfloat16 may not fit.
 """
 
 import dataclasses
@@ -23,7 +24,9 @@ from examples.llama.partition import spec_of
 
 def on_mesh(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns what every process has in full as an array of which each device has its part."""
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    return jax.make_array_from_callback(
+        value.shape, sharding, lambda index: value[index]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,11 @@ class Storage:
         """Converts parameters, traced or not; they are still on the device."""
 
         def convert(path: tuple[Any, ...], leaf: jax.Array) -> Any:
-            return self._stored_kernel(leaf) if re.search(KERNELS, path_name(path)) else leaf
+            return (
+                self._stored_kernel(leaf)
+                if re.search(KERNELS, path_name(path))
+                else leaf
+            )
 
         return jax.tree_util.tree_map_with_path(convert, params)
 
@@ -58,7 +65,9 @@ class Storage:
     def placed(self, params: Params) -> Params:
         """Gives abstract parameters, as `stored` returns them, the shardings of what they stand for."""
 
-        def place(x: Any, spec: jax.P, *, in_memory: bool = False) -> jax.ShapeDtypeStruct:
+        def place(
+            x: Any, spec: jax.P, *, in_memory: bool = False
+        ) -> jax.ShapeDtypeStruct:
             kind = "pinned_host" if in_memory and self.offload else None
             sharding = jax.sharding.NamedSharding(self.mesh, spec, memory_kind=kind)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -70,7 +79,11 @@ class Storage:
                 # Zero points stay: of their layers, a TPU can fetch those only whose groups are fours.
                 return dataclasses.replace(
                     leaf,
-                    qvalue=place(leaf.qvalue, jax.P(layers, groups, None, None, columns), in_memory=True),
+                    qvalue=place(
+                        leaf.qvalue,
+                        jax.P(layers, groups, None, None, columns),
+                        in_memory=True,
+                    ),
                     scale=place(leaf.scale, spec, in_memory=True),
                     zero_point=place(leaf.zero_point, spec),
                 )
@@ -84,11 +97,13 @@ class Storage:
     def _group_spec(self, name: str, kernel: QuantizedArray) -> jax.P:
         """Returns how the groups (L, groups, out) of a kernel (L, in, out) are cut.
 
-        A group has one scale and stays on one device. What would cut within groups cuts the outputs
-        instead, or nothing where it does not divide those.
+        A group has one scale and stays on one device. What would cut within groups cuts
+        the outputs instead, or nothing where it does not divide those.
         """
         _, groups, outputs = kernel.scale.shape
-        layers, rows, columns = spec = spec_of(name, kernel.shape, self.mesh, kernel.scale.shape)
+        layers, rows, columns = spec = spec_of(
+            name, kernel.shape, self.mesh, kernel.scale.shape
+        )
         if groups % ways(self.mesh, rows) == 0:
             return spec
         both = (columns, rows)
@@ -98,18 +113,25 @@ class Storage:
         """Returns shapes, dtypes and shardings of what is kept for parameters of these shapes."""
         return self.placed(jax.eval_shape(self.stored, shapes))
 
-    def filled(self, shapes: Params, rest: Params, layer: Callable[[int], Params]) -> Params:
+    def filled(
+        self, shapes: Params, rest: Params, layer: Callable[[int], Params]
+    ) -> Params:
         """Returns the parameters, where only those of one layer are there in full at a time.
 
         Args:
-            shapes: all parameters, abstract, in the dtype in which they are computed with.
+            shapes: all parameters, abstract, in the dtype in which they are computed
+                with.
             rest: those outside the layers, in their places.
             layer: the parameters of a layer, by number, as a stack of one.
         """
         layers = self.abstract(shapes)["layers"]
-        stack = jax.tree.map(lambda x: on_mesh(np.zeros(x.shape, x.dtype), x.sharding), layers)
+        stack = jax.tree.map(
+            lambda x: on_mesh(np.zeros(x.shape, x.dtype), x.sharding), layers
+        )
         shardings = jax.tree.map(lambda x: x.sharding, layers)
-        with_layer = jax.jit(self._with_layer, donate_argnums=0, out_shardings=shardings)
+        with_layer = jax.jit(
+            self._with_layer, donate_argnums=0, out_shardings=shardings
+        )
         for index in range(jax.tree.leaves(layers)[0].shape[0]):
             stack = with_layer(stack, layer(index), np.int32(index))
         return {**rest, "layers": stack}
