@@ -20,18 +20,20 @@ from apollo_optax._dimension_numbers import matrix_axes
 from apollo_optax._matrix import Matrix
 
 RANDOM = ["random", "rademacher"]
+REPLICATED = P()
+KERNEL = ApolloDimensionNumbers()
 
 
 def normal(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def on_mesh(array, devices=8, spec=P(), kind=AxisType.Auto):
+def on_mesh(array, devices=8, spec=REPLICATED, kind=AxisType.Auto):
     mesh = jax.make_mesh((devices,), ("x",), (kind,), devices=jax.devices()[:devices])
     return jax.device_put(array, NamedSharding(mesh, spec))
 
 
-def leaf_of(gradient, numbers=ApolloDimensionNumbers(), rank=4):
+def leaf_of(gradient, numbers=KERNEL, rank=4):
     axes = matrix_axes(("w",), gradient.shape, numbers)
     matrix = Matrix.of_gradient(gradient, axes, jnp.float32, rank)
     shapes = matrix.projection_shape, matrix.moment_shape
@@ -55,7 +57,7 @@ def temporaries(tx, params):
 
 @pytest.mark.parametrize("projection", RANDOM)
 def test_leaves_that_are_drawn_together_draw_what_they_do_alone(projection):
-    """Bit for bit, in the first draw and in later ones, with other leaves in between."""
+    """Bit for bit, in the first draw and later ones, with other leaves between."""
     gradients = {
         f"layer_{i}": normal((8, 24) if i % 3 else (24, 8), i) for i in range(10)
     }
@@ -215,9 +217,7 @@ def test_a_stack_of_one_is_not_taken_by_rows():
 @pytest.mark.parametrize(("rank", "scale_type"), [(64, "channel"), (1, "tensor")])
 def test_temporaries_of_a_stack(rank, scale_type):
     """At most twice the size of a row."""
-    params = {
-        name: normal((12, 256, 688), i) for i, name in enumerate(("gate", "up"))
-    }
+    params = {name: normal((12, 256, 688), i) for i, name in enumerate(("gate", "up"))}
     tx = optax.chain(
         scale_by_apollo(
             rank,
@@ -290,12 +290,14 @@ TPU = """
     mesh = topologies.make_mesh(topology, (1,), ("x",))
 
     def abstract(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     rank, stacked = int(sys.argv[1]), sys.argv[2] == "stacked"
     shapes = [(1024, 1024), (1024, 2752), (2752, 1024)]
     shapes = [(4, *shape) for shape in shapes] if stacked else 2 * shapes
-    params = {str(i): abstract(jnp.zeros(shape, jnp.bfloat16)) for i, shape in enumerate(shapes)}
+    zeros = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
+    params = {str(i): abstract(leaf) for i, leaf in enumerate(zeros)}
     tx = apollo_optax.apollo(
         0.1, rank, weight_dimension_numbers=apollo_optax.ApolloDimensionNumbers(-2, -1)
     )
@@ -305,7 +307,8 @@ TPU = """
         return optax.apply_updates(params, updates), state
 
     state = jax.tree.map(abstract, jax.eval_shape(tx.init, params))
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    compiled = jitted.lower(params, state, params).compile()
     print(compiled.memory_analysis().temp_size_in_bytes)
 """
 
@@ -332,7 +335,7 @@ def test_temporaries_on_a_tpu(rank, layout):
 
 
 def test_keys_and_small_draws_take_no_loop_over_leaves():
-    """A GPU launches each iteration's kernels anew, which took longer than the update."""
+    """A GPU launches each iteration's kernels, which took longer than the update."""
 
     def loops(leaves):
         gradients = {str(i): normal((32, 128)) for i in range(leaves)}

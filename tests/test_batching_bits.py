@@ -47,7 +47,13 @@ def plain_loop(update_one, draw_one, keys, leaves):
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize(
     ("rank", "projection"),
-    [(4, "random"), (4, "rademacher"), (4, "svd"), (4, jax.random.uniform), (1, "random")],
+    [
+        (4, "random"),
+        (4, "rademacher"),
+        (4, "svd"),
+        (4, jax.random.uniform),
+        (1, "random"),
+    ],
 )
 def test_a_plain_loop_gives_the_same_bits(
     rank, projection, jit, monkeypatch, quick_compilation

@@ -152,7 +152,7 @@ def test_a_drawn_projection_is_a_callable_or_a_class(text):
 def test_a_stored_projection_is_a_class():
     tx, gradient = run("class LargestRows(")["tx"], normal((2, 8, 16))
     params = {"kernel": gradient[0]}
-    updates, state = jax.jit(tx.update)(params, tx.init(params))
+    _, state = jax.jit(tx.update)(params, tx.init(params))
     norms = np.linalg.norm(gradient[0], axis=1)
     chosen = np.asarray(state.projection["kernel"]).argmax(1)
     np.testing.assert_array_equal(chosen, np.argsort(-norms)[:4])

@@ -9,15 +9,16 @@ from apollo_optax import ApolloDimensionNumbers
 from apollo_optax._dimension_numbers import matrix_axes
 from apollo_optax._matrix import SCALE_TYPES, Matrix
 
+KERNEL = ApolloDimensionNumbers()
 LAYOUTS = [
-    ((16, 24), ApolloDimensionNumbers()),
+    ((16, 24), KERNEL),
     ((24, 5, 16), ApolloDimensionNumbers(0, 2)),
     ((5, 4, 6, 16), ApolloDimensionNumbers((2, 1), 3)),
     ((5, 16, 4, 6), ApolloDimensionNumbers(1, (2, 3))),
 ]
 
 
-def matrix_of(shape, numbers=ApolloDimensionNumbers(), rank=4):
+def matrix_of(shape, numbers=KERNEL, rank=4):
     axes = matrix_axes(("w",), shape, numbers)
     return Matrix.of_gradient(jnp.zeros(shape), axes, jnp.float32, rank)
 

@@ -37,7 +37,7 @@ ENTRY %main_spmd (p: f32[32,1024]) -> f32[] {
   %loop = (s32[], bf16[16]) while(%start), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %chosen = f32[8]{0} conditional(%is_refresh, %x, %x), branch_computations={%nothing, %refresh}
 }
-"""  # noqa: E501
+"""
 
 
 def test_reads_every_form_of_collective():

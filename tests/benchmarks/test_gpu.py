@@ -64,7 +64,10 @@ def test_a_failing_row_says_why(kind: str, prepared: bool, reason: str) -> None:
 
 
 def test_a_reason_fits_a_cell() -> None:
-    assert reason_of(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 TB")) == "out of memory"
+    assert (
+        reason_of(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 TB"))
+        == "out of memory"
+    )
     reason = reason_of(ValueError("a | b\nsecond line"))
     assert reason == "ValueError: a / b"
 
@@ -72,7 +75,12 @@ def test_a_reason_fits_a_cell() -> None:
 def make_bench(folder: Path, **changed: Any) -> Bench:
     report = Report(folder, "part", "a card")
     device = Device("cpu", "cpu", None, "a card")
-    fields = {"deadline": deadline(), "rehearse": True, "dump": False, "only": ""} | changed
+    fields = {
+        "deadline": deadline(),
+        "rehearse": True,
+        "dump": False,
+        "only": "",
+    } | changed
     return Bench(report, device, **fields)
 
 
@@ -90,7 +98,11 @@ def test_each_job_is_put_and_a_failure_costs_its_row_only(
     make_bench(tmp_path, only="fine|crash|last").measure(
         jobs, lambda job, known, result: found.update({job.name: result})
     )
-    assert found == {"fine": "a 1", "crash": Failed("ended with SIGSEGV"), "last": "c 1"}
+    assert found == {
+        "fine": "a 1",
+        "crash": Failed("ended with SIGSEGV"),
+        "last": "c 1",
+    }
 
 
 def test_a_row_that_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
@@ -105,7 +117,8 @@ def test_a_row_that_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
 def test_without_time_nothing_is_started(tmp_path: Path) -> None:
     found = []
     make_bench(tmp_path, deadline=deadline(-1)).measure(
-        [Job("late", counting, ("a",))], lambda job, known, result: found.append((job.name, result))
+        [Job("late", counting, ("a",))],
+        lambda job, known, result: found.append((job.name, result)),
     )
     assert found == [("late", Failed("no time left"))]
 
@@ -119,11 +132,17 @@ def test_a_report_is_on_disk_after_each_row(tmp_path: Path) -> None:
     table.put("a", ["a", "2"], {"number": 2})
     report.note("A note.")
     text = (tmp_path / "part.md").read_text()
-    assert text.startswith("`python -m benchmarks.gpu part` (a card; 2026-11-27)\n\nA title\n")
+    assert text.startswith(
+        "`python -m benchmarks.gpu part` (a card; 2026-11-27)\n\nA title\n"
+    )
     assert text.endswith("| a | 2 |\n| b |  |\n\nA note.\n")
     kept = json.loads((tmp_path / "part.json").read_text())
     (row, _) = kept["tables"][0]["rows"]
-    assert row == {"name": "a", "cells": {"name": "a", "number": "2"}, "values": {"number": 2}}
+    assert row == {
+        "name": "a",
+        "cells": {"name": "a", "number": "2"},
+        "values": {"number": 2},
+    }
 
 
 def test_programs_are_packed_into_one_file(tmp_path: Path) -> None:
@@ -140,7 +159,9 @@ def test_every_row_of_the_step_is_known() -> None:
     known = {method.name for group in methods(setting).values() for method in group}
     assert known.issuperset(step.ROWS)
     # AdamW with float32 moments, and what an update adds, fit a card of 78 GiB.
-    adamw = next(m for m in methods(setting)["adamw"] if m.name == step.ADAMW["float32"])
+    adamw = next(
+        m for m in methods(setting)["adamw"] if m.name == step.ADAMW["float32"]
+    )
     kernels = setting.kernels()
     assert len(kernels) == 7 * step.LAYERS
     state = step.tree_bytes(jax.eval_shape(adamw.make().init, kernels))
@@ -154,7 +175,9 @@ def test_checks_fail_where_the_numbers_differ(tmp_path: Path) -> None:
     check.put_outcome(table, "2", check.Outcome("not a number", float("nan"), 1e-5))
     rows = table.as_json()["rows"]
     assert [row["cells"][""] for row in rows] == ["FAILED", "passed", "FAILED"]
-    assert check.largest_difference({"a": np.ones(3)}, {"a": np.array([1, 1, 2])}) == 0.5
+    assert (
+        check.largest_difference({"a": np.ones(3)}, {"a": np.array([1, 1, 2])}) == 0.5
+    )
 
 
 def test_memory_rows_come_in_the_order_of_their_worth() -> None:
@@ -181,9 +204,13 @@ def test_the_line_gives_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> No
     assert throughput.largest_batch(line, 99.0) < 1
 
 
-def test_a_batch_that_does_not_fit_is_tried_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_is_tried_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench, tried = make_bench(tmp_path), []
-    bench = Bench(bench.report, Device("gpu", "", 200 * 10**9, ""), deadline(), True, False)
+    bench = Bench(
+        bench.report, Device("gpu", "", 200 * 10**9, ""), deadline(), True, False
+    )
 
     def measure(self: Bench, jobs: list[Job], put: Any) -> None:
         run = jobs[0].args[0]
@@ -235,7 +262,9 @@ def test_losses_are_thinned_to_means() -> None:
         (["--optimizers", "adam"], "'adam'"),
     ],
 )
-def test_bad_options_are_named(args: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_named(
+    args: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         gpu.main(args)
     assert named in capsys.readouterr().err
@@ -244,7 +273,9 @@ def test_bad_options_are_named(args: list[str], named: str, capsys: pytest.Captu
 def test_without_a_gpu_it_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benches, "this_device", lambda: Device("cpu", "a CPU", None, ""))
+    monkeypatch.setattr(
+        benches, "this_device", lambda: Device("cpu", "a CPU", None, "")
+    )
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["--out", str(tmp_path / "out")])
     assert "finds no GPU, only a CPU" in capsys.readouterr().err
@@ -252,10 +283,14 @@ def test_without_a_gpu_it_says_so(
 
 
 def test_needs_are_listed_without_jax() -> None:
-    code = (
-        "import sys; sys.modules['jax'] = None; from benchmarks.gpu import __main__ as m; m.main(['--needs'])"
+    code = "import sys; sys.modules['jax'] = None; from benchmarks.gpu import __main__ as m; m.main(['--needs'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     lines = dict(line.split(", ", 1) for line in done.stdout.splitlines())
     assert lines.keys() >= {*needs.REQUIRED, *needs.OPTIONAL}
     assert all("MISSING" not in lines[name] for name in needs.REQUIRED)
@@ -275,11 +310,26 @@ def rehearse(parts: list[str], only: str, tmp_path: Path) -> None:
     text, out = tmp_path / "text", tmp_path / "out"
     text.mkdir()
     for number in range(12):
-        (text / f"{number}.txt").write_text(f"Document {number}: " + "some words of text, " * 400)
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "benchmarks.gpu", *parts, "--rehearse", "--only", only]
+        (text / f"{number}.txt").write_text(
+            f"Document {number}: " + "some words of text, " * 400
+        )
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        *parts,
+        "--rehearse",
+        "--only",
+        only,
+    ]
     command += ["--out", str(out), "--data", str(text), "--dump", "step"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for part in parts:
         found = json.loads((out / f"{part}.json").read_text())
@@ -307,7 +357,9 @@ def test_rehearsal_of_all_parts(tmp_path: Path) -> None:
     assert name == "adamw, lr 0.002, seed 0, 4 steps"
 
 
-def test_a_second_call_adds_to_the_runs_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_adds_to_the_runs_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = []
 
     def measure(self: Bench, jobs: list[Job], put: Any) -> None:
@@ -321,7 +373,9 @@ def test_a_second_call_adds_to_the_runs_of_the_first(tmp_path: Path, monkeypatch
     def call(*seeds: int) -> list[str]:
         bench = make_bench(tmp_path)
         options = train.QualityOptions(optimizers=("adamw", "muon"), seeds=seeds)
-        train.quality(bench, sizes, options, text, 1e6, train.kept_runs(train.json_of(bench)))
+        train.quality(
+            bench, sizes, options, text, 1e6, train.kept_runs(train.json_of(bench))
+        )
         return list(train.kept_runs(train.json_of(bench)))
 
     first = ["adamw, lr 0.002, seed 0, 4 steps", "muon, lr 0.007, seed 0, 4 steps"]
@@ -370,7 +424,8 @@ ENTRY %main (x.1: f32[4]) -> f32[4] {
 def test_launches_count_loops_and_the_dearest_branch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A fusion is a kernel, whatever it fuses: five times two, a copy, a branch and the last.
+    # A fusion is a kernel, whatever it fuses: five times two, a copy, a branch and the
+    # last.
     assert hlo.launches(PROGRAM) == 5 * 2 + 1 + 1 + 1
     unknown = PROGRAM.replace('{"known_trip_count":{"n":"5"}}', "{}")
     assert hlo.launches(unknown) == math.inf
@@ -380,7 +435,9 @@ def test_launches_count_loops_and_the_dearest_branch(
     assert "| adamw | 13 |" in capsys.readouterr().out
 
 
-def test_a_file_that_is_no_dump_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_dump_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "step.md").write_text("no zip")
     for name in ("step.md", "missing.zip"):
         with pytest.raises(SystemExit, match="2"):

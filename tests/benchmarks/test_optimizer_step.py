@@ -14,7 +14,12 @@ from benchmarks.step_contenders import Measured, Method, Setting, methods
 from examples.llama import config
 
 SMALL = config.LlamaConfig(
-    vocab_size=384, hidden_size=16, intermediate_size=24, num_heads=2, num_layers=2, max_seq_len=128
+    vocab_size=384,
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=2,
+    num_layers=2,
+    max_seq_len=128,
 )
 MATRICES = [(16, 16)] * 4 + [(16, 24)] * 2 + [(24, 16)]  # Of a layer, (in, out).
 RANK = 4  # A quarter of the hidden size.
@@ -26,7 +31,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes `tiny` compile in a moment and the copy small, and does not wait."""
     monkeypatch.setitem(config.PRESETS, "tiny", SMALL)
-    monkeypatch.setattr(optimizer_step, "COPY_BYTES", dict.fromkeys(("cpu", "gpu"), 4096))
+    monkeypatch.setattr(
+        optimizer_step, "COPY_BYTES", dict.fromkeys(("cpu", "gpu"), 4096)
+    )
     monkeypatch.setattr(optimizer_step, "PAUSE", 0.0)
     monkeypatch.setattr(step_contenders, "SECONDS_TOGETHER", 0.0)
     before = jax.config.values["jax_enable_compilation_cache"]
@@ -75,16 +82,26 @@ def test_bytes_that_must_move(layout: str) -> None:
     assert floor("adamw, float32 moments") == 22 * numbers + 2 * count
     assert floor("adamw, float32 moments", "float32") == 28 * numbers + 2 * count
     assert floor("lion") == 10 * numbers + 2 * count
-    for name, rank in (("apollo-mini", 1), (f"apollo, rank {RANK}", RANK), ("apollo, rank 256", 16)):
+    for name, rank in (
+        ("apollo-mini", 1),
+        (f"apollo, rank {RANK}", RANK),
+        ("apollo, rank 256", 16),
+    ):
         state = 4 * 2 * rank * channels + 4 * matrices + count + key
         assert floor(name) == 8 * numbers + 2 * state
-    # The contracted side of Optax's is the larger one; moments are of the other, in bfloat16.
+    # The contracted side of Optax's is the larger one; moments are of the other, in
+    # bfloat16.
     moments, projections = 2 * 2 * RANK * contracted, 2 * RANK * channels
     counts = 2 * count  # GaLore's and its Adam's.
-    assert floor(f"galore, rank {RANK}") == 6 * numbers + 2 * (moments + counts) + projections
+    assert (
+        floor(f"galore, rank {RANK}")
+        == 6 * numbers + 2 * (moments + counts) + projections
+    )
 
 
-def test_a_time_is_the_mean_of_steps_that_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_is_the_mean_of_steps_that_are_waited_for_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(step_contenders, "SECONDS_TOGETHER", 3.5)
     clock, queued = 0.0, 0
 
@@ -103,7 +120,9 @@ def test_a_time_is_the_mean_of_steps_that_are_waited_for_together(monkeypatch: p
 
 
 def test_a_refresh_counts_as_its_share() -> None:
-    measured = Measured(floor_bytes=1, refresh_every=4, blocks=[[1.0, 9.0, 1.0], [3.0]], refreshes=[5.0])
+    measured = Measured(
+        floor_bytes=1, refresh_every=4, blocks=[[1.0, 9.0, 1.0], [3.0]], refreshes=[5.0]
+    )
     assert measured.by_round() == [2.0, 3.5]
     plain = Measured(floor_bytes=1, blocks=[[1.0], [1.0]])
     assert optimizer_step.ratio(measured, plain) == 2.75
@@ -113,13 +132,22 @@ def test_a_refresh_counts_as_its_share() -> None:
     assert optimizer_step.over_floor(plain) == 5.0
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [("unstacked", "float32"), ("stacked", "bfloat16")])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("unstacked", "float32"), ("stacked", "bfloat16")]
+)
 def test_each_step_runs_in_place(layout: str, dtype: str) -> None:
-    given = options(layouts=(layout,), dtype=dtype, rounds=1, optimizers=("galore", "apollo-mini"))
+    given = options(
+        layouts=(layout,), dtype=dtype, rounds=1, optimizers=("galore", "apollo-mini")
+    )
     of = setting(layout, dtype)
     results = optimizer_step.measure(of, given)
     kernels = of.kernels()
-    assert results.keys() >= {COPY, f"galore, rank {RANK}", "apollo-mini", "adamw, float32 moments"}
+    assert results.keys() >= {
+        COPY,
+        f"galore, rank {RANK}",
+        "apollo-mini",
+        "adamw, float32 moments",
+    }
     for name, measured in results.items():
         assert len(measured.blocks) == 1
         assert len(measured.blocks[0]) == step_contenders.FEWEST_TIMES
@@ -136,10 +164,26 @@ def test_each_step_runs_in_place(layout: str, dtype: str) -> None:
 def test_the_command_prints_a_row_each(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(import_time, "measure", lambda: import_time.ImportTimes(1.2, 1.0, 1.2))
-    arguments = ["--models", "tiny", "--layouts", "stacked", "--optimizers", "adafactor", "lion", "muon"]
-    optimizer_step.main([*arguments, "--rounds", "1", "--seconds", "1e-9", "--compilations", "1"])
-    rows = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()]
+    monkeypatch.setattr(
+        import_time, "measure", lambda: import_time.ImportTimes(1.2, 1.0, 1.2)
+    )
+    arguments = [
+        "--models",
+        "tiny",
+        "--layouts",
+        "stacked",
+        "--optimizers",
+        "adafactor",
+        "lion",
+        "muon",
+    ]
+    optimizer_step.main(
+        [*arguments, "--rounds", "1", "--seconds", "1e-9", "--compilations", "1"]
+    )
+    rows = [
+        line.split(" | ")[0].removeprefix("| ")
+        for line in capsys.readouterr().out.splitlines()
+    ]
     assert [name for name in rows if name in ("sgd", "adafactor", "lion", "muon")] == [
         "adafactor",
         "lion",
@@ -163,7 +207,10 @@ def test_what_does_not_fit_has_a_row() -> None:
     results = {COPY: fine, "too large": too_large.measured} | dict.fromkeys(
         optimizer_step.ADAMW.values(), fine
     )
-    assert optimizer_step.cells("too large", results)[:2] == ["too large", "out of memory"]
+    assert optimizer_step.cells("too large", results)[:2] == [
+        "too large",
+        "out of memory",
+    ]
     assert optimizer_step.ratio(too_large.measured, fine) is None
 
 
@@ -187,14 +234,20 @@ def test_goals_say_what_came_of_them() -> None:
 
     assert outcome() == ["not in this run", ""]
     assert outcome(stacked=0.6) == ["0.60 stacked", "met"]
-    assert outcome(stacked=0.5, unstacked=0.7) == ["0.70 unstacked, 0.50 stacked", "missed"]
+    assert outcome(stacked=0.5, unstacked=0.7) == [
+        "0.70 unstacked, 0.50 stacked",
+        "missed",
+    ]
 
 
 def test_every_goal_names_what_is_measured() -> None:
     for goal in [*optimizer_step.goals(), *gpu_goals()]:
         of = goal.setting
         names = [COPY, *(m.name for group in methods(of).values() for m in group)]
-        names += ["apollo-torch, mini", *(f"apollo-torch, rank {r}" for r in (of.quarter_rank(), 256))]
+        names += [
+            "apollo-torch, mini",
+            *(f"apollo-torch, rank {r}" for r in (of.quarter_rank(), 256)),
+        ]
         fine = Measured(floor_bytes=8, blocks=[[1.0]], compilations=[1.0])
         fine.copy = Measured(floor_bytes=8, blocks=[[1.0]])
         assert goal.outcome(dict.fromkeys(names, fine)) == 1.0
@@ -211,7 +264,9 @@ def test_every_goal_names_what_is_measured() -> None:
         (["--rounds", "0"], "--rounds 0"),
     ],
 )
-def test_bad_options_are_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_named(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         optimizer_step.main(arguments)
     assert named in capsys.readouterr().err
@@ -232,7 +287,13 @@ def test_torch_steps_on_the_transposed_shapes() -> None:
     made = []
 
     def make(params: list[Any], gap: int) -> Any:
-        made.append((gap, [tuple(param.shape) for param in params], [param.grad is None for param in params]))
+        made.append(
+            (
+                gap,
+                [tuple(param.shape) for param in params],
+                [param.grad is None for param in params],
+            )
+        )
         return torch.optim.SGD(params)
 
     contender = step_torch.OnTorch(8, kernels, make, refresh_every=200)

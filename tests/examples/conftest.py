@@ -8,7 +8,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from examples.llama import config, sources
 
 SMALL = config.LlamaConfig(
-    vocab_size=384, hidden_size=16, intermediate_size=24, num_heads=2, num_layers=3, max_seq_len=128
+    vocab_size=384,
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=2,
+    num_layers=3,
+    max_seq_len=128,
 )
 
 
@@ -46,12 +51,16 @@ def tiny_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A standard library of 40 short files, and a cache of its own; returns the library."""
+    """A standard library of 40 short files, and a cache of its own; returns the
+    library.
+    """
     folder = tmp_path / "stdlib"
     (folder / "test").mkdir(parents=True)
     (folder / "test" / "skipped.py").write_text("skipped = True\n")
     for number in range(40):
-        lines = [f"def f{line}(x):\n    return x + {number * line}\n" for line in range(20)]
+        lines = [
+            f"def f{line}(x):\n    return x + {number * line}\n" for line in range(20)
+        ]
         (folder / f"module{number}.py").write_text("\n".join(lines))
     monkeypatch.setattr(sources, "stdlib_folder", lambda: folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

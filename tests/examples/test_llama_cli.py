@@ -31,14 +31,27 @@ from examples.llama.options import CHOICES
 from examples.llama.windows import validation_batches
 
 SHORT = ["--steps", "3", "--batch", "2", "--seq", "16", "--eval-every", "2"]
-RESUMED = ["--batch", "4", "--seq", "16", "--steps", "12", "--checkpoint-every", "4", "--resume", "auto"]
+RESUMED = [
+    "--batch",
+    "4",
+    "--seq",
+    "16",
+    "--steps",
+    "12",
+    "--checkpoint-every",
+    "4",
+    "--resume",
+    "auto",
+]
 
 
 def check_curves(folder: Path) -> None:
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def exits_with_message(main: Any, args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def exits_with_message(
+    main: Any, args: list[str], capsys: pytest.CaptureFixture[str]
+) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(args)
@@ -74,7 +87,9 @@ def train(out: Path, finished_runs: Path) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "galore"])
-def test_pretrain_writes_its_files(optimizer: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrain_writes_its_files(
+    optimizer: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretrain.main(["--out", str(out), "--optimizer", optimizer, "--seed", "3", *SHORT])
     check_curves(out)
     assert (out / "checkpoints" / "3").is_dir()
@@ -109,8 +124,21 @@ def test_pretrain_writes_its_files(optimizer: str, out: Path, capsys: pytest.Cap
 
 def test_training_lowers_the_loss_and_repeats_exactly(out: Path) -> None:
     for name in ("a", "b"):
-        args = ["--steps", "30", "--batch", "4", "--seq", "16", "--remat", "full", "--accumulate", "2"]
-        pretrain.main(["--out", str(out / name), "--lr", "0.02", "--lr-embeddings", "0.02", *args])
+        args = [
+            "--steps",
+            "30",
+            "--batch",
+            "4",
+            "--seq",
+            "16",
+            "--remat",
+            "full",
+            "--accumulate",
+            "2",
+        ]
+        pretrain.main(
+            ["--out", str(out / name), "--lr", "0.02", "--lr-embeddings", "0.02", *args]
+        )
     assert losses(out / "a") == losses(out / "b")
     first, last = (run_log.read_metrics(out / "a")[step]["loss"] for step in (0, -1))
     assert last < first - 0.5
@@ -120,23 +148,38 @@ def test_training_lowers_the_loss_and_repeats_exactly(out: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["apollo", "muon", "adafactor"])
 def test_a_run_that_was_cut_off_goes_on_exactly(
-    optimizer: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    optimizer: str,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = ["--optimizer", optimizer, *RESUMED]
     pretrain.main(["--out", str(out / "straight"), *args])
     cut = out / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(data, "train_loader", interrupting(data.train_loader, at=7, by=KeyboardInterrupt))
+        patch.setattr(
+            data,
+            "train_loader",
+            interrupting(data.train_loader, at=7, by=KeyboardInterrupt),
+        )
         with pytest.raises(SystemExit):
             pretrain.main(["--out", str(cut), *args])
-    assert [step for step, _ in losses(cut)] == [1, 2, 3, 4, 5]  # The sixth was on the device.
+    assert [step for step, _ in losses(cut)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # The sixth was on the device.
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # As a kill would leave it.
     capsys.readouterr()
     pretrain.main(["--out", str(cut), *args])
     assert "continuing after step 4 of 12" in capsys.readouterr().err
     assert losses(cut) == losses(out / "straight")
-    samples = [run_log.read_metrics(out / name)[-1]["sample"] for name in ("straight", "cut")]
+    samples = [
+        run_log.read_metrics(out / name)[-1]["sample"] for name in ("straight", "cut")
+    ]
     assert samples[0] == samples[1]
     assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == ["12", "8"]
     pretrain.main(["--out", str(cut), *args])  # Nothing is left to do.
@@ -144,7 +187,9 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
 
 
 def interrupting(loader: Callable[..., Any], at: int, by: Any) -> Callable[..., Any]:
-    """Returns a loader in which `by` happens when batch `at` is asked for: raised, or called."""
+    """Returns a loader in which `by` happens when batch `at` is asked for: raised, or
+    called.
+    """
 
     class Batches:
         def __init__(self, batches: Any) -> None:
@@ -163,7 +208,18 @@ def interrupting(loader: Callable[..., Any], at: int, by: Any) -> Callable[..., 
 
 
 def test_a_batch_over_eight_devices_trains_as_on_one(out: Path) -> None:
-    args = ["--steps", "12", "--batch", "16", "--seq", "16", "--accumulate", "2", "--checkpoint-every", "4"]
+    args = [
+        "--steps",
+        "12",
+        "--batch",
+        "16",
+        "--seq",
+        "16",
+        "--accumulate",
+        "2",
+        "--checkpoint-every",
+        "4",
+    ]
     pretrain.main(["--out", str(out / "one"), *args])
     pretrain.main(["--out", str(out / "eight"), "--mesh", "data=8", *args])
     rows = [run_log.read_metrics(out / name) for name in ("one", "eight")]
@@ -178,14 +234,21 @@ def test_a_batch_over_eight_devices_trains_as_on_one(out: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_saves_and_ends(
-    number: signal.Signals, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        stop = interrupting(data.train_loader, at=6, by=lambda: os.kill(os.getpid(), number))
+        stop = interrupting(
+            data.train_loader, at=6, by=lambda: os.kill(os.getpid(), number)
+        )
         patch.setattr(data, "train_loader", stop)
         pretrain.main(["--out", str(out), *RESUMED])
-    assert f"stopped by {number.name} after step 6 of 12" in (output := capsys.readouterr().out)
+    assert f"stopped by {number.name} after step 6 of 12" in (
+        output := capsys.readouterr().out
+    )
     assert str(out / "checkpoints" / "6") in output
     assert [step for step, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
     assert signal.getsignal(number) is before
@@ -200,20 +263,33 @@ def test_a_run_is_continued_with_the_options_it_began_with_only(
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     args = ["--out", str(out), *RESUMED, "--lr", "0.5", "--batch", "8"]
     error = exits_with_message(pretrain.main, args, capsys)
-    assert "holds another run (batch: 4 -> 8; lr: 0.007 -> 0.5); give the same options" in error
+    assert (
+        "holds another run (batch: 4 -> 8; lr: 0.007 -> 0.5); give the same options"
+        in error
+    )
     # Not by its config.json alone, which may have been edited.
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"lr": 0.5, "batch": 8}))
     metrics = (out / "metrics.jsonl").read_bytes()
-    (out / "metrics.jsonl").write_bytes(b"".join(metrics.splitlines(keepends=True)[:11]))  # Not at its end.
+    (out / "metrics.jsonl").write_bytes(
+        b"".join(metrics.splitlines(keepends=True)[:11])
+    )  # Not at its end.
     error = exits_with_message(pretrain.main, args, capsys)
     checkpoint = out / "checkpoints" / "12"
-    assert f"checkpoint {checkpoint} is of another run (batch: 4 -> 8; lr: 0.007 -> 0.5" in error
+    assert (
+        f"checkpoint {checkpoint} is of another run (batch: 4 -> 8; lr: 0.007 -> 0.5"
+        in error
+    )
     (out / "config.json").write_text(json.dumps(config))
     error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
-    assert "metrics.jsonl has 11 of the 12 steps that the checkpoint goes on from; put it back" in error
+    assert (
+        "metrics.jsonl has 11 of the 12 steps that the checkpoint goes on from; put it back"
+        in error
+    )
     (out / "metrics.jsonl").write_bytes(metrics)
-    unchanged = {path: content for path, content in files.items() if path.name != "config.json"}
+    unchanged = {
+        path: content for path, content in files.items() if path.name != "config.json"
+    }
     assert all(path.read_bytes() == content for path, content in unchanged.items())
     # What does not change what is computed may change, and the text may have moved.
     more = ["--keep-checkpoints", "5", "--workers", "1", "--vocab", "384"]
@@ -224,19 +300,28 @@ def test_a_run_is_continued_with_the_options_it_began_with_only(
 
 
 def test_text_can_be_tokenised_before_the_run(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tokenise.main(["--vocab", "300"])
     assert " of 300 kinds, ready for runs" in capsys.readouterr().out
     monkeypatch.setattr(corpus, "build", lambda *_: pytest.fail("tokenised again"))
     pretrain.main(["--out", str(out), "--vocab", "300", *SHORT])
-    assert "--vocab 5 is out of range" in exits_with_message(tokenise.main, ["--vocab", "5"], capsys)
+    assert "--vocab 5 is out of range" in exits_with_message(
+        tokenise.main, ["--vocab", "5"], capsys
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", "[]", "config.json is no run's configuration; give another folder"),
+        (
+            "config.json",
+            "[]",
+            "config.json is no run's configuration; give another folder",
+        ),
         ("config.json", '{"hidden_size": 3}', "config.json is no run's configuration"),
         ("config.json", "{", "config.json cannot be read (Expecting property name"),
         ("metrics.jsonl", '{"step": 1}\n{"step": 3}\n', "line 2 of "),
@@ -255,7 +340,9 @@ def test_a_damaged_run_is_refused_not_overwritten(
 ) -> None:
     train(*SHORT)
     (out / name).write_text(content)
-    error = exits_with_message(pretrain.main, ["--out", str(out), *SHORT, "--resume", "auto"], capsys)
+    error = exits_with_message(
+        pretrain.main, ["--out", str(out), *SHORT, "--resume", "auto"], capsys
+    )
     assert message in error
     assert (out / name).read_text() == content
 
@@ -263,12 +350,16 @@ def test_a_damaged_run_is_refused_not_overwritten(
 def test_a_run_without_its_checkpoints(
     out: Path, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that has ended stays as it is; another starts again, and its metrics are kept."""
+    """One that has ended stays as it is; another starts again, and its metrics are
+    kept.
+    """
     train(*RESUMED)
     shutil.rmtree(out / "checkpoints")
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     pretrain.main(["--out", str(out), *RESUMED])
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    assert {
+        path: path.read_bytes() for path in out.rglob("*") if path.is_file()
+    } == files
     expected = losses(out)
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:6]))
@@ -295,7 +386,9 @@ def test_fields_that_are_newer_than_a_run_have_their_defaults(
     assert "(accumulate: 1 -> 2)" in exits_with_message(pretrain.main, args, capsys)
 
 
-def test_two_runs_in_one_folder_are_one_too_many(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_in_one_folder_are_one_too_many(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with run_log.only_run_in(out):
         error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
     assert f"--out {out} is in use by another run; wait for its end" in error
@@ -313,7 +406,9 @@ def damage(out: Path, step: int) -> None:
     (out / "checkpoints" / str(step) / "data" / "metadata").write_text('{"next')
 
 
-def test_a_damaged_checkpoint_is_set_aside(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_set_aside(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretrain.main(["--out", str(out), *RESUMED, "--keep-checkpoints", "3"])
     expected = losses(out)
     shutil.rmtree(out / "checkpoints" / "12")
@@ -340,22 +435,32 @@ def test_where_no_checkpoint_can_be_read_none_is_touched(
     cut_to(out, 11)
 
     def no_room(*_: Any) -> None:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes\nmore")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes\nmore"
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "_restore", no_room)
         error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
-    assert "the device's memory is too small (RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes)" in error
+    assert (
+        "the device's memory is too small (RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes)"
+        in error
+    )
     damage(out, 8)
     for _ in range(2):  # As in a loop that restarts it.
         error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
-        assert f"none of the checkpoints in {out / 'checkpoints'} can be read (8: " in error
+        assert (
+            f"none of the checkpoints in {out / 'checkpoints'} can be read (8: "
+            in error
+        )
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["8"]
     assert len(losses(out)) == 11
 
 
 def poisoned(steps: set[int]) -> Callable[..., Any]:
-    """Returns a loader whose batches of `steps` have a token that the embedding has not got."""
+    """Returns a loader whose batches of `steps` have a token that the embedding has not
+    got.
+    """
     loader = data.train_loader
 
     class Batches:
@@ -378,7 +483,9 @@ def test_a_step_that_is_not_finite_ends_the_run(
         pretrain.main(["--out", str(out), *RESUMED])
     assert exit_.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: the loss is nan and the gradient's norm nan at step 7; ")
+    assert last.startswith(
+        "error: the loss is nan and the gradient's norm nan at step 7; "
+    )
     assert f"the last good checkpoint is {out / 'checkpoints' / '4'}" in last
     assert [step for step, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
 
@@ -391,7 +498,20 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
         pretrain.main(["--out", str(out), *RESUMED, "--on-nonfinite", "skip"])
     rows = run_log.read_metrics(out)
     assert [row["step"] for row in rows if row["loss"] is None] == [3, 7]
-    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert [row["skipped_steps"] for row in rows] == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+        2,
+        2,
+        2,
+    ]
     assert rows[2]["lr"] == rows[3]["lr"]  # The schedule waits.
     assert rows[-1]["val_loss"] < 6
     check_curves(out)
@@ -399,7 +519,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     cut_to(out, 10)
     shutil.rmtree(out / "checkpoints" / "12")
     pretrain.main(["--out", str(out), *RESUMED])
-    assert [row["lr"] for row in run_log.read_metrics(out)] == [row["lr"] for row in rows]
+    assert [row["lr"] for row in run_log.read_metrics(out)] == [
+        row["lr"] for row in rows
+    ]
 
 
 def test_skipping_comes_to_an_end(
@@ -411,16 +533,23 @@ def test_skipping_comes_to_an_end(
         pretrain.main(["--out", str(out), *args])
     errors = capsys.readouterr().err
     assert "step 5 is skipped: the loss is nan" in errors
-    assert "error: no loss or gradient was finite in the 20 steps up to 24" in errors.splitlines()[-1]
+    assert (
+        "error: no loss or gradient was finite in the 20 steps up to 24"
+        in errors.splitlines()[-1]
+    )
 
 
-def test_exported_weights_are_those_of_the_checkpoint(out: Path, tmp_path: Path) -> None:
+def test_exported_weights_are_those_of_the_checkpoint(
+    out: Path, tmp_path: Path
+) -> None:
     """And training that starts from them starts where the run ended."""
     pretrain.main(["--out", str(out), *SHORT, "--checkpoint-every", "2"])
     exported = tmp_path / "exported"
     export.main(["--run", str(out), "--to", str(exported)])
     small = PRESETS["tiny"]
-    loss = make_evaluator(pieces_of(small), held_out(out))(load_params(exported, small, "float32"))
+    loss = make_evaluator(pieces_of(small), held_out(out))(
+        load_params(exported, small, "float32")
+    )
     assert loss == pytest.approx(run_log.read_metrics(out)[-1]["val_loss"], abs=1e-6)
     export.main(["--run", str(out), "--to", str(tmp_path / "earlier"), "--step", "2"])
     earlier = load_params(tmp_path / "earlier", small, "float32")
@@ -428,12 +557,17 @@ def test_exported_weights_are_those_of_the_checkpoint(out: Path, tmp_path: Path)
     assert loss == pytest.approx(run_log.read_metrics(out)[1]["val_loss"], abs=1e-6)
     tuned = tmp_path / "tuned"
     pretrain.main(["--out", str(tuned), "--init-from", str(exported), *SHORT])
-    assert run_log.read_metrics(tuned)[0]["loss"] < run_log.read_metrics(out)[0]["loss"] - 0.1
+    assert (
+        run_log.read_metrics(tuned)[0]["loss"]
+        < run_log.read_metrics(out)[0]["loss"] - 0.1
+    )
     assert json.loads((tuned / "config.json").read_text())["model"] is None
 
 
 def held_out(out: Path) -> np.ndarray:
-    return validation_batches(corpus.load_corpus("stdlib", vocab_size=384).validation, seq=16)
+    return validation_batches(
+        corpus.load_corpus("stdlib", vocab_size=384).validation, seq=16
+    )
 
 
 @pytest.mark.parametrize(
@@ -454,14 +588,20 @@ def test_exports_that_cannot_be(
 ) -> None:
     train(*SHORT)
     to = tmp_path / "exported"
-    assert message in exits_with_message(export.main, ["--run", str(out), "--to", str(to), *args], capsys)
+    assert message in exits_with_message(
+        export.main, ["--run", str(out), "--to", str(to), *args], capsys
+    )
     assert not to.exists()
     (out / "tokenizer.json").write_text("{}")
-    error = exits_with_message(export.main, ["--run", str(out), "--to", str(to)], capsys)
+    error = exits_with_message(
+        export.main, ["--run", str(out), "--to", str(to)], capsys
+    )
     assert "tokenizer.json cannot be read (" in error
     to.mkdir()
     (to / "config.json").write_text("earlier")
-    assert str(to) in exits_with_message(export.main, ["--run", str(out), "--to", str(to)], capsys)
+    assert str(to) in exits_with_message(
+        export.main, ["--run", str(out), "--to", str(to)], capsys
+    )
     assert [path.read_text() for path in to.iterdir()] == ["earlier"]
 
 
@@ -478,7 +618,9 @@ def test_flops_utilisation_is_shown_where_the_peak_is_known(
     assert "MFU" in capsys.readouterr().err
 
 
-def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverged_run_says_so_and_keeps_its_metrics(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         pretrain.main(["--out", str(out), "--lr-embeddings", "30", *SHORT])
     assert exit_.value.code == 2
@@ -493,12 +635,21 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
     ("args", "message"),
     [
         (["--model", "70m"], "--model '70m' is unknown; choose one of: 60m, "),
-        (["--optimizer", "adam"], "--optimizer 'adam' is unknown; choose one of: adamw, "),
+        (
+            ["--optimizer", "adam"],
+            "--optimizer 'adam' is unknown; choose one of: adamw, ",
+        ),
         (["--data", "std"], "--data 'std' is unknown; choose one of: stdlib"),
         (["--remat", "ful"], "--remat 'ful' is unknown; choose one of: full, "),
-        (["--weights", "float16"], "--weights 'float16' is unknown; choose one of: bfloat16, float32"),
+        (
+            ["--weights", "float16"],
+            "--weights 'float16' is unknown; choose one of: bfloat16, float32",
+        ),
         (["--resume", "yes"], "--resume 'yes' is unknown; choose one of: "),
-        (["--batch", "6", "--accumulate", "4"], "--batch 6 is not a multiple of --accumulate 4"),
+        (
+            ["--batch", "6", "--accumulate", "4"],
+            "--batch 6 is not a multiple of --accumulate 4",
+        ),
         (
             ["--batch", "12", "--accumulate", "2", "--mesh", "data=8"],
             "--batch 12 in --accumulate 2 micro-batc",
@@ -507,26 +658,50 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
             ["--mesh", "data=16", "--batch", "16"],
             "--mesh data=16 needs 16 devices, and the devices here are 8 (cpu)",
         ),
-        (["--seed", "4294967296"], "--seed 4294967296 is out of range; give 0 to 4294967295"),
+        (
+            ["--seed", "4294967296"],
+            "--seed 4294967296 is out of range; give 0 to 4294967295",
+        ),
         (
             ["--optimizer", "sgd", "--embeddings", "apollo"],
             "--embeddings apollo means nothing to ",
         ),
         (["--eval-windows", "0"], "--eval-windows 0 is out of range"),
-        (["--steps", "1000000000000"], "--steps 1000000000000 is out of range; give 1 to 2147483647"),
+        (
+            ["--steps", "1000000000000"],
+            "--steps 1000000000000 is out of range; give 1 to 2147483647",
+        ),
         (["--workers", "100000"], "--workers 100000 is out of range; give 1 to 256"),
         (["--tokenizer", ""], "--tokenizer is empty"),
         (["--attention", "cudnn"], "--attention cudnn takes an NVIDIA GPU"),
-        (["--optimizer", "lion", "--rank", "8"], "--rank 8 means nothing to --optimizer lion; leave it out"),
-        (["--mesh", "rows=2"], "--mesh 'rows' is unknown; choose one of: fsdp, tensor, data"),
+        (
+            ["--optimizer", "lion", "--rank", "8"],
+            "--rank 8 means nothing to --optimizer lion; leave it out",
+        ),
+        (
+            ["--mesh", "rows=2"],
+            "--mesh 'rows' is unknown; choose one of: fsdp, tensor, data",
+        ),
         (["--mesh", "data=two"], "--mesh data=two is malformed"),
-        (["--model", "tiny", "--init-from", "x"], "--model tiny and --init-from x both give the model"),
+        (
+            ["--model", "tiny", "--init-from", "x"],
+            "--model tiny and --init-from x both give the model",
+        ),
         (["--init-from", "nowhere"], "nowhere/config.json is not there; give a folder"),
         (["--vocab", "500"], "--vocab 500"),
-        (["--tokenizer", "nowhere.json"], "--tokenizer 'nowhere.json' does not exist; give a "),
-        (["--seq", "120", "--batch", "1"], "--seq 120 in validation batches of 8 needs"),
+        (
+            ["--tokenizer", "nowhere.json"],
+            "--tokenizer 'nowhere.json' does not exist; give a ",
+        ),
+        (
+            ["--seq", "120", "--batch", "1"],
+            "--seq 120 in validation batches of 8 needs",
+        ),
         (["--embeddings", "sgd"], "--embeddings 'sgd' is unknown; choose one of: "),
-        (["--moment-dtype", "bf16"], "--moment-dtype 'bf16' is unknown; choose one of: bfloat16"),
+        (
+            ["--moment-dtype", "bf16"],
+            "--moment-dtype 'bf16' is unknown; choose one of: bfloat16",
+        ),
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--rank", "-1"], "--rank -1 is out of range"),
         (["--lr", "nan"], "--lr nan is out of range"),
@@ -539,7 +714,9 @@ def test_diverged_run_says_so_and_keeps_its_metrics(out: Path, capsys: pytest.Ca
 def test_bad_input_is_one_line_and_writes_nothing(
     args: list[str], message: str, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = exits_with_message(pretrain.main, ["--out", str(out), *SHORT, *args], capsys)
+    error = exits_with_message(
+        pretrain.main, ["--out", str(out), *SHORT, *args], capsys
+    )
     assert error.startswith("error: " + message)
     assert not out.exists()
 
@@ -552,24 +729,39 @@ def test_a_folder_with_a_run_is_refused(
     out.mkdir(parents=True)
     (out / name).write_text("earlier")
     error = exits_with_message(main, ["--out", str(out), *SHORT], capsys)
-    assert f"already holds a run ({name}); continue it with --resume auto, choose another folder" in error
+    assert (
+        f"already holds a run ({name}); continue it with --resume auto, choose another folder"
+        in error
+    )
     if name != run_log.CONFIG and main is pretrain.main:
-        error = exits_with_message(main, ["--out", str(out), *SHORT, "--resume", "auto"], capsys)
+        error = exits_with_message(
+            main, ["--out", str(out), *SHORT, "--resume", "auto"], capsys
+        )
         assert f"already holds a run ({name}); its config.json is missing" in error
     assert [path.read_text() for path in out.iterdir()] == ["earlier"]
 
 
-def test_a_file_is_refused_as_folder(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_refused_as_folder(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out.parent.mkdir()
     out.write_text("earlier")
-    assert "is a file" in exits_with_message(pretrain.main, ["--out", str(out), *SHORT], capsys)
-    error = exits_with_message(pretrain.main, ["--out", str(out / "below"), *SHORT], capsys)
+    assert "is a file" in exits_with_message(
+        pretrain.main, ["--out", str(out), *SHORT], capsys
+    )
+    error = exits_with_message(
+        pretrain.main, ["--out", str(out / "below"), *SHORT], capsys
+    )
     assert "Not a directory" in error
     assert out.read_text() == "earlier"
 
 
-def test_a_run_of_very_many_steps_begins(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = interrupting(data.train_loader, at=2, by=lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_a_run_of_very_many_steps_begins(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = interrupting(
+        data.train_loader, at=2, by=lambda: os.kill(os.getpid(), signal.SIGTERM)
+    )
     monkeypatch.setattr(data, "train_loader", stop)
     pretrain.main(["--out", str(out), *SHORT, "--steps", str(2**31 - 1)])
     assert [step for step, _ in losses(out)] == [1, 2]
@@ -583,17 +775,28 @@ def test_a_command_line_that_does_not_parse_exits_with_status_2(out: Path) -> No
 
 
 @pytest.mark.parametrize("main", [pretrain.main, compare.main])
-def test_help_names_everything_there_is(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_everything_there_is(
+    main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     assert exit_.value.code == 0
     help_ = capsys.readouterr().out
-    assert all(name in help_ for name in (*PRESETS, *optimizers.RECIPES, "stdlib", ".parquet", "hf:"))
+    assert all(
+        name in help_
+        for name in (*PRESETS, *optimizers.RECIPES, "stdlib", ".parquet", "hf:")
+    )
     assert all(name in help_ for names in CHOICES.values() for name in names)
 
 
 def test_evaluator_averages_over_all_batches(small: LlamaConfig) -> None:
     graphdef, params = graphdef_of(small), init_params(small, seed=0)
-    batches = np.random.default_rng(0).integers(0, small.vocab_size, (3, 2, 9), np.int32)
-    expected = np.mean([next_token_loss(graphdef, params, jax.numpy.array(b)) for b in batches])
-    assert make_evaluator(pieces_of(small), batches)(params) == pytest.approx(float(expected), abs=1e-6)
+    batches = np.random.default_rng(0).integers(
+        0, small.vocab_size, (3, 2, 9), np.int32
+    )
+    expected = np.mean(
+        [next_token_loss(graphdef, params, jax.numpy.array(b)) for b in batches]
+    )
+    assert make_evaluator(pieces_of(small), batches)(params) == pytest.approx(
+        float(expected), abs=1e-6
+    )

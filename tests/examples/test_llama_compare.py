@@ -23,7 +23,9 @@ HEAD = "optimizer lr lr emb val ppl ± seeds kernels emb+head rest tokens/s"
 
 def table_rows(output: str) -> list[list[str]]:
     lines = output.splitlines()
-    (head,) = (number for number, line in enumerate(lines) if line.split() == HEAD.split())
+    (head,) = (
+        number for number, line in enumerate(lines) if line.split() == HEAD.split()
+    )
     rows = (line.split() for line in lines[head + 2 :])
     return [row for row in rows if row and row[0] in optimizers.RECIPES]
 
@@ -36,18 +38,28 @@ def exits_with_message(args: list[str], capsys: pytest.CaptureFixture[str]) -> s
     return capsys.readouterr().err
 
 
-def test_compare_ends_with_a_table(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare.main(["--out", str(out), "--lr", "0.01", "--lr-embeddings", "0.003", *SHORT])
+def test_compare_ends_with_a_table(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare.main(
+        ["--out", str(out), "--lr", "0.01", "--lr-embeddings", "0.003", *SHORT]
+    )
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     rows = table_rows(capsys.readouterr().out)
-    assert [row[:3] for row in rows] == [["adamw", "0.01", "0.003"], ["apollo-mini", "0.01", "0.003"]]
+    assert [row[:3] for row in rows] == [
+        ["adamw", "0.01", "0.003"],
+        ["apollo-mini", "0.01", "0.003"],
+    ]
     losses = []
     for row in rows:
         metrics = run_log.read_metrics(out / f"{row[0]}-0.01-0.003-seed0")
         losses.append([line["loss"] for line in metrics])
         assert row[3] == f"{min(m['val_ppl'] for m in metrics[1:]):.2f}*"
         assert row[4] == "1"  # Seeds; one has no spread.
-        assert row[7:9] == ["98.3", "kB"]  # Two moments of embeddings and head, in float32.
+        assert row[7:9] == [
+            "98.3",
+            "kB",
+        ]  # Two moments of embeddings and head, in float32.
     assert rows[0][5:7] == ["52.2", "kB"]
     # Both see the same batches, and the first step's learning rate is 0.
     assert losses[0][:2] == pytest.approx(losses[1][:2], abs=1e-6)
@@ -57,7 +69,17 @@ def test_compare_ends_with_a_table(out: Path, capsys: pytest.CaptureFixture[str]
 def test_the_best_rates_are_run_again_with_the_other_seeds(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["--out", str(out), "--optimizers", "adamw", "sgd", "--lr-factors", "0.1", "1", *SHORT]
+    args = [
+        "--out",
+        str(out),
+        "--optimizers",
+        "adamw",
+        "sgd",
+        "--lr-factors",
+        "0.1",
+        "1",
+        *SHORT,
+    ]
     args += ["--more-seeds", "5", "7", "--checkpoint-every", "1"]
     compare.main(args)
     output = capsys.readouterr().out
@@ -65,53 +87,92 @@ def test_the_best_rates_are_run_again_with_the_other_seeds(
     assert [row[0] for row in rows] == ["adamw", "adamw", "sgd", "sgd"]
     default = optimizers.RECIPES["adamw"].lr
     assert [float(row[1]) for row in rows[:2]] == [default / 10, default]
-    results = [json.loads(line) for line in (out / compare.RESULTS).read_text().splitlines()]
+    results = [
+        json.loads(line) for line in (out / compare.RESULTS).read_text().splitlines()
+    ]
     assert len(results) == 2 * (2 + 2)
     for name in ("adamw", "sgd"):
         of_name = [row for row in rows if row[0] == name]
         (best,) = (row for row in of_name if row[3].endswith("*"))
-        values = [r["val_ppl"] for r in results if r["optimizer"] == name and r["lr"] == float(best[1])]
-        firsts = [r["val_ppl"] for r in results if r["optimizer"] == name and r["seed"] == 0]
+        values = [
+            r["val_ppl"]
+            for r in results
+            if r["optimizer"] == name and r["lr"] == float(best[1])
+        ]
+        firsts = [
+            r["val_ppl"] for r in results if r["optimizer"] == name and r["seed"] == 0
+        ]
         assert values[0] == min(firsts)
-        assert best[3:6] == [f"{statistics.mean(values):.2f}*", f"{statistics.stdev(values):.2f}", "3"]
+        assert best[3:6] == [
+            f"{statistics.mean(values):.2f}*",
+            f"{statistics.stdev(values):.2f}",
+            "3",
+        ]
         folder = f"{name}-{float(best[1]):g}-{float(best[2]):g}-seed7"
         assert json.loads((out / folder / "config.json").read_text())["seed"] == 7
-    # Nothing is run twice; a run that was cut off goes on, and the table comes out the same.
+    # Nothing is run twice; a run that was cut off goes on, and the table comes out the
+    # same.
     cut = out / f"sgd-{optimizers.RECIPES['sgd'].lr:g}-0.03-seed0"
     shutil.rmtree(cut / "checkpoints" / "3")
     metrics = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(metrics[:2]))
 
     def when_written() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/3/_CHECKPOINT_METADATA")}
+        return {
+            path: path.stat().st_mtime_ns
+            for path in out.glob("*/checkpoints/3/_CHECKPOINT_METADATA")
+        }
 
     before = when_written()
     assert len(before) == 7
     compare.main([*args, "--resume", "auto"])
     after = when_written()
-    assert after.keys() - before.keys() == {cut / "checkpoints" / "3" / "_CHECKPOINT_METADATA"}
+    assert after.keys() - before.keys() == {
+        cut / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    }
     assert after | before == after
-    assert [row[:6] for row in table_rows(capsys.readouterr().out)] == [row[:6] for row in rows]
+    assert [row[:6] for row in table_rows(capsys.readouterr().out)] == [
+        row[:6] for row in rows
+    ]
 
 
-def test_compare_runs_every_optimizer_at_every_pair_of_rates(tmp_path: Path, small: LlamaConfig) -> None:
+def test_compare_runs_every_optimizer_at_every_pair_of_rates(
+    tmp_path: Path, small: LlamaConfig
+) -> None:
     def folders(**options: Any) -> list[str]:
         grid = compare.grid(compare.CompareOptions(out=tmp_path, **options), small)
         return [run.out.name for run in grid]
 
-    assert folders(optimizers=("adamw", "apollo"), lr=(0.1, 0.2), lr_embeddings=(0.3, 0.4)) == [
+    assert folders(
+        optimizers=("adamw", "apollo"), lr=(0.1, 0.2), lr_embeddings=(0.3, 0.4)
+    ) == [
         f"{name}-{rates}-seed0"
         for name in ("adamw", "apollo")
         for rates in ("0.1-0.3", "0.1-0.4", "0.2-0.3", "0.2-0.4")
     ]
     recipe = optimizers.RECIPES["muon"]
-    assert folders(optimizers=("muon",), seed=4) == [f"muon-{recipe.lr:g}-{recipe.lr_embeddings:g}-seed4"]
+    assert folders(optimizers=("muon",), seed=4) == [
+        f"muon-{recipe.lr:g}-{recipe.lr_embeddings:g}-seed4"
+    ]
     halves = folders(optimizers=("muon",), lr_factors=(0.5, 2), lr_embeddings=(0.1,))
-    assert halves == [f"muon-{recipe.lr / 2:g}-0.1-seed0", f"muon-{recipe.lr * 2:g}-0.1-seed0"]
+    assert halves == [
+        f"muon-{recipe.lr / 2:g}-0.1-seed0",
+        f"muon-{recipe.lr * 2:g}-0.1-seed0",
+    ]
 
 
-def test_compare_goes_on_after_a_run_that_diverged(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["--optimizers", "adamw", "--lr-embeddings", "30", "0.01", "--more-seeds", "1"]
+def test_compare_goes_on_after_a_run_that_diverged(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        "--optimizers",
+        "adamw",
+        "--lr-embeddings",
+        "30",
+        "0.01",
+        "--more-seeds",
+        "1",
+    ]
     compare.main(["--out", str(out), *args, *SHORT])
     captured = capsys.readouterr()
     assert "adamw lr=0.002,30 seed=0: the " in captured.err
@@ -124,7 +185,10 @@ def test_compare_goes_on_after_a_run_that_diverged(out: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--optimizers", "adamw", "apolo"], "--optimizer 'apolo' is unknown; choose one of: apollo, "),
+        (
+            ["--optimizers", "adamw", "apolo"],
+            "--optimizer 'apolo' is unknown; choose one of: apollo, ",
+        ),
         (["--lr", "0.1", "0.10"], "is given twice"),
         (["--optimizers", "adamw", "adamw"], "is given twice"),
         (["--lr", "0.1", "--lr-factors", "2"], "--lr and --lr-factors both say"),
@@ -145,9 +209,13 @@ def test_compare_checks_every_run_before_the_first(
     assert not out.exists()
 
 
-def test_what_only_some_optimizers_take_is_kept_from_the_others(tmp_path: Path, small: LlamaConfig) -> None:
+def test_what_only_some_optimizers_take_is_kept_from_the_others(
+    tmp_path: Path, small: LlamaConfig
+) -> None:
     names = ("adamw", "apollo", "galore")
-    options = compare.CompareOptions(out=tmp_path, optimizers=names, rank=2, scale=3.0, embeddings="apollo")
+    options = compare.CompareOptions(
+        out=tmp_path, optimizers=names, rank=2, scale=3.0, embeddings="apollo"
+    )
     runs = compare.grid(options, small)
     assert [(run.rank, run.scale, run.embeddings) for run in runs] == [
         (None, None, "adam"),
@@ -170,26 +238,39 @@ def test_a_stop_in_the_last_step_of_a_run_stops_the_comparison(
     with monkeypatch.context() as patch:
         patch.setattr(pretrain.Checkpoints, "save", stopped_save)
         compare.main(args)
-    assert "stopped by SIGTERM after adamw lr=0.002,0.03 seed=0; --resume auto" in capsys.readouterr().out
+    assert (
+        "stopped by SIGTERM after adamw lr=0.002,0.03 seed=0; --resume auto"
+        in capsys.readouterr().out
+    )
     assert [path.name for path in out.iterdir()] == ["adamw-0.002-0.03-seed0"]
     compare.main([*args, "--resume", "auto"])
     assert len(table_rows(capsys.readouterr().out)) == 2
 
 
-def test_compare_refuses_a_folder_with_other_runs(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_refuses_a_folder_with_other_runs(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["--out", str(out), "--optimizers", "sgd", *SHORT]
     compare.main(args)
     assert "continue it with --resume auto" in exits_with_message(args, capsys)
     error = exits_with_message([*args, "--batch", "4", "--resume", "auto"], capsys)
     assert "holds another run (batch: 2 -> 4)" in error
-    assert "continue it with --resume auto" in exits_with_message([*args, "--lr", "0.5"], capsys)
-    compare.main([*args, "--lr", "0.5", "--resume", "auto"])  # Another rate in the same comparison.
+    assert "continue it with --resume auto" in exits_with_message(
+        [*args, "--lr", "0.5"], capsys
+    )
+    compare.main(
+        [*args, "--lr", "0.5", "--resume", "auto"]
+    )  # Another rate in the same comparison.
 
 
 def test_table_fits_a_terminal_of_80_columns(out: Path, small: LlamaConfig) -> None:
-    options = RunOptions(out=out, optimizer="apollo-mini", lr=0.0003, lr_embeddings=0.0015)
+    options = RunOptions(
+        out=out, optimizer="apollo-mini", lr=0.0003, lr_embeddings=0.0015
+    )
     options = optimizers.with_defaults(options, small)
-    results = tuple(RunResult(options, math.log(ppl), 999_999) for ppl in (1234.56, 1243.21))
+    results = tuple(
+        RunResult(options, math.log(ppl), 999_999) for ppl in (1234.56, 1243.21)
+    )
     sizes = {"apollo-mini": StateBytes(999_900_000, 999_900_000, 99_900)}
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(compare.table([compare.Setting(options, results)], [options], sizes))

@@ -16,10 +16,14 @@ from examples.llama.usage import UsageError
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: 40 short texts in `corpus`, and a cache of its own in `cache`."""
+    """The current folder: 40 short texts in `corpus`, and a cache of its own in
+    `cache`.
+    """
     (tmp_path / "corpus").mkdir()
     for number in range(40):
-        (tmp_path / "corpus" / f"{number}.txt").write_text(f"text {number} of some spam and eggs\n" * 5)
+        (tmp_path / "corpus" / f"{number}.txt").write_text(
+            f"text {number} of some spam and eggs\n" * 5
+        )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
@@ -78,7 +82,9 @@ def test_corpus_splits_by_document(stdlib: Path) -> None:
     held_out = [name for name in by_name if in_validation(name)]
     assert 0 < len(held_out) < 10
     assert texts(built, built.validation) == [by_name[name] for name in held_out]
-    assert texts(built, built.train) == [by_name[name] for name in by_name if name not in held_out]
+    assert texts(built, built.train) == [
+        by_name[name] for name in by_name if name not in held_out
+    ]
 
 
 def test_more_documents_move_none_between_the_splits() -> None:
@@ -88,13 +94,17 @@ def test_more_documents_move_none_between_the_splits() -> None:
 
 
 def test_a_twentieth_is_held_out() -> None:
-    labels = [label for label, _ in split((Document(str(n), "") for n in range(2000)), "x")]
+    labels = [
+        label for label, _ in split((Document(str(n), "") for n in range(2000)), "x")
+    ]
     assert 70 < labels.count(VALIDATION) < 130
 
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_both_splits_get_a_document_where_there_are_two(held_out: bool) -> None:
-    names = [name for name in map(str, range(1000)) if in_validation(name) == held_out][:3]
+    names = [name for name in map(str, range(1000)) if in_validation(name) == held_out][
+        :3
+    ]
     for count in (2, 3):
         labelled = list(split((Document(name, "") for name in names[:count]), "x"))
         assert [document.name for _, document in labelled] == names[:count]
@@ -124,7 +134,9 @@ def test_a_long_text_in_one_file_is_split() -> None:
     train, validation = texts(built, built.train), texts(built, built.validation)
     assert len(train) + len(validation) == 7
     assert validation
-    assert sorted("".join(train + validation).split("\n\n")) == sorted("".join(paragraphs).split("\n\n"))
+    assert sorted("".join(train + validation).split("\n\n")) == sorted(
+        "".join(paragraphs).split("\n\n")
+    )
 
 
 def test_given_validation_takes_none_of_the_training_documents() -> None:
@@ -135,10 +147,14 @@ def test_given_validation_takes_none_of_the_training_documents() -> None:
 
 
 def test_errors_name_the_flag_whose_value_is_wrong() -> None:
-    with pytest.raises(UsageError, match="--validation 'std' is unknown; choose one of: stdlib"):
+    with pytest.raises(
+        UsageError, match="--validation 'std' is unknown; choose one of: stdlib"
+    ):
         load(validation="std")
     Path("held.jsonl").write_text("{}")
-    with pytest.raises(UsageError, match="--validation 'held.jsonl': held.jsonl:1 has no string called"):
+    with pytest.raises(
+        UsageError, match="--validation 'held.jsonl': held.jsonl:1 has no string called"
+    ):
         load(validation="held.jsonl")
     assert built_folders() == []
 
@@ -170,7 +186,11 @@ def test_hub_validation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "HUB_VALIDATION_TOKENS", 100)
     built = load("hf:./hub/en")
     last = texts(built, built.validation)[-1]
-    assert 100 <= sum(map(len, built.validation)) <= 100 + len(built.tokenizer.encode(last).ids)
+    assert (
+        100
+        <= sum(map(len, built.validation))
+        <= 100 + len(built.tokenizer.encode(last).ids)
+    )
 
 
 def test_a_hub_corpus_once_made_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,8 +245,12 @@ def test_batches_and_shards_change_no_token(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(whole.train) == 1
     assert [shard.size for shard in cut.train[:-1]] == [100] * (len(cut.train) - 1)
     assert len(cut.train) >= 7
-    np.testing.assert_array_equal(np.concatenate(whole.train), np.concatenate(cut.train))
-    np.testing.assert_array_equal(np.concatenate(whole.validation), np.concatenate(cut.validation))
+    np.testing.assert_array_equal(
+        np.concatenate(whole.train), np.concatenate(cut.train)
+    )
+    np.testing.assert_array_equal(
+        np.concatenate(whole.validation), np.concatenate(cut.validation)
+    )
     assert whole.key == cut.key
 
 
@@ -238,7 +262,10 @@ def test_a_shard_that_is_just_full_is_followed_by_none(
     writer.add(np.arange(6, dtype=np.uint32))
     writer.add(np.arange(2, dtype=np.uint32))
     writer.close()
-    assert [shard.tolist() for shard in shards.read_shards(tmp_path, "train")] == [[0, 1, 2, 3], [4, 5, 0, 1]]
+    assert [shard.tolist() for shard in shards.read_shards(tmp_path, "train")] == [
+        [0, 1, 2, 3],
+        [4, 5, 0, 1],
+    ]
 
 
 def test_tokens_are_mapped_and_no_wider_than_they_need(tmp_path: Path) -> None:
@@ -264,18 +291,28 @@ def test_given_tokenizer_makes_the_tokens() -> None:
     given = load(vocab=300)
     given.tokenizer.save("tokenizer.json")
     built = load("corpus/*.txt", tokenizer="tokenizer.json", vocab_size=300)
-    np.testing.assert_array_equal(np.concatenate(built.train), np.concatenate(given.train))
+    np.testing.assert_array_equal(
+        np.concatenate(built.train), np.concatenate(given.train)
+    )
     assert built.key == given.key
-    with pytest.raises(UsageError, match="has 300 tokens and the model's vocabulary is 299"):
+    with pytest.raises(
+        UsageError, match="has 300 tokens and the model's vocabulary is 299"
+    ):
         load(tokenizer="tokenizer.json", vocab_size=299)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vocab": 256}, r"--vocab 256 is out of range; give 257 .* to 384 \(the model's vocabulary\)"),
+        (
+            {"vocab": 256},
+            r"--vocab 256 is out of range; give 257 .* to 384 \(the model's vocabulary\)",
+        ),
         ({"vocab": 385}, "--vocab 385 is out of range; give 257"),
-        ({"vocab_size": 100}, "--model has a vocabulary of 100, too small .* give one with 257 or more"),
+        (
+            {"vocab_size": 100},
+            "--model has a vocabulary of 100, too small .* give one with 257 or more",
+        ),
         (
             {"vocab": 300, "tokenizer": "x"},
             "--vocab 300 is for a tokenizer trained here, and --tokenizer 'x'",
@@ -283,7 +320,9 @@ def test_given_tokenizer_makes_the_tokens() -> None:
         ({"max_tokens": 0}, "--data-tokens 0 is out of range; give a number above 0"),
     ],
 )
-def test_sizes_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
+def test_sizes_out_of_range_are_refused(
+    settings: dict[str, object], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         load(**settings)
 
@@ -291,7 +330,9 @@ def test_sizes_out_of_range_are_refused(settings: dict[str, object], message: st
 # The cache.
 
 
-def test_second_load_reads_no_document_and_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_load_reads_no_document_and_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     first = load()
     monkeypatch.setattr(sources.FileSource, "__iter__", fail)
     monkeypatch.setattr(corpus, "train_tokenizer", fail)
@@ -313,7 +354,10 @@ def test_manifest_says_what_is_there() -> None:
     (folder,) = built_folders()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["source"] == "corpus"
-    assert manifest["tokens"] == {"train": built.train[0].size, "validation": built.validation[0].size}
+    assert manifest["tokens"] == {
+        "train": built.train[0].size,
+        "validation": built.validation[0].size,
+    }
     assert manifest["documents"] == {
         "train": len(texts(built, built.train)),
         "validation": len(texts(built, built.validation)),
@@ -365,25 +409,36 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> N
 
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", save)
-        with pytest.raises(UsageError, match="kept in .*No space left .*; free disk space there, or set XDG"):
+        with pytest.raises(
+            UsageError,
+            match="kept in .*No space left .*; free disk space there, or set XDG",
+        ):
             load()
     assert built_folders() == []
     assert load().train
 
 
-def test_a_cache_folder_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Path("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", "file")
-    with pytest.raises(UsageError, match="cannot be kept in file/apollo_optax .*XDG_CACHE_HOME"):
+    with pytest.raises(
+        UsageError, match="cannot be kept in file/apollo_optax .*XDG_CACHE_HOME"
+    ):
         load()
 
 
 def test_unknown_source_is_refused() -> None:
-    with pytest.raises(UsageError, match="--data 'c4' is unknown; choose one of: stdlib"):
+    with pytest.raises(
+        UsageError, match="--data 'c4' is unknown; choose one of: stdlib"
+    ):
         load("c4")
 
 
-def test_tokenizer_is_trained_on_a_prefix_of_the_training_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_is_trained_on_a_prefix_of_the_training_documents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[str] = []
     train = tokenizer.train_tokenizer
 
@@ -403,10 +458,14 @@ def test_python_comes_with_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "stdlib_folder", lambda: Path("corpus"))
     monkeypatch.setattr(sources, "site_folders", lambda: {"purelib": Path("packages")})
     for number in range(40):
-        Path(f"corpus/{number}.py").write_text(f"def function_{number}(x):\n    return x + {number}\n")
+        Path(f"corpus/{number}.py").write_text(
+            f"def function_{number}(x):\n    return x + {number}\n"
+        )
     built = load("python", vocab_size=32_000)
     assert built.tokenizer.get_vocab_size() == tokenizer.PYTHON_VOCAB
     assert built.end_id == 0
     assert texts(built, built.train)[0].startswith("def function_")
     assert load("python", vocab_size=384).tokenizer.get_vocab_size() <= 384
-    assert load("python", vocab_size=32_000, vocab=300).tokenizer.get_vocab_size() <= 300
+    assert (
+        load("python", vocab_size=32_000, vocab=300).tokenizer.get_vocab_size() <= 300
+    )

@@ -9,7 +9,8 @@ from examples.llama import data
 from examples.llama.usage import UsageError
 from examples.llama.windows import Windows, validation_batches
 
-# The windows of 9 begin with 0, 9, ... 540, then 700, 709, ...: none has a token of two shards.
+# The windows of 9 begin with 0, 9, ... 540, then 700, 709, ...: none has a token of two
+# shards.
 SHARDS = [np.arange(550, dtype=np.uint16), np.arange(700, 1151, dtype=np.uint32)]
 STARTS = [*range(0, 541, 9), *range(700, 1142, 9)]
 
@@ -65,7 +66,9 @@ def test_processes_share_the_batches_of_one(processes: int, workers: int) -> Non
     steps = 70  # More than two epochs.
     alone = first_batches(steps)
     parts = [
-        first_batches(steps, process_index=index, process_count=processes, workers=workers)
+        first_batches(
+            steps, process_index=index, process_count=processes, workers=workers
+        )
         for index in range(processes)
     ]
     assert parts[0].shape == (steps, 4 // processes, 10)
@@ -79,7 +82,9 @@ def test_a_checkpoint_moves_between_process_counts_and_workers() -> None:
     states = []
     for processes, workers in ((1, 0), (1, 3), (2, 1), (4, 2)):
         for index in range(processes):
-            batches = loader(process_index=index, process_count=processes, workers=workers)
+            batches = loader(
+                process_index=index, process_count=processes, workers=workers
+            )
             for _ in range(7):
                 next(batches)
             states.append(json.loads(json.dumps(batches.get_state())))
@@ -87,11 +92,14 @@ def test_a_checkpoint_moves_between_process_counts_and_workers() -> None:
     for processes, workers in ((1, 1), (2, 0), (2, 2)):
         parts = []
         for index in range(processes):
-            batches = loader(process_index=index, process_count=processes, workers=workers)
+            batches = loader(
+                process_index=index, process_count=processes, workers=workers
+            )
             batches.set_state(states[0])
             parts.append(np.stack(list(itertools.islice(batches, 5))))
         np.testing.assert_array_equal(
-            np.sort(np.concatenate(parts, axis=1)[:, :, 0], axis=1), np.sort(whole[7:, :, 0], axis=1)
+            np.sort(np.concatenate(parts, axis=1)[:, :, 0], axis=1),
+            np.sort(whole[7:, :, 0], axis=1),
         )
 
 
@@ -111,17 +119,20 @@ def test_too_few_tokens_are_refused() -> None:
     message = "--batch 4 of --seq 300 needs 1201 training tokens and there are 1001; lower one of them, or"
     with pytest.raises(UsageError, match=message):
         loader(seq=300)
-    message = (
-        "--seq 10 in validation batches of 8 needs 81 validation tokens and there are 50; lower --seq, or"
-    )
+    message = "--seq 10 in validation batches of 8 needs 81 validation tokens and there are 50; lower --seq, or"
     with pytest.raises(UsageError, match=message):
         validation_batches([np.arange(50)], seq=10)
-    with pytest.raises(UsageError, match="there are 1001; lower --seq, or give more text with --validation"):
+    with pytest.raises(
+        UsageError,
+        match="there are 1001; lower --seq, or give more text with --validation",
+    ):
         validation_batches(SHARDS, seq=1000, batch=1)
 
 
 def test_processes_must_divide_the_batch() -> None:
-    with pytest.raises(UsageError, match="--batch 4 is not a multiple of the 3 processes; change one"):
+    with pytest.raises(
+        UsageError, match="--batch 4 is not a multiple of the 3 processes; change one"
+    ):
         loader(process_count=3)
 
 

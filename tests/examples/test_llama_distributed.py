@@ -1,4 +1,6 @@
-"""Runs of two processes with four devices each, on one machine: what they compute and how they end."""
+"""Runs of two processes with four devices each, on one machine: what they compute and
+how they end.
+"""
 
 import dataclasses
 import json
@@ -58,9 +60,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text to train on; compiled programs and tokens are kept beside it."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "text").mkdir()
-    words = random.Random(0).choices(["apple", "pear", "plum", "fig", "and", "or", "the", "a"], k=20_000)
+    words = random.Random(0).choices(
+        ["apple", "pear", "plum", "fig", "and", "or", "the", "a"], k=20_000
+    )
     for number in range(25):
-        (folder / "text" / f"{number}.txt").write_text(" ".join(words[number * 800 : (number + 1) * 800]))
+        (folder / "text" / f"{number}.txt").write_text(
+            " ".join(words[number * 800 : (number + 1) * 800])
+        )
     return folder
 
 
@@ -69,8 +75,26 @@ class Processes:
 
     def __init__(self, workshop: Path, out: Path) -> None:
         self.out = out
-        self.options = ["--out", out, "--data", workshop / "text", "--vocab", "300", "--steps", "8"]
-        self.options += ["--batch", "8", "--seq", "16", "--optimizer", "apollo", "--resume", "auto"]
+        self.options = [
+            "--out",
+            out,
+            "--data",
+            workshop / "text",
+            "--vocab",
+            "300",
+            "--steps",
+            "8",
+        ]
+        self.options += [
+            "--batch",
+            "8",
+            "--seq",
+            "16",
+            "--optimizer",
+            "apollo",
+            "--resume",
+            "auto",
+        ]
         self.environment = os.environ | {
             "XDG_CACHE_HOME": str(workshop / "cache"),
             "JAX_PLATFORMS": "cpu",
@@ -79,7 +103,10 @@ class Processes:
         }
 
     def start(
-        self, *both: str, apart: tuple[list[str], list[str]] = ([], []), script: str = SCRIPT
+        self,
+        *both: str,
+        apart: tuple[list[str], list[str]] = ([], []),
+        script: str = SCRIPT,
     ) -> list["subprocess.Popen[str]"]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -87,8 +114,22 @@ class Processes:
         return [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-c", script, *map(str, self.options), *both, *alone),
-                    *("--coordinator", where, "--processes", "2", "--process-id", str(process)),
+                    *(
+                        sys.executable,
+                        "-c",
+                        script,
+                        *map(str, self.options),
+                        *both,
+                        *alone,
+                    ),
+                    *(
+                        "--coordinator",
+                        where,
+                        "--processes",
+                        "2",
+                        "--process-id",
+                        str(process),
+                    ),
                 ],
                 env=self.environment,
                 stdout=subprocess.PIPE,
@@ -98,7 +139,9 @@ class Processes:
             for process, alone in enumerate(apart)
         ]
 
-    def run(self, *both: str, apart: tuple[list[str], list[str]] = ([], [])) -> list[tuple[int, str, str]]:
+    def run(
+        self, *both: str, apart: tuple[list[str], list[str]] = ([], [])
+    ) -> list[tuple[int, str, str]]:
         """Returns what has become of each: status, output, errors."""
         return ended(self.start(*both, apart=apart))
 
@@ -113,13 +156,19 @@ class Processes:
 
 def ended(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str]]:
     said = [process.communicate() for process in processes]
-    return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
+    return [
+        (process.returncode, *words)
+        for process, words in zip(processes, said, strict=True)
+    ]
 
 
 def errors_of(ends: list[tuple[int, str, str]]) -> list[str]:
     """Returns the one line that each has for an error."""
     assert [status for status, _, _ in ends] == [2] * len(ends), ends
-    lines = [[line for line in errors.splitlines() if line.startswith("error: ")] for _, _, errors in ends]
+    lines = [
+        [line for line in errors.splitlines() if line.startswith("error: ")]
+        for _, _, errors in ends
+    ]
     assert [len(each) for each in lines] == [1] * len(ends), ends
     return [line for (line,) in lines]
 
@@ -138,11 +187,15 @@ def straight(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> list[f
         patch.setenv("XDG_CACHE_HOME", alone.environment["XDG_CACHE_HOME"])
         pretrain.main(list(map(str, alone.options)))
     losses = alone.losses()
-    assert losses[-1] < losses[0] - 0.5  # It learns, so the losses tell the states apart.
+    assert (
+        losses[-1] < losses[0] - 0.5
+    )  # It learns, so the losses tell the states apart.
     return losses
 
 
-def test_two_processes_train_as_one(processes: Processes, straight: list[float]) -> None:
+def test_two_processes_train_as_one(
+    processes: Processes, straight: list[float]
+) -> None:
     first, second = processes.run(*MESH)
     assert first[0] == second[0] == 0, (first, second)
     np.testing.assert_allclose(processes.losses(), straight, rtol=1e-5)
@@ -152,11 +205,15 @@ def test_two_processes_train_as_one(processes: Processes, straight: list[float])
     assert "8/8" in first[2]
     assert "validation" not in second[1] + second[2]
     assert "8/8" not in second[2]
-    assert sorted(path.name for path in processes.out.iterdir()) == sorted((*run_log.OF_A_RUN, run_log.LOCK))
+    assert sorted(path.name for path in processes.out.iterdir()) == sorted(
+        (*run_log.OF_A_RUN, run_log.LOCK)
+    )
 
 
 def test_processes_with_different_options(processes: Processes) -> None:
-    lines = errors_of(processes.run(*MESH, apart=(["--lr", "0.01"], ["--lr", "0.02", "--seed", "1"])))
+    lines = errors_of(
+        processes.run(*MESH, apart=(["--lr", "0.01"], ["--lr", "0.02", "--seed", "1"]))
+    )
     assert lines[0] == lines[1]
     assert "the processes have different options: " in lines[0]
     assert "lr is 0.01 on process 0 and 0.02 on process 1" in lines[0]
@@ -165,28 +222,40 @@ def test_processes_with_different_options(processes: Processes) -> None:
 
 
 def test_bad_input_ends_every_process(processes: Processes) -> None:
-    """Each with a line of its own: here of the mesh, and of what the first alone looks at."""
+    """Each with a line of its own: here of the mesh, and of what the first alone looks
+    at.
+    """
     lines = errors_of(processes.run("--mesh", "data=4"))
     assert lines[0] == lines[1]
-    assert lines[0].startswith("error: --mesh data=4 needs 4 devices, and the devices here are 8 (cpu); ")
+    assert lines[0].startswith(
+        "error: --mesh data=4 needs 4 devices, and the devices here are 8 (cpu); "
+    )
     assert not processes.out.exists()
     processes.out.mkdir()
     (processes.out / "metrics.jsonl").write_text("earlier")
     first, second = errors_of(processes.run(*MESH))
     assert f"--out {processes.out} already holds a run (metrics.jsonl)" in first
-    assert second.startswith(f"error: process 0 failed: --out {processes.out} already holds a run")
+    assert second.startswith(
+        f"error: process 0 failed: --out {processes.out} already holds a run"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_process_is_killed(victim: int, processes: Processes, straight: list[float]) -> None:
-    """The other ends within a minute, and both go on from the last checkpoint, on another mesh."""
+def test_one_process_is_killed(
+    victim: int, processes: Processes, straight: list[float]
+) -> None:
+    """The other ends within a minute, and both go on from the last checkpoint, on
+    another mesh.
+    """
     long = ["--checkpoint-every", "2", "--keep-checkpoints", "9"]
     both = processes.start(*MESH, *long, script=SLOWED)
     when(both, lambda: len(processes.rows()) >= 5)
     both[victim].kill()
     other = both[1 - victim]
-    _, errors = other.communicate(timeout=60)  # It neither waits for ever nor goes on alone.
+    _, errors = other.communicate(
+        timeout=60
+    )  # It neither waits for ever nor goes on alone.
     assert other.returncode not in (0, None)
     assert re.search("another has ended|another task died", errors), errors
     both[victim].communicate()
@@ -198,7 +267,9 @@ def test_one_process_is_killed(victim: int, processes: Processes, straight: list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
-def test_one_process_is_asked_to_stop(asked: int, processes: Processes, straight: list[float]) -> None:
+def test_one_process_is_asked_to_stop(
+    asked: int, processes: Processes, straight: list[float]
+) -> None:
     both = processes.start(*MESH, script=SLOWED)
     when(both, lambda: len(processes.rows()) >= 2)
     both[asked].send_signal(signal.SIGTERM)
@@ -255,9 +326,12 @@ def test_who_waits_for_the_others_says_so(
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(distributed, "SILENT_SECONDS", 0.1)
-    options = RunOptions(out=Path("nowhere"), coordinator="host0:9876", processes=2, process_id=1)
+    options = RunOptions(
+        out=Path("nowhere"), coordinator="host0:9876", processes=2, process_id=1
+    )
     with pytest.raises(
-        UsageError, match="not met at host0:9876 .DEADLINE_EXCEEDED: too late.; see whether one"
+        UsageError,
+        match="not met at host0:9876 .DEADLINE_EXCEEDED: too late.; see whether one",
     ):
         distributed.start(options)
     waits = "this process waits for the others at host0:9876, 300 seconds at the most\n"
@@ -266,7 +340,16 @@ def test_who_waits_for_the_others_says_so(
 
 def test_without_a_cluster_a_command_runs_alone(processes: Processes) -> None:
     alone = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, processes.options), "--mesh", "data=3", "--batch", "6"],
+        [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            *map(str, processes.options),
+            "--mesh",
+            "data=3",
+            "--batch",
+            "6",
+        ],
         env=processes.environment,
         capture_output=True,
         text=True,

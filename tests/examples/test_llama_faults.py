@@ -1,6 +1,8 @@
-"""What a run survives, in processes of its own: kills, damaged files, a full disk, bad gradients.
+"""What a run survives, in processes of its own: kills, damaged files, a full disk, bad
+gradients.
 
-Steps are so short that a kill "at step k" lands a step or two later; where exactly is left to chance.
+Steps are so short that a kill "at step k" lands a step or two later; where exactly is
+left to chance.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 60
 REPOSITORY = Path(__file__).parents[2]
-# Makes the batches of some steps impossible to train on: a token that the embedding has not got.
+# Makes the batches of some steps impossible to train on: a token that the embedding has
+# not got.
 POISONED = """
 import sys
 from examples.llama import data, pretrain
@@ -47,9 +50,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text to train on; compiled programs and tokens are kept beside it."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "text").mkdir()
-    words = random.Random(0).choices(["apple", "pear", "plum", "fig", "and", "or", "the", "a"], k=40_000)
+    words = random.Random(0).choices(
+        ["apple", "pear", "plum", "fig", "and", "or", "the", "a"], k=40_000
+    )
     for number in range(50):
-        (folder / "text" / f"{number}.txt").write_text(" ".join(words[number * 800 : (number + 1) * 800]))
+        (folder / "text" / f"{number}.txt").write_text(
+            " ".join(words[number * 800 : (number + 1) * 800])
+        )
     return folder
 
 
@@ -67,10 +74,35 @@ class Pretraining:
 
     def start(self, *changes: str, script: str = "") -> "subprocess.Popen[str]":
         program = ["-c", script] if script else ["-m", "examples.llama.pretrain"]
-        options = ["--out", self.out, "--data", self.workshop / "text", "--vocab", "300", "--steps", STEPS]
-        options += ["--batch", 2, "--seq", 16, "--eval-every", 25, "--checkpoint-every", 7]
+        options = [
+            "--out",
+            self.out,
+            "--data",
+            self.workshop / "text",
+            "--vocab",
+            "300",
+            "--steps",
+            STEPS,
+        ]
+        options += [
+            "--batch",
+            2,
+            "--seq",
+            16,
+            "--eval-every",
+            25,
+            "--checkpoint-every",
+            7,
+        ]
         return subprocess.Popen(
-            [sys.executable, *program, *map(str, options), "--resume", "auto", *changes],
+            [
+                sys.executable,
+                *program,
+                *map(str, options),
+                "--resume",
+                "auto",
+                *changes,
+            ],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -92,9 +124,13 @@ class Pretraining:
 
     def checkpoints(self) -> list[int]:
         folder = self.out / "checkpoints"
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        return sorted(
+            int(path.name) for path in folder.iterdir() if path.name.isdigit()
+        )
 
-    def when(self, process: "subprocess.Popen[str]", happens: Callable[[], bool]) -> None:
+    def when(
+        self, process: "subprocess.Popen[str]", happens: Callable[[], bool]
+    ) -> None:
         """Returns as soon as `happens`, in a process that has not ended."""
         while not happens():
             assert process.poll() is None, process.communicate()
@@ -107,14 +143,18 @@ def pretraining(workshop: Path, tmp_path: Path) -> Pretraining:
 
 
 @pytest.fixture(scope="session")
-def straight(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
+def straight(
+    workshop: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[float, float]]:
     """The losses of a run to which nothing happens."""
     run = Pretraining(workshop, tmp_path_factory.mktemp("straight") / "run")
     status, _, errors = run.run()
     assert status == 0, errors
     losses = run.losses()
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-    assert losses[-1][1] < losses[0][1] - 0.5  # It learns, so the losses tell the states apart.
+    assert (
+        losses[-1][1] < losses[0][1] - 0.5
+    )  # It learns, so the losses tell the states apart.
     return losses
 
 
@@ -143,8 +183,14 @@ def test_killed_in_the_middle_of_a_save(
         checkpoints = pretraining.out / "checkpoints"
 
         def saving(checkpoints: Path = checkpoints) -> bool:
-            names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
-            return any("tmp" in name for name in names) and any(name.isdigit() for name in names)
+            names = (
+                [path.name for path in checkpoints.iterdir()]
+                if checkpoints.exists()
+                else []
+            )
+            return any("tmp" in name for name in names) and any(
+                name.isdigit() for name in names
+            )
 
         process = pretraining.start()
         pretraining.when(process, saving)
@@ -207,7 +253,9 @@ def test_every_checkpoint_truncated(pretraining: Pretraining) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(
-    number: signal.Signals, pretraining: Pretraining, straight: list[tuple[float, float]]
+    number: signal.Signals,
+    pretraining: Pretraining,
+    straight: list[tuple[float, float]],
 ) -> None:
     process = pretraining.start()
     pretraining.when(process, lambda: len(pretraining.rows()) >= 10)
@@ -235,10 +283,14 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_disk_full_while_saving(workshop: Path, tmp_path: Path, straight: list[tuple[float, float]]) -> None:
+def test_disk_full_while_saving(
+    workshop: Path, tmp_path: Path, straight: list[tuple[float, float]]
+) -> None:
     def tokens() -> dict[str, bytes]:
         cache = workshop / "cache"
-        return {path.name: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+        return {
+            path.name: path.read_bytes() for path in cache.rglob("*") if path.is_file()
+        }
 
     before = tokens()
     assert before
@@ -254,7 +306,10 @@ def test_disk_full_while_saving(workshop: Path, tmp_path: Path, straight: list[t
         kept = run.checkpoints()
         assert kept
         assert "make room there" in line
-        assert f"the last good checkpoint is {disk / 'run' / 'checkpoints' / str(kept[-1])}" in line
+        assert (
+            f"the last good checkpoint is {disk / 'run' / 'checkpoints' / str(kept[-1])}"
+            in line
+        )
         subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
         status, _, errors = run.run()
         assert status == 0, errors
@@ -267,18 +322,31 @@ def test_disk_full_at_any_other_time(workshop: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, "64m"):
         run = Pretraining(workshop, disk / "run")
-        process = run.start("--steps", "100000", "--eval-every", "100000", "--checkpoint-every", "100000")
+        process = run.start(
+            "--steps",
+            "100000",
+            "--eval-every",
+            "100000",
+            "--checkpoint-every",
+            "100000",
+        )
         run.when(process, lambda: len(run.rows()) >= 10)
         filler = disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb") as file:
             while True:
                 file.write(b"x" * 2**16)
                 file.flush()
-        _, errors = process.communicate(timeout=60)  # It neither waits for ever nor goes on unrecorded.
+        _, errors = process.communicate(
+            timeout=60
+        )  # It neither waits for ever nor goes on unrecorded.
         assert process.returncode == 2, errors
         assert "No space left on device" in errors.splitlines()[-1]
         assert "make room there" in errors.splitlines()[-1]
-        before = {path: path.read_bytes() for path in run.out.rglob("*.json*") if path.is_file()}
+        before = {
+            path: path.read_bytes()
+            for path in run.out.rglob("*.json*")
+            if path.is_file()
+        }
         status, _, errors = Pretraining(workshop, disk / "other").run()
         assert status == 2
         assert "No space left on device" in errors.splitlines()[-1]
@@ -290,8 +358,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(pretraining: Pretraining) -
     status, _, errors = pretraining.run(script=script)
     assert status == 2
     last = errors.splitlines()[-1]
-    assert last.startswith("error: the loss is nan and the gradient's norm nan at step 12; ")
-    assert f"the last good checkpoint is {pretraining.out / 'checkpoints' / '7'}" in last
+    assert last.startswith(
+        "error: the loss is nan and the gradient's norm nan at step 12; "
+    )
+    assert (
+        f"the last good checkpoint is {pretraining.out / 'checkpoints' / '7'}" in last
+    )
     assert [row["step"] for row in pretraining.rows()] == list(range(1, 12))
     # The run goes on past the step when it is told to skip it.
     status, _, errors = pretraining.run("--on-nonfinite", "skip", script=script)
@@ -308,7 +380,14 @@ def test_gradients_that_are_not_finite_are_skipped(
     assert status == 0, errors
     rows = pretraining.rows()
     assert [row["step"] for row in rows if row["loss"] is None] == [12, 13, 40]
-    assert [rows[step - 1]["skipped_steps"] for step in (11, 12, 13, 39, 40, 60)] == [0, 1, 2, 2, 3, 3]
+    assert [rows[step - 1]["skipped_steps"] for step in (11, 12, 13, 39, 40, 60)] == [
+        0,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
     assert rows[11]["lr"] == rows[12]["lr"] == rows[13]["lr"]  # The schedule waits.
     assert [(row["step"], row["loss"]) for row in rows[:11]] == straight[:11]
     assert "val_loss" in rows[-1]

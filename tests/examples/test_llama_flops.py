@@ -7,15 +7,20 @@ from examples.llama.flops import flops_per_token, mfu, peak_flops
 
 
 def test_flops_of_a_shape_counted_by_hand() -> None:
-    # Queries and outputs 2 * 8 * 12, keys and values 2 * 8 * 4, feed-forward 3 * 8 * 10, head 32 * 8.
-    config = LlamaConfig(32, 8, 10, num_heads=3, num_layers=2, num_kv_heads=1, head_size=4)
+    # Queries and outputs 2 * 8 * 12, keys and values 2 * 8 * 4, feed-forward 3 * 8 *
+    # 10, head 32 * 8.
+    config = LlamaConfig(
+        32, 8, 10, num_heads=3, num_layers=2, num_kv_heads=1, head_size=4
+    )
     matmul_params = 2 * (192 + 64 + 240) + 256
-    # Scores and their product with the values: 2 * 2 * 3 * 4 * 5 flops a layer, thrice with the gradient.
+    # Scores and their product with the values: 2 * 2 * 3 * 4 * 5 flops a layer, thrice
+    # with the gradient.
     assert flops_per_token(config, seq=5) == 6 * matmul_params + 3 * 2 * 240
 
 
 def test_flops_of_the_papers_1b() -> None:
-    # 24 layers of 4 * 2048^2 + 3 * 2048 * 5461, a head of 32000 * 2048; attention 12 * 24 * 2048 * 1024.
+    # 24 layers of 4 * 2048^2 + 3 * 2048 * 5461, a head of 32000 * 2048; attention 12 *
+    # 24 * 2048 * 1024.
     assert flops_per_token(PRESETS["1b"], seq=1024) == 6 * 1_273_446_400 + 603_979_776
 
 
@@ -75,7 +80,10 @@ def test_devices_of_unknown_peak(kind: str) -> None:
 def test_utilisation_is_of_all_devices_together() -> None:
     config = PRESETS["350m"]
     half = 0.5 * 989e12 / flops_per_token(config, 1024)
-    h200, cpu = SimpleNamespace(device_kind="NVIDIA H200"), SimpleNamespace(device_kind="cpu")
+    h200, cpu = (
+        SimpleNamespace(device_kind="NVIDIA H200"),
+        SimpleNamespace(device_kind="cpu"),
+    )
     assert mfu(half, config, 1024, [h200], "bfloat16") == pytest.approx(0.5)
     assert mfu(half, config, 1024, [h200, h200], "bfloat16") == pytest.approx(0.25)
     assert mfu(half, config, 1024, [h200, cpu], "bfloat16") is None

@@ -21,13 +21,18 @@ from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.model import Params, graphdef_of, init_params
 from examples.llama.usage import UsageError
 
-# Weights so large that attention is far from uniform: else rotary embeddings would hardly matter.
+# Weights so large that attention is far from uniform: else rotary embeddings would
+# hardly matter.
 LLAMA = functools.partial(LlamaConfig, max_seq_len=96, initializer_range=0.3)
 CONFIGS = {
     "multi-head": LLAMA(64, 16, 24, 2, 3),
-    "grouped-query": LLAMA(64, 32, 40, 4, 2, num_kv_heads=2, rms_norm_eps=1e-3, rope_theta=500.0),
+    "grouped-query": LLAMA(
+        64, 32, 40, 4, 2, num_kv_heads=2, rms_norm_eps=1e-3, rope_theta=500.0
+    ),
     "tied": LLAMA(64, 16, 24, 2, 2, tied_head=True),
-    "scaled": LLAMA(64, 16, 24, 2, 2, rope_theta=1000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 12)),
+    "scaled": LLAMA(
+        64, 16, 24, 2, 2, rope_theta=1000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 12)
+    ),
     "head_dim": LLAMA(64, 16, 24, 2, 2, head_size=12, num_kv_heads=1),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -40,7 +45,9 @@ TIED, UNTIED = CONFIGS["tied"], CONFIGS["multi-head"]
 @pytest.fixture(scope="module")
 def transformers() -> Any:
     pytest.importorskip("torch", reason="needs transformers and torch, to compare with")
-    return pytest.importorskip("transformers", reason="needs transformers and torch, to compare with")
+    return pytest.importorskip(
+        "transformers", reason="needs transformers and torch, to compare with"
+    )
 
 
 def random_params(config: LlamaConfig, dtype: str = "float32") -> Params:
@@ -49,7 +56,9 @@ def random_params(config: LlamaConfig, dtype: str = "float32") -> Params:
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
         mean = 1.0 if path[-1].key == "scale" else 0.0
-        return generator.normal(mean, config.initializer_range, shape.shape).astype(jnp.dtype(dtype))
+        return generator.normal(mean, config.initializer_range, shape.shape).astype(
+            jnp.dtype(dtype)
+        )
 
     shapes = jax.eval_shape(functools.partial(init_params, config, seed=0))
     return jax.tree_util.tree_map_with_path(leaf, shapes)
@@ -57,11 +66,16 @@ def random_params(config: LlamaConfig, dtype: str = "float32") -> Params:
 
 def byte_level_tokenizer(text: str, vocab_size: int) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
     return tokenizer
@@ -69,11 +83,15 @@ def byte_level_tokenizer(text: str, vocab_size: int) -> tokenizers.Tokenizer:
 
 def logits_of(config: LlamaConfig, params: Params) -> np.ndarray:
     graphdef = graphdef_of(config)
-    return np.asarray(jax.jit(lambda params: nnx.merge(graphdef, params)(TOKENS_BXT))(params))
+    return np.asarray(
+        jax.jit(lambda params: nnx.merge(graphdef, params)(TOKENS_BXT))(params)
+    )
 
 
 def their_model(transformers: Any, config: LlamaConfig) -> Any:
-    """A transformers model of random weights, its config written out apart from `hf_config`."""
+    """A transformers model of random weights, its config written out apart from
+    `hf_config`.
+    """
     import torch
 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -118,13 +136,17 @@ def their_logits(model: Any) -> np.ndarray:
 def edit_json(path: Path, **changes: Any) -> None:
     """Changes fields of a JSON file; `...` removes one."""
     fields = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not ...}))
+    path.write_text(
+        json.dumps({key: value for key, value in fields.items() if value is not ...})
+    )
 
 
 def edit_weights(file: Path, **changes: np.ndarray | None) -> None:
     """Changes tensors of a safetensors file; None removes one."""
     tensors = load_file(file) | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None}, file
+    )
 
 
 def assert_trees_equal(found: Params, expected: Params) -> None:
@@ -152,7 +174,9 @@ def exported(tmp_path: Path) -> Callable[..., Path]:
 
 
 @every_config
-def test_their_export_gives_our_logits(transformers: Any, config: LlamaConfig, tmp_path: Path) -> None:
+def test_their_export_gives_our_logits(
+    transformers: Any, config: LlamaConfig, tmp_path: Path
+) -> None:
     model = their_model(transformers, config)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -169,13 +193,18 @@ def test_their_export_gives_our_logits(transformers: Any, config: LlamaConfig, t
 @every_config
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 4096])
 def test_our_export_gives_their_logits(
-    transformers: Any, config: LlamaConfig, max_shard_bytes: int, exported: Callable[..., Path]
+    transformers: Any,
+    config: LlamaConfig,
+    max_shard_bytes: int,
+    exported: Callable[..., Path],
 ) -> None:
     import torch
 
     folder = exported(config, max_shard_bytes=max_shard_bytes)
     assert (folder / hf.INDEX).exists() == (max_shard_bytes == 4096)
-    model, loading = transformers.LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, loading = transformers.LlamaForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(loading.values()), loading
     assert model.dtype == torch.float32
     assert (model.config.bos_token_id, model.config.eos_token_id) == (None, None)
@@ -194,10 +223,15 @@ def test_their_bfloat16_is_ours_bit_for_bit(transformers: Any, tmp_path: Path) -
     assert again.dtype == torch.bfloat16
     expected = model.state_dict()
     assert again.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    assert all(
+        torch.equal(tensor, expected[name])
+        for name, tensor in again.state_dict().items()
+    )
 
 
-def test_their_tokenizer_encodes_as_ours(transformers: Any, exported: Callable[..., Path]) -> None:
+def test_their_tokenizer_encodes_as_ours(
+    transformers: Any, exported: Callable[..., Path]
+) -> None:
     text = "def f(x):\n    return  x , naïve 🙂 ! don't\n"
     tokenizer = byte_level_tokenizer(text * 3, 300)
     config = dataclasses.replace(UNTIED, vocab_size=320)
@@ -231,9 +265,13 @@ def test_what_is_written_is_read_bit_for_bit(
     assert_trees_equal(params, random_params(config, dtype))
 
 
-def test_parameters_on_devices_are_written_like_those_on_the_host(tmp_path: Path) -> None:
+def test_parameters_on_devices_are_written_like_those_on_the_host(
+    tmp_path: Path,
+) -> None:
     mesh = jax.make_mesh((2,), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    sharding = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(None, "data")
+    )
     params = random_params(UNTIED)
     on_devices = jax.tree.map(
         lambda x: jax.device_put(x, sharding) if x.ndim == 3 else jnp.asarray(x), params
@@ -244,55 +282,91 @@ def test_parameters_on_devices_are_written_like_those_on_the_host(tmp_path: Path
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
-def test_weights_are_cast_when_read(stored: str, wanted: str, exported: Callable[..., Path]) -> None:
+def test_weights_are_cast_when_read(
+    stored: str, wanted: str, exported: Callable[..., Path]
+) -> None:
     folder = exported(UNTIED)
     tensors = load_file(folder / hf.WEIGHTS)
-    save_file({name: x.astype(jnp.dtype(stored)) for name, x in tensors.items()}, folder / hf.WEIGHTS)
+    save_file(
+        {name: x.astype(jnp.dtype(stored)) for name, x in tensors.items()},
+        folder / hf.WEIGHTS,
+    )
     original = random_params(UNTIED)
-    expected = jax.tree.map(lambda x: x.astype(jnp.dtype(stored)).astype(jnp.dtype(wanted)), original)
+    expected = jax.tree.map(
+        lambda x: x.astype(jnp.dtype(stored)).astype(jnp.dtype(wanted)), original
+    )
     assert_trees_equal(hf.load_params(folder, UNTIED, wanted), expected)
 
 
 def test_weights_are_cast_when_written(tmp_path: Path) -> None:
     params = random_params(UNTIED)
     hf.save_pretrained(params, UNTIED, tmp_path / "exported", dtype="bfloat16")
-    assert json.loads((tmp_path / "exported" / hf.CONFIG).read_text())["torch_dtype"] == "bfloat16"
+    assert (
+        json.loads((tmp_path / "exported" / hf.CONFIG).read_text())["torch_dtype"]
+        == "bfloat16"
+    )
     stored = load_file(tmp_path / "exported" / hf.WEIGHTS)
     assert {tensor.dtype.name for tensor in stored.values()} == {"bfloat16"}
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert_trees_equal(hf.load_params(tmp_path / "exported", UNTIED, "bfloat16"), expected)
+    assert_trees_equal(
+        hf.load_params(tmp_path / "exported", UNTIED, "bfloat16"), expected
+    )
 
 
-def test_shards_hold_no_more_than_asked_and_the_index_says_where(exported: Callable[..., Path]) -> None:
+def test_shards_hold_no_more_than_asked_and_the_index_says_where(
+    exported: Callable[..., Path],
+) -> None:
     folder = exported(UNTIED, max_shard_bytes=5000)
     index = json.loads((folder / hf.INDEX).read_text())
     shards = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
-    sizes = {name: sum(x.nbytes for x in tensors.values()) for name, tensors in shards.items()}
+    sizes = {
+        name: sum(x.nbytes for x in tensors.values())
+        for name, tensors in shards.items()
+    }
     assert len(shards) > 3
     assert max(sizes.values()) <= 5000
     assert index["metadata"]["total_size"] == sum(sizes.values())
-    assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
-    assert set(shards) == {f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)}
+    assert index["weight_map"] == {
+        name: file for file, tensors in shards.items() for name in tensors
+    }
+    assert set(shards) == {
+        f"model-{n:05}-of-{len(shards):05}.safetensors"
+        for n in range(1, len(shards) + 1)
+    }
 
 
-def test_files_say_what_transformers_4_wants_to_know(exported: Callable[..., Path]) -> None:
-    folder = exported(LLAMA(320, 16, 24, 2, 2), tokenizer=byte_level_tokenizer("text", 300))
+def test_files_say_what_transformers_4_wants_to_know(
+    exported: Callable[..., Path],
+) -> None:
+    folder = exported(
+        LLAMA(320, 16, 24, 2, 2), tokenizer=byte_level_tokenizer("text", 300)
+    )
     with safe_open(folder / hf.WEIGHTS, framework="np") as weights:
         assert weights.metadata() == {"format": "pt"}
-    assert not json.loads((folder / hf.TOKENIZER_CONFIG).read_text())["clean_up_tokenization_spaces"]
+    assert not json.loads((folder / hf.TOKENIZER_CONFIG).read_text())[
+        "clean_up_tokenization_spaces"
+    ]
 
 
 def test_runs_of_tensors_fill_shards() -> None:
-    assert hf.cut_into_shards("abcde", [2, 2, 9, 1, 3], 4) == [["a", "b"], ["c"], ["d", "e"]]
+    assert hf.cut_into_shards("abcde", [2, 2, 9, 1, 3], 4) == [
+        ["a", "b"],
+        ["c"],
+        ["d", "e"],
+    ]
 
 
-def test_a_tensor_larger_than_a_shard_has_its_own(exported: Callable[..., Path]) -> None:
+def test_a_tensor_larger_than_a_shard_has_its_own(
+    exported: Callable[..., Path],
+) -> None:
     folder = exported(UNTIED, max_shard_bytes=1)
     assert all(len(load_file(file)) == 1 for file in folder.glob("*.safetensors"))
     assert_trees_equal(hf.load_params(folder, UNTIED, "float32"), random_params(UNTIED))
 
 
-def test_memory_is_that_of_one_model_to_read_and_of_one_shard_to_write(tmp_path: Path) -> None:
+def test_memory_is_that_of_one_model_to_read_and_of_one_shard_to_write(
+    tmp_path: Path,
+) -> None:
     config = LlamaConfig(1024, 256, 512, 4, 12)
     params = random_params(config)
     model = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -301,7 +375,9 @@ def test_memory_is_that_of_one_model_to_read_and_of_one_shard_to_write(tmp_path:
     assert shard > 2 * largest
     peaks = []
     for action in (
-        lambda: hf.save_pretrained(params, config, tmp_path / "exported", max_shard_bytes=shard),
+        lambda: hf.save_pretrained(
+            params, config, tmp_path / "exported", max_shard_bytes=shard
+        ),
         lambda: hf.load_params(tmp_path / "exported", config, "float32"),
     ):
         tracemalloc.start()
@@ -323,13 +399,23 @@ def test_both_spellings_of_rotary_scaling(exported: Callable[..., Path]) -> None
     edit_json(folder / hf.CONFIG, rope_scaling=scaling | {"type": kind})
     assert hf.read_config(folder) == config
     newer = scaling | {"rope_type": kind, "rope_theta": config.rope_theta}
-    edit_json(folder / hf.CONFIG, rope_scaling=..., rope_theta=..., rope_parameters=newer)
+    edit_json(
+        folder / hf.CONFIG, rope_scaling=..., rope_theta=..., rope_parameters=newer
+    )
     assert hf.read_config(folder) == config
 
 
-def test_fields_that_early_versions_did_not_write(exported: Callable[..., Path]) -> None:
+def test_fields_that_early_versions_did_not_write(
+    exported: Callable[..., Path],
+) -> None:
     folder = exported(UNTIED)
-    missing = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "tie_word_embeddings")
+    missing = (
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+    )
     biases = ("attention_bias", "mlp_bias")
     edit_json(folder / hf.CONFIG, **dict.fromkeys(missing + biases, ...))
     assert hf.read_config(folder) == UNTIED
@@ -355,8 +441,14 @@ def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> Non
             {"architectures": ["MistralForCausalLM"]},
             r"architectures \['MistralForCausalLM'\] is not supported",
         ),
-        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported; choose a model with 'llama'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; choose a model with 'silu'"),
+        (
+            {"model_type": "qwen2"},
+            "model_type 'qwen2' is not supported; choose a model with 'llama'",
+        ),
+        (
+            {"hidden_act": "gelu"},
+            "hidden_act 'gelu' is not supported; choose a model with 'silu'",
+        ),
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"mlp_bias": True}, "mlp_bias True is not supported"),
         ({"vocab_size": ...}, "lacks vocab_size; add it"),
@@ -368,17 +460,41 @@ def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> Non
         ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
         ({"hidden_size": "16"}, "hidden_size is '16'; give a whole number above 0"),
         ({"hidden_size": 16.0}, "hidden_size is 16.0; give a whole number above 0"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True; give a whole number above 0"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; give a whole number above 0"),
+        (
+            {"num_hidden_layers": True},
+            "num_hidden_layers is True; give a whole number above 0",
+        ),
+        (
+            {"num_hidden_layers": 0},
+            "num_hidden_layers is 0; give a whole number above 0",
+        ),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan; give a number above 0"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0; give a number above 0"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; give true or false"),
-        ({"num_key_value_heads": 3}, "num_heads 2 must be a multiple of num_kv_heads 3"),
+        (
+            {"tie_word_embeddings": "no"},
+            "tie_word_embeddings is 'no'; give true or false",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "num_heads 2 must be a multiple of num_kv_heads 3",
+        ),
         ({"head_dim": 7}, "head_size 7 must be even"),
-        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; give an object or null"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type 'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"lacks rope_scaling\.low_freq_factor"),
+        (
+            {"rope_scaling": "llama3"},
+            "rope_scaling is 'llama3'; give an object or null",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling.type 'linear' is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters.rope_type 'yarn' is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            r"lacks rope_scaling\.low_freq_factor",
+        ),
         (
             {
                 "rope_scaling": {
@@ -392,7 +508,9 @@ def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> Non
         ),
     ],
 )
-def test_unusable_config(changes: dict[str, Any], message: str, exported: Callable[..., Path]) -> None:
+def test_unusable_config(
+    changes: dict[str, Any], message: str, exported: Callable[..., Path]
+) -> None:
     folder = exported(UNTIED)
     edit_json(folder / hf.CONFIG, **changes)
     with pytest.raises(UsageError, match=f"config.json:? .*{message}"):
@@ -428,12 +546,18 @@ UP = "model.layers.1.mlp.up_proj.weight"
     ("changes", "message"),
     [
         ({UP: None}, f"exported lacks {UP}; "),
-        ({UP: None, hf.HEAD: None}, f"exported lacks {UP} and 1 other tensors; .* tie_word_embeddings false"),
+        (
+            {UP: None, hf.HEAD: None},
+            f"exported lacks {UP} and 1 other tensors; .* tie_word_embeddings false",
+        ),
         (
             {UP: np.ones((16, 24), np.float32)},
             rf"model.safetensors: {UP} is \(16, 24\), but \(24, 16\) by \(intermediate_size, hidden_size\)",
         ),
-        ({UP: np.ones((24, 16), np.int8)}, f"model.safetensors: {UP} is of dtype I8; convert it to"),
+        (
+            {UP: np.ones((24, 16), np.int8)},
+            f"model.safetensors: {UP} is of dtype I8; convert it to",
+        ),
         (
             {"model.layers.0.mlp.up_proj.bias": np.ones(24)},
             "up_proj.bias is no tensor of a LLaMA of 3 layers",
@@ -457,14 +581,20 @@ def test_errors_name_the_fields_that_make_a_shape() -> None:
     config = LLAMA(64, 20, 24, 6, 2, num_kv_heads=3, head_size=8)
     fields = hf.hf_config(config, "float32", None)
     for tensor in hf.tensors_of(config):
-        sizes = [math.prod(fields[name] for name in size.split(" * ")) for size in hf.NAMES[tensor.path][1]]
+        sizes = [
+            math.prod(fields[name] for name in size.split(" * "))
+            for size in hf.NAMES[tensor.path][1]
+        ]
         assert tuple(sizes) == tensor.shape, tensor.name
 
 
 def test_tied_head_that_differs(exported: Callable[..., Path]) -> None:
     folder = exported(TIED)
     edit_weights(folder / hf.WEIGHTS, **{hf.HEAD: np.ones((64, 16), np.float32)})
-    with pytest.raises(UsageError, match=r"lm_head.weight is not model.embed_tokens.weight, though config"):
+    with pytest.raises(
+        UsageError,
+        match=r"lm_head.weight is not model.embed_tokens.weight, though config",
+    ):
         hf.load_params(folder, TIED, "float32")
 
 
@@ -473,16 +603,23 @@ def test_missing_and_repeated_shards(exported: Callable[..., Path]) -> None:
     first, second, *_ = sorted(folder.glob("*.safetensors"))
     repeated = load_file(first)
     edit_weights(second, **repeated)
-    with pytest.raises(UsageError, match=rf"{second.name}: .* is also in .*{first.name}; remove one"):
+    with pytest.raises(
+        UsageError, match=rf"{second.name}: .* is also in .*{first.name}; remove one"
+    ):
         hf.load_params(folder, UNTIED, "float32")
     second.unlink()
-    with pytest.raises(UsageError, match=rf"{second.name} is not there, though {hf.INDEX} names it"):
+    with pytest.raises(
+        UsageError, match=rf"{second.name} is not there, though {hf.INDEX} names it"
+    ):
         hf.load_params(folder, UNTIED, "float32")
     edit_json(folder / hf.INDEX, weight_map=["model.safetensors"])
     with pytest.raises(UsageError, match=rf"{hf.INDEX} has no weight_map"):
         hf.load_params(folder, UNTIED, "float32")
     (folder / hf.INDEX).unlink()
-    with pytest.raises(UsageError, match=r"holds neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(
+        UsageError,
+        match=r"holds neither model.safetensors nor model.safetensors.index.json",
+    ):
         hf.load_params(folder, UNTIED, "float32")
 
 
@@ -490,22 +627,30 @@ def test_missing_and_repeated_shards(exported: Callable[..., Path]) -> None:
 def test_truncated_weights(kept_bytes: int, exported: Callable[..., Path]) -> None:
     file = exported(UNTIED) / hf.WEIGHTS
     file.write_bytes(file.read_bytes()[:kept_bytes])
-    with pytest.raises(UsageError, match=r"cannot read .*model.safetensors: .*; download it again"):
+    with pytest.raises(
+        UsageError, match=r"cannot read .*model.safetensors: .*; download it again"
+    ):
         hf.load_params(file.parent, UNTIED, "float32")
 
 
 def test_git_lfs_pointer_in_place_of_weights(exported: Callable[..., Path]) -> None:
     file = exported(UNTIED) / hf.WEIGHTS
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n")
+    file.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
+    )
     with pytest.raises(UsageError, match=r"cannot read .*model.safetensors: "):
         hf.load_params(file.parent, UNTIED, "float32")
 
 
 def test_unknown_dtypes(exported: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="dtype 'bfloat' is unknown; choose one of: bfloat16, float32"):
+    with pytest.raises(
+        UsageError, match="dtype 'bfloat' is unknown; choose one of: bfloat16, float32"
+    ):
         hf.load_params(exported(UNTIED), UNTIED, "bfloat")
     with pytest.raises(UsageError, match="dtype 'float16' is unknown"):
-        hf.save_pretrained(random_params(UNTIED), UNTIED, tmp_path / "new", dtype="float16")
+        hf.save_pretrained(
+            random_params(UNTIED), UNTIED, tmp_path / "new", dtype="float16"
+        )
     with pytest.raises(UsageError, match="dtype 'float64' is unknown"):
         hf.save_pretrained(random_params(UNTIED, "float64"), UNTIED, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -514,26 +659,39 @@ def test_unknown_dtypes(exported: Callable[..., Path], tmp_path: Path) -> None:
 def test_parameters_of_another_shape(tmp_path: Path) -> None:
     deeper = dataclasses.replace(UNTIED, num_layers=4)
     with pytest.raises(
-        UsageError, match=r"params: layers/attention/k_proj/kernel is \(3, 16, 16\), but \(4, "
+        UsageError,
+        match=r"params: layers/attention/k_proj/kernel is \(3, 16, 16\), but \(4, ",
     ):
         hf.save_pretrained(random_params(UNTIED), deeper, tmp_path / "new")
     tied = dataclasses.replace(UNTIED, tied_head=True)
-    with pytest.raises(UsageError, match=r"params: lm_head/kernel is \(16, 64\), but missing in a model of"):
+    with pytest.raises(
+        UsageError,
+        match=r"params: lm_head/kernel is \(16, 64\), but missing in a model of",
+    ):
         hf.save_pretrained(random_params(UNTIED), tied, tmp_path / "new")
 
 
 def test_arguments_of_an_export(tmp_path: Path) -> None:
-    save = functools.partial(hf.save_pretrained, random_params(UNTIED), UNTIED, tmp_path / "new")
+    save = functools.partial(
+        hf.save_pretrained, random_params(UNTIED), UNTIED, tmp_path / "new"
+    )
     tokenizer = byte_level_tokenizer("text", 300)
-    with pytest.raises(UsageError, match="max_shard_bytes 0 is out of range; give a number above 0"):
+    with pytest.raises(
+        UsageError, match="max_shard_bytes 0 is out of range; give a number above 0"
+    ):
         save(max_shard_bytes=0)
     with pytest.raises(
-        UsageError, match=r"tokenizer has a token of id \d+, but the model's vocab_size is 64"
+        UsageError,
+        match=r"tokenizer has a token of id \d+, but the model's vocab_size is 64",
     ):
         save(tokenizer=tokenizer)
-    with pytest.raises(UsageError, match="end_token '<end>' is no token of the tokenizer"):
+    with pytest.raises(
+        UsageError, match="end_token '<end>' is no token of the tokenizer"
+    ):
         save(end_token="<end>")
-    with pytest.raises(UsageError, match="end_token '<end>' is no token of the tokenizer"):
+    with pytest.raises(
+        UsageError, match="end_token '<end>' is no token of the tokenizer"
+    ):
         save(end_token="<end>", tokenizer=tokenizers.Tokenizer(tokenizers.models.BPE()))
     assert not (tmp_path / "new").exists()
 
@@ -541,25 +699,37 @@ def test_arguments_of_an_export(tmp_path: Path) -> None:
 def test_an_export_overwrites_nothing(exported: Callable[..., Path]) -> None:
     folder = exported(UNTIED)
     before = {file: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(UsageError, match=r"exported already holds files; choose a folder that is empty"):
+    with pytest.raises(
+        UsageError, match=r"exported already holds files; choose a folder that is empty"
+    ):
         exported(TIED)
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
-    with pytest.raises(UsageError, match=r"model.safetensors is a file; choose a folder"):
+    with pytest.raises(
+        UsageError, match=r"model.safetensors is a file; choose a folder"
+    ):
         hf.check_free(folder / hf.WEIGHTS)
 
 
-def test_an_export_takes_an_empty_folder_and_makes_a_missing_one(tmp_path: Path) -> None:
+def test_an_export_takes_an_empty_folder_and_makes_a_missing_one(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "a" / "b"):
         hf.save_pretrained(random_params(UNTIED), UNTIED, folder)
         assert sorted(file.name for file in folder.iterdir()) == [hf.CONFIG, hf.WEIGHTS]
-        assert (folder / hf.WEIGHTS).stat().st_mode == (folder / hf.CONFIG).stat().st_mode
+        assert (folder / hf.WEIGHTS).stat().st_mode == (
+            folder / hf.CONFIG
+        ).stat().st_mode
 
 
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
-        (OSError(28, "No space left on device"), UsageError, "cannot write .*exported: .*No space left"),
+        (
+            OSError(28, "No space left on device"),
+            UsageError,
+            "cannot write .*exported: .*No space left",
+        ),
         (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
     ],
 )
@@ -588,5 +758,7 @@ def test_an_export_that_ends_early_leaves_nothing(
 
 def test_an_export_to_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot write .*new: .*; free space or choose another folder"):
+    with pytest.raises(
+        UsageError, match="cannot write .*new: .*; free space or choose another folder"
+    ):
         hf.save_pretrained(random_params(UNTIED), UNTIED, tmp_path / "file" / "new")

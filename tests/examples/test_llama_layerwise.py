@@ -1,4 +1,6 @@
-"""The layer-wise step of LLaMA with the trainer's optimizers takes the numbers of the ordinary one."""
+"""The layer-wise step of LLaMA with the trainer's optimizers takes the numbers of the
+ordinary one.
+"""
 
 import dataclasses
 import functools
@@ -31,11 +33,13 @@ STEPS = 20
 OPTIMIZERS = ["apollo", "apollo-mini", "apollo-svd", "adamw", "lion", "muon"]
 # Less than 20: projections are drawn anew at steps 1, 8 and 15.
 GAP = 7
-# XLA for CPU leaves sums and products to a library, which takes them in an order that follows from the shape
-# of the whole array: those of a stack differ in the last digit from those of its layers. float32 needs that
-# digit. Adam's first update of an embedding, of a token not met before, is a whole step up or down, also
-# where the gradient is 0 but for a rounding: two runs of the ordinary step whose weights differ by a unit in
-# the last place end as far apart. The option is experimental; a jaxlib without it refuses it by name.
+# XLA for CPU leaves sums and products to a library, which takes them in an order that
+# follows from the shape of the whole array: those of a stack differ in the last digit
+# from those of its layers. float32 needs that digit. Adam's first update of an
+# embedding, of a token not met before, is a whole step up or down, also where the
+# gradient is 0 but for a rounding: two runs of the ordinary step whose weights differ
+# by a unit in the last place end as far apart. The option is experimental; a jaxlib
+# without it refuses it by name.
 SUMS_BY_XLA = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -48,13 +52,16 @@ def x64() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer has no flag for it."""
-    scale_by_apollo = functools.partial(apollo_optax.scale_by_apollo, update_proj_gap=GAP)
+    scale_by_apollo = functools.partial(
+        apollo_optax.scale_by_apollo, update_proj_gap=GAP
+    )
     monkeypatch.setattr(apollo_optax, "scale_by_apollo", scale_by_apollo)
 
 
 def optimizer_of(name: str, config: LlamaConfig) -> optax.GradientTransformation:
     return make_optimizer(
-        with_defaults(RunOptions(out=Path("no"), optimizer=name, steps=STEPS), config), config
+        with_defaults(RunOptions(out=Path("no"), optimizer=name, steps=STEPS), config),
+        config,
     )[0]
 
 
@@ -62,13 +69,17 @@ def in_dtype(dtype: str, remat: str = "dots") -> Execution:
     return Execution(remat, dtype, dtype)
 
 
-def initial_state(config: LlamaConfig, execution: Execution, tx: optax.GradientTransformation) -> TrainState:
+def initial_state(
+    config: LlamaConfig, execution: Execution, tx: optax.GradientTransformation
+) -> TrainState:
     params = init_params(config, execution, seed=0)
     return TrainState(params, jax.jit(tx.init)(params))
 
 
 def tokens_of(config: LlamaConfig, steps: int = STEPS, batch: int = 2) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, config.vocab_size, (steps, batch, 9), dtype=np.int32)
+    return np.random.default_rng(0).integers(
+        0, config.vocab_size, (steps, batch, 9), dtype=np.int32
+    )
 
 
 def trained(
@@ -83,37 +94,55 @@ def trained(
 
 
 def summed_by_xla(step: Any, state: TrainState, tokens: np.ndarray) -> TrainStep:
-    """The step compiled for these shapes with sums of matrices that are the same in a stack."""
+    """The step compiled for these shapes with sums of matrices that are the same in a
+    stack.
+    """
     return step.lower(state, tokens[0], 1).compile(compiler_options=SUMS_BY_XLA)
 
 
 def assert_agree(actual: Any, expected: Any, highest: float) -> None:
-    """Every leaf's largest error is at most this part of its largest element; types are the same."""
+    """Every leaf's largest error is at most this part of its largest element; types are
+    the same.
+    """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+        jax.tree_util.tree_leaves_with_path(actual),
+        jax.tree.leaves(expected),
+        strict=True,
     ):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         error = np.abs(a - b).max()
-        assert error <= highest * np.abs(b).max(), (jax.tree_util.keystr(path), error, np.abs(b).max())
+        assert error <= highest * np.abs(b).max(), (
+            jax.tree_util.keystr(path),
+            error,
+            np.abs(b).max(),
+        )
 
 
 def assert_same_training(
     name: str, config: LlamaConfig, dtype: str, highest: float, remat: str = "dots"
 ) -> None:
-    tx, plain, execution = optimizer_of(name, config), in_dtype(dtype, "none"), in_dtype(dtype, remat)
+    tx, plain, execution = (
+        optimizer_of(name, config),
+        in_dtype(dtype, "none"),
+        in_dtype(dtype, remat),
+    )
     ordinary = make_train_step(graphdef_of(config, plain), tx)
     layerwise = make_layerwise_train_step(pieces_of(config, execution), tx)
     state, tokens = initial_state(config, plain, tx), tokens_of(config)
     if dtype == "float32":
-        ordinary, layerwise = (summed_by_xla(step, state, tokens) for step in (ordinary, layerwise))
+        ordinary, layerwise = (
+            summed_by_xla(step, state, tokens) for step in (ordinary, layerwise)
+        )
     after_15, expected_metrics = trained([ordinary] * 15, state, tokens)
     expected, last_metrics = trained([ordinary] * 5, after_15, tokens[15:])
     actual, metrics = trained([layerwise] * STEPS, state, tokens)
     assert_agree(actual, expected, highest)
     np.testing.assert_allclose(
-        [m.loss for m in metrics], [m.loss for m in expected_metrics + last_metrics], rtol=min(highest, 1e-5)
+        [m.loss for m in metrics],
+        [m.loss for m in expected_metrics + last_metrics],
+        rtol=min(highest, 1e-5),
     )
     np.testing.assert_allclose(
         [m.grad_norm for m in metrics],
@@ -121,7 +150,9 @@ def assert_same_training(
         rtol=max(highest, 1e-5),  # The ordinary step takes it in float32.
     )
     assert len({float(m.loss) for m in metrics}) == STEPS
-    changing, _ = trained([ordinary] * 5 + [layerwise] * 5 + [ordinary] * 5, state, tokens)
+    changing, _ = trained(
+        [ordinary] * 5 + [layerwise] * 5 + [ordinary] * 5, state, tokens
+    )
     assert_agree(changing, after_15, highest)
 
 
@@ -140,7 +171,8 @@ def test_twenty_steps_and_changes_between_the_two(
     name: str, remat: str, tied_head: bool, small: LlamaConfig
 ) -> None:
     config = dataclasses.replace(small, num_kv_heads=1, tied_head=tied_head)
-    # Moments are in float32, so that the last digit of a gradient may be the eighth of a moment.
+    # Moments are in float32, so that the last digit of a gradient may be the eighth of
+    # a moment.
     assert_same_training(name, config, "float64", 1e-6, remat)
 
 
@@ -157,13 +189,17 @@ def test_in_float32(small: LlamaConfig) -> None:
 
 
 def test_rematerialisation_within_a_layer(small: LlamaConfig) -> None:
-    """What is kept of a layer for its gradient; that its numbers are the same is tested above."""
+    """What is kept of a layer for its gradient; that its numbers are the same is tested
+    above.
+    """
     params = jax.tree.map(lambda leaf: leaf[0], init_params(small, seed=0)["layers"])
     x = jnp.zeros((2, 8, small.hidden_size), jnp.float32)
 
     def kept(remat: str) -> int:
         layer = pieces_of(small, in_dtype("float32", remat)).layer
-        residuals = jax.eval_shape(lambda x: jax.linearize(lambda x: layer(params, x), x)[1], x)
+        residuals = jax.eval_shape(
+            lambda x: jax.linearize(lambda x: layer(params, x), x)[1], x
+        )
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -171,14 +207,25 @@ def test_rematerialisation_within_a_layer(small: LlamaConfig) -> None:
     assert kept("full") < kept("dots") < kept("none")
 
 
-def test_attention_goes_backward_after_the_gradients_of_the_mlp(small: LlamaConfig) -> None:
-    """Nothing but a barrier takes the gradients of the MLP and the one that attention goes on with."""
+def test_attention_goes_backward_after_the_gradients_of_the_mlp(
+    small: LlamaConfig,
+) -> None:
+    """Nothing but a barrier takes the gradients of the MLP and the one that attention
+    goes on with.
+    """
     params = jax.tree.map(lambda leaf: leaf[0], init_params(small, seed=0)["layers"])
     x = jnp.zeros((2, 8, small.hidden_size), jnp.float32)
     layer = pieces_of(small, in_dtype("float32", "none")).layer
-    jaxpr = jax.make_jaxpr(lambda params, x: jax.vjp(layer, params, x)[1](x)[0])(params, x).jaxpr
-    (barrier,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier")
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    jaxpr = jax.make_jaxpr(lambda params, x: jax.vjp(layer, params, x)[1](x)[0])(
+        params, x
+    ).jaxpr
+    (barrier,) = (
+        eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"
+    )
+    names = [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
     grads = dict(zip(names, jaxpr.outvars, strict=True))
     behind = {id(var) for var in barrier.outvars}
     for eqn in jaxpr.eqns[jaxpr.eqns.index(barrier) + 1 :]:
@@ -193,7 +240,9 @@ def test_attention_goes_backward_after_the_gradients_of_the_mlp(small: LlamaConf
 @pytest.mark.slow  # test_llama_mesh.py trains layer-wise on a mesh by default.
 @pytest.mark.parametrize("cut", ["fsdp", "data"])
 def test_meshes(cut: str, small: LlamaConfig) -> None:
-    """Of eight devices: batches cut over all, weights whole on each or cut over all as well."""
+    """Of eight devices: batches cut over all, weights whole on each or cut over all as
+    well.
+    """
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
     execution, tx = in_dtype("float64"), optimizer_of("apollo", small)
     state, tokens = initial_state(small, execution, tx), tokens_of(small, 3, batch=8)
@@ -201,7 +250,14 @@ def test_meshes(cut: str, small: LlamaConfig) -> None:
     expected, expected_metrics = trained([layerwise] * 3, state, tokens)
 
     def place(leaf: jax.Array) -> NamedSharding:
-        axis = next((axis for axis in range(leaf.ndim - 1, -1, -1) if leaf.shape[axis] % 8 == 0), None)
+        axis = next(
+            (
+                axis
+                for axis in range(leaf.ndim - 1, -1, -1)
+                if leaf.shape[axis] % 8 == 0
+            ),
+            None,
+        )
         is_cut = cut == "fsdp" and axis is not None
         return NamedSharding(mesh, P(*[None] * axis, "devices") if is_cut else P())
 
@@ -210,13 +266,17 @@ def test_meshes(cut: str, small: LlamaConfig) -> None:
     numbers = apollo_optax.dimension_numbers_by_path(
         [(r"^layers/.*/kernel$", apollo_optax.ApolloDimensionNumbers(1, 2))]
     )
-    state_places = apollo_optax.state_sharding(state.opt_state, params, weight_dimension_numbers=numbers)
+    state_places = apollo_optax.state_sharding(
+        state.opt_state, params, weight_dimension_numbers=numbers
+    )
     whole = NamedSharding(mesh, P())
     out = (TrainState(places, state_places), StepMetrics(whole, whole))
     on_mesh = jax.jit(layerwise, donate_argnums=0, out_shardings=out)
     placed = TrainState(params, jax.device_put(state.opt_state, state_places))
     metrics = None
     for number, rows in enumerate(tokens):
-        placed, metrics = on_mesh(placed, jax.device_put(rows, NamedSharding(mesh, P("devices"))), number + 1)
+        placed, metrics = on_mesh(
+            placed, jax.device_put(rows, NamedSharding(mesh, P("devices"))), number + 1
+        )
     assert_agree(jax.device_get(placed), jax.device_get(expected), 1e-6)
     np.testing.assert_allclose(metrics, expected_metrics[-1], rtol=1e-6)

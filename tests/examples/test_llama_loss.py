@@ -45,19 +45,26 @@ def test_loss_and_gradients_are_those_of_the_plain_one(chunks: int) -> None:
             )
         ]
         assert results[0][0].dtype == jnp.float64
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), *results)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14),
+            *results,
+        )
 
 
 def test_without_a_gradient_the_loss_is_the_same() -> None:
     x, head, targets = inputs(jnp.float32)
     loss, _ = jax.value_and_grad(chunked_cross_entropy)(x, head, targets, 3)
-    assert float(chunked_cross_entropy(x, head, targets, 3)) == pytest.approx(float(loss), rel=1e-6)
+    assert float(chunked_cross_entropy(x, head, targets, 3)) == pytest.approx(
+        float(loss), rel=1e-6
+    )
     assert float(loss) == pytest.approx(float(plain(x, head, targets)), rel=1e-6)
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
     x, head, targets = inputs(jnp.bfloat16)
-    loss, grads = jax.value_and_grad(chunked_cross_entropy, argnums=(0, 1))(x, head, targets, 3)
+    loss, grads = jax.value_and_grad(chunked_cross_entropy, argnums=(0, 1))(
+        x, head, targets, 3
+    )
     assert loss.dtype == jnp.float32
     assert [grad.dtype for grad in grads] == [jnp.bfloat16] * 2
     wide = (x.astype(jnp.float32), head.astype(jnp.float32))
@@ -84,21 +91,32 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
         found = re.findall(r"f32\[([\d,]+)\]", program.as_text())
         return max(int(np.prod([int(n) for n in dims.split(",")])) for dims in found)
 
-    chunked = compiled(lambda x, head, targets: chunked_cross_entropy(x, head, targets, chunks))
+    chunked = compiled(
+        lambda x, head, targets: chunked_cross_entropy(x, head, targets, chunks)
+    )
     assert largest(chunked) == batch * seq * vocab // chunks
-    assert largest(compiled(plain)) == batch * seq * vocab  # What the check finds in the plain one.
-    assert chunked.memory_analysis().temp_size_in_bytes < compiled(plain).memory_analysis().temp_size_in_bytes
+    assert (
+        largest(compiled(plain)) == batch * seq * vocab
+    )  # What the check finds in the plain one.
+    assert (
+        chunked.memory_analysis().temp_size_in_bytes
+        < compiled(plain).memory_analysis().temp_size_in_bytes
+    )
 
 
 def test_no_chunk_is_padding_alone() -> None:
     """63 chunks of a sequence of 256 are 52 of 5 tokens, the last with 4 of padding."""
     x, head, targets = (jnp.ones(shape) for shape in ((1, 256, 2), (2, 3), (1, 256)))
-    program = jax.make_jaxpr(chunked_cross_entropy, static_argnums=3)(x, head, targets.astype(int), 63)
+    program = jax.make_jaxpr(chunked_cross_entropy, static_argnums=3)(
+        x, head, targets.astype(int), 63
+    )
     assert "length=52" in str(program)
 
 
 def test_number_of_chunks() -> None:
     assert num_chunks(8, 128, 2048) == 2  # Small as they are, never all of them.
     assert num_chunks(512, 256, 32_000) == 63  # 16.8 GB of logits, 268 MB at a time.
-    assert num_chunks(4096, 2, 128_256) == 2  # No more than there are tokens in a sequence.
+    assert (
+        num_chunks(4096, 2, 128_256) == 2
+    )  # No more than there are tokens in a sequence.
     assert num_chunks(1, 1, 10) == 1

@@ -1,4 +1,6 @@
-"""LLaMA on meshes of one process: the numbers, the places and the checkpoints are those of one device."""
+"""LLaMA on meshes of one process: the numbers, the places and the checkpoints are those
+of one device.
+"""
 
 import dataclasses
 import itertools
@@ -38,7 +40,8 @@ def tiny_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_of(mesh: str, devices: int = 8, **settings: Any) -> Run:
     options = RunOptions(
-        out=Path("nowhere"), **{"batch": 8, "seq": 16, "steps": STEPS, "mesh": mesh, **settings}
+        out=Path("nowhere"),
+        **{"batch": 8, "seq": 16, "steps": STEPS, "mesh": mesh, **settings},
     )
     config = build.model_config(options)
     options = with_defaults(options, config)
@@ -53,7 +56,9 @@ def trained(run: Run, steps: int = STEPS) -> tuple[TrainState, list[float]]:
     losses = []
     for number in range(1, steps + 1):
         # Of a few of the tokens, which is soon learnt.
-        rows = np.random.default_rng(number).integers(0, 16, (options.batch, 17), np.int32)
+        rows = np.random.default_rng(number).integers(
+            0, 16, (options.batch, 17), np.int32
+        )
         state, metrics = step(state, jax.device_put(rows, over_data(mesh)), number)
         losses.append(float(metrics.loss))
     return state, losses
@@ -71,13 +76,18 @@ def on_one_device() -> list[float]:
     "mesh",
     [
         "data=2,fsdp=2,tensor=2",
-        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data=8", "fsdp=8", "tensor=8")),
+        *(
+            pytest.param(mesh, marks=pytest.mark.slow)
+            for mesh in ("data=8", "fsdp=8", "tensor=8")
+        ),
     ],
 )
 def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) -> None:
     run = run_of(mesh, optimizer="apollo")
     state, losses = trained(run)
-    assert on_one_device[-1] < on_one_device[0] - 1  # It learns, so the losses tell the states apart.
+    assert (
+        on_one_device[-1] < on_one_device[0] - 1
+    )  # It learns, so the losses tell the states apart.
     np.testing.assert_allclose(losses, on_one_device, rtol=1e-5)
     for leaf, expected in zip(
         jax.tree.leaves(state), jax.tree.leaves(build.abstract_state(*run)), strict=True
@@ -96,10 +106,14 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
 )
 def test_other_steps_on_a_mesh(settings: dict[str, Any]) -> None:
     mesh = "data=2,fsdp=2,tensor=2"
-    (_, expected), (state, losses) = (trained(run_of(mesh, **settings), 6) for mesh in ("data=1", mesh))
+    (_, expected), (state, losses) = (
+        trained(run_of(mesh, **settings), 6) for mesh in ("data=1", mesh)
+    )
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert expected[-1] < expected[0] - 0.1
-    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    on_device = sum(
+        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)
+    )
     assert on_device < 0.35 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
@@ -114,17 +128,26 @@ def random_state(run: Run) -> TrainState:
     return jax.tree.map(random_like, build.abstract_state(*run))
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "apollo"}, INT8], ids=["float32", "int8"])
-def test_checkpoints_move_between_meshes_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "apollo"}, INT8], ids=["float32", "int8"]
+)
+def test_checkpoints_move_between_meshes_exactly(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     """Of eight devices, of four and of one, and cut along other axes."""
     before = saved = random_state(run_of("fsdp=8", **settings))
     for number, (mesh, devices) in enumerate(
-        [("data=2,fsdp=2", 4), ("data=1", 1), ("tensor=8", 8), ("fsdp=2,tensor=2", 4)], start=1
+        [("data=2,fsdp=2", 4), ("data=1", 1), ("tensor=8", 8), ("fsdp=2,tensor=2", 4)],
+        start=1,
     ):
-        with Checkpoints(tmp_path / str(number), keep=1, config={"corpus": ""}) as checkpoints:
+        with Checkpoints(
+            tmp_path / str(number), keep=1, config={"corpus": ""}
+        ) as checkpoints:
             checkpoints.save(number, saved, {})
             checkpoints.wait()
-            restored = checkpoints.restore_newest(build.abstract_state(*run_of(mesh, devices, **settings)))
+            restored = checkpoints.restore_newest(
+                build.abstract_state(*run_of(mesh, devices, **settings))
+            )
         assert restored is not None
         saved = restored.state
         assert len(jax.tree.leaves(saved)[0].sharding.device_set) == devices
@@ -137,7 +160,9 @@ def test_evaluation_takes_batches_that_the_mesh_does_not_divide() -> None:
     for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
         run = run_of(mesh)
         pieces = pieces_of(WIDE, build.execution_of(run[0], WIDE, run[3]))
-        losses.append(make_evaluator(pieces, tokens)(build.initial_params(run[0], WIDE, run[3])))
+        losses.append(
+            make_evaluator(pieces, tokens)(build.initial_params(run[0], WIDE, run[3]))
+        )
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
@@ -151,7 +176,9 @@ def shards(tree: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
 
 @pytest.mark.parametrize("optimizer", RECIPES)
 def test_state_is_cut_as_far_as_its_sizes_allow(optimizer: str) -> None:
-    """Of a model on 8 devices, parameters and all state of matrices are an eighth on each."""
+    """Of a model on 8 devices, parameters and all state of matrices are an eighth on
+    each.
+    """
     run = run_of("fsdp=4,tensor=2", optimizer=optimizer)
     state = build.abstract_state(*run)
     assert all(
@@ -161,24 +188,32 @@ def test_state_is_cut_as_far_as_its_sizes_allow(optimizer: str) -> None:
     )
     for name, (shape, part) in shards(state.opt_state).items():
         # The library keeps a projection beside what it multiplies, along one side only.
-        if np.prod(shape) >= WIDE.num_layers * WIDE.hidden_size * 8 and "projection" not in name:
+        if (
+            np.prod(shape) >= WIDE.num_layers * WIDE.hidden_size * 8
+            and "projection" not in name
+        ):
             assert np.prod(part) * 8 == np.prod(shape), name
 
 
 def test_the_axis_of_layers_is_never_cut() -> None:
     for offload in (None, "weights"):
         run = run_of("fsdp=2,tensor=4", **INT8, offload=offload)
-        for name, (shape, part) in shards(build.abstract_state(*run).params["layers"]).items():
+        for name, (shape, part) in shards(
+            build.abstract_state(*run).params["layers"]
+        ).items():
             assert part[0] == shape[0] == WIDE.num_layers, name
 
 
 def test_groups_of_int8_stay_whole() -> None:
     """Codes of a group are on the device that has their scale."""
-    # Of the last, down_proj has six groups of inputs, which eight devices do not divide.
+    # Of the last, down_proj has six groups of inputs, which eight devices do not
+    # divide.
     for mesh, sizes in itertools.product(
         ("fsdp=8", "fsdp=4,tensor=2", "tensor=8"), ((512, 384), (512, 1024), (512, 768))
     ):
-        config = dataclasses.replace(WIDE, hidden_size=sizes[0], intermediate_size=sizes[1])
+        config = dataclasses.replace(
+            WIDE, hidden_size=sizes[0], intermediate_size=sizes[1]
+        )
         options = run_of(mesh, **INT8)[0]
         on = build.mesh_of(options, config)
         params = build.storage_of(options, on).abstract(
@@ -189,21 +224,29 @@ def test_groups_of_int8_stay_whole() -> None:
                 assert part[2:4] == shape[2:4], name
                 assert np.prod(part) * 8 == np.prod(shape), name
         for kernel in params["layers"]["mlp"].values():
-            codes, scale = kernel["kernel"].qvalue.sharding.spec, kernel["kernel"].scale.sharding.spec
+            codes, scale = (
+                kernel["kernel"].qvalue.sharding.spec,
+                kernel["kernel"].scale.sharding.spec,
+            )
             assert (codes[1], codes[4]) == (scale[1], scale[2])
 
 
 def cut_of(model: str, mesh: str, name: str) -> tuple[Any, ...]:
     config, on = PRESETS[model], make_mesh(mesh)
     shapes = build.abstract_params(config, build.Execution(), on)
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    leaves = {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
     return tuple(leaves[name].sharding.spec)
 
 
 def test_every_parameter_is_cut_by_both_axes() -> None:
     mesh = make_mesh("fsdp=4,tensor=2")
     for config in PRESETS.values():
-        shapes = build.abstract_params(config, build.Execution(), make_mesh("data=1", jax.devices()[:1]))
+        shapes = build.abstract_params(
+            config, build.Execution(), make_mesh("data=1", jax.devices()[:1])
+        )
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             spec = partition.spec_of(path_name(path), leaf.shape, mesh)
             assert sorted(entry for entry in spec if entry) == (
@@ -221,7 +264,12 @@ def test_every_parameter_is_cut_by_both_axes() -> None:
         ("7b", "fsdp=8", "mlp/down_proj", (None, "fsdp", "tensor")),
         ("7b", "fsdp=4,tensor=2", "mlp/up_proj", (None, "fsdp", "tensor")),
         ("7b", "fsdp=4,tensor=2", "mlp/down_proj", (None, "tensor", "fsdp")),
-        ("llama-2-70b", "fsdp=8", "attention/k_proj", (None, "fsdp", "tensor")),  # 8192 x 1024.
+        (
+            "llama-2-70b",
+            "fsdp=8",
+            "attention/k_proj",
+            (None, "fsdp", "tensor"),
+        ),  # 8192 x 1024.
         ("1b", "fsdp=8", "mlp/up_proj", (None, "fsdp", "tensor")),  # Of 5461 columns.
         ("1b", "fsdp=8", "mlp/down_proj", (None, "tensor", "fsdp")),
     ],
@@ -233,23 +281,32 @@ def test_fsdp_cuts_the_channels_that_it_divides(
 
 
 @pytest.mark.parametrize(
-    ("mesh", "parts"), [("data=2,fsdp=2,tensor=2", 2), ("fsdp=4,tensor=2", 4), ("data=2,fsdp=4", 4)]
+    ("mesh", "parts"),
+    [("data=2,fsdp=2,tensor=2", 2), ("fsdp=4,tensor=2", 4), ("data=2,fsdp=4", 4)],
 )
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_weights_are_brought_together_over_fsdp_alone(mesh: str, parts: int, layerwise: bool) -> None:
+def test_weights_are_brought_together_over_fsdp_alone(
+    mesh: str, parts: int, layerwise: bool
+) -> None:
     run = run_of(mesh, optimizer="adamw", layerwise=layerwise)
     (options, _, _, on), step = run, cast(Any, build.training_step(*run))
     batch = jax.ShapeDtypeStruct((options.batch, 17), np.int32, sharding=over_data(on))
     program = step.lower(build.abstract_state(*run), batch, 1).compile().as_text()
     layer = WIDE.hidden_size * WIDE.intermediate_size
-    wholes = [each for each in collectives(program) if each.kind == "all-gather" and each.size >= layer // 2]
+    wholes = [
+        each
+        for each in collectives(program)
+        if each.kind == "all-gather" and each.size >= layer // 2
+    ]
     assert wholes
     assert max(each.group_size for each in wholes) == parts
 
 
 @pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini"])
 def test_the_update_sends_norms_alone(optimizer: str) -> None:
-    """Each device projects whole channels; what crosses is a scalar for each matrix of a stack."""
+    """Each device projects whole channels; what crosses is a scalar for each matrix of
+    a stack.
+    """
     for mesh in ("fsdp=8", "data=4,fsdp=2"):
         options, config, tx, on = run_of(mesh, optimizer=optimizer)
         state = build.abstract_state(options, config, tx, on)
@@ -258,7 +315,9 @@ def test_the_update_sends_norms_alone(optimizer: str) -> None:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             return TrainState(optax.apply_updates(state.params, updates), opt_state)
 
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=build.shardings_of(state))
+        jitted = jax.jit(
+            step, donate_argnums=0, out_shardings=build.shardings_of(state)
+        )
         sent = collectives(jitted.lower(state, state.params).compile().as_text())
         assert sent
         assert {each.kind for each in sent} == {"all-reduce"}
@@ -283,10 +342,16 @@ def test_the_update_sends_norms_alone(optimizer: str) -> None:
             "tensor=3",
             "cuts the number of heads of --model 60m, 8, over tensor=3, which does ",
         ),
-        ("7b", "fsdp=3", "cuts the hidden size of --model 7b, 4096, over fsdp=3, which does not divide it; "),
+        (
+            "7b",
+            "fsdp=3",
+            "cuts the hidden size of --model 7b, 4096, over fsdp=3, which does not divide it; ",
+        ),
     ],
 )
-def test_a_size_that_an_axis_does_not_divide(model: str, mesh: str, message: str) -> None:
+def test_a_size_that_an_axis_does_not_divide(
+    model: str, mesh: str, message: str
+) -> None:
     options = RunOptions(out=Path("nowhere"), model=model, mesh=mesh, batch=12)
     with pytest.raises(UsageError) as error:
         partition.check_sizes(options, build.model_config(options))
@@ -299,11 +364,23 @@ def test_a_size_that_an_axis_does_not_divide(model: str, mesh: str, message: str
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("data=3", "--mesh data=3 needs 3 devices, and the devices here are 8 (cpu); give data x fsdp x "),
-        ("data=4,tensor=4", "--mesh data=4,tensor=4 needs 16 devices, and the devices here are 8 (cpu); "),
+        (
+            "data=3",
+            "--mesh data=3 needs 3 devices, and the devices here are 8 (cpu); give data x fsdp x ",
+        ),
+        (
+            "data=4,tensor=4",
+            "--mesh data=4,tensor=4 needs 16 devices, and the devices here are 8 (cpu); ",
+        ),
         ("fsdp=2,fsdp=4", "--mesh fsdp=2,fsdp=4 gives fsdp twice; give it once"),
-        ("fsdp:8", "--mesh fsdp:8 is malformed; give numbers above 0, as in data=2,fsdp=4"),
-        ("fsdp=0", "--mesh fsdp=0 is malformed; give numbers above 0, as in data=2,fsdp=4"),
+        (
+            "fsdp:8",
+            "--mesh fsdp:8 is malformed; give numbers above 0, as in data=2,fsdp=4",
+        ),
+        (
+            "fsdp=0",
+            "--mesh fsdp=0 is malformed; give numbers above 0, as in data=2,fsdp=4",
+        ),
         ("model=2", "--mesh 'model' is unknown; choose one of: "),
     ],
 )

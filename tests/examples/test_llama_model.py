@@ -27,10 +27,19 @@ from examples.llama.usage import UsageError
 
 # Those of the papers, and to the last one those of Meta's Llama 3 models.
 NOMINAL = {
-    **{"60m": 58e6, "130m": 134e6, "350m": 368e6, "1b": 1.34e9, "7b": 6.74e9, "13b": 13.0e9},
+    **{
+        "60m": 58e6,
+        "130m": 134e6,
+        "350m": 368e6,
+        "1b": 1.34e9,
+        "7b": 6.74e9,
+        "13b": 13.0e9,
+    },
     **{"llama-3.2-1b": 1_235_814_400, "llama-3-8b": 8_030_261_248},
 }
-GROUPED = LlamaConfig(384, 24, 40, 4, 3, num_kv_heads=2, head_size=8, max_seq_len=128, tied_head=True)
+GROUPED = LlamaConfig(
+    384, 24, 40, 4, 3, num_kv_heads=2, head_size=8, max_seq_len=128, tied_head=True
+)
 
 
 def abstract_params(config: LlamaConfig) -> Params:
@@ -52,12 +61,16 @@ def test_parameter_count_is_that_of_the_model(name: str) -> None:
     assert sum(math.prod(leaf.shape) for leaf in shapes) == param_count(config)
     assert all(leaf.dtype == jnp.float32 for leaf in shapes)
     if name in NOMINAL:
-        assert param_count(config) == pytest.approx(NOMINAL[name], rel=0 if "llama" in name else 0.01)
+        assert param_count(config) == pytest.approx(
+            NOMINAL[name], rel=0 if "llama" in name else 0.01
+        )
 
 
 def test_parameter_paths_and_shapes(small: LlamaConfig) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(small))
-    names = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
+    names = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves
+    }
     L, D, F, V = 3, 16, 24, 384
     assert names == {
         "embed/embedding": (V, D),
@@ -75,7 +88,10 @@ def test_parameter_paths_and_shapes(small: LlamaConfig) -> None:
 def test_grouped_queries_and_a_tied_head_have_smaller_kernels() -> None:
     params = abstract_params(GROUPED)
     assert "lm_head" not in params
-    shapes = {name: kernel["kernel"].shape for name, kernel in params["layers"]["attention"].items()}
+    shapes = {
+        name: kernel["kernel"].shape
+        for name, kernel in params["layers"]["attention"].items()
+    }
     assert shapes == {
         **dict.fromkeys(("k_proj", "v_proj"), (3, 24, 2 * 8)),
         "q_proj": (3, 24, 4 * 8),
@@ -84,21 +100,29 @@ def test_grouped_queries_and_a_tied_head_have_smaller_kernels() -> None:
 
 
 def test_grouped_queries_share_keys_and_values() -> None:
-    """Multi-head attention whose heads repeat those of the groups gives the same logits."""
+    """Multi-head attention whose heads repeat those of the groups gives the same
+    logits.
+    """
     params = init_params(GROUPED, seed=0)
     repeated = jax.tree.map(lambda leaf: leaf, params)
     for name in ("k_proj", "v_proj"):
-        kernel_LxDxKxH = params["layers"]["attention"][name]["kernel"].reshape(3, 24, 2, 8)
-        repeated["layers"]["attention"][name]["kernel"] = jnp.repeat(kernel_LxDxKxH, 2, axis=2).reshape(
-            3, 24, 32
+        kernel_LxDxKxH = params["layers"]["attention"][name]["kernel"].reshape(
+            3, 24, 2, 8
         )
+        repeated["layers"]["attention"][name]["kernel"] = jnp.repeat(
+            kernel_LxDxKxH, 2, axis=2
+        ).reshape(3, 24, 32)
     tokens = tokens_of(GROUPED, (2, 10))
     multi_head = dataclasses.replace(GROUPED, num_kv_heads=4)
     expected = nnx.merge(graphdef_of(multi_head), repeated)(tokens)
-    np.testing.assert_allclose(nnx.merge(graphdef_of(GROUPED), params)(tokens), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        nnx.merge(graphdef_of(GROUPED), params)(tokens), expected, atol=1e-5
+    )
 
 
-def test_initial_weights_have_the_configured_spread_and_differ_by_layer(small: LlamaConfig) -> None:
+def test_initial_weights_have_the_configured_spread_and_differ_by_layer(
+    small: LlamaConfig,
+) -> None:
     params = init_params(small, seed=0)
     up_LxDxF = params["layers"]["mlp"]["up_proj"]["kernel"]
     assert float(jnp.std(up_LxDxF)) == pytest.approx(small.initializer_range, rel=0.1)
@@ -123,14 +147,18 @@ def test_earlier_tokens_change_later_logits(small: LlamaConfig) -> None:
     model = model_of(small)
     tokens_BxT = tokens_of(small, (1, 12))
     changed_BxT = tokens_BxT.at[0, 0].set((tokens_BxT[0, 0] + 1) % small.vocab_size)
-    assert not np.allclose(model(tokens_BxT)[0, -1], model(changed_BxT)[0, -1], atol=1e-7)
+    assert not np.allclose(
+        model(tokens_BxT)[0, -1], model(changed_BxT)[0, -1], atol=1e-7
+    )
 
 
 def test_scan_equals_a_loop_over_the_layers(small: LlamaConfig) -> None:
     model = model_of(small)
     tokens_BxT = tokens_of(small, (2, 10))
     params = init_params(small, seed=0)
-    block_graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(small, Execution(), rngs=nnx.Rngs(0))))
+    block_graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: Block(small, Execution(), rngs=nnx.Rngs(0)))
+    )
     x_BxTxD = model.embed(tokens_BxT)
     for layer in range(small.num_layers):
         weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
@@ -143,9 +171,13 @@ def test_scan_equals_a_loop_over_the_layers(small: LlamaConfig) -> None:
 def test_program_size_does_not_grow_with_depth(remat: str) -> None:
     def program_lines(num_layers: int) -> int:
         config = LlamaConfig(64, 16, 24, 2, num_layers)
-        grad = jax.grad(functools.partial(next_token_loss, graphdef_of(config, Execution(remat))))
+        grad = jax.grad(
+            functools.partial(next_token_loss, graphdef_of(config, Execution(remat)))
+        )
         tokens = jax.ShapeDtypeStruct((1, 5), jnp.int32)
-        return len(jax.jit(grad).lower(abstract_params(config), tokens).as_text().splitlines())
+        return len(
+            jax.jit(grad).lower(abstract_params(config), tokens).as_text().splitlines()
+        )
 
     assert program_lines(2) == program_lines(9)
 
@@ -154,20 +186,34 @@ def test_remat_gives_the_same_loss_and_gradients(small: LlamaConfig) -> None:
     tokens_BxS, params = tokens_of(small, (2, 9)), init_params(small, seed=0)
     results, products = [], []
     for remat in REMAT_POLICIES:
-        grad = jax.value_and_grad(functools.partial(next_token_loss, graphdef_of(small, Execution(remat))))
-        products.append(str(jax.make_jaxpr(grad)(params, tokens_BxS)).count("dot_general"))
+        grad = jax.value_and_grad(
+            functools.partial(next_token_loss, graphdef_of(small, Execution(remat)))
+        )
+        products.append(
+            str(jax.make_jaxpr(grad)(params, tokens_BxS)).count("dot_general")
+        )
         results.append(grad(params, tokens_BxS))
-    assert products[0] < products[1] < products[2]  # none, dots, full: ever more computed again.
+    assert (
+        products[0] < products[1] < products[2]
+    )  # none, dots, full: ever more computed again.
     for result in results[1:]:
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), result, results[0])
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-6), result, results[0]
+        )
 
 
 def test_the_more_is_computed_again_the_less_is_kept(small: LlamaConfig) -> None:
     def temporaries(remat: str) -> int:
-        grad = jax.grad(functools.partial(next_token_loss, graphdef_of(small, Execution(remat))))
+        grad = jax.grad(
+            functools.partial(next_token_loss, graphdef_of(small, Execution(remat)))
+        )
         tokens = jax.ShapeDtypeStruct((8, 129), jnp.int32)
         return (
-            jax.jit(grad).lower(abstract_params(small), tokens).compile().memory_analysis().temp_size_in_bytes
+            jax.jit(grad)
+            .lower(abstract_params(small), tokens)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
         )
 
     none, dots, full = (temporaries(remat) for remat in ("none", "dots", "full"))
@@ -183,7 +229,9 @@ def test_dtypes_of_parameters_and_of_the_computation(small: LlamaConfig) -> None
         (Execution(param_dtype="bfloat16"), 0.02),
     ):
         params = init_params(small, execution, seed=0)
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {execution.param_dtype}
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {
+            execution.param_dtype
+        }
         model = nnx.merge(graphdef_of(small, execution), params)
         assert model.hidden(tokens_BxT).dtype == execution.compute_dtype
         logits = model(tokens_BxT)
@@ -192,14 +240,18 @@ def test_dtypes_of_parameters_and_of_the_computation(small: LlamaConfig) -> None
         assert 1e-5 < float(error) < tolerance
 
 
-def test_the_attention_kernel_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attention_kernel_is_the_one_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     half = Execution(compute_dtype="bfloat16")
     assert Execution(attention="cudnn").attention_implementation(64) == "cudnn"
     assert half.attention_implementation(64) == "xla"  # There is no GPU.
 
     def device(kind: str, version: str, capability: str) -> Any:
         client = types.SimpleNamespace(platform_version=version)
-        return types.SimpleNamespace(platform=kind, client=client, compute_capability=capability)
+        return types.SimpleNamespace(
+            platform=kind, client=client, compute_capability=capability
+        )
 
     for gpu, expected in (
         (device("gpu", "cuda 12080", "9.0"), "cudnn"),
@@ -209,11 +261,20 @@ def test_the_attention_kernel_is_the_one_asked_for(monkeypatch: pytest.MonkeyPat
     ):
         monkeypatch.setattr(jax, "local_devices", lambda gpu=gpu: [gpu])
         assert half.attention_implementation(64) == expected
-    monkeypatch.setattr(jax, "local_devices", lambda: [device("gpu", "cuda 12080", "9.0")])
-    assert Execution().attention_implementation(64) == "xla"  # cuDNN's takes no float32.
+    monkeypatch.setattr(
+        jax, "local_devices", lambda: [device("gpu", "cuda 12080", "9.0")]
+    )
+    assert (
+        Execution().attention_implementation(64) == "xla"
+    )  # cuDNN's takes no float32.
     assert half.attention_implementation(160) == "xla"
     assert half.attention_implementation(12) == "xla"
-    assert Execution(attention="xla", compute_dtype="bfloat16").attention_implementation(64) == "xla"
+    assert (
+        Execution(attention="xla", compute_dtype="bfloat16").attention_implementation(
+            64
+        )
+        == "xla"
+    )
 
 
 def test_rotary_scores_depend_on_relative_position_only() -> None:
@@ -232,7 +293,10 @@ def test_rotary_scores_depend_on_relative_position_only() -> None:
 
 def test_llama3_scaling_slows_the_slow_frequencies_and_keeps_the_fast() -> None:
     config = PRESETS["llama-3.2-1b"]
-    scaled, plain = (rotary_frequencies(c) for c in (config, dataclasses.replace(config, rope_scaling=None)))
+    scaled, plain = (
+        rotary_frequencies(c)
+        for c in (config, dataclasses.replace(config, rope_scaling=None))
+    )
     turns = 8192 * plain / (2 * np.pi)
     np.testing.assert_array_equal(scaled[turns > 4], plain[turns > 4])
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 32, rtol=1e-6)
@@ -244,17 +308,33 @@ def test_llama3_scaling_slows_the_slow_frequencies_and_keeps_the_fast() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 30, "num_heads": 4}, "hidden_size 30 must be a multiple of num_heads 4"),
+        (
+            {"hidden_size": 30, "num_heads": 4},
+            "hidden_size 30 must be a multiple of num_heads 4",
+        ),
         ({"hidden_size": 30, "num_heads": 6}, "head_size 5 must be even"),
-        ({"num_heads": 4, "num_kv_heads": 3}, "num_heads 4 must be a multiple of num_kv_heads 3"),
+        (
+            {"num_heads": 4, "num_kv_heads": 3},
+            "num_heads 4 must be a multiple of num_kv_heads 3",
+        ),
     ],
 )
-def test_shapes_that_make_no_model_are_refused(fields: dict[str, int], message: str) -> None:
-    sizes = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_heads": 4, "num_layers": 1}
+def test_shapes_that_make_no_model_are_refused(
+    fields: dict[str, int], message: str
+) -> None:
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_heads": 4,
+        "num_layers": 1,
+    }
     with pytest.raises(ValueError, match=message):
         LlamaConfig(**sizes | fields)
 
 
 def test_unknown_preset_lists_the_nearest_first() -> None:
-    with pytest.raises(UsageError, match=r"--model '130' is unknown; choose one of: 130m, "):
+    with pytest.raises(
+        UsageError, match=r"--model '130' is unknown; choose one of: 130m, "
+    ):
         preset("130")

@@ -24,13 +24,17 @@ from examples.llama.options import RunOptions
 from examples.llama.usage import UsageError
 
 SMALL = LlamaConfig(384, 16, 24, 2, 3)
-KERNELS = 3 * (4 * 16 * 16 + 3 * 16 * 24)  # Elements in the layers' kernels of the small model.
+KERNELS = 3 * (
+    4 * 16 * 16 + 3 * 16 * 24
+)  # Elements in the layers' kernels of the small model.
 TABLES = 2 * 384 * 16  # In the embeddings and the head.
 NORMS = 7 * 16
 
 
 def options_for(optimizer: str, **changes: Any) -> RunOptions:
-    return with_defaults(RunOptions(out=Path("unused"), optimizer=optimizer, **changes), SMALL)
+    return with_defaults(
+        RunOptions(out=Path("unused"), optimizer=optimizer, **changes), SMALL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +42,27 @@ def params() -> Params:
     return init_params(SMALL, seed=0)
 
 
-def moments(options: RunOptions, config: LlamaConfig, params: Params) -> dict[str, set[Any]]:
-    """Returns the shapes of the state's leaves by the name of the parameter they belong to."""
+def moments(
+    options: RunOptions, config: LlamaConfig, params: Params
+) -> dict[str, set[Any]]:
+    """Returns the shapes of the state's leaves by the name of the parameter they belong
+    to.
+    """
     tx, _ = make_optimizer(options, config)
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     shapes: dict[str, set[Any]] = {name: set() for name in names}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(tx.init, params)
+    ):
         for name in names:
             if f"/{name}/" in f"/{path_name(path)}/":
                 shapes[name].add(leaf.shape)
     return shapes
 
 
-def test_adamw_keeps_two_moments_of_everything(small: LlamaConfig, params: Params) -> None:
+def test_adamw_keeps_two_moments_of_everything(
+    small: LlamaConfig, params: Params
+) -> None:
     tx, _ = make_optimizer(options_for("adamw"), small)
     size = state_bytes(tx, params)
     assert size.kernels == 8 * KERNELS
@@ -59,7 +71,9 @@ def test_adamw_keeps_two_moments_of_everything(small: LlamaConfig, params: Param
 
 
 @pytest.mark.parametrize("name", ["apollo", "apollo-mini", "apollo-svd"])
-def test_apollo_projects_the_kernels_and_nothing_else(name: str, small: LlamaConfig, params: Params) -> None:
+def test_apollo_projects_the_kernels_and_nothing_else(
+    name: str, small: LlamaConfig, params: Params
+) -> None:
     rank = 1 if name == "apollo-mini" else 4
     shapes = moments(options_for(name), small, params)
     assert (3, rank, 24) in shapes["layers/mlp/gate_proj/kernel"]
@@ -71,7 +85,9 @@ def test_apollo_projects_the_kernels_and_nothing_else(name: str, small: LlamaCon
     assert shapes["layers/mlp_norm/scale"] - {()} == {(3, 16)}
 
 
-def test_embeddings_and_head_can_be_given_to_apollo(small: LlamaConfig, params: Params) -> None:
+def test_embeddings_and_head_can_be_given_to_apollo(
+    small: LlamaConfig, params: Params
+) -> None:
     shapes = moments(options_for("apollo-mini", embeddings="apollo"), small, params)
     assert (1, 384) in shapes["embed/embedding"]
     assert (384, 16) not in shapes["embed/embedding"]
@@ -81,28 +97,41 @@ def test_embeddings_and_head_can_be_given_to_apollo(small: LlamaConfig, params: 
 
 def test_state_bytes_tell_the_groups_apart(small: LlamaConfig, params: Params) -> None:
     def size(name: str, **changes: Any) -> StateBytes:
-        return state_bytes(make_optimizer(options_for(name, **changes), small)[0], params)
+        return state_bytes(
+            make_optimizer(options_for(name, **changes), small)[0], params
+        )
 
     adamw, apollo, mini = size("adamw"), size("apollo"), size("apollo-mini")
     assert mini.kernels < apollo.kernels < adamw.kernels
     for apollos in (mini, apollo):  # A scalar each comes on top of Adam's moments.
         assert 0 <= apollos.embeddings_and_head - adamw.embeddings_and_head <= 8
-    assert size("apollo-mini", embeddings="apollo").embeddings_and_head < mini.embeddings_and_head / 4
+    assert (
+        size("apollo-mini", embeddings="apollo").embeddings_and_head
+        < mini.embeddings_and_head / 4
+    )
     half = size("apollo-mini", moment_dtype="bfloat16")
-    assert half.embeddings_and_head == pytest.approx(mini.embeddings_and_head / 2, rel=0.01)
+    assert half.embeddings_and_head == pytest.approx(
+        mini.embeddings_and_head / 2, rel=0.01
+    )
     assert size("apollo-mini", rank=8).kernels > mini.kernels
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_learning_rates_reach_their_groups(name: str, small: LlamaConfig, params: Params) -> None:
-    grads = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+def test_learning_rates_reach_their_groups(
+    name: str, small: LlamaConfig, params: Params
+) -> None:
+    grads = jax.tree.map(
+        lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
+    )
 
     options = dataclasses.replace(options_for(name), steps=10)
 
     def updates(**rates: float) -> dict[str, np.ndarray]:
         tx, _ = make_optimizer(dataclasses.replace(options, **rates), small)
         state = tx.init(params)
-        _, state = tx.update(grads, state, params)  # Its learning rate is 0, from the warm-up.
+        _, state = tx.update(
+            grads, state, params
+        )  # Its learning rate is 0, from the warm-up.
         update, _ = tx.update(grads, state, params)
         leaves = jax.tree_util.tree_leaves_with_path(update)
         return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
@@ -115,7 +144,8 @@ def test_learning_rates_reach_their_groups(name: str, small: LlamaConfig, params
         np.testing.assert_allclose(changed[path], factor * update, rtol=1e-5)
 
 
-# What Optax calls each optimizer; of rate 1, its updates are those of the example's with the sign changed.
+# What Optax calls each optimizer; of rate 1, its updates are those of the example's
+# with the sign changed.
 ALIASES: dict[str, optax.GradientTransformation] = {
     "adamw": optax.adamw(1.0, weight_decay=0.0),
     "galore": optax.contrib.galore(1.0, 32, scale=0.25),
@@ -127,8 +157,12 @@ ALIASES: dict[str, optax.GradientTransformation] = {
 
 
 @pytest.mark.parametrize("name", ALIASES)
-def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(name: str) -> None:
-    config = LlamaConfig(64, 128, 160, 2, 2)  # Wider than Adafactor's least size to factor, so that it does.
+def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(
+    name: str,
+) -> None:
+    config = LlamaConfig(
+        64, 128, 160, 2, 2
+    )  # Wider than Adafactor's least size to factor, so that it does.
     params = init_params(config, seed=0)
     options = with_defaults(RunOptions(out=Path("unused"), optimizer=name), config)
     scaler, adam = RECIPES[name].scaler(options, config), optax.adam(1.0)
@@ -140,7 +174,11 @@ def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(name: s
         grads = gradients(params, seed)
         updates, state = update(grads, state, params)
         adam_updates, adam_state = adam_update(grads, adam_state)
-        for path in (("embed", "embedding"), ("lm_head", "kernel"), ("final_norm", "scale")):
+        for path in (
+            ("embed", "embedding"),
+            ("lm_head", "kernel"),
+            ("final_norm", "scale"),
+        ):
             ours, adams = updates[path[0]][path[1]], adam_updates[path[0]][path[1]]
             np.testing.assert_allclose(ours, -adams, rtol=1e-4, atol=1e-6)
         ours_LxDxF = updates["layers"]["mlp"]["up_proj"]["kernel"]
@@ -153,11 +191,18 @@ def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(name: s
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_bfloat16_parameters_get_the_updates_of_float32_ones(name: str, small: LlamaConfig) -> None:
-    """Also when gradients shrink: a second moment in bfloat16 would not forget the large ones."""
+def test_bfloat16_parameters_get_the_updates_of_float32_ones(
+    name: str, small: LlamaConfig
+) -> None:
+    """Also when gradients shrink: a second moment in bfloat16 would not forget the
+    large ones.
+    """
     options = options_for(name)
     wide = init_params(small, seed=0)
-    params = {dtype: jax.tree.map(lambda x, d=dtype: x.astype(d), wide) for dtype in ("float32", "bfloat16")}
+    params = {
+        dtype: jax.tree.map(lambda x, d=dtype: x.astype(d), wide)
+        for dtype in ("float32", "bfloat16")
+    }
     scaler = RECIPES[name].scaler(options, small)
     sizes = {}
     draws = gradients(wide, 0)
@@ -165,9 +210,14 @@ def test_bfloat16_parameters_get_the_updates_of_float32_ones(name: str, small: L
 
         def steps(carry: Any, scale: jax.Array, of_dtype: Any = of_dtype) -> Any:
             state, _ = carry
-            grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), draws, of_dtype)
+            grads = jax.tree.map(
+                lambda g, p: (g * scale).astype(p.dtype), draws, of_dtype
+            )
             updates, state = scaler.update(grads, state, of_dtype)
-            return (state, jax.tree.map(lambda u: jnp.linalg.norm(u.astype(jnp.float32)), updates)), None
+            return (
+                state,
+                jax.tree.map(lambda u: jnp.linalg.norm(u.astype(jnp.float32)), updates),
+            ), None
 
         scales = jnp.concatenate([jnp.ones(30), jnp.full(3000, 0.01)])
         zeros = jax.tree.map(lambda _: jnp.zeros(()), of_dtype)
@@ -177,7 +227,9 @@ def test_bfloat16_parameters_get_the_updates_of_float32_ones(name: str, small: L
         assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state))
         sizes[dtype] = norms
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05), sizes["bfloat16"], sizes["float32"]
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05),
+        sizes["bfloat16"],
+        sizes["float32"],
     )
 
 
@@ -185,7 +237,11 @@ def gradients(params: Params, seed: int) -> Params:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
-        structure, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+        structure,
+        [
+            jax.random.normal(k, leaf.shape)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ],
     )
 
 

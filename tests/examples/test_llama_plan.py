@@ -28,10 +28,14 @@ OF_TEMPORARIES = HBM + (
     "on HBM, the total memory required for HLO temporaries (40.00G) exceeds available HBM (15.75G). HLO "
     "module: jit_f."
 )
-OF_USE = HBM + "in memory space hbm. Used 16.6G of 15.75G hbm. Exceeded hbm capacity by 871.2M."
+OF_USE = (
+    HBM
+    + "in memory space hbm. Used 16.6G of 15.75G hbm. Exceeded hbm capacity by 871.2M."
+)
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed",
 )
 
 
@@ -55,9 +59,14 @@ def here(tiny_is_small: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def uncompiled(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that takes 10 kB a sequence beside the state, at once."""
 
-    def memory(options: RunOptions, config: LlamaConfig, mesh: Any, name: str) -> Memory:
+    def memory(
+        options: RunOptions, config: LlamaConfig, mesh: Any, name: str
+    ) -> Memory:
         shapes = target.shapes_memory(options, config, mesh, peak_bytes=0)
-        arguments, temporaries = shapes.weights_bytes + shapes.optimizer_bytes, 10_000 * options.batch
+        arguments, temporaries = (
+            shapes.weights_bytes + shapes.optimizer_bytes,
+            10_000 * options.batch,
+        )
         return dataclasses.replace(
             shapes,
             peak_bytes=arguments + temporaries,
@@ -70,10 +79,14 @@ def uncompiled(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_of(config: LlamaConfig, **changes: Any) -> RunOptions:
-    return with_defaults(RunOptions(out=Path("unused"), **{"batch": 2, "seq": 16, **changes}), config)
+    return with_defaults(
+        RunOptions(out=Path("unused"), **{"batch": 2, "seq": 16, **changes}), config
+    )
 
 
-def rows_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def rows_of(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> list[dict[str, Any]]:
     plan.main([*SHORT, *args, "--json"])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -81,7 +94,13 @@ def rows_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[st
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer": "apollo", "weights": "bfloat16", "mesh": "data=2", "accumulate": 2, "batch": 8},
+        {
+            "optimizer": "apollo",
+            "weights": "bfloat16",
+            "mesh": "data=2",
+            "accumulate": 2,
+            "batch": 8,
+        },
         {"optimizer": "apollo-mini", "layerwise": True, "weights": "int8"},
     ],
     ids=["ordinary", "layer-wise"],
@@ -97,14 +116,20 @@ def test_the_memory_is_that_of_the_step_that_is_run(
     tokens = np.zeros((run.batch, run.seq + 1), np.int32)
     step: Any = build.training_step(run, small, tx, mesh)
     sizes = (
-        step.lower(state, jax.device_put(tokens, over_data(mesh)), np.int32(1)).compile().memory_analysis()
+        step.lower(state, jax.device_put(tokens, over_data(mesh)), np.int32(1))
+        .compile()
+        .memory_analysis()
     )
     assert planned.arguments_bytes == sizes.argument_size_in_bytes
     assert planned.temporaries_bytes == sizes.temp_size_in_bytes
     assert planned.output_bytes == sizes.output_size_in_bytes
     assert planned.alias_bytes == sizes.alias_size_in_bytes
-    assert planned.weights_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
-    assert planned.optimizer_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    assert planned.weights_bytes == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(state.params)
+    )
+    assert planned.optimizer_bytes == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)
+    )
     assert planned.host_weights_bytes == planned.host_bytes == 0
     assert planned.compiled_for == planned.device_kind == "cpu"
     assert not planned.refused
@@ -118,40 +143,84 @@ def test_bytes_follow_from_the_parameter_count(
     assert row["parameters"] == param_count(small)
     assert row["weights_bytes"] == 4 * param_count(small)
     run = run_of(small, optimizer="adamw")
-    params = build.abstract_params(small, build.execution_of(run, small), make_mesh("data=1"))
-    assert row["optimizer_bytes"] == sum(state_bytes(make_optimizer(run, small)[0], params))
+    params = build.abstract_params(
+        small, build.execution_of(run, small), make_mesh("data=1")
+    )
+    assert row["optimizer_bytes"] == sum(
+        state_bytes(make_optimizer(run, small)[0], params)
+    )
     tokens = 2 * 17 * 4
-    assert row["arguments_bytes"] == row["weights_bytes"] + row["optimizer_bytes"] + tokens
+    assert (
+        row["arguments_bytes"] == row["weights_bytes"] + row["optimizer_bytes"] + tokens
+    )
     kept = row["output_bytes"] - row["alias_bytes"]
     assert row["peak_bytes"] == row["arguments_bytes"] + row["temporaries_bytes"] + kept
     assert row["peak_bytes"] == sum(row[name] for name in plan.SHARES)
-    assert row["alias_bytes"] >= row["weights_bytes"] + row["optimizer_bytes"]  # It is donated.
+    assert (
+        row["alias_bytes"] >= row["weights_bytes"] + row["optimizer_bytes"]
+    )  # It is donated.
 
 
-def test_rows_say_what_they_are_of(uncompiled: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_say_what_they_are_of(
+    uncompiled: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ["adamw", "apollo", "apollo-mini"]
-    args = ["--compare", "adamw,apollo", "apollo-mini", "--embeddings", "apollo", "--accumulate", "2"]
+    args = [
+        "--compare",
+        "adamw,apollo",
+        "apollo-mini",
+        "--embeddings",
+        "apollo",
+        "--accumulate",
+        "2",
+    ]
     rows = rows_of(args, capsys)
     assert [row["optimizer"] for row in rows] == names
-    assert [row["embeddings"] for row in rows] == ["adam", "apollo", "apollo"]  # What it means nothing to.
+    assert [row["embeddings"] for row in rows] == [
+        "adam",
+        "apollo",
+        "apollo",
+    ]  # What it means nothing to.
     assert [row["rank"] for row in rows] == [None, 4, 1]
     for row in rows:
-        assert (row["target"], row["model"], row["batch"], row["seq"]) == ("cpu", "tiny", 2, 16)
+        assert (row["target"], row["model"], row["batch"], row["seq"]) == (
+            "cpu",
+            "tiny",
+            2,
+            16,
+        )
         assert row["versions"]["jax"] == jax.__version__
         assert "flax" in row["versions"]
         assert "libtpu" not in row["versions"]
         assert row["fits"] is row["limit_bytes"] is None
         assert row["notes"] == []
-    assert rows[0]["optimizer_bytes"] > rows[1]["optimizer_bytes"] > rows[2]["optimizer_bytes"]
+    assert (
+        rows[0]["optimizer_bytes"]
+        > rows[1]["optimizer_bytes"]
+        > rows[2]["optimizer_bytes"]
+    )
 
 
 def test_the_table_and_the_figure(
     uncompiled: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figure = tmp_path / "memory.png"
-    plan.main([*SHORT, "--compare", "adamw,apollo-mini", "--fit", "1MB", "--plot", str(figure)])
+    plan.main(
+        [
+            *SHORT,
+            "--compare",
+            "adamw,apollo-mini",
+            "--fit",
+            "1MB",
+            "--plot",
+            str(figure),
+        ]
+    )
     output = " ".join(capsys.readouterr().out.split())
-    assert f"tiny: {param_count(PRESETS['tiny']):,} parameters in float32, sequences of 16, on cpu" in output
+    assert (
+        f"tiny: {param_count(PRESETS['tiny']):,} parameters in float32, sequences of 16, on cpu"
+        in output
+    )
     assert "the largest batch in 1MB" in output
     assert "adamw" in output
     assert "apollo-mini" in output
@@ -161,7 +230,9 @@ def test_the_table_and_the_figure(
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("args", [["--weights", "bfloat16"], ["--compute-dtype", "bfloat16"]])
+@pytest.mark.parametrize(
+    "args", [["--weights", "bfloat16"], ["--compute-dtype", "bfloat16"]]
+)
 def test_bfloat16_on_a_cpu_is_marked(
     args: list[str], uncompiled: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,13 +250,25 @@ def test_activations_are_what_grows_with_the_batch(
 ) -> None:
     for batch in ("1", "2", "3", "4"):
         (row,) = rows_of(["--batch", batch], capsys)
-        assert row["activations_bytes"] == row["temporaries_bytes"] == 10_000 * int(batch)
+        assert (
+            row["activations_bytes"] == row["temporaries_bytes"] == 10_000 * int(batch)
+        )
         assert row["gradients_bytes"] == 0
 
 
-def fake_memory(peak_of: Callable[[int], int], refused_above: int = 10**9) -> Callable[..., Memory]:
+def fake_memory(
+    peak_of: Callable[[int], int], refused_above: int = 10**9
+) -> Callable[..., Memory]:
     def memory(batch: int) -> Memory:
-        return Memory(1, 1, 0, "TPU", peak_of(batch), capacity_bytes=10**9, refused=batch > refused_above)
+        return Memory(
+            1,
+            1,
+            0,
+            "TPU",
+            peak_of(batch),
+            capacity_bytes=10**9,
+            refused=batch > refused_above,
+        )
 
     return memory
 
@@ -199,7 +282,9 @@ def fake_memory(peak_of: Callable[[int], int], refused_above: int = 10**9) -> Ca
         lambda b: 100 + max(0, b - 50),
     ],
 )
-@pytest.mark.parametrize(("refused_above", "args"), [(10**9, {}), (20, {}), (10**9, {"mesh": "data=4"})])
+@pytest.mark.parametrize(
+    ("refused_above", "args"), [(10**9, {}), (20, {}), (10**9, {"mesh": "data=4"})]
+)
 def test_the_largest_batch_that_fits(
     peak_of: Callable[[int], int], refused_above: int, args: dict[str, str]
 ) -> None:
@@ -213,7 +298,11 @@ def test_the_largest_batch_that_fits(
             return fake_memory(peak_of, refused_above)(batch)
 
         found = plan.fitting_batch(options, limit, measured)
-        fitting = [b for b in range(unit, 30_000, unit) if peak_of(b) <= limit and b <= refused_above]
+        fitting = [
+            b
+            for b in range(unit, 30_000, unit)
+            if peak_of(b) <= limit and b <= refused_above
+        ]
         assert found == max(fitting, default=0)
         assert all(batch % unit == 0 for batch in asked)
         assert len(set(asked)) <= 20
@@ -235,7 +324,9 @@ def test_no_batch_is_compiled_twice(tiny_is_small: None) -> None:
 
     def memory_of(run: RunOptions, *, exact: bool = True) -> Memory:
         asked.append((run.batch, exact))
-        memory = fake_memory(lambda batch: 10**7 + 7 * batch, refused_above=571)(run.batch)
+        memory = fake_memory(lambda batch: 10**7 + 7 * batch, refused_above=571)(
+            run.batch
+        )
         return dataclasses.replace(
             memory, compiled_for=None if memory.refused else "TPU", temporaries_bytes=1
         )
@@ -253,7 +344,9 @@ def test_activations_of_two_targets_are_not_compared(tiny_is_small: None) -> Non
         assert exact
         memory = fake_memory(lambda batch: 10**7 * batch, refused_above=1)(run.batch)
         compiled_for = "v5p:1x1x1" if memory.refused else "v5e:1x1"
-        return dataclasses.replace(memory, compiled_for=compiled_for, temporaries_bytes=1)
+        return dataclasses.replace(
+            memory, compiled_for=compiled_for, temporaries_bytes=1
+        )
 
     (row,) = plan.plan(PlanOptions(batch=1), memory_of)
     assert row.activations_bytes is None
@@ -262,7 +355,9 @@ def test_activations_of_two_targets_are_not_compared(tiny_is_small: None) -> Non
 def test_fit_agrees_with_the_memory_of_each_batch(
     uncompiled: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    two, four = (rows_of(["--batch", batch], capsys)[0]["peak_bytes"] for batch in ("2", "4"))
+    two, four = (
+        rows_of(["--batch", batch], capsys)[0]["peak_bytes"] for batch in ("2", "4")
+    )
     limit = (two + four) // 2
     (row,) = rows_of(["--fit", f"{limit / 1000}kB"], capsys)
     assert 2 <= row["batch"] < 4
@@ -298,13 +393,17 @@ def test_a_program_that_is_refused_has_its_row(
 ) -> None:
     compiled = target.compiled_memory
 
-    def refusing(options: RunOptions, config: LlamaConfig, mesh: Any, name: str) -> Memory:
+    def refusing(
+        options: RunOptions, config: LlamaConfig, mesh: Any, name: str
+    ) -> Memory:
         if larger_too or name == "v5e:1x1":
             raise jax.errors.JaxRuntimeError(message)
         return compiled(options, config, mesh, name)
 
     monkeypatch.setattr(target, "compiled_memory", refusing)
-    monkeypatch.setattr(target, "mesh_on", lambda options, config, name: make_mesh(options.mesh))
+    monkeypatch.setattr(
+        target, "mesh_on", lambda options, config, name: make_mesh(options.mesh)
+    )
     monkeypatch.setattr(plan, "check_target", lambda name: None)
     monkeypatch.setattr(plan, "versions", lambda name: {})
     args = ["--target", "v5e:1x1"]
@@ -315,12 +414,24 @@ def test_a_program_that_is_refused_has_its_row(
     source = "of its compiler's message" if larger_too else "measured on v5p:1x1x1"
     assert row["notes"] == [f"v5e:1x1 refuses apollo-mini: the numbers are {source}"]
     if larger_too:
-        assert row["peak_bytes"] == pytest.approx((40 if message == OF_TEMPORARIES else 16.6) * 2**30)
-        assert row["arguments_bytes"] is row["activations_bytes"] is row["gradients_bytes"] is None
+        assert row["peak_bytes"] == pytest.approx(
+            (40 if message == OF_TEMPORARIES else 16.6) * 2**30
+        )
+        assert (
+            row["arguments_bytes"]
+            is row["activations_bytes"]
+            is row["gradients_bytes"]
+            is None
+        )
     else:
         assert (
             row["peak_bytes"]
-            == compiled(target.for_target(run_of(small), "cpu"), small, make_mesh("data=1"), "cpu").peak_bytes
+            == compiled(
+                target.for_target(run_of(small), "cpu"),
+                small,
+                make_mesh("data=1"),
+                "cpu",
+            ).peak_bytes
         )
     plan.main([*SHORT, *args, "--plot", str(tmp_path / "memory.png")])
     assert "does not fit" in capsys.readouterr().out
@@ -346,23 +457,62 @@ def fails(args: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--target", "tpu"], "--target 'tpu' is unknown; give cpu, gpu or a TPU topology: v5e:1x1, "),
+        (
+            ["--target", "tpu"],
+            "--target 'tpu' is unknown; give cpu, gpu or a TPU topology: v5e:1x1, ",
+        ),
         (["--target", "v5e:0x0"], "--target 'v5e:0x0' is unknown; give cpu"),
         (["--target", "gpu"], "--target gpu is not there ("),
-        (["--fit", "16"], "--fit '16' is no size; give one as 16GB (1e9 bytes each) or 15.75GiB (2**30)"),
+        (
+            ["--fit", "16"],
+            "--fit '16' is no size; give one as 16GB (1e9 bytes each) or 15.75GiB (2**30)",
+        ),
         (["--fit", "0GB"], "--fit '0GB' is no size"),
         (["--fit", "much"], "--fit 'much' is no size"),
-        (["--fit", "1kB"], "--fit 1kB is too small: apollo-mini does not fit at batch 1, which needs "),
-        (["--compare", "adamw,adam"], "--compare 'adam' is unknown; choose one of: adamw, "),
-        (["--compare", ","], "--compare names no optimizer; give some as adamw,apollo, or leave it out"),
-        (["--compare", "adamw", "adamw"], "--compare adamw is given twice; give each optimizer once"),
-        (["--compare", "adamw,galore", "--layerwise"], "--layerwise can't be done with --optimizer galore"),
-        (["--plot", "memory.txt"], "--plot memory.txt is no .png in a folder that is there"),
-        (["--plot", "nowhere/memory.png"], "--plot nowhere/memory.png is no .png in a folder that is"),
-        (["--batch", "3", "--mesh", "data=2"], "--batch 3 in --accumulate 1 micro-batches is 3 sequences"),
-        (["--mesh", "data=9", "--batch", "9"], "--mesh data=9 needs 9 devices, and the devices here are 8"),
-        (["--attention", "cudnn"], "--attention cudnn takes a GPU, and --target is cpu; leave it out"),
-        (["--layerwise", "--offload", "weights"], "--offload weights moves what a GPU or TPU has no room"),
+        (
+            ["--fit", "1kB"],
+            "--fit 1kB is too small: apollo-mini does not fit at batch 1, which needs ",
+        ),
+        (
+            ["--compare", "adamw,adam"],
+            "--compare 'adam' is unknown; choose one of: adamw, ",
+        ),
+        (
+            ["--compare", ","],
+            "--compare names no optimizer; give some as adamw,apollo, or leave it out",
+        ),
+        (
+            ["--compare", "adamw", "adamw"],
+            "--compare adamw is given twice; give each optimizer once",
+        ),
+        (
+            ["--compare", "adamw,galore", "--layerwise"],
+            "--layerwise can't be done with --optimizer galore",
+        ),
+        (
+            ["--plot", "memory.txt"],
+            "--plot memory.txt is no .png in a folder that is there",
+        ),
+        (
+            ["--plot", "nowhere/memory.png"],
+            "--plot nowhere/memory.png is no .png in a folder that is",
+        ),
+        (
+            ["--batch", "3", "--mesh", "data=2"],
+            "--batch 3 in --accumulate 1 micro-batches is 3 sequences",
+        ),
+        (
+            ["--mesh", "data=9", "--batch", "9"],
+            "--mesh data=9 needs 9 devices, and the devices here are 8",
+        ),
+        (
+            ["--attention", "cudnn"],
+            "--attention cudnn takes a GPU, and --target is cpu; leave it out",
+        ),
+        (
+            ["--layerwise", "--offload", "weights"],
+            "--offload weights moves what a GPU or TPU has no room",
+        ),
         (["--weights", "int8"], "--weights int8 takes --layerwise"),
         (["--model", "8b"], "--model '8b' is unknown"),
         (["--optimizer", "adam"], "--optimizer 'adam' is unknown"),
@@ -387,7 +537,10 @@ def test_fit_takes_the_batch_that_the_mesh_takes(
 
 def test_more_than_the_target_has_cannot_be_fitted() -> None:
     options = PlanOptions(fit="80GB", target="v5e:1x1")
-    with pytest.raises(UsageError, match=r"--fit 80GB is more than .* v5e:1x1 gives a program, 1.00 GB; "):
+    with pytest.raises(
+        UsageError,
+        match=r"--fit 80GB is more than .* v5e:1x1 gives a program, 1.00 GB; ",
+    ):
         plan.fitting_batch(options, 80 * 10**9, fake_memory(lambda b: b))
 
 
@@ -396,7 +549,9 @@ def test_without_libtpu_the_install_line_is_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = fails(["--target", "v5e:1x1"], capsys)
-    assert error.startswith("error: --target v5e:1x1 needs libtpu, which compiles for TPUs; ")
+    assert error.startswith(
+        "error: --target v5e:1x1 needs libtpu, which compiles for TPUs; "
+    )
     assert "pip install 'apollo-optax[tpu-aot]'" in error
     assert error.count("\n") == 1
 
@@ -409,7 +564,9 @@ def test_a_compiler_that_crashes_leaves_its_last_lines(
     environment = target.environment("cpu", 1) | {"PYTHONPATH": str(tmp_path)}
     monkeypatch.setattr(target, "environment", lambda *_: environment)
     error = fails(SHORT, capsys, status=1)
-    assert error.startswith("error: the compiler for cpu ended with signal SIGABRT; its last lines:\n")
+    assert error.startswith(
+        "error: the compiler for cpu ended with signal SIGABRT; its last lines:\n"
+    )
     assert "\nthe reason\n" in error
 
 
@@ -427,7 +584,10 @@ def test_a_process_of_its_own_gives_the_same_memory(small: LlamaConfig) -> None:
     run = run_of(PRESETS["tiny"], mesh="data=2")
     with Compiler("cpu", devices=2) as compiler:
         memory = compiler(run)
-        with pytest.raises(UsageError, match="--mesh data=4 needs 4 devices, and the devices here are 2"):
+        with pytest.raises(
+            UsageError,
+            match="--mesh data=4 needs 4 devices, and the devices here are 2",
+        ):
             compiler(dataclasses.replace(run, batch=4, mesh="data=4"))
         with pytest.raises(CompilerError, match="(?s)Traceback.*KeyError: 'unknown'"):
             compiler(dataclasses.replace(run, optimizer="unknown"))
@@ -443,7 +603,10 @@ def test_help_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> N
         plan.main(["--help"])
     assert exit_.value.code == 0
     help_ = capsys.readouterr().out
-    assert all(name in help_ for name in (*PRESETS, *RECIPES, "cpu", "gpu", "v5e:4x4", "15.75GiB"))
+    assert all(
+        name in help_
+        for name in (*PRESETS, *RECIPES, "cpu", "gpu", "v5e:4x4", "15.75GiB")
+    )
 
 
 def test_the_benchmark_goes_on_where_it_was_cut_off(
@@ -454,13 +617,25 @@ def test_the_benchmark_goes_on_where_it_was_cut_off(
     @contextlib.contextmanager
     def compiler(name: str) -> Iterator[Callable[..., Memory]]:
         asked.append(name)
-        yield lambda run: fake_memory(lambda batch: 10**9 * batch, refused_above=0)(run.batch)
+        yield lambda run: fake_memory(lambda batch: 10**9 * batch, refused_above=0)(
+            run.batch
+        )
 
     monkeypatch.setattr(benchmark, "Compiler", compiler)
     monkeypatch.setattr(benchmark, "check_target", lambda name: None)
     monkeypatch.setattr(benchmark, "versions", lambda name: {"jax": jax.__version__})
     file = tmp_path / "runs" / "memory.jsonl"
-    args = ["--tables", "models", "--models", "60m", "1b", "--jobs", "1", "--out", str(file)]
+    args = [
+        "--tables",
+        "models",
+        "--models",
+        "60m",
+        "1b",
+        "--jobs",
+        "1",
+        "--out",
+        str(file),
+    ]
     benchmark.main(args)
     table = capsys.readouterr().out
     assert "| adamw | float32 | ordinary | bfloat16 | 1.00* | 1.00* |" in table
@@ -471,7 +646,10 @@ def test_the_benchmark_goes_on_where_it_was_cut_off(
         benchmark.main(args)
         assert capsys.readouterr().out == table
         assert len(asked) == 2 * len(benchmark.VARIANTS) + 1
-    for line, message in (("{}", "is of another version"), ("no JSON", "is no file of this command's")):
+    for line, message in (
+        ("{}", "is of another version"),
+        ("no JSON", "is no file of this command's"),
+    ):
         file.write_text(line + "\n")
         with pytest.raises(SystemExit):
             benchmark.main(args)
@@ -483,7 +661,9 @@ def test_the_benchmark_goes_on_where_it_was_cut_off(
 def test_for_a_tpu_that_is_not_there() -> None:
     config = PRESETS["tiny"]
     with Compiler("v5e:1x1") as compiler:
-        memory = compiler(run_of(config, optimizer="apollo-mini", layerwise=True, weights="int8"))
+        memory = compiler(
+            run_of(config, optimizer="apollo-mini", layerwise=True, weights="int8")
+        )
     assert memory.capacity_bytes == 15.75 * 2**30
     assert memory.compiled_for == "v5e:1x1"
     assert memory.device_kind == "TPU v5 lite"
@@ -499,8 +679,14 @@ def test_for_a_tpu_that_is_not_there() -> None:
     [
         (["--target", "v9x:1x1"], "--target v9x:1x1 is not there ("),
         (["--target", "v5e:3x7"], "--target v5e:3x7 is not there ("),
-        (["--target", "v5e:2x2"], "--mesh data=1 is 1 of the 4 devices of --target v5e:2x2; use all, or"),
-        (["--target", "v5e:1x1", "--attention", "cudnn"], "--attention cudnn takes a GPU, and --target is"),
+        (
+            ["--target", "v5e:2x2"],
+            "--mesh data=1 is 1 of the 4 devices of --target v5e:2x2; use all, or",
+        ),
+        (
+            ["--target", "v5e:1x1", "--attention", "cudnn"],
+            "--attention cudnn takes a GPU, and --target is",
+        ),
     ],
 )
 def test_a_topology_that_makes_no_run_is_one_line(

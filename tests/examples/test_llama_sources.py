@@ -49,7 +49,9 @@ def write(path: str, content: str | bytes) -> None:
 
 
 def json_lines(*texts: str) -> bytes:
-    return "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode()
+    return "".join(
+        json.dumps({"text": text, "url": "x"}) + "\n" for text in texts
+    ).encode()
 
 
 def write_hub_dataset(folder: Path) -> None:
@@ -57,9 +59,18 @@ def write_hub_dataset(folder: Path) -> None:
     write(f"{folder}/README.md", README)
     for shard in range(2):
         name = f"{folder}/en/c4-train.{shard:05}-of-00002.json.gz"
-        write(name, gzip.compress(json_lines(*(f"train {shard} {row}" for row in range(30)))))
-    write(f"{folder}/en/c4-validation.00000-of-00001.json.gz", gzip.compress(json_lines("held", "out")))
-    write(f"{folder}/fr/c4-train.00000-of-00001.json.gz", gzip.compress(json_lines("un", "deux", "")))
+        write(
+            name,
+            gzip.compress(json_lines(*(f"train {shard} {row}" for row in range(30)))),
+        )
+    write(
+        f"{folder}/en/c4-validation.00000-of-00001.json.gz",
+        gzip.compress(json_lines("held", "out")),
+    )
+    write(
+        f"{folder}/fr/c4-train.00000-of-00001.json.gz",
+        gzip.compress(json_lines("un", "deux", "")),
+    )
 
 
 def texts(data: str) -> list[str]:
@@ -73,7 +84,11 @@ def names(data: str) -> list[str]:
 def run(code: str, **environment: str) -> list[str]:
     """Returns the lines that a fresh Python prints, for what is decided at import."""
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return done.stdout.splitlines()
 
@@ -140,9 +155,13 @@ def test_long_text_is_cut_after_blank_lines(folder: Path) -> None:
     pieces = texts("book.txt")
     assert "".join(pieces) == "".join(paragraphs)
     assert all(piece.endswith("\n\n") for piece in pieces)
-    assert all(readers.PIECE_BYTES <= len(piece) < readers.PIECE_BYTES + 1002 for piece in pieces[:-1])
+    assert all(
+        readers.PIECE_BYTES <= len(piece) < readers.PIECE_BYTES + 1002
+        for piece in pieces[:-1]
+    )
     assert readers.PIECE_BYTES <= len(pieces[-1]) < 2 * (readers.PIECE_BYTES + 1002)
-    # A piece's name is a digest of its text, so text that is added in front leaves most as they are.
+    # A piece's name is a digest of its text, so text that is added in front leaves most
+    # as they are.
     before = set(names("book.txt"))
     write("book.txt", "y" * readers.PIECE_BYTES + "\n\n" + "".join(paragraphs))
     assert before < set(names("book.txt"))
@@ -217,7 +236,10 @@ def test_fingerprints_change_with_names_and_content_only(folder: Path) -> None:
     write("b/x.txt", "one")
     write("c/y.txt", "one")
     write("d/x.txt", "two")
-    found = [sources.open_source("--data", data).fingerprint() for data in ("a", "b/*.txt", "c", "d")]
+    found = [
+        sources.open_source("--data", data).fingerprint()
+        for data in ("a", "b/*.txt", "c", "d")
+    ]
     assert found[0] == found[1]
     assert len(set(found)) == 3
 
@@ -237,7 +259,10 @@ def test_files_are_hashed_again_only_when_size_or_time_change(folder: Path) -> N
 def test_a_hub_copy_has_the_fingerprint_of_its_files(folder: Path) -> None:
     write_hub_dataset(folder / "c4")
     before = sources.open_source("--data", f"hf:{folder}/c4/fr").fingerprint()
-    write("c4/fr/c4-train.00000-of-00001.json.gz", gzip.compress(json_lines("trois", "quatre")))
+    write(
+        "c4/fr/c4-train.00000-of-00001.json.gz",
+        gzip.compress(json_lines("trois", "quatre")),
+    )
     assert sources.open_source("--data", f"hf:{folder}/c4/fr").fingerprint() != before
 
 
@@ -255,10 +280,26 @@ def bad_parquet() -> None:
             "std",
             "--data 'std' is unknown; choose one of: stdlib, python, or give a file, folder or glob that ex",
         ),
-        (None, "no/*.txt", r"--data 'no/\*.txt' matches no file; give a glob that does"),
-        (lambda: Path("d").mkdir(), "d", "--data 'd' is a folder without files; give one with text"),
-        (lambda: write("e.txt", ""), "e.txt", "--data 'e.txt' has no text in its 1 files; give files"),
-        (lambda: write("e.jsonl", '{"text": ""}'), "e.jsonl", "--data 'e.jsonl' has no text in its 1 files"),
+        (
+            None,
+            "no/*.txt",
+            r"--data 'no/\*.txt' matches no file; give a glob that does",
+        ),
+        (
+            lambda: Path("d").mkdir(),
+            "d",
+            "--data 'd' is a folder without files; give one with text",
+        ),
+        (
+            lambda: write("e.txt", ""),
+            "e.txt",
+            "--data 'e.txt' has no text in its 1 files; give files",
+        ),
+        (
+            lambda: write("e.jsonl", '{"text": ""}'),
+            "e.jsonl",
+            "--data 'e.jsonl' has no text in its 1 files",
+        ),
         (
             lambda: write("d/b.bin", b"\x7fELF\0\0"),
             "d",
@@ -279,7 +320,11 @@ def bad_parquet() -> None:
             "j.jsonl",
             r"j.jsonl:1 has no string .*: text \(int\); name",
         ),
-        (lambda: write("j.jsonl", "[]"), "j.jsonl", "j.jsonl:1 is a list; give JSON objects with a field"),
+        (
+            lambda: write("j.jsonl", "[]"),
+            "j.jsonl",
+            "j.jsonl:1 is a list; give JSON objects with a field",
+        ),
         (
             lambda: write("j.jsonl.gz", b"plain"),
             "j.jsonl.gz",
@@ -300,10 +345,18 @@ def bad_parquet() -> None:
             "null.parquet",
             r"null.parquet row 2 has no string called 'text'; .* text \(NoneType\)",
         ),
-        (bad_parquet, "corrupt.parquet", "corrupt.parquet is not a readable Parquet file .*; make or get it"),
+        (
+            bad_parquet,
+            "corrupt.parquet",
+            "corrupt.parquet is not a readable Parquet file .*; make or get it",
+        ),
         (None, "hf:c4", "--data 'hf:c4' is no name of a data set; give hf:OWNER/NAME"),
         (None, "hf:a/b/c/d", "--data 'hf:a/b/c/d' is no name of a data set"),
-        (None, "hf:/nowhere", "--data 'hf:/nowhere' cannot be read .*/nowhere.*; check the name"),
+        (
+            None,
+            "hf:/nowhere",
+            "--data 'hf:/nowhere' cannot be read .*/nowhere.*; check the name",
+        ),
         (
             lambda: write_hub_dataset(Path("c4")),
             "hf:./c4/de",
@@ -341,13 +394,20 @@ def test_what_holds_no_documents_is_refused(
 def test_a_file_that_cannot_be_read_is_refused(folder: Path) -> None:
     # A superuser may read any file, but not the first page of memory.
     memory = "/proc/self/mem"
-    with pytest.raises(UsageError, match=f"--data '{memory}': {memory} cannot be read .*; make it readable"):
+    with pytest.raises(
+        UsageError,
+        match=f"--data '{memory}': {memory} cannot be read .*; make it readable",
+    ):
         list(sources.open_source("--data", memory))
-    with pytest.raises(UsageError, match=f"--validation '{memory}': {memory} cannot be read"):
+    with pytest.raises(
+        UsageError, match=f"--validation '{memory}': {memory} cannot be read"
+    ):
         sources.open_source("--validation", memory).fingerprint()
 
 
-@pytest.mark.parametrize(("module", "data"), [("pyarrow", "x.parquet"), ("datasets", "hf:./c")])
+@pytest.mark.parametrize(
+    ("module", "data"), [("pyarrow", "x.parquet"), ("datasets", "hf:./c")]
+)
 def test_missing_packages_are_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, data: str
 ) -> None:
@@ -355,7 +415,8 @@ def test_missing_packages_are_named(
     parquet.write_table(pa.table({"text": ["x"]}), "x.parquet")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
-        UsageError, match=rf"--data '{data}'.* needs .*; run pip install 'apollo-optax\[examples\]'"
+        UsageError,
+        match=rf"--data '{data}'.* needs .*; run pip install 'apollo-optax\[examples\]'",
     ):
         list(sources.open_source("--data", data))
 
@@ -370,7 +431,9 @@ except UsageError as error:
     print(error)
 """
     (line,) = run(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert line.startswith("--data 'hf:allenai/c4/en' cannot be read (Couldn't reach 'allenai/c4' on the Hub")
+    assert line.startswith(
+        "--data 'hf:allenai/c4/en' cannot be read (Couldn't reach 'allenai/c4' on the Hub"
+    )
     assert "check the name, the network" in line
 
 
@@ -380,7 +443,9 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write("stdlib/os.py", "import sys\n")
     (folder / "packages").mkdir()
     monkeypatch.setattr(sources, "stdlib_folder", lambda: folder / "stdlib")
-    monkeypatch.setattr(sources, "site_folders", lambda: {"purelib": folder / "packages"})
+    monkeypatch.setattr(
+        sources, "site_folders", lambda: {"purelib": folder / "packages"}
+    )
     return folder / "packages"
 
 
@@ -394,7 +459,10 @@ def test_python_has_each_text_and_each_opening_comment_once(installed: Path) -> 
     write("packages/a/only_comment.py", "# Nothing to see.\n")
     write("packages/a/empty.py", "")
     write("packages/a/notes.txt", "not Python")
-    documents = {document.name: document.text for document in sources.open_source("--data", "python")}
+    documents = {
+        document.name: document.text
+        for document in sources.open_source("--data", "python")
+    }
     assert documents == {
         "stdlib/os.py": "import sys\n",
         "purelib/a/one.py": LICENCE + "one = 1\n",
@@ -414,7 +482,9 @@ def test_the_fingerprint_of_python_follows_its_files(installed: Path) -> None:
 
 
 def test_an_opening_comment_ends_with_the_first_line_of_code() -> None:
-    opening, body = sources.split_opening_comment("#!/bin/python\n\n# Note.\nx = 1  # One.\n# Two.\n")
+    opening, body = sources.split_opening_comment(
+        "#!/bin/python\n\n# Note.\nx = 1  # One.\n# Two.\n"
+    )
     assert opening == "#!/bin/python\n\n# Note.\n"
     assert body == "x = 1  # One.\n# Two.\n"
     assert sources.split_opening_comment('"""Doc."""\n')[0] == ""

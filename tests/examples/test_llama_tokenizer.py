@@ -10,7 +10,10 @@ import tokenizers
 from examples.llama import tokenizer
 from examples.llama.usage import UsageError
 
-TEXTS = ["def spam(x):\n    return x + 1\n" * 5, "grüße from the spam factory, spam spam\n" * 3]
+TEXTS = [
+    "def spam(x):\n    return x + 1\n" * 5,
+    "grüße from the spam factory, spam spam\n" * 3,
+]
 SPECIAL = "<|end_of_text|>"
 
 
@@ -61,7 +64,9 @@ def test_given_tokenizer_encodes_whole_texts_and_adds_nothing(tmp_path: Path) ->
     raw.save(str(folder / "tokenizer.json"))
     encoder = tokenizer.load_tokenizer(str(folder), 400)
     (row,) = encoder.encode([text])
-    assert encoder.tokenizer.decode(row[:-1].tolist(), skip_special_tokens=False) == text
+    assert (
+        encoder.tokenizer.decode(row[:-1].tolist(), skip_special_tokens=False) == text
+    )
     assert row.tolist().count(encoder.end_id) == 1
 
 
@@ -77,21 +82,31 @@ def test_file_and_folder_name_the_same_tokenizer(tmp_path: Path) -> None:
     ("specials", "config", "end"),
     [
         (["</s>", "<|eot|>"], {"eos_token": "<|eot|>"}, "<|eot|>"),
-        (["</s>", "<|eot|>"], {"eos_token": {"content": "<|eot|>", "lstrip": False}}, "<|eot|>"),
+        (
+            ["</s>", "<|eot|>"],
+            {"eos_token": {"content": "<|eot|>", "lstrip": False}},
+            "<|eot|>",
+        ),
         (["</s>", "<|eot|>"], {"eos_token": None}, "</s>"),
         (["<s>", "</s>"], {}, "</s>"),
         (["<eos>", "<|end_of_text|>"], {}, "<|end_of_text|>"),
     ],
 )
-def test_end_token(tmp_path: Path, specials: list[str], config: dict[str, object], end: str) -> None:
-    encoder = tokenizer.load_tokenizer(str(write_tokenizer(tmp_path, *specials, **config)), 400)
+def test_end_token(
+    tmp_path: Path, specials: list[str], config: dict[str, object], end: str
+) -> None:
+    encoder = tokenizer.load_tokenizer(
+        str(write_tokenizer(tmp_path, *specials, **config)), 400
+    )
     assert encoder.tokenizer.id_to_token(encoder.end_id) == end
 
 
 def test_hub_tokenizer_is_read_from_the_cache_without_a_network(tmp_path: Path) -> None:
     cached = tmp_path / "models--meta-llama--Llama-3.2-1B"
     commit = "4e20de362430cd3b72f300e6b0f18e50e7166e08"
-    write_tokenizer(cached / "snapshots" / commit, SPECIAL, "<|eot_id|>", eos_token="<|eot_id|>")
+    write_tokenizer(
+        cached / "snapshots" / commit, SPECIAL, "<|eot_id|>", eos_token="<|eot_id|>"
+    )
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     code = """
@@ -106,7 +121,11 @@ except UsageError as error:
 """
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     end, refusal = done.stdout.splitlines()
     assert end == "<|eot_id|>"
@@ -130,36 +149,52 @@ def test_ids_with_gaps_count_by_the_largest(tmp_path: Path) -> None:
     fields = json.loads((folder / "tokenizer.json").read_text())
     fields["model"]["vocab"]["spam!"] = 900
     (folder / "tokenizer.json").write_text(json.dumps(fields))
-    with pytest.raises(UsageError, match="has 901 tokens and the model's vocabulary is 400"):
+    with pytest.raises(
+        UsageError, match="has 901 tokens and the model's vocabulary is 400"
+    ):
         tokenizer.load_tokenizer(str(folder), 400)
 
 
 def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
     for name in (str(tmp_path / "tokenizer.json"), "my.json", "a/b/c"):
-        with pytest.raises(UsageError, match=f"--tokenizer '{name}' does not exist; give a tokenizer.json"):
+        with pytest.raises(
+            UsageError,
+            match=f"--tokenizer '{name}' does not exist; give a tokenizer.json",
+        ):
             tokenizer.load_tokenizer(name, 400)
-    with pytest.raises(UsageError, match="has no tokenizer.json; write one with transformers"):
+    with pytest.raises(
+        UsageError, match="has no tokenizer.json; write one with transformers"
+    ):
         tokenizer.load_tokenizer(str(tmp_path), 400)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"model": 1}'])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UsageError, match=r"--tokenizer .*tokenizer.json is no tokenizer \(.*\); give a"):
+    with pytest.raises(
+        UsageError, match=r"--tokenizer .*tokenizer.json is no tokenizer \(.*\); give a"
+    ):
         tokenizer.load_tokenizer(str(tmp_path), 400)
 
 
 def test_bad_end_tokens_are_refused(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, "<fin>")
     with pytest.raises(
-        UsageError, match=r"has none of <\|end\|>, .* to end a document with; name its own in"
+        UsageError,
+        match=r"has none of <\|end\|>, .* to end a document with; name its own in",
     ):
         tokenizer.load_tokenizer(str(folder), 400)
     config = folder / "tokenizer_config.json"
     config.write_text('{"eos_token": "</s>"}')
-    with pytest.raises(UsageError, match="has no token '</s>', the eos_token of .*; correct one of them"):
+    with pytest.raises(
+        UsageError,
+        match="has no token '</s>', the eos_token of .*; correct one of them",
+    ):
         tokenizer.load_tokenizer(str(folder), 400)
     for content in ("{", "[]", '{"eos_token": {}}'):
         config.write_text(content)
-        with pytest.raises(UsageError, match="tokenizer_config.json holds no JSON object of a tokenizer"):
+        with pytest.raises(
+            UsageError,
+            match="tokenizer_config.json holds no JSON object of a tokenizer",
+        ):
             tokenizer.load_tokenizer(str(folder), 400)

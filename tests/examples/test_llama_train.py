@@ -50,11 +50,15 @@ def test_micro_batches_make_the_step_of_the_whole_batch(small: LlamaConfig) -> N
         parts, metrics = stepped(small, state, accumulate=accumulate)
         np.testing.assert_allclose(metrics, whole_metrics, rtol=1e-5)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), rtol=1e-4),
+            lambda a, b: np.testing.assert_allclose(
+                a, b, atol=1e-4 * np.abs(b).max(), rtol=1e-4
+            ),
             parts,
             whole,
         )
-    moved = jnp.abs(whole.params["lm_head"]["kernel"] - state.params["lm_head"]["kernel"]).max()
+    moved = jnp.abs(
+        whole.params["lm_head"]["kernel"] - state.params["lm_head"]["kernel"]
+    ).max()
     assert float(moved) > 0.01
 
 
@@ -67,8 +71,12 @@ def test_micro_batches_keep_dtypes_and_save_memory(small: LlamaConfig) -> None:
     )
 
     def temporaries(accumulate: int) -> int:
-        train_step = jax.jit(make_train_step(graphdef_of(small), tx_of(), accumulate=accumulate))
-        program = train_step.lower(initial_state(small), tokens_of(small, 32, seq=64), 1).compile()
+        train_step = jax.jit(
+            make_train_step(graphdef_of(small), tx_of(), accumulate=accumulate)
+        )
+        program = train_step.lower(
+            initial_state(small), tokens_of(small, 32, seq=64), 1
+        ).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(16) < temporaries(1) / 4
@@ -78,17 +86,23 @@ def test_gradient_norm_is_of_all_parameters(small: LlamaConfig) -> None:
     state = initial_state(small)
     _, metrics = stepped(small, state)
     after, _ = make_train_step(graphdef_of(small), optax.sgd(1.0))(
-        TrainState(jax.tree.map(jnp.copy, state.params), optax.sgd(1.0).init(state.params)),
+        TrainState(
+            jax.tree.map(jnp.copy, state.params), optax.sgd(1.0).init(state.params)
+        ),
         tokens_of(small, 8),
         1,
     )
     moved = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, after.params)
-    assert float(metrics.grad_norm) == pytest.approx(float(optax.tree.norm(moved)), rel=1e-4)
+    assert float(metrics.grad_norm) == pytest.approx(
+        float(optax.tree.norm(moved)), rel=1e-4
+    )
 
 
 def test_a_step_that_is_not_finite_is_skipped_whole(small: LlamaConfig) -> None:
     state = initial_state(small)
-    state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[3].set(jnp.nan)
+    state.params["final_norm"]["scale"] = (
+        state.params["final_norm"]["scale"].at[3].set(jnp.nan)
+    )
     skipped, metrics = stepped(small, state, skip_nonfinite=True)
     assert not np.isfinite(metrics.grad_norm)
     jax.tree.map(np.testing.assert_array_equal, skipped, state)
@@ -109,6 +123,10 @@ def test_skipping_changes_no_step_that_is_finite(small: LlamaConfig) -> None:
 def test_the_state_is_updated_in_place(small: LlamaConfig) -> None:
     state = initial_state(small)
     train_step = make_train_step(graphdef_of(small), tx_of())
-    program = jax.jit(train_step, donate_argnums=0).lower(state, tokens_of(small, 8), 1).compile()
+    program = (
+        jax.jit(train_step, donate_argnums=0)
+        .lower(state, tokens_of(small, 8), 1)
+        .compile()
+    )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes == size

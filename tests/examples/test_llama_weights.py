@@ -1,4 +1,6 @@
-"""Weights in bfloat16, int8 and host memory, and the layer-wise step, as a run has them."""
+"""Weights in bfloat16, int8 and host memory, and the layer-wise step, as a run has
+them.
+"""
 
 import dataclasses
 import json
@@ -31,7 +33,18 @@ from examples.llama.weights import Storage
 from examples.llama.windows import validation_batches
 from tests.examples.test_llama_cli import exits_with_message, interrupting, losses
 
-RESUMED = ["--batch", "4", "--seq", "16", "--steps", "12", "--checkpoint-every", "4", "--resume", "auto"]
+RESUMED = [
+    "--batch",
+    "4",
+    "--seq",
+    "16",
+    "--steps",
+    "12",
+    "--checkpoint-every",
+    "4",
+    "--resume",
+    "auto",
+]
 INT8 = ["--weights", "int8", "--layerwise"]
 
 
@@ -41,7 +54,11 @@ def is_quantized(leaf: Any) -> bool:
 
 def kernels(params: Any) -> list[Any]:
     layers = params["layers"]
-    return [layers[part][name]["kernel"] for part in ("attention", "mlp") for name in layers[part]]
+    return [
+        layers[part][name]["kernel"]
+        for part in ("attention", "mlp")
+        for name in layers[part]
+    ]
 
 
 def assert_same_numbers(a: jax.Array, b: jax.Array) -> None:
@@ -50,42 +67,58 @@ def assert_same_numbers(a: jax.Array, b: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("execution", [Execution(), Execution(param_dtype="bfloat16")])
-def test_a_layer_and_the_ends_are_drawn_as_all_are(small: LlamaConfig, execution: Execution) -> None:
+def test_a_layer_and_the_ends_are_drawn_as_all_are(
+    small: LlamaConfig, execution: Execution
+) -> None:
     whole = init_params(small, execution, seed=3)
     layers = whole.pop("layers")
-    jax.tree.map(np.testing.assert_array_equal, init_ends(small, execution, seed=3), whole)
+    jax.tree.map(
+        np.testing.assert_array_equal, init_ends(small, execution, seed=3), whole
+    )
     for index in range(small.num_layers):
         drawn = jax.jit(lambda i: init_layer(small, execution, i, seed=3))(index)
         jax.tree.map(
-            np.testing.assert_array_equal, drawn, jax.tree.map(lambda x, i=index: x[i : i + 1], layers)
+            np.testing.assert_array_equal,
+            drawn,
+            jax.tree.map(lambda x, i=index: x[i : i + 1], layers),
         )
 
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("int8", [False, True])
-def test_storage_is_filled_a_layer_at_a_time(small: LlamaConfig, int8: bool, offload: bool) -> None:
+def test_storage_is_filled_a_layer_at_a_time(
+    small: LlamaConfig, int8: bool, offload: bool
+) -> None:
     storage = Storage(make_mesh("data=1"), int8=int8, offload=offload)
     whole = init_params(small, seed=1)
     rest = {name: leaf for name, leaf in whole.items() if name != "layers"}
     filled = storage.filled(
-        jax.eval_shape(lambda: whole), rest, lambda i: jax.tree.map(lambda x: x[i : i + 1], whole["layers"])
+        jax.eval_shape(lambda: whole),
+        rest,
+        lambda i: jax.tree.map(lambda x: x[i : i + 1], whole["layers"]),
     )
     abstract = storage.abstract(jax.eval_shape(lambda: whole))
     assert jax.tree.structure(filled) == jax.tree.structure(abstract)
-    for leaf, expected in zip(jax.tree.leaves(filled), jax.tree.leaves(abstract), strict=True):
+    for leaf, expected in zip(
+        jax.tree.leaves(filled), jax.tree.leaves(abstract), strict=True
+    ):
         assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
         assert leaf.sharding.memory_kind == (expected.sharding.memory_kind or "device")
     for kept, kernel in zip(kernels(filled), kernels(whole), strict=True):
         if int8:
             kernel = quantize(kernel, axis=-2)
-            np.testing.assert_array_equal(kept.scale, kernel.scale.astype(kept.scale.dtype))
+            np.testing.assert_array_equal(
+                kept.scale, kernel.scale.astype(kept.scale.dtype)
+            )
             kept, kernel = kept.qvalue, kernel.qvalue
         assert kept.sharding.memory_kind == ("pinned_host" if offload else "device")
         np.testing.assert_array_equal(kept, kernel)
     jax.tree.map(np.testing.assert_array_equal, filled["lm_head"], whole["lm_head"])
 
 
-def run_options(**settings: Any) -> tuple[RunOptions, LlamaConfig, optax.GradientTransformation]:
+def run_options(
+    **settings: Any,
+) -> tuple[RunOptions, LlamaConfig, optax.GradientTransformation]:
     options = RunOptions(out=Path("nowhere"), batch=2, seq=16, steps=20, **settings)
     config = build.model_config(options)
     options = with_defaults(options, config)
@@ -99,7 +132,9 @@ def stepped(options: RunOptions, config: LlamaConfig, tx: Any, steps: int = 4) -
     step = build.training_step(options, config, tx, mesh)
     seen = []
     for number in range(1, steps + 1):
-        tokens = jax.random.randint(jax.random.key(number), (2, 17), 0, config.vocab_size)
+        tokens = jax.random.randint(
+            jax.random.key(number), (2, 17), 0, config.vocab_size
+        )
         state, metrics = step(state, tokens, number)
         seen.append(float(metrics.loss))
     return state, seen
@@ -107,7 +142,11 @@ def stepped(options: RunOptions, config: LlamaConfig, tx: Any, steps: int = 4) -
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, pytest.param({"weights": "bfloat16"}, marks=pytest.mark.slow), {"weights": "int8"}],
+    [
+        {},
+        pytest.param({"weights": "bfloat16"}, marks=pytest.mark.slow),
+        {"weights": "int8"},
+    ],
     ids=["float32", "bfloat16", "int8"],
 )
 @pytest.mark.usefixtures("tiny_is_small")
@@ -135,16 +174,21 @@ def test_int8_checkpoints(tmp_path: Path, offload: str | None) -> None:
         checkpoints.save(1, state, {})
         checkpoints.wait()
         options = run_options(weights="int8", layerwise=True, offload=offload)[0]
-        restored = checkpoints.restore_newest(build.abstract_state(options, config, tx, make_mesh("data=1")))
+        restored = checkpoints.restore_newest(
+            build.abstract_state(options, config, tx, make_mesh("data=1"))
+        )
     assert restored is not None
     for a, b in zip(kernels(restored.state.params), kernels(state.params), strict=True):
         jax.tree.map(assert_same_numbers, a, b)
         assert a.qvalue.sharding.memory_kind == ("pinned_host" if offload else "device")
-    jax.tree.map(np.testing.assert_array_equal, restored.state.opt_state, state.opt_state)
+    jax.tree.map(
+        np.testing.assert_array_equal, restored.state.opt_state, state.opt_state
+    )
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["apollo-mini", "muon", pytest.param("adafactor", marks=pytest.mark.slow)]
+    "optimizer",
+    ["apollo-mini", "muon", pytest.param("adafactor", marks=pytest.mark.slow)],
 )
 def test_a_run_may_change_its_step_at_a_checkpoint(
     optimizer: str, out: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,16 +196,25 @@ def test_a_run_may_change_its_step_at_a_checkpoint(
     args = ["--optimizer", optimizer, *RESUMED]
     pretrain.main(["--out", str(out / "straight"), *args])
     with monkeypatch.context() as patch:
-        patch.setattr(data, "train_loader", interrupting(data.train_loader, at=7, by=KeyboardInterrupt))
+        patch.setattr(
+            data,
+            "train_loader",
+            interrupting(data.train_loader, at=7, by=KeyboardInterrupt),
+        )
         with pytest.raises(SystemExit):
             pretrain.main(["--out", str(out / "changed"), *args])
     pretrain.main(["--out", str(out / "changed"), *args, "--layerwise"])
     changed, straight = (losses(out / name) for name in ("changed", "straight"))
     assert [step for step, _ in changed] == [step for step, _ in straight]
     np.testing.assert_allclose(
-        [loss for _, loss in changed if loss], [loss for _, loss in straight if loss], rtol=1e-5
+        [loss for _, loss in changed if loss],
+        [loss for _, loss in straight if loss],
+        rtol=1e-5,
     )
-    norms = [[row["grad_norm"] for row in run_log.read_metrics(out / n)] for n in ("changed", "straight")]
+    norms = [
+        [row["grad_norm"] for row in run_log.read_metrics(out / n)]
+        for n in ("changed", "straight")
+    ]
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
 
 
@@ -171,11 +224,17 @@ def test_an_int8_run_trains_resumes_and_is_exported(
     args = [*INT8, *RESUMED, "--lr", "0.02", "--lr-embeddings", "0.02"]
     pretrain.main(["--out", str(out / "straight"), *args])
     with monkeypatch.context() as patch:
-        patch.setattr(data, "train_loader", interrupting(data.train_loader, at=7, by=KeyboardInterrupt))
+        patch.setattr(
+            data,
+            "train_loader",
+            interrupting(data.train_loader, at=7, by=KeyboardInterrupt),
+        )
         with pytest.raises(SystemExit):
             pretrain.main(["--out", str(out / "cut"), *args])
     pretrain.main(["--out", str(out / "cut"), *args])
-    assert losses(out / "cut") == losses(out / "straight")  # So rounding goes by the step.
+    assert losses(out / "cut") == losses(
+        out / "straight"
+    )  # So rounding goes by the step.
     rows = run_log.read_metrics(out / "straight")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
 
@@ -188,15 +247,25 @@ def test_an_int8_run_trains_resumes_and_is_exported(
     computed = Execution(param_dtype="bfloat16", compute_dtype="bfloat16")
     loss = make_evaluator(pieces_of(small, computed), held_out)(params)
     assert loss == pytest.approx(rows[-1]["val_loss"], abs=1e-3)
-    assert json.loads((exported / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (
+        json.loads((exported / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    )
     # And back: what was int8 is int8 of the same values.
-    pretrain.main(["--out", str(out / "tuned"), *INT8, "--init-from", str(exported), *RESUMED])
-    assert run_log.read_metrics(out / "tuned")[0]["loss"] == pytest.approx(rows[-1]["loss"], abs=0.3)
+    pretrain.main(
+        ["--out", str(out / "tuned"), *INT8, "--init-from", str(exported), *RESUMED]
+    )
+    assert run_log.read_metrics(out / "tuned")[0]["loss"] == pytest.approx(
+        rows[-1]["loss"], abs=0.3
+    )
 
 
 def test_stochastic_rounding_is_a_function_of_seed_and_step(out: Path) -> None:
     args = ["--weights", "bfloat16", *RESUMED]
-    for name, more in {"a": [], "b": ["--layerwise"], "c": ["--rounding", "nearest"]}.items():
+    for name, more in {
+        "a": [],
+        "b": ["--layerwise"],
+        "c": ["--rounding", "nearest"],
+    }.items():
         pretrain.main(["--out", str(out / name), *args, *more])
     assert losses(out / "a") == losses(out / "b")
     assert losses(out / "a") != losses(out / "c")
@@ -210,7 +279,9 @@ def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
     # The steps start from one state, so that they differ in nothing but the rounding.
     initial = build.initial_state(options, config, tx, mesh)
     steps = {
-        seed: build.training_step(dataclasses.replace(options, seed=seed), config, tx, mesh)
+        seed: build.training_step(
+            dataclasses.replace(options, seed=seed), config, tx, mesh
+        )
         for seed in (0, 1)
     }
     tokens = jax.random.randint(jax.random.key(0), (2, 17), 0, config.vocab_size)
@@ -237,9 +308,15 @@ def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
         (["--layerwise", "--offload", ""], ["--offload ''", "weights"]),
         (["--layerwise", "--offload", "weights,weights"], ["names weights twice"]),
         (["--layerwise", "--offload", "weights"], ["--offload weights", "cpu"]),
-        (["--layerwise", "--accumulate", "2"], ["--accumulate 2", "--layerwise", "--batch"]),
+        (
+            ["--layerwise", "--accumulate", "2"],
+            ["--accumulate 2", "--layerwise", "--batch"],
+        ),
         (["--layerwise", "--on-nonfinite", "skip"], ["--on-nonfinite skip", "limiter"]),
-        (["--layerwise", "--optimizer", "galore"], ["--layerwise", "--optimizer galore"]),
+        (
+            ["--layerwise", "--optimizer", "galore"],
+            ["--layerwise", "--optimizer galore"],
+        ),
         (["--rounding", "stochastic"], ["--rounding stochastic", "float32"]),
         ([*INT8, "--rounding", "nearest"], ["--rounding nearest", "int8"]),
         (["--rounding", "up"], ["--rounding 'up'", "nearest"]),
@@ -254,14 +331,20 @@ def test_what_cannot_be_is_one_line(
     assert not out.exists()
 
 
-def test_other_weights_are_another_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_weights_are_another_run(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretrain.main(["--out", str(out), *RESUMED])
-    message = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED, *INT8], capsys)
+    message = exits_with_message(
+        pretrain.main, ["--out", str(out), *RESUMED, *INT8], capsys
+    )
     assert "weights: float32 -> int8" in message
 
 
 def test_moments_in_bfloat16() -> None:
     _, config, tx = run_options(optimizer="adamw", moment_dtype="bfloat16")
-    shapes = jax.eval_shape(tx.init, jax.eval_shape(lambda: init_params(config, seed=0)))
+    shapes = jax.eval_shape(
+        tx.init, jax.eval_shape(lambda: init_params(config, seed=0))
+    )
     moments = [leaf for leaf in jax.tree.leaves(shapes) if leaf.ndim]
     assert {leaf.dtype for leaf in moments} == {jnp.dtype("bfloat16")}
