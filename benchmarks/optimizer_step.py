@@ -1,12 +1,14 @@
-"""One step of each optimizer, timed side by side: python -m benchmarks.optimizer_step.
+"""One step of each optimizer, timed side by side.
+
+Run it with `python -m benchmarks.optimizer_step`.
 
 A step is `update` and `apply_updates` in one jitted program that donates parameters and
 state, over the real shapes of a LLaMA's kernels (attention and MLP of all layers;
 embeddings, head and norms have Adam whatever the optimizer, and are left out). The
 optimizers take turns, a block of steps each, so that other load on the machine meets
 all of them, and so does a large copy, which gives the machine's bandwidth. Each is
-compared with its floor: the time to move the bytes that it must, at that bandwidth. On a GPU,
-`python -m benchmarks.gpu step` times the same contenders.
+compared with its floor: the time to move the bytes that it must, at that bandwidth. On
+a GPU, `python -m benchmarks.gpu step` times the same contenders.
 """
 
 import dataclasses
