@@ -1,8 +1,10 @@
-"""What optimizers send between devices and hold on each: python -m benchmarks.collectives.
+"""What optimizers send between devices and what each device stores.
+
+Run it with `python -m benchmarks.collectives`.
 
 The step from gradients to new weights is compiled for TPU topologies that need not be
-there, and nothing is run. Gradients come cut as the weights are, as a reduce-scatter
-over the data leaves them, so that all that is sent is sent for the optimizer's sake.
+attached, and nothing is run. Gradients are sharded as the weights are, as a
+reduce-scatter over the data leaves them, so the optimizer alone causes all traffic.
 Bytes are of one device; benchmarks/hlo.py says how those sent are counted.
 """
 
@@ -42,19 +44,27 @@ from examples.llama.target import (
 from examples.llama.train import TrainState
 from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
 
-CAPTION = """\
-MB (1e6 bytes) that each device sends in an optimizer step, and holds of the optimizer's state, by the number
-of devices. {cut}. Weights and gradients in bfloat16, moments in float32; rank {rank} for apollo and galore;
-embeddings and head with Adam. Of an array of B bytes, each of k devices sends 2 (k - 1) / k B in an
-all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B in a permute. For TPUs, an SVD
-is compiled as something else that needs and gives whole matrices on each device. *: too large for the chip's
-memory, so compiled for v5p."""
+CAPTION = (
+    "MB (1e6 bytes) that each device sends in an optimizer step, and holds of the "
+    "optimizer's state, by the number\n"
+    "of devices. {cut}. Weights and gradients in bfloat16, moments in float32; rank "
+    "{rank} for apollo and galore;\n"
+    "embeddings and head with Adam. Of an array of B bytes, each of k devices sends 2 "
+    "(k - 1) / k B in an\n"
+    "all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B in "
+    "a permute. For TPUs, an SVD\n"
+    "is compiled as something else that needs and gives whole matrices on each device. "
+    "*: too large for the chip's\n"
+    "memory, so compiled for v5p."
+)
 CUTS = {
     "trainer": (
-        "Matrices are cut as by `--mesh fsdp=N`, layers' along APOLLO's channels where "
-        "N divides them"
+        "Matrices are cut as by `--mesh fsdp=N`, "
+        "layers' along APOLLO's channels where N divides them"
     ),
-    "contracted": "The layers' matrices are cut along the side that APOLLO projects away",
+    "contracted": (
+        "The layers' matrices are cut along the side that APOLLO projects away"
+    ),
 }
 TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 
@@ -104,9 +114,10 @@ class Options:
 class Cost:
     """Of one optimizer step, in bytes of one device."""
 
-    held: int  # In the optimizer's state.
-    sent: float  # At most steps.
-    # At those that compute projections anew; infinite where not known.
+    held: int  # Bytes of the optimizer's state.
+    sent: float  # Bytes sent at most steps.
+    # Bytes sent at the steps that compute projections anew. They are infinite if
+    # unknown.
     sent_at_refresh: float
     fits: bool = True  # If not, it was compiled for as many larger chips.
 
@@ -178,13 +189,19 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
 
 
 def compiles_svds(target: str) -> bool:
-    """Whether compiling SVDs of matrices of thousands of rows comes to an end: for TPUs, not in hours."""
+    """Whether the target's compiler finishes SVDs of matrices of thousands of rows.
+
+    For TPUs, it does not finish within hours.
+    """
     return target == "cpu"
 
 
 @contextmanager
 def no_svds(mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """Has something in the place of SVDs that needs and gives the same: whole matrices on each device."""
+    """Replaces SVDs with a function that gathers whole matrices as an SVD does.
+
+    An SVD needs its matrix replicated on each device and gives replicated results.
+    """
 
     def everywhere(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(
@@ -221,7 +238,10 @@ def cost(run: RunOptions, target: str, devices: int, cut: str = "trainer") -> Co
 
 
 def answer() -> None:
-    """Answers :func:`cost` in the process that it starts: from stdin, in the last line of stdout."""
+    """Answers :func:`cost` in the process that it starts.
+
+    The question comes from stdin. The answer is the last line of stdout.
+    """
     print(json.dumps(dataclasses.asdict(compiled_cost(*pickle.load(sys.stdin.buffer)))))
 
 

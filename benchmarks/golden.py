@@ -1,4 +1,4 @@
-"""The golden trajectories in tests/data, replayed; tests/data/README.md describes them."""
+"""Replays the golden trajectories in tests/data, which its README.md describes."""
 
 import json
 from pathlib import Path

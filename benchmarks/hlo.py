@@ -60,11 +60,11 @@ class Collective:
     """One array that a partitioned program's devices reduce, gather or exchange."""
 
     kind: str  # One of KINDS.
-    dtype: str  # As HLO writes it: "bf16".
-    # Of the whole: what is reduced, what is gathered, what each device exchanges.
+    dtype: str  # The name that HLO gives it, as "bf16".
+    # The shape of the whole array that is reduced, gathered or exchanged.
     shape: tuple[int, ...]
     group_size: int  # How many devices take part together.
-    # How often it runs; infinity in a loop of which XLA does not know.
+    # How often it runs. It is infinite in a loop of a length unknown to XLA.
     times: float = 1
 
     @property
@@ -73,7 +73,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each device sends, all times together; by the module's docstring."""
+        """Bytes that each device sends in all `times`, by the module's docstring."""
         share = (self.group_size - 1) / self.group_size
         factors = {
             "all-reduce": 2 * share,
@@ -110,7 +110,10 @@ def launches(program: str) -> float:
 
 
 def drawn_words(program: str) -> int:
-    """Returns the size of the largest array of 32-bit words, which random numbers are made of."""
+    """Returns the size of the largest array of 32-bit words.
+
+    Random numbers are made of such words.
+    """
     return max(
         (math.prod(shape) for dtype, shape in _arrays(program) if dtype == "u32"),
         default=0,
@@ -126,7 +129,10 @@ def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _bits(dtype: str) -> int:
-    """The bits of an element type by its name, as bf16, s4 or f8e4m3fn; pred takes a byte."""
+    """The bits of an element type by its name, as bf16, s4 or f8e4m3fn.
+
+    pred takes a byte.
+    """
     found = re.match(r"[a-z]+(\d+)", dtype)
     return int(found[1]) if found else 8
 
@@ -134,7 +140,7 @@ def _bits(dtype: str) -> int:
 class _Program:
     def __init__(self, text: str, rare: bool) -> None:
         self._rare = rare
-        # Result, opcode, rest of the line.
+        # Each instruction is a result, an opcode and the rest of its line.
         self._computations: dict[str, list[tuple[str, str, str]]] = {}
         self._entry = name = ""
         for line in text.splitlines():
@@ -151,7 +157,8 @@ class _Program:
         for result, opcode, rest in self._computations[name]:
             if opcode.removesuffix("-start") in KINDS:
                 found = _collectives(result, opcode, rest)
-                # Of TPUs: an all-reduce of which each device keeps its part, so that no more is sent.
+                # On TPUs, this is an all-reduce of which each device keeps its shard.
+                # It sends no more than a reduce-scatter.
                 kept = opcode == "all-reduce" and name.startswith("all-reduce-scatter")
                 yield from (
                     dataclasses.replace(each, kind="reduce-scatter") if kept else each
@@ -206,7 +213,8 @@ def _collectives(result: str, opcode: str, rest: str) -> list[Collective]:
     """Those of one instruction, which may combine several."""
     arrays, group_size = _arrays(result), _group_size(rest)
     if opcode in ("all-gather-start", "collective-permute-start"):
-        # A tuple of the operands, the results, and scalars by which the end knows its start.
+        # The result is a tuple of the operands, the results, and scalars by which the
+        # end knows its start.
         arrays = [array for array in arrays if array != ("u32", ())]
         arrays = arrays[len(arrays) // 2 :]
     if opcode == "reduce-scatter":  # Its result is a part of what is reduced.
@@ -220,7 +228,7 @@ def _collectives(result: str, opcode: str, rest: str) -> list[Collective]:
 
 
 def _group_size(rest: str) -> int:
-    """The number of devices in a replica group, in any of the forms in which HLO writes the groups."""
+    """The number of devices in a replica group, in any of the forms of HLO."""
     if "source_target_pairs=" in rest:
         return 2
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):

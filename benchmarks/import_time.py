@@ -1,4 +1,6 @@
-"""What `import apollo_optax` costs over `import optax`: python -m benchmarks.import_time.
+"""What `import apollo_optax` costs over `import optax`.
+
+Run it with `python -m benchmarks.import_time`.
 
 Fresh interpreters, the two in turn; medians of the wall time of each import statement.
 """
@@ -19,7 +21,7 @@ class ImportTimes(NamedTuple):
 
     ours: float
     optax: float
-    ratio: float  # Of the two in a round.
+    ratio: float  # The ratio of the two times within a round.
 
 
 def seconds(module: str) -> float:
@@ -27,7 +29,8 @@ def seconds(module: str) -> float:
         f"import time; t = time.perf_counter(); import {module}; "
         "print(time.perf_counter() - t)"
     )
-    # pip has compiled optax to bytecode; a checkout is compiled by its first import, where that is allowed.
+    # pip has compiled optax to bytecode. A checkout is compiled by its first import, if
+    # bytecode may be written.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -44,7 +47,7 @@ def seconds(module: str) -> float:
 
 
 def measure(rounds: int = ROUNDS) -> ImportTimes:
-    # Reads the files into the system's cache and compiles what is not.
+    # This import reads the files into the system's cache and compiles missing bytecode.
     seconds("apollo_optax")
     pairs = []
     for number in range(rounds):

@@ -1,4 +1,6 @@
-"""The memory of training steps, compiled for TPUs that need not be there: python -m benchmarks.memory.
+"""The memory of training steps, compiled for TPUs that need not be attached.
+
+Run it with `python -m benchmarks.memory`.
 
 Two tables: what the paper claims and this project set out to reach, and models by
 optimizers. Numbers are of one device, in GB of 1e9 bytes, from `examples.llama.plan`. A
@@ -119,7 +121,7 @@ class Compiled:
 
 
 def step_of(model: str, optimizer: str, **options: Any) -> PlanOptions:
-    """Returns a run at the smallest batch in bfloat16, with APOLLO's moments in it too."""
+    """Returns a run at the smallest batch, with weights and moments in bfloat16."""
     default = {
         "batch": 1,
         "seq": 256,
@@ -142,7 +144,7 @@ class Goal(NamedTuple):
     what: str
     paper: str
     goal: str
-    # What was measured, and whether it meets the goal.
+    # Returns what was measured, and whether it meets the goal.
     outcome: Callable[[Compiled], tuple[str, bool]]
 
 
@@ -169,7 +171,7 @@ def below_with_host(
     host_limit: float | None,
     options: PlanOptions,
 ) -> Callable[[Compiled], tuple[str, bool]]:
-    """Goals for the device, and for the host: in multiples of the weights it keeps, or in GB."""
+    """Goals for the device, and for the host in multiples of its weights or in GB."""
 
     def outcome(compiled: Compiled) -> tuple[str, bool]:
         memory = compiled.plan(options)
@@ -191,7 +193,7 @@ def below_with_host(
 
 
 def more_sequences(times: float, fit: str) -> Callable[[Compiled], tuple[str, bool]]:
-    """A goal of APOLLO-Mini's largest batch, layer-wise, over that of AdamW's ordinary step."""
+    """A goal: layer-wise APOLLO-Mini's largest batch over that of ordinary AdamW."""
 
     def outcome(compiled: Compiled) -> tuple[str, bool]:
         theirs = compiled.largest_batch(step_of("7b", "adamw", remat="full", fit=fit))
@@ -338,7 +340,8 @@ class Variant(NamedTuple):
         return [name, self.moment_dtype, self.step, self.weights]
 
 
-# Without GaLore: over its SVDs the TPU compiler came to no end in seven minutes of one core at 130M.
+# GaLore is left out. In seven minutes of one core at 130M, the TPU compiler did not
+# finish its SVDs.
 VARIANTS = [
     Variant("adamw", "ordinary", moment_dtype="float32"),
     Variant("adamw", "ordinary"),
@@ -422,7 +425,8 @@ def report(options: Options) -> None:
                 )
                 print(models_table(compiled, pool, options.models))
         except KeyboardInterrupt:
-            # At once, and with it the compilers: the pool would wait for them.
+            # The exit must also end the compilers at once, which the pool would wait
+            # for.
             os._exit(130)
 
 

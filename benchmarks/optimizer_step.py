@@ -1,12 +1,14 @@
-"""One step of each optimizer, timed side by side: python -m benchmarks.optimizer_step.
+"""One step of each optimizer, timed side by side.
+
+Run it with `python -m benchmarks.optimizer_step`.
 
 A step is `update` and `apply_updates` in one jitted program that donates parameters and
 state, over the real shapes of a LLaMA's kernels (attention and MLP of all layers;
 embeddings, head and norms have Adam whatever the optimizer, and are left out). The
-optimizers take turns, a block of steps each, so that what else the machine does meets
-all of them, and so does a large copy, which gives the machine's bandwidth. Each is held
-against the bytes that it must move at that bandwidth: its floor. On a GPU,
-`python -m benchmarks.gpu step` times the same contenders.
+optimizers take turns, a block of steps each, so that other load on the machine meets
+all of them, and so does a large copy, which gives the machine's bandwidth. Each is
+compared with its floor: the time to move the bytes that it must, at that bandwidth. On
+a GPU, `python -m benchmarks.gpu step` times the same contenders.
 """
 
 import dataclasses
@@ -42,7 +44,7 @@ PAUSE = 0.2  # Seconds; threads of the one before may spin.
 COPY = "copy"
 # On a GPU a smaller copy would time its launch.
 COPY_BYTES = {"cpu": 2**30, "gpu": 2**32}
-IMPORT_LIMIT = 1.1  # Of `import apollo_optax` over `import optax`.
+IMPORT_LIMIT = 1.1  # The limit of `import apollo_optax` over `import optax`.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,8 @@ class Options:
         ]
 
 
-Results = dict[Setting, dict[str, Measured]]  # By the contenders' names.
+# The inner keys are the contenders' names.
+Results = dict[Setting, dict[str, Measured]]
 
 
 def contenders(setting: Setting, options: Options) -> dict[str, Contender]:
@@ -155,7 +158,10 @@ def ratio(ours: Measured, theirs: Measured) -> float | None:
 
 
 def over_floor(ours: Measured) -> float | None:
-    """Returns the time of a step over what its copy would take for the bytes that it must move."""
+    """Returns the time of a step over the time of a copy of as many bytes.
+
+    The bytes are those that the step must move.
+    """
     if ours.copy is None or (over_copy := ratio(ours, ours.copy)) is None:
         return None
     return over_copy * ours.copy.floor_bytes / ours.floor_bytes
@@ -223,7 +229,7 @@ def table(setting: Setting, results: dict[str, Measured]) -> str:
 
 
 def cells(name: str, results: dict[str, Measured]) -> list[str]:
-    """Returns the row of a contender; ratios to what is not in the results are left out."""
+    """Returns a contender's row, without ratios to what is not in the results."""
     ours = results[name]
     floor = megabytes(ours.floor_bytes)
     if ours.out_of_memory:
@@ -258,7 +264,7 @@ def megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:,.1f}"
 
 
-# None where it was not measured.
+# The outcome is None if it was not measured.
 Outcome = Callable[[dict[str, Measured]], float | None]
 
 
@@ -268,7 +274,7 @@ class Goal(NamedTuple):
     what: str
     limit: float
     place: str
-    setting: Setting  # In whichever layout.
+    setting: Setting  # The setting of the goal in any layout.
     outcome: Outcome
     layouts: tuple[str, ...] = LAYOUTS
 
@@ -365,11 +371,11 @@ def verdict(met: bool) -> str:
 def report(options: Options) -> None:
     packages = ["jax", "jaxlib", "optax"]
     if options.against_torch:
-        # JAX would take three quarters of a GPU's memory at its start.
+        # JAX would preallocate three quarters of a GPU's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         step_torch.check()
         packages += ["torch", "apollo-torch"]
-    # Compile times are of cold compilations.
+    # The compile times must be those of cold compilations.
     jax.config.update("jax_enable_compilation_cache", False)
     print(made_with(packages))
     print(

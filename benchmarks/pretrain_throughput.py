@@ -1,4 +1,6 @@
-"""Tokens a second of the example's step and of transformers: python -m benchmarks.pretrain_throughput.
+"""Tokens per second of the example's training step and of transformers.
+
+Run it with `python -m benchmarks.pretrain_throughput`.
 
 The example's step with AdamW and with APOLLO-Mini, and `transformers`' LLaMA under
 eager torch with fused AdamW, train the same shape on the same random tokens in blocks
@@ -32,7 +34,7 @@ from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
 # The first compiles, the second finds what the first left in the caches.
 WARMUP_STEPS = 2
 
-# Runs so many steps, waits for the last, returns its loss.
+# Runs the given number of steps, waits for the last, and returns its loss.
 RunSteps = Callable[[int], float]
 
 
@@ -194,12 +196,10 @@ def table(rates: dict[str, list[float]], options: Options, baseline: str | None)
     """Returns medians over the blocks; a ratio is the median of the blocks' ratios."""
     config, device = preset(options.model), jax.devices()[0]
     lines = [
-        (
-            "| step | tokens/s | fastest, slowest block | TFLOP/s | of the peak | against "
-            "torch |"
-        )
+        "| step | tokens/s | fastest, slowest block "
+        "| TFLOP/s | of the peak | against torch |",
+        "|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|")
     for name, blocks in rates.items():
         rate = statistics.median(blocks)
         flops = rate * flops_per_token(config, options.seq)
@@ -207,11 +207,12 @@ def table(rates: dict[str, list[float]], options: Options, baseline: str | None)
         share = f"{utilisation:.1%}" if utilisation else ""
         ratio = ""
         if baseline:
-            ratio = f"{statistics.median(a / b for a, b in zip(blocks, rates[baseline], strict=True)):.2f}"
+            pairs = zip(blocks, rates[baseline], strict=True)
+            ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
         spread = f"{max(blocks):,.0f}, {min(blocks):,.0f}"
         lines.append(
-            f"| {name} | {rate:,.0f} | {spread} | {flops / 1e12:.3g} | {share} | "
-            f"{ratio} |"
+            f"| {name} | {rate:,.0f} | {spread} "
+            f"| {flops / 1e12:.3g} | {share} | {ratio} |"
         )
     return "\n".join(lines)
 
@@ -250,7 +251,7 @@ def measure(options: Options) -> None:
 def main(args: list[str] | None = None) -> None:
     import tyro
 
-    # Torch needs room beside JAX, which would take three quarters of a GPU's memory at its start.
+    # Torch needs memory beside JAX, which would preallocate three quarters of a GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
     def command() -> None:

@@ -1,4 +1,6 @@
-"""Whether random signs train as well as normal entries: `python -m benchmarks.projection_quality`.
+"""Whether random signs train as well as normal entries.
+
+Run it with `python -m benchmarks.projection_quality`.
 
 Trains the tiny LLaMA with APOLLO and APOLLO-Mini on the source of Python's standard
 library, once a seed for each projection, all else equal, and prints the validation

@@ -1,4 +1,7 @@
-"""Trains the tiny LLaMA in several ways, all else equal, a run a seed, and compares perplexities."""
+"""Trains the tiny LLaMA in several ways, all else equal, and compares perplexities.
+
+Each way has one run per seed.
+"""
 
 import dataclasses
 import statistics
@@ -54,7 +57,7 @@ def table(
     results: dict[str, list[float]],
     reference: dict[str, str],
 ) -> str:
-    """Returns means, standard deviations, and how far each mean is from that of the way it is held against.
+    """Returns a table of means, standard deviations, and differences to a baseline.
 
     Args:
         options: of the runs.

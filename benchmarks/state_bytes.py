@@ -1,4 +1,6 @@
-"""Optimizer-state bytes of the paper's models, from shapes alone: python -m benchmarks.state_bytes.
+"""Optimizer-state bytes of the paper's models, from shapes alone.
+
+Run it with `python -m benchmarks.state_bytes`.
 
 Nothing is allocated: every number is read off ``jax.eval_shape`` of the optimizer's own
 ``init``.
@@ -13,7 +15,8 @@ import optax
 
 import apollo_optax
 
-# name: hidden, intermediate, layers, rank, as in the paper's tables; vocabulary 32000, untied head.
+# The values are hidden size, intermediate size, layers and rank, as in the paper's
+# tables. The vocabulary is 32000 and the head is untied.
 MODELS = {
     "60M": (512, 1376, 8, 128),
     "130M": (768, 2048, 12, 192),
@@ -28,7 +31,7 @@ VOCABULARY = 32000
 def llama(
     hidden: int, intermediate: int, layers: int
 ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """A LLaMA's parameters in bfloat16, unstacked: kernels, then embedding, head and norms."""
+    """A LLaMA's bfloat16 parameters, unstacked: kernels, embedding, head and norms."""
     kernels = dict.fromkeys("qkvo", (hidden, hidden))
     kernels |= {"gate": (hidden, intermediate), "up": (hidden, intermediate)}
     kernels |= {"down": (intermediate, hidden)}

@@ -1,4 +1,4 @@
-"""The optimizers whose steps benchmarks.optimizer_step times, and the bytes that each must move."""
+"""The optimizers that benchmarks.optimizer_step times, and the bytes each must move."""
 
 import dataclasses
 import functools
@@ -25,18 +25,24 @@ from examples.llama.optimizers import (
     path_name,
 )
 
-FEWEST_TIMES = 3  # Of a block, however slow.
-SECONDS_TOGETHER = 0.1  # Of the steps that are waited for together.
+# The fewest times that are measured in a block, however slow the step.
+FEWEST_TIMES = 3
+# The seconds of steps that are launched before the wait for them.
+SECONDS_TOGETHER = 0.1
 LEARNING_RATE = 1e-3
 GALORE_GAP = 200  # Optax's default, and the paper's.
 
 
 class Setting(NamedTuple):
-    """What is stepped: the kernels of a model's layers, without embeddings, head and norms."""
+    """The kernels that are updated: those of a model's layers only.
+
+    Embeddings, head and norms are left out.
+    """
 
     model: str
-    dtype: str  # Of weights and gradients.
-    # "unstacked": a leaf for each matrix; "stacked": a leaf for the matrices of all layers.
+    dtype: str  # The dtype of weights and gradients.
+    # "unstacked" has a leaf per matrix, "stacked" a leaf for the matrices of all
+    # layers.
     layout: str
     layers: int | None = None  # How many of the model's layers; None: all.
 
@@ -45,7 +51,10 @@ class Setting(NamedTuple):
         return self.layout == "stacked"
 
     def kernels(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shapes and dtypes by path: (L, in, out) where stacked, else L leaves of (in, out)."""
+        """Returns shapes and dtypes by path.
+
+        A stacked leaf is (L, in, out). Otherwise there are L leaves of (in, out).
+        """
         config, execution = preset(self.model), Execution(param_dtype=self.dtype)
         if self.layers is not None:
             config = dataclasses.replace(config, num_layers=self.layers)
@@ -88,10 +97,10 @@ class Method:
     refresh_every: int | None = None  # Steps from one dearer step to the next.
 
     def floor_bytes(self, kernels: dict[str, jax.ShapeDtypeStruct]) -> int:
-        """Returns the bytes that an ordinary step must move; gradients have the weights' dtype.
+        """Returns the bytes that an ordinary step must move.
 
-        With W bytes of weights and S of state that is
-        `(gradient_reads + weight_reads + 1) W + 2 S`: SGD 3 W, Adam 3 W + 2 S, and
+        Gradients have the weights' dtype. With W bytes of weights and S of state that
+        is `(gradient_reads + weight_reads + 1) W + 2 S`: SGD 3 W, Adam 3 W + 2 S, and
         APOLLO 4 W + 2 S, as a gradient must be read whole, to be projected, before the
         first number of it can be scaled.
         """
@@ -152,8 +161,8 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
             )
             for moments in ("float32", "bfloat16")
         ],
-        # Means of the squared gradient, then the size of the update by them, then the update; its
-        # size goes by that of the weights.
+        # The passes compute means of the squared gradient, the size of the scaled
+        # update, and the update. Its size is relative to that of the weights.
         "adafactor": [
             Method(
                 "adafactor",
@@ -211,7 +220,10 @@ class Measured:
     copy: "Measured | None" = None  # The large copy that was timed beside it.
 
     def amortised(self, seconds: float) -> float:
-        """Returns what a step takes if an ordinary one takes `seconds`: refreshes at their share."""
+        """Returns the mean time of a step, with refreshes at their share.
+
+        An ordinary step takes `seconds`.
+        """
         if self.refresh_every is None:
             return seconds
         share = 1 / self.refresh_every
@@ -222,7 +234,7 @@ class Measured:
 
 
 class Contender(Protocol):
-    """Something that steps; whatever it needs of the device's memory, it has only within `run_block`."""
+    """Something that steps, and uses the device's memory only within `run_block`."""
 
     measured: Measured
 
@@ -251,8 +263,7 @@ def timed(
 
     Returns:
         The time of a step as the mean of a few that are waited for together, as in
-            training: the
-        device need not idle while the next step is launched.
+        training: the device need not idle while the next step is launched.
     """
 
     def mean_of(steps: int) -> float:
@@ -290,7 +301,10 @@ class Draw:
 
 
 class OnJax:
-    """An Optax optimizer: update and apply in one program that donates parameters and state."""
+    """An Optax optimizer: one program updates and applies, and donates its arguments.
+
+    The donated arguments are the parameters and the state.
+    """
 
     def __init__(
         self, method: Method, kernels: dict[str, jax.ShapeDtypeStruct], draw: Draw
@@ -364,7 +378,8 @@ class Copy:
         self._source = jax.ShapeDtypeStruct((size // 4,), jnp.float32)
 
     def compile(self) -> None:
-        # Into memory that is there; a copy from bits to the same bits may go through one thread.
+        # The target is donated so that no memory is allocated. The negation keeps XLA
+        # from copying the bits in a single thread.
         copy = jax.jit(
             lambda target, source: -source, donate_argnums=0, keep_unused=True
         )

@@ -1,4 +1,6 @@
-"""The authors' release and torch's fused AdamW, for benchmarks.optimizer_step --against-torch.
+"""The authors' release and torch's fused AdamW, as contenders.
+
+They are for `python -m benchmarks.optimizer_step --against-torch`.
 
 The release (PyPI `apollo-torch`, under a non-commercial licence) is called as its
 README says.
@@ -25,7 +27,7 @@ from benchmarks.step_contenders import (
 )
 from examples.llama.usage import UsageError
 
-RELEASE_GAP = 200  # As in its README, and in the paper.
+RELEASE_GAP = 200  # The gap that the release's README and the paper use.
 
 
 def imported(name: str) -> Any:
@@ -56,7 +58,7 @@ def device_type() -> str:
 
 
 def check() -> None:
-    """Raises `UsageError` where the packages are not installed, or can't use JAX's device."""
+    """Raises `UsageError` if a package is missing or can't use JAX's device."""
     imported("apollo_torch")
     device_type()
 
@@ -136,7 +138,10 @@ def fused_adamw(params: list[Any], gap: int) -> Any:
 def contenders(
     setting: Setting, kernels: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, OnTorch]:
-    """Returns torch's by name; their floors are those of ours, with moments in the weights' dtype."""
+    """Returns torch's contenders by name.
+
+    Their floors are those of ours, with moments in the weights' dtype.
+    """
 
     def floor_bytes(
         make: Callable[..., Any], gradient_reads: int, **options: Any

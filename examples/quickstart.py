@@ -19,7 +19,8 @@ class Mlp(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.first = nnx.Linear(16, width, rngs=rngs)
         self.second = nnx.Linear(width, width, rngs=rngs)
-        self.head = nnx.Linear(width, 4, rngs=rngs)  # By its name an output head: Adam.
+        # The name marks an output head, which gets Adam.
+        self.head = nnx.Linear(width, 4, rngs=rngs)
 
     def __call__(self, x_BxD: jax.Array) -> jax.Array:
         return self.head(nnx.relu(self.second(nnx.relu(self.first(x_BxD)))))

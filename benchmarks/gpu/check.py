@@ -85,7 +85,7 @@ def jitted_against_eager() -> list[Outcome]:
 
 
 def largest_difference(tree: Any, other: Any) -> float:
-    """Returns the largest difference of two trees' leaves, relative to their largest entry."""
+    """Returns the largest difference of two trees, relative to their largest entry."""
 
     def difference(x: Any, y: Any) -> float:
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -133,7 +133,7 @@ def small_run(**options: Any) -> RunOptions:
 
 
 def trained(run: RunOptions, steps: int = STEPS) -> tuple[list[float], Any]:
-    """Returns the losses of some steps on random tokens, and the parameters after them."""
+    """Returns the losses of some steps on random tokens, and the final parameters."""
     config, mesh = build.model_config(run), make_mesh(run.mesh)
     tx, _ = make_optimizer(run, config)
     state = build.initial_state(run, config, tx, mesh)
@@ -237,7 +237,8 @@ def jobs(on_gpu: bool) -> list[Job]:
             for what in ("weights", "activations")
         ),
     ]
-    # What a program computes is checked, not how fast: trying kernels would take most of the time.
+    # The checks are of what a program computes, not of its speed. Trying kernels would
+    # take most of the time.
     variables = (
         {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"} if on_gpu else {}
     )

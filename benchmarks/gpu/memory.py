@@ -42,7 +42,7 @@ def peak_bytes_in_use() -> int | None:
 
 
 def trained(run: RunOptions, hlo: Path | None) -> Generator[Memory | Trained]:
-    """Yields what the compiled step plans, then what training showed; see `worker.Row`."""
+    """Yields the step's planned memory, then what training shows; see `worker.Row`."""
     config = build.model_config(run)
     build.check_offload(run)
     tx, _ = make_optimizer(run, config)

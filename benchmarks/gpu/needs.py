@@ -1,9 +1,10 @@
-"""What the parts import, so that a machine without a network can be given it beforehand."""
+"""The packages that the parts import, to prepare a machine without a network."""
 
 from importlib import metadata
 from pathlib import Path
 
-# Each distribution has the reason why it is needed. An index adds their own requirements.
+# Each distribution comes with the reason why it is needed. An index adds the
+# requirements of the distributions.
 REQUIRED = {
     "jax": "everything; on a GPU with its CUDA plugin",
     "jaxlib": "everything",
@@ -42,7 +43,7 @@ def tested() -> dict[str, str]:
 
 
 def report() -> str:
-    """Returns a line for each package: whether it is here, the version last tested, and why."""
+    """Returns a line per package: its installed and its tested version, and its use."""
     versions = tested()
     lines = ["package, installed, last tested with, needed for"]
     for packages, missing in ((REQUIRED, "MISSING"), (OPTIONAL, "missing, optional")):

@@ -1,4 +1,4 @@
-"""`step`: one step of each optimizer over 7B's kernels in bfloat16, and its floor of bytes."""
+"""`step`: one step per optimizer over 7B's kernels in bfloat16, and its byte floor."""
 
 import functools
 import importlib.util

@@ -77,7 +77,7 @@ def line(run: RunOptions, platform: str) -> Generator[tuple[float, float]]:
 
 
 def largest_batch(line: tuple[float, float], limit: float) -> int:
-    """Returns how many sequences the line has at `limit` bytes; 0 or less where none fits."""
+    """Returns the largest batch within `limit` bytes; 0 or less if none fits."""
     base, slope = line
     return int((limit - base) // slope)
 
@@ -94,7 +94,7 @@ def line_of(bench: Bench, run: RunOptions) -> tuple[float, float] | Failed:
 def measured(
     bench: Bench, case: Case, line: tuple[float, float] | Failed | None
 ) -> tuple[int, Trained | Failed]:
-    """Returns the batch and what it showed, smaller ones tried where it does not fit."""
+    """Returns the batch and its result; a batch that does not fit is made smaller."""
     variables, batch = {}, case.run.batch
     if case.limit_bytes is not None:
         if isinstance(line, Failed):

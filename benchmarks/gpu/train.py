@@ -266,7 +266,7 @@ def kept_runs(path: Path) -> dict[str, dict[str, Any]]:
 def steps_that_fit(
     bench: Bench, run: RunOptions, text: Text, rate: float, count: int
 ) -> int:
-    """Returns how many steps each of `count` runs gets, at most one pass over the text."""
+    """Returns the steps that each of `count` runs gets, at most one epoch."""
     waves = -(-count // rows_per_wave())
     seconds = (
         SHARE_OF_TIME * (bench.left() - waves * PREPARE_SECONDS) / count - RUN_SECONDS
@@ -305,7 +305,7 @@ def quality(
     rate: float,
     kept: dict[str, dict[str, Any]],
 ) -> None:
-    """Fills the second table, beginning with the runs of earlier calls, and draws the curves."""
+    """Fills the second table, earlier calls' runs first, and draws the curves."""
     base = sizes.quality
     count = len(options.seeds) * len(options.lr_factors) * len(options.optimizers)
     steps = options.steps or next(

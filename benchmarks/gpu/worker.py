@@ -1,4 +1,4 @@
-"""Rows measured in processes of their own: they prepare side by side, then measure alone."""
+"""Rows measured in separate processes, which prepare side by side and measure alone."""
 
 import contextlib
 import multiprocessing
@@ -24,11 +24,11 @@ _environment = threading.Lock()
 class Failed(NamedTuple):
     """A row without a result."""
 
-    reason: str  # As the table says it.
+    reason: str  # The table shows this text.
 
 
 class Worker:
-    """A row in a process of its own: `with Worker(row, ...) as worker: worker.ask(...)`.
+    """A row in its own process: `with Worker(row, ...) as worker: worker.ask(...)`.
 
     An allocator's limits and the compiler's flags are read once per process, and only
     the end of a process gives all of its memory back.
@@ -45,10 +45,10 @@ class Worker:
         self._process = context.Process(
             target=_serve, args=(theirs, row, args), daemon=True
         )
-        # JAX would take three quarters of a GPU at its start, and rows prepare side by side.
+        # JAX would preallocate three quarters of a GPU, and rows prepare side by side.
         with inherited({"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables}):
             self._process.start()
-        # The end of the process shows only if no one else has this end open.
+        # The end of the process shows only if no other process has this end open.
         theirs.close()
         self._failed: Failed | None = None
         self._is_asked = True  # Whether it has not answered yet.
@@ -64,7 +64,10 @@ class Worker:
         self._process.join()
 
     def prepared(self, deadline: float) -> Any:
-        """Returns what the row yields first, or `Failed`; `deadline` is by `time.monotonic`."""
+        """Returns the first value that the row yields, or `Failed`.
+
+        `deadline` is on the clock of `time.monotonic`.
+        """
         return self._receive(deadline)
 
     def ask(self, deadline: float) -> Any:
@@ -115,7 +118,7 @@ def inherited(variables: Mapping[str, str]) -> Iterator[None]:
 def _serve(connection: Any, row: Row, args: tuple[Any, ...]) -> None:
     steps = row(*args)
     with contextlib.suppress(EOFError, StopIteration):
-        # The caller is gone, or the row over.
+        # The exception means that the caller is gone or the row is over.
         while True:
             try:
                 answer = next(steps)

@@ -1,4 +1,4 @@
-"""From options to the parts of a run: model shape, text, parameters and optimizer state."""
+"""Builds the parts of a run from options: model, text, parameters, optimizer state."""
 
 import dataclasses
 import datetime
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from rich import filesize
 
+from apollo_optax import state_bytes
 from examples.llama import corpus, hf
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.mesh import make_mesh, on_every_device
@@ -27,7 +28,6 @@ from examples.llama.model import (
 )
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.partition import check_sizes, parameter_shardings, state_shardings
-from apollo_optax import state_bytes
 from examples.llama.train import (
     TrainState,
     TrainStep,
@@ -40,7 +40,10 @@ from examples.llama.windows import token_count
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
-    """Returns the shape that --model or --init-from gives; raises `UsageError` for a --seq too long."""
+    """Returns the shape that --model or --init-from gives.
+
+    Raises `UsageError` if --seq is longer than the model's context.
+    """
     if options.init_from:
         name, config = (
             f"--init-from {options.init_from}",
@@ -73,7 +76,10 @@ def mesh_of(
 def execution_of(
     options: TrainingOptions, config: LlamaConfig, mesh: jax.sharding.Mesh | None = None
 ) -> Execution:
-    """Returns how the model is computed; raises `UsageError` for --attention that this machine has not."""
+    """Returns how the model is computed.
+
+    Raises `UsageError` for an --attention that this machine does not have.
+    """
     assert options.compute_dtype is not None
     execution = Execution(
         remat=options.remat,
@@ -99,7 +105,7 @@ def execution_of(
 
 
 def check_offload(options: TrainingOptions) -> None:
-    """Raises `UsageError` for --offload on a machine whose devices have no memory of their own."""
+    """Raises `UsageError` for --offload if the devices share the host's memory."""
     device = jax.local_devices()[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     if options.offload and (device.platform == "cpu" or "pinned_host" not in kinds):
@@ -115,7 +121,8 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
     if options.init_from and not tokenizer:
         tokenizer = str(options.init_from)  # Its weights mean nothing with another one.
     if options.data.startswith("hf:") and not max_tokens:
-        # A hub data set may have no end. Rounded up, so that runs a little longer find it cached.
+        # A hub data set may have no end. The number of tokens is rounded up, so that
+        # slightly longer runs find the text cached.
         max_tokens = (
             2 ** (options.steps * options.batch * (options.seq + 1)).bit_length()
         )
@@ -132,7 +139,7 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
 def describe(
     options: RunOptions, config: LlamaConfig, text: corpus.Corpus
 ) -> dict[str, Any]:
-    """Returns what the run is, as JSON: two runs with the same description compute the same."""
+    """Returns a JSON description of the run; equal descriptions compute the same."""
     return options.as_run() | {
         "model_config": dataclasses.asdict(config),
         "corpus": text.key,
@@ -214,7 +221,8 @@ def initial_state(
     shapes = abstract_params(config, execution_of(options, config), mesh)
     shardings = shardings_of(abstract_state(options, config, tx, mesh).opt_state)
 
-    # Of the parameters it takes their shapes only, so they need not all be there in full.
+    # The function takes only the shapes of the parameters, so that they need not all
+    # exist in full.
     def init_state() -> optax.OptState:
         return tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
@@ -249,7 +257,7 @@ def initial_params(
             functools.partial(init_params, **arguments), out_shardings=shardings
         )()
     rest = jax.jit(functools.partial(init_ends, **arguments), out_shardings=of_ends)()
-    # The layers' axis is not cut, so a stack of one is cut as that of all.
+    # The layers' axis is not sharded, so a stack of one layer has the sharding of all.
     draw = jax.jit(
         functools.partial(init_layer, **arguments), out_shardings=shardings["layers"]
     )
@@ -264,7 +272,7 @@ def training_step(
 ) -> TrainStep:
     """Returns the compiled step of a run."""
     execution = execution_of(options, config, mesh)
-    # Of the metrics too, which every process reads.
+    # The metrics are replicated too, since every process reads them.
     out_shardings = (
         shardings_of(abstract_state(options, config, tx, mesh)),
         on_every_device(mesh),

@@ -21,7 +21,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def publish(built: Path, folder: Path) -> None:
-    """Renames `built` to `folder`, unless another process was first with the same content."""
+    """Renames `built` to `folder`, unless another process published it first."""
     try:
         built.rename(folder)
     except OSError:

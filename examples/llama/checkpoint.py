@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: written in the background, whole or not at all, the newest few kept.
+"""Checkpoints with Orbax: written in the background, atomically, the newest few kept.
 
 A checkpoint is a folder named by its step with three items: `state` (parameters and
 optimizer state), `data` (where the data iterator was) and `config` (what the run is).
@@ -27,7 +27,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run; use it in a `with`, which waits for the last one to be written.
+    """The checkpoints of a run, as a context manager that waits for the last write.
 
     All processes of a run take part, each with what its devices hold; the folder is one
     for all.
@@ -43,8 +43,8 @@ class Checkpoints:
         self._config = config
         self._manager = ocp.CheckpointManager(
             self.folder,
-            # What a killed run left half written goes; another process's would as well, so one
-            # folder is one run's.
+            # Orbax removes the half-written checkpoints of a killed run. It would
+            # remove those of another process too, so a folder belongs to one run.
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, cleanup_tmp_directories=True
             ),
@@ -58,7 +58,8 @@ class Checkpoints:
             self.wait()
             self._manager.close()
             return
-        # The error under way is the one to report; a failed save has been said, or is said here.
+        # The error under way is the one to report. A failed save has been reported
+        # before, or is reported here.
         with contextlib.ExitStack() as stack:
             stack.callback(self._manager.close)
             try:
@@ -84,7 +85,7 @@ class Checkpoints:
             )
 
     def check(self) -> None:
-        """Raises `UsageError` where a save in the background has failed; returns at once."""
+        """Raises `UsageError` if a background save has failed; returns at once."""
         with self._explained():
             self._manager.check_for_errors()
 
@@ -108,7 +109,7 @@ class Checkpoints:
         )
 
     def restore_newest(self, abstract_state: TrainState) -> Restored | None:
-        """Returns the newest checkpoint that can be read, or None where there is none at all.
+        """Returns the newest checkpoint that can be read, or None if none exists.
 
         One that cannot be read is set aside, said, and kept.
 
@@ -124,7 +125,8 @@ class Checkpoints:
             try:
                 with together():
                     restored = self._restore(step, abstract_state)
-            # Neither another run's checkpoint, nor one that there is no room or leave to read, is damaged.
+            # A checkpoint of another run is not damaged, nor is one that memory or
+            # permissions keep us from reading.
             except (
                 UsageError,
                 MemoryError,

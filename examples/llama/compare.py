@@ -1,4 +1,6 @@
-"""Compares optimizers on the same batches: `python -m examples.llama.compare --out runs/compare`.
+"""Compares optimizers on the same batches.
+
+Run it with `python -m examples.llama.compare --out runs/compare`.
 
 Runs every optimizer at every pair of learning rates given, each into a folder of its
 own, then the best pair of each optimizer again with the other seeds, and ends with a
@@ -17,6 +19,7 @@ from rich import box, filesize
 from rich.console import Console
 from rich.table import Table
 
+from apollo_optax import StateBytes, state_bytes
 from examples.llama.build import abstract_params, execution_of, model_config
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
@@ -35,7 +38,6 @@ from examples.llama.pretrain import pretrain
 from examples.llama.recorder import DivergedError
 from examples.llama.result import RunResult
 from examples.llama.run_log import check_free, replace_text
-from apollo_optax import StateBytes, state_bytes
 from examples.llama.usage import RunInterrupted, UsageError, exit_on_usage_error, notice
 
 RESULTS = "results.jsonl"
@@ -87,12 +89,16 @@ class CompareOptions(TrainingOptions):
 class Setting(NamedTuple):
     """A row of the table: runs that differ in nothing but their seed."""
 
-    options: RunOptions  # With the first seed.
-    results: tuple[RunResult, ...]  # By seed, without those that diverged.
+    options: RunOptions  # The options with the first seed.
+    # The results by seed, without the runs that diverged.
+    results: tuple[RunResult, ...]
 
 
 def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
-    """Returns the runs with the first seed: each optimizer with each pair of rates, defaults filled in."""
+    """Returns the runs with the first seed: each optimizer with each pair of rates.
+
+    Defaults are filled in.
+    """
     fields = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(TrainingOptions)
@@ -152,7 +158,7 @@ def finish(run: RunOptions, stop: StopRequest) -> tuple[RunResult, ...]:
 
 
 def best_of_each(settings: list[Setting]) -> list[RunOptions]:
-    """Returns each optimizer's run with the lowest validation loss, of those that have come to an end."""
+    """Returns each optimizer's finished run with the lowest validation loss."""
     best: dict[str, RunResult] = {}
     for result in (result for setting in settings for result in setting.results):
         name = result.options.optimizer
@@ -176,7 +182,7 @@ def with_more_seeds(
 def table(
     settings: list[Setting], best: list[RunOptions], sizes: dict[str, StateBytes]
 ) -> Table:
-    """Returns a row for each setting; one that diverged is there with its options alone."""
+    """Returns a row per setting; a row of a diverged run has its options alone."""
     caption = (
         "val ppl: best of a run's evaluations, mean over seeds; ±: their standard "
         "deviation; *: the optimizer's best with the first seed; kernels, emb+head, "
@@ -240,7 +246,8 @@ def draw(
             run = setting.options
             assert run.lr is not None
             name = f"{run.optimizer} (lr emb {run.lr_embeddings:g})"
-            # With the first seed: the best has more, and a mean would not belong on the others' line.
+            # The sweep shows the first seed. Only the best setting has more seeds, and
+            # a mean would not belong on the line of the others.
             sweeps[name].append((run.lr, perplexity(setting.results[0].val_loss)))
     plot_comparison({label(run): run.out for run in best}, sweeps, options.out)
 
@@ -248,7 +255,7 @@ def draw(
 def compare(
     options: CompareOptions, stop: StopRequest, console: Console
 ) -> list[Setting]:
-    """Trains all runs one after the other; a run that diverges is reported and the rest go on.
+    """Trains all runs one after the other; a run that diverges does not stop the rest.
 
     Raises:
         UsageError: for input that makes no run, before anything is written.

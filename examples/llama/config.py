@@ -7,7 +7,7 @@ from examples.llama.usage import unknown_name
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of rotary embeddings to contexts longer than those first trained on.
+    """Llama 3's scaling of rotary embeddings to contexts longer than the original one.
 
     Frequencies with fewer than `low_freq_factor` turns in the original context are
     divided by `factor`, those with more than `high_freq_factor` are kept, those between
@@ -48,7 +48,8 @@ class LlamaConfig:
                 f"hidden_size {self.hidden_size} must be a multiple of num_heads "
                 f"{self.num_heads}, unless head_size is given"
             )
-        # Frozen, so that it can be a static argument: only here are the two defaults resolved.
+        # The class is frozen so that it can be a static argument. Only here are the two
+        # defaults resolved.
         object.__setattr__(
             self, "head_size", self.head_size or self.hidden_size // self.num_heads
         )
@@ -64,9 +65,9 @@ class LlamaConfig:
             )
 
 
-# 60m to 7b are the shapes of the GaLore and APOLLO papers, 13b is LLaMA-13B, the others are Meta's
-# Llama 2 and 3. `tiny` is for CPUs: two optimizers train for a few hundred steps in a few minutes on two
-# cores.
+# 60m to 7b are the shapes of the GaLore and APOLLO papers, 13b is LLaMA-13B, and the
+# others are Meta's Llama 2 and 3. `tiny` is for CPUs: two optimizers train for a few
+# hundred steps in a few minutes on two cores.
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(2048, 128, 344, 4, 4),
     "60m": LlamaConfig(32000, 512, 1376, 8, 8),
@@ -113,14 +114,17 @@ def preset(name: str) -> LlamaConfig:
 
 
 def matmul_param_count(config: LlamaConfig) -> int:
-    """Returns the number of parameters a token is multiplied with: the layers' kernels and the head."""
+    """Returns the number of parameters in the layers' kernels and the head.
+
+    Each token is multiplied with these.
+    """
     D, F = config.hidden_size, config.intermediate_size
     attention = 2 * D * config.head_size * (config.num_heads + config.num_kv_heads)
     return config.num_layers * (attention + 3 * D * F) + config.vocab_size * D
 
 
 def param_count(config: LlamaConfig) -> int:
-    """Returns the number of parameters, embeddings and head included, a tied head counted once."""
+    """Returns the number of all parameters; a tied head is counted once."""
     D = config.hidden_size
     embedding = 0 if config.tied_head else config.vocab_size * D
     return matmul_param_count(config) + embedding + (2 * config.num_layers + 1) * D

@@ -1,7 +1,7 @@
-"""Text as tokens on disk, split by document into training and validation, made once and kept.
+"""Text as tokens on disk, split by document into training and validation.
 
-The tokens are kept under the user's cache directory, with the tokenizer that made them,
-so only the first run on a text pays for reading it.
+Each corpus is made once and kept. The tokens are kept under the user's cache directory,
+with the tokenizer that made them, so only the first run on a text pays for reading it.
 """
 
 import functools
@@ -43,7 +43,7 @@ CACHE_FORMAT = 2  # Part of the cache key: raise it when the files under a key c
 
 
 class Corpus(NamedTuple):
-    """Token ids in reading order, documents ended by `end_id`, with the tokenizer that made them."""
+    """Token ids in reading order and their tokenizer; `end_id` ends each document."""
 
     tokenizer: tokenizers.Tokenizer
     end_id: int
@@ -61,7 +61,7 @@ def load_corpus(
     max_tokens: int | None = None,
     validation: str | None = None,
 ) -> Corpus:
-    """Returns the corpus that `--data` names; its tokens are made at the first use and kept.
+    """Returns the corpus that `--data` names, which is tokenized at its first use.
 
     Args:
         data: see `sources.open_source`.
@@ -205,7 +205,10 @@ def build(
 def training(
     source: Source, validation: Iterable[Document] | None, data: str
 ) -> Iterator[Labelled]:
-    """Yields the documents of `source`, all of them for training where there are others to validate on."""
+    """Yields the documents of `source` with their splits.
+
+    All are for training if there is other text to validate on.
+    """
     return (
         split(source, data)
         if validation is None

@@ -8,8 +8,9 @@ import numpy as np
 from examples.llama.usage import UsageError
 from examples.llama.windows import Windows, token_count
 
-BATCHES_AHEAD = 4  # Read by each worker before they are asked for.
-# Without end, for all purposes; Grain's own endless repetition is too long to be cut into batches of 1.
+BATCHES_AHEAD = 4  # The batches that each worker reads before they are asked for.
+# The number is so large that the batches never end in practice. Grain's own endless
+# repetition is too long to be split into batches of 1.
 EPOCHS = 10**6
 
 
@@ -23,7 +24,7 @@ def train_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[np.ndarray]:
-    """Returns batches without end, shuffled anew each epoch; the seed alone sets their order.
+    """Returns endless batches, shuffled anew each epoch by the seed alone.
 
     The k-th batches of all processes together are the k-th of one process, and the
     state after k of them is the same on each, whatever `process_count` and `workers`: a

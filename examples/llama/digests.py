@@ -1,4 +1,4 @@
-"""Digests of the user's files, so that a change in one is noticed without reading all of them."""
+"""Digests of the user's files, to notice changes without reading all files again."""
 
 import hashlib
 import json
@@ -42,7 +42,10 @@ def content_digest(source: str, files: Mapping[str, Path]) -> str:
 
 
 def file_digest(path: Path, known: list[str | int] | None) -> list[str | int]:
-    """Returns a file's size, time of modification and SHA-256: `known` where the first two are."""
+    """Returns a file's size, time of modification and SHA-256.
+
+    If the first two are those of `known`, it returns `known` and reads nothing.
+    """
     try:
         status = path.stat()
         state: list[str | int] = [status.st_size, status.st_mtime_ns]

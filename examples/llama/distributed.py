@@ -28,18 +28,19 @@ from examples.llama.usage import (
     is_first,
 )
 
-# A process that gave no sign of life for so long is dead, and JAX ends the others. Its threads give them
-# however busy Python is.
+# A process without a sign of life for so many seconds is dead, and JAX ends the others.
+# JAX's own threads give the signs however busy Python is.
 HEARTBEAT_SECONDS = 30
-SHUTDOWN_SECONDS = 30  # For which one that ends waits for the others.
-MEETING_SECONDS = 300  # For which one that has started waits for the others,
-SILENT_SECONDS = 10  # and after which it says that it does.
+SHUTDOWN_SECONDS = 30  # Seconds that a finished process waits for the others.
+MEETING_SECONDS = 300  # Seconds that a started process waits for the others.
+SILENT_SECONDS = 10  # Seconds before a waiting process says that it waits.
 
 
 def start(options: ProcessOptions) -> None:
-    """Meets the other processes, as the options or the cluster say; to be called before JAX is used.
+    """Connects to the other processes, as the options or the cluster say.
 
-    Alone where neither says anything.
+    It must be called before JAX is used. If neither says anything, the process runs
+    alone.
 
     Raises:
         UsageError: where the others are not met.
@@ -117,7 +118,10 @@ def check_same(ours: Mapping[str, Any], what: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Fails on every process where it fails on one; for what is no computation of all of them."""
+    """Fails on every process if one fails.
+
+    It is for code that is not a computation of all processes.
+    """
     error = None
     try:
         yield
@@ -136,7 +140,10 @@ def together() -> Iterator[None]:
 
 
 def from_first(compute: Callable[[], Any]) -> Any:
-    """Returns what `compute` returns on the first process, where alone it is called, as JSON has it."""
+    """Returns, on every process, what `compute` returns on the first, as JSON has it.
+
+    Only the first process calls `compute`.
+    """
     value = None
     with together():
         if is_first():
@@ -163,7 +170,10 @@ class Vote:
             )
 
     def highest(self, number: int) -> int:
-        """Returns the highest number that a process gave at the call before; of one process, `number`."""
+        """Returns the highest number that any process gave at the call before.
+
+        With one process, that is `number`.
+        """
         if jax.process_count() == 1:
             return number
         before, shape = self._running, (jax.device_count(),)
@@ -176,10 +186,11 @@ class Vote:
 
 @contextlib.contextmanager
 def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
-    """Ends one of several processes where it fails alone: with status 2 for an error to mend, else 1.
+    """Ends a process at once if it fails alone, without waiting for the others.
 
-    An ordinary end waits for the others, which wait for this one in the middle of a
-    step. They end when they miss it.
+    The status is 2 for an error that the user can correct, else 1. An ordinary end
+    waits for the others, which wait for this one in the middle of a step. They end when
+    they miss it.
 
     Args:
         agreed: errors that all processes raise at the same step.

@@ -13,7 +13,7 @@ from examples.llama.model import Params, Pieces
 def make_evaluator(
     pieces: Pieces, batches_KxBxS: np.ndarray
 ) -> Callable[[Params], float]:
-    """Returns a function of the parameters: the mean loss over the batches, in nats a token."""
+    """Returns a function of parameters: the batches' mean loss per token, in nats."""
     loss_of = jax.jit(layerwise_apply(pieces.embed, pieces.layer, pieces.head))
 
     def evaluate(params: Params) -> float:

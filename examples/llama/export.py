@@ -1,4 +1,7 @@
-"""Writes a run's weights in Hugging Face's format: `python -m examples.llama.export --run R --to D`."""
+"""Writes a run's weights in Hugging Face's format.
+
+Run it with `python -m examples.llama.export --run R --to D`.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +29,7 @@ from examples.llama.weights import Storage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """A run's checkpoint, for `transformers`, vLLM and whatever else reads its format."""
+    """A run's checkpoint, for `transformers`, vLLM and other readers of its format."""
 
     run: Path
     """Folder of the run."""

@@ -1,4 +1,4 @@
-"""Model flops, and the share of an accelerator's peak that they make: what a throughput is worth."""
+"""Model flops, and their share of an accelerator's peak."""
 
 import re
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from typing import Any
 
 from examples.llama.config import LlamaConfig, matmul_param_count
 
-# Dense (no sparsity) bfloat16 flops a second of one JAX device, products summed in float32, by the start
-# of its `device_kind`; makers' data sheets. A JAX device is a chip, but one of two cores of a TPU v3
-# or TPU7x chip.
+# Dense (no sparsity) bfloat16 flops per second of one JAX device, with products summed
+# in float32, by the start of its `device_kind`. The numbers are from the makers' data
+# sheets. A JAX device is a chip, but one of two cores of a TPU v3 or TPU7x chip.
 PEAK_BFLOAT16_FLOPS: dict[str, float] = {
     "NVIDIA A10": 125e12,
     "NVIDIA A100": 312e12,
@@ -36,7 +36,7 @@ PEAK_BFLOAT16_FLOPS: dict[str, float] = {
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,
 }
-# Slices of a GPU, and GPUs that share only the name of one above.
+# Slices of a GPU, and GPUs that share only the name of one above, are not in the table.
 OTHER_DEVICE = re.compile(r" (MIG|Laptop|D|Ti)\b")
 
 
@@ -56,7 +56,7 @@ def flops_per_token(config: LlamaConfig, seq: int) -> float:
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Returns the dense flops a second of a JAX device, or None where they are not in the table.
+    """Returns the dense flops per second of a JAX device, or None if not in the table.
 
     Args:
         device_kind: `jax.Device.device_kind`.
@@ -64,7 +64,8 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     """
     if dtype != "bfloat16" or OTHER_DEVICE.search(device_kind):
         return None
-    # The longest name counts, and only whole words, or a kind that is not listed finds a shorter one's.
+    # The longest matching name counts, and only whole words match. Otherwise an
+    # unlisted kind would find the name of a shorter one.
     names = [
         name
         for name in PEAK_BFLOAT16_FLOPS
@@ -80,7 +81,9 @@ def mfu(
     devices: Sequence[Any],
     dtype: str,
 ) -> float | None:
-    """Returns the model-flops utilisation, 0 to 1, of all `devices`; None where a peak is unknown.
+    """Returns the model-flops utilisation of all `devices`, from 0 to 1.
+
+    It is None if a device's peak is unknown.
 
     Args:
         tokens_per_s: over all devices.

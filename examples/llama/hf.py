@@ -1,9 +1,9 @@
-"""Weights and tokenizers in Hugging Face's format: a folder of safetensors and JSON, both ways.
+"""Weights and tokenizers in Hugging Face's format: reads and writes a folder.
 
-A linear layer's weight is (out, in) there, one tensor a layer; here it is (in, out),
-stacked over the layers. Each tensor is thus a transposed view of one layer of a leaf,
-read and written by itself. Rotary embeddings pair (h, h + H/2) in both, so no rows
-change places.
+The folder has safetensors and JSON files. A linear layer's weight is (out, in) there,
+one tensor a layer; here it is (in, out), stacked over the layers. Each tensor is thus a
+transposed view of one layer of a leaf, read and written by itself. Rotary embeddings
+pair (h, h + H/2) in both, so no rows change places.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _D, _F, _V = "hidden_size", "intermediate_size", "vocab_size"
 _Q, _KV = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
-# By path in the model's tree: the tensor's name, and for errors what in config.json makes its shape.
+# The keys are paths in the model's tree. The values are the tensor's name, and the
+# fields of config.json that make its shape, for errors.
 NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "embed/embedding": ("model.embed_tokens.weight", (_V, _D)),
     "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", (_D,)),
@@ -119,7 +120,7 @@ def save_pretrained(
     tokenizer: tokenizers.Tokenizer | None = None,
     end_token: str | None = None,
 ) -> None:
-    """Writes a folder from which transformers loads a LlamaForCausalLM and its tokenizer.
+    """Writes a folder that transformers loads as a LlamaForCausalLM and its tokenizer.
 
     The files are written to a hidden folder beside it, which is renamed when all are
     there. Of parameters on devices the host holds no more than one shard.
@@ -175,7 +176,7 @@ def save_pretrained(
 
 
 def check_free(folder: Path) -> None:
-    """Raises `UsageError` unless `folder` is empty or not there, so that nothing is overwritten."""
+    """Raises `UsageError` unless `folder` is empty or missing, to overwrite nothing."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose a folder")
     if folder.exists() and any(folder.iterdir()):
@@ -196,7 +197,7 @@ class HfTensor(NamedTuple):
     """None where the leaf is not stacked."""
 
     def view(self, leaf: np.ndarray) -> np.ndarray:
-        """Returns the part of `leaf` that is this tensor; writing to it writes to the leaf."""
+        """Returns this tensor as a view of `leaf`; writing to it writes to the leaf."""
         return self.oriented(leaf if self.layer is None else leaf[self.layer])
 
     def oriented(self, part: np.ndarray) -> np.ndarray:
@@ -204,7 +205,10 @@ class HfTensor(NamedTuple):
 
 
 def tensors_of(config: LlamaConfig) -> list[HfTensor]:
-    """Returns all tensors of a model; those of a layer are neighbours, so mostly share a file."""
+    """Returns all tensors of a model, those of a layer next to each other.
+
+    Neighbours mostly share a file.
+    """
     shapes = shapes_of(config)
 
     def tensor(path: str, layer: int | None = None) -> HfTensor:
@@ -256,7 +260,7 @@ def check_dtype(dtype: str) -> None:
 
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """Opens a safetensors file; where it, or a tensor in it, can't be read, the error names it."""
+    """Opens a safetensors file; an error in reading it or a tensor names the file."""
     try:
         with safe_open(file, framework="np") as weights:
             yield weights
@@ -267,7 +271,10 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of `folder`; raises `UsageError` unless all are there."""
+    """Returns the safetensors files of `folder`.
+
+    Raises `UsageError` if one is missing.
+    """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
@@ -300,7 +307,8 @@ def locate(
     Reads no more than the files' headers. Raises `UsageError` for the first that is not
     as `tensors`.
     """
-    # Early versions stored constants of the rotary embeddings, `inv_freq`, which are ignored.
+    # Early versions stored constants of the rotary embeddings, `inv_freq`, which are
+    # ignored.
     expected = dict(tensors)
     if config.tied_head:
         expected[HEAD] = tensors[EMBEDDING]
@@ -335,7 +343,7 @@ def locate(
 
 
 def check_stored(file: Path, name: str, stored: Any, tensor: HfTensor) -> None:
-    """Raises `UsageError` unless what is stored has a dtype that we read and the tensor's shape."""
+    """Raises `UsageError` unless `stored` has a known dtype and `tensor`'s shape."""
     shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
     if dtype not in STORED_DTYPES:
         supported = ", ".join(STORED_DTYPES.values())
@@ -357,7 +365,7 @@ def write_weights(
     dtype: str | None,
     max_shard_bytes: int,
 ) -> None:
-    """Writes one file, or shards and their index where it would be larger than `max_shard_bytes`."""
+    """Writes one file, or shards and an index if it would exceed `max_shard_bytes`."""
     sizes = [
         math.prod(t.shape) * jnp.dtype(dtype or leaves[t.path].dtype).itemsize
         for t in tensors
@@ -376,7 +384,7 @@ def write_weights(
                 for tensor in shard
             },
             folder / file,
-            # transformers 4 refuses files that don't say it.
+            # transformers 4 refuses files without this field.
             metadata={"format": "pt"},
         )
         # Some versions of safetensors write files that no other user can read.
@@ -413,7 +421,10 @@ def fetch(leaf: Any, tensor: HfTensor, dtype: str | None) -> np.ndarray:
 def check_tokenizer(
     tokenizer: tokenizers.Tokenizer | None, end_token: str | None, config: LlamaConfig
 ) -> int | None:
-    """Returns the id of the token that ends a text; raises `UsageError` where the model has none such."""
+    """Returns the id of the token that ends a text.
+
+    Raises `UsageError` if the model has no such token.
+    """
     ids = tokenizer.get_vocab(with_added_tokens=True).values() if tokenizer else ()
     if (largest := max(ids, default=0)) >= config.vocab_size:
         raise UsageError(
@@ -441,7 +452,7 @@ def write_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_token,
         "model_max_length": config.max_seq_len,
-        # Else transformers 4 drops spaces before punctuation.
+        # Otherwise transformers 4 would drop spaces before punctuation.
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / TOKENIZER_CONFIG, fields)

@@ -70,7 +70,7 @@ def read_config(folder: Path) -> LlamaConfig:
 
 
 def hf_config(config: LlamaConfig, dtype: str, end_id: int | None) -> dict[str, Any]:
-    """Returns the fields of config.json, spelled so that both transformers 4 and 5 read them."""
+    """Returns the fields of config.json, as transformers 4 and 5 both read them."""
     scaling = config.rope_scaling
     return {
         **FIXED,
@@ -102,7 +102,7 @@ def hf_config(config: LlamaConfig, dtype: str, end_id: int | None) -> dict[str, 
 
 
 class Fields(NamedTuple):
-    """A JSON object; errors name its file, and by the prefix the field of that it is from."""
+    """A JSON object; errors name its file, and its field by the prefix."""
 
     path: Path
     values: dict[str, Any]
@@ -138,7 +138,10 @@ class Fields(NamedTuple):
 
 
 def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | None]:
-    """Returns theta and the scaling; where fields contradict each other, what transformers 5 takes."""
+    """Returns theta and the scaling.
+
+    If fields contradict each other, the ones that transformers 5 takes count.
+    """
     name = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     values = fields.values.get(name) or {}
     if not isinstance(values, dict):
@@ -182,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"cannot read {path}: {error.strerror}; give a file that can be read"
         ) from error
-    except ValueError as error:  # Of the encoding too.
+    except ValueError as error:  # UnicodeDecodeError is a ValueError too.
         raise UsageError(f"{path} is not JSON: {error}; download it again") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no JSON object; download it again")

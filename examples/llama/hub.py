@@ -18,7 +18,7 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
 
 @dataclasses.dataclass(frozen=True)
 class HubSource:
-    """The split `train` of a data set in the hub's layout, and its split `validation` if it has one."""
+    """The splits `train` and, if there is one, `validation` of a hub data set."""
 
     flag: str
     data: str
@@ -28,7 +28,10 @@ class HubSource:
 
     @classmethod
     def parse(cls, flag: str, data: str) -> "HubSource":
-        """Returns the source for `hf:OWNER/NAME[/CONFIG][@REVISION]` or `hf:/FOLDER[/CONFIG]`."""
+        """Returns the source that `data` names.
+
+        The name is `hf:OWNER/NAME[/CONFIG][@REVISION]` or `hf:/FOLDER[/CONFIG]`.
+        """
         name = data.removeprefix(PREFIX)
         if name.startswith(("/", "./", "../", "~")):
             return cls(flag, data, *local_parts(Path(name).expanduser().absolute()))
@@ -60,7 +63,7 @@ class HubSource:
         return self._read("validation") if "validation" in self._splits else None
 
     def fingerprint(self) -> str:
-        """Returns a digest of the name; of the files too where the data set is a folder.
+        """Returns a digest of the name, and of the files if the data set is a folder.
 
         What the hub holds under a name is known only after reading it: a REVISION makes
         it certain.
@@ -118,8 +121,9 @@ class HubSource:
             yield
         except DocumentError as error:
             raise UsageError(f"{self.flag} {self.data!r}: {error}") from error
-        # Network and hub errors are OSErrors; an unknown configuration, or a row that is none, is a
-        # ValueError; a data set that is a script, which is no longer run, a RuntimeError.
+        # Network and hub errors are OSErrors. An unknown configuration or a malformed
+        # row is a ValueError. A data set that is a script, which is no longer run, is a
+        # RuntimeError.
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UsageError(
                 f"{self.flag} {self.data!r} cannot be read ({first_line(error)}); "
@@ -129,14 +133,17 @@ class HubSource:
 
 
 def local_parts(path: Path) -> tuple[str, str | None]:
-    """Returns the folder and the configuration that a path means: a README.md marks the folder."""
+    """Returns the folder and the configuration of a path.
+
+    A README.md marks the folder.
+    """
     if (path / "README.md").exists() or not (path.parent / "README.md").exists():
         return str(path), None
     return str(path.parent), path.name
 
 
 def tokenizer_folder(name: str) -> Path:
-    """Returns a folder with the tokenizer of a model on the hub, downloaded at its first use.
+    """Returns a folder with the tokenizer of a hub model, downloaded at its first use.
 
     Raises:
         UsageError: where it is neither in Hugging Face's cache nor to be had.
@@ -151,7 +158,8 @@ def tokenizer_folder(name: str) -> Path:
         return Path(folder)
 
     try:
-        # What is there is used as it is: runs do not change under a user, and need no network.
+        # A downloaded copy is used as it is, so that runs do not change under a user
+        # and need no network.
         with contextlib.suppress(LocalEntryNotFoundError):
             folder = download(local_files_only=True)
             if (folder / TOKENIZER_FILES[0]).exists():

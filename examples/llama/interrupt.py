@@ -29,7 +29,8 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python delivers signals to the main thread only, and lets no other ask for them.
+        # Python delivers signals to the main thread only, and other threads may not set
+        # handlers.
         if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._handle) for number in SIGNALS

@@ -13,13 +13,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-LOGITS_BYTES = 2**28  # Of one chunk's float32 logits, over the whole batch.
+LOGITS_BYTES = 2**28  # The bytes of one chunk's float32 logits, over the whole batch.
 
 
 def num_chunks(
     batch: int, seq: int, vocab_size: int, logits_bytes: int = LOGITS_BYTES
 ) -> int:
-    """Returns into how many chunks a sequence is cut: two or more, so never all logits exist."""
+    """Returns the number of chunks, at least 2, so all logits never exist at once."""
     return min(seq, max(2, -(-4 * batch * seq * vocab_size // logits_bytes)))
 
 
@@ -27,7 +27,7 @@ def num_chunks(
 def chunked_cross_entropy(
     x_BxTxD: jax.Array, head_DxV: jax.Array, targets_BxT: jax.Array, chunks: int
 ) -> jax.Array:
-    """Returns the mean cross entropy, in nats, of `softmax(x @ head)` against the targets.
+    """Returns the mean cross entropy of `softmax(x @ head)` and the targets, in nats.
 
     Args:
         x_BxTxD: what the head is applied to.
@@ -56,7 +56,7 @@ def chunked_cross_entropy(
 def _forward(
     x_BxTxD: jax.Array, head_DxV: jax.Array, targets_BxT: jax.Array, chunks: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns the loss, and its gradients in `x` and `head` as what is kept for the backward pass."""
+    """Returns the loss, and its gradients in `x` and `head` for the backward pass."""
     B, T, D = x_BxTxD.shape
     dtype = _sum_dtype(x_BxTxD)
     head = head_DxV.astype(x_BxTxD.dtype)
@@ -70,7 +70,8 @@ def _forward(
         loss, logsumexp_Bxt = _chunk_loss(logits_BxtxV, targets_Bxt, weights_t)
         probabilities_BxtxV = jnp.exp(logits_BxtxV - logsumexp_Bxt[..., None])
         hit_BxtxV = jnp.arange(head.shape[1]) == targets_Bxt[..., None]
-        # Of padding too: it adds nothing to the head's, as its x is 0, and its own is cut off below.
+        # Padding has such a gradient too. It adds nothing to the head's gradient, as
+        # its x is 0, and its own rows are sliced off below.
         grad_BxtxV = ((probabilities_BxtxV - hit_BxtxV) / (B * T)).astype(x_BxtxD.dtype)
         head_grad_DxV += jnp.einsum(
             "btd,btv->dv", x_BxtxD, grad_BxtxV, preferred_element_type=dtype
@@ -106,13 +107,13 @@ def _sum_dtype(x: jax.Array) -> jnp.dtype:
 def _pieces(
     x_BxTxD: jax.Array, targets_BxT: jax.Array, chunks: int
 ) -> tuple[jax.Array, ...]:
-    """Returns x (C, B, t, D), targets (C, B, t) and weights (C, t), which are 0 for the padding."""
+    """Returns x (C, B, t, D), targets (C, B, t) and weights (C, t), 0 for padding."""
     B, T, D = x_BxTxD.shape
     t = -(-T // chunks)
-    # Fewer where t is rounded up by much: no chunk is padding alone.
+    # There are fewer chunks if t is rounded up by much, so that none is padding alone.
     chunks = -(-T // t)
     padding = (0, t * chunks - T)
-    # Along the sequence, not the batch: the batch may be cut over devices.
+    # Chunks are along the sequence, as the batch may be sharded over devices.
     x = jnp.pad(x_BxTxD, ((0, 0), padding, (0, 0))).reshape(B, chunks, t, D)
     targets = jnp.pad(targets_BxT, ((0, 0), padding)).reshape(B, chunks, t)
     weights_Cxt = jnp.pad(jnp.ones(T, _sum_dtype(x)), padding).reshape(chunks, t)
@@ -129,7 +130,7 @@ def _logits(x_BxtxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
 def _chunk_loss(
     logits_BxtxV: jax.Array, targets_Bxt: jax.Array, weights_t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the weighted sum of the cross entropies and the log of each softmax's denominator."""
+    """Returns the weighted sum of the cross entropies, and each softmax's logsumexp."""
     logsumexp_Bxt = jax.nn.logsumexp(logits_BxtxV, axis=-1)
     target_Bxt = jnp.take_along_axis(logits_BxtxV, targets_Bxt[..., None], axis=-1)[
         ..., 0

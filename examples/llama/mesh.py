@@ -1,4 +1,7 @@
-"""The devices of a run as a grid: `data` cuts the batch, `fsdp` the batch and weights, `tensor` weights."""
+"""The devices of a run as a mesh.
+
+`data` shards the batch, `fsdp` the batch and weights, and `tensor` weights.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +12,15 @@ from jax.experimental import mesh_utils
 
 from examples.llama.usage import UsageError, unknown_name
 
-# The last is the innermost: its devices are next to each other.
+# The last axis is the innermost: its devices are next to each other.
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # What the sequences of a batch are cut over.
+ROWS = ("data", "fsdp")  # The axes over which the sequences of a batch are sharded.
 
 
 def axis_sizes(text: str) -> dict[str, int]:
-    """Returns the sizes that `--mesh data=2,fsdp=4` gives, by axis, 1 for those that it does not name.
+    """Returns the sizes by axis of a mesh such as `data=2,fsdp=4`.
+
+    Axes that it does not name have size 1.
 
     Raises:
         UsageError: for another form.
@@ -46,9 +51,10 @@ def row_cuts(text: str) -> int:
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Returns the mesh that `--mesh` asks for, of all `devices`, by default those of all processes.
+    """Returns the mesh that `--mesh` asks for.
 
-    A mesh of one is of the first device, if they are all this process's.
+    It is made of all `devices`, by default those of all processes. A mesh of one is of
+    the first device, if they are all this process's.
 
     Raises:
         UsageError: where the sizes do not multiply to the number of devices.
@@ -73,7 +79,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
             f"({devices[0].device_kind}); give {axes} = {here} in place of "
             f"{product}{shown}"
         )
-    # Not `jax.make_mesh`, which refuses sizes that are no product of a TPU topology's.
+    # `jax.make_mesh` refuses sizes that are not products of a TPU topology's sizes.
     grid = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
@@ -87,7 +93,10 @@ def on_every_device(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 
 def over_data(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    """Returns where a batch (B, S) goes: rows cut over `data` and `fsdp`, the same on all of `tensor`."""
+    """Returns the sharding of a batch (B, S): rows over `data` and `fsdp`.
+
+    Along `tensor`, the batch is replicated.
+    """
     return jax.sharding.NamedSharding(mesh, jax.P(ROWS))
 
 
@@ -116,7 +125,7 @@ def constrained(
 
 
 def batch_share(mesh: jax.sharding.Mesh, batch: int) -> tuple[int, int]:
-    """Returns which part of a batch's rows this process's devices hold, and of how many parts.
+    """Returns the shard of a batch's rows on this process, and the number of shards.
 
     Processes whose devices differ along `tensor` alone hold the same part. Where parts
     overlap, every process has the whole batch.

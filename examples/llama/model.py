@@ -19,13 +19,14 @@ from examples.llama.config import LlamaConfig
 from examples.llama.loss import chunked_cross_entropy, num_chunks
 from examples.llama.mesh import ROWS, constrained, ways
 
-# Nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
+# Parameters are nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
 Params = dict[str, Any]
 
-# What the backward pass finds of a layer's activations; it computes the others again.
+# The activations of a layer that are saved for the backward pass, which computes the
+# others again.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    # All but attention's scores.
+    # This saves all products but attention's scores.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -33,7 +34,7 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model is computed, which changes its speed and memory but not what it is."""
+    """How a model is computed: its speed and memory, but not its values."""
 
     remat: str = "dots"
     """A key of `REMAT_POLICIES`."""
@@ -66,11 +67,14 @@ def cudnn_has_flash_attention() -> bool:
     device = jax.local_devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
-    return float(device.compute_capability) >= 8.0  # Ampere.
+    return float(device.compute_capability) >= 8.0  # The number is that of Ampere.
 
 
 def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Returns the angle, in radians a token, by which each pair of a head turns: (H / 2,) float32."""
+    """Returns the angle per token by which each pair of a head turns, in radians.
+
+    The shape is (H / 2,), the dtype float32.
+    """
     H = config.head_size
     frequency_h = config.rope_theta ** (-np.arange(0, H, 2) / H)
     if scaling := config.rope_scaling:
@@ -100,7 +104,8 @@ def rotary(
 
 def initializer(config: LlamaConfig) -> nnx.Initializer:
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        # In float32 and rounded: drawn in bfloat16, a seed would give other weights, not rounder ones.
+        # Weights are drawn in float32 and rounded. Drawn in bfloat16, a seed would give
+        # different weights.
         return (
             config.initializer_range * jax.random.normal(key, shape, jnp.float32)
         ).astype(dtype)
@@ -254,21 +259,23 @@ class Llama(nnx.Module):
             )
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Returns what the head is applied to: (B, T, D) in the compute dtype."""
+        """Returns the input of the head: (B, T, D) in the compute dtype."""
 
         def apply_block(x_BxTxD: jax.Array, block: Block) -> jax.Array:
             return block(x_BxTxD)
 
         if self.execution.remat != "none":
             policy = REMAT_POLICIES[self.execution.remat]
-            # The scan already keeps XLA from merging the recomputation with the forward pass.
+            # The scan already keeps XLA from merging the recomputation with the forward
+            # pass.
             apply_block = nnx.remat(apply_block, prevent_cse=False, policy=policy)
         scan = nnx.scan(apply_block, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         return self.final_norm(scan(self.embedded(tokens_BxT), self.layers))
 
     def embedded(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Returns what the first layer is applied to: (B, T, D) in the compute dtype."""
-        # Rows of the table come from where they are, so only its other axis is brought together.
+        """Returns the input of the first layer: (B, T, D) in the compute dtype."""
+        # Only the hidden axis of the table is gathered. Its rows are looked up on the
+        # devices that store them.
         table_VxD = self.execution.cut(self.embed.embedding[...], "tensor", None)
         x_BxTxD = jnp.take(
             table_VxD.astype(self.execution.compute_dtype), tokens_BxT, axis=0
@@ -306,7 +313,7 @@ def graphdef_of(
 def init_params(
     config: LlamaConfig, execution: Execution = Execution(), *, seed: int
 ) -> Params:
-    """Returns new parameters as a nested dictionary; under `jax.eval_shape`, their shapes."""
+    """Returns new parameters as nested dictionaries; under `jax.eval_shape`, shapes."""
 
     @jax.jit
     def params() -> Params:
@@ -335,9 +342,9 @@ def init_ends(
 def init_layer(
     config: LlamaConfig, execution: Execution, index: jax.typing.ArrayLike, *, seed: int
 ) -> Params:
-    """Returns those of `init_params` in layer `index`, as a stack of one; draws no others."""
+    """Returns layer `index` of `init_params` as a stack of one; draws no others."""
     rngs = nnx.Rngs(seed)
-    rngs.params()  # The embedding's.
+    rngs.params()  # This draws the embedding's key.
     nnx.split_rngs(rngs, splits=config.num_layers)
     graphdef, keys = nnx.split(rngs)
     rngs = nnx.merge(graphdef, jax.tree.map(lambda key: key[index], keys))
@@ -350,7 +357,7 @@ def init_layer(
 def next_token_loss(
     graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: jax.Array
 ) -> jax.Array:
-    """Returns the mean cross entropy, in nats, of each token after the first given those before.
+    """Returns the mean cross entropy of each next token given those before, in nats.
 
     Args:
         graphdef: the model's structure.
@@ -370,7 +377,8 @@ def cross_entropy(
     execution: Execution, x_BxTxD: jax.Array, head_DxV: jax.Array, tokens_BxS: jax.Array
 ) -> jax.Array:
     B, T, _ = x_BxTxD.shape
-    # Of the logits that a device has: each chunk ends in a sum of the head's gradient over the devices.
+    # The number of chunks goes by the logits of one device. Fewer chunks are better,
+    # since each ends in an all-reduce of the head's gradient.
     chunks = num_chunks(
         execution.on_a_device(B, ROWS),
         T,
@@ -393,18 +401,18 @@ gradient_barrier.defvjp(
 
 
 class Pieces(NamedTuple):
-    """`next_token_loss` as three pure functions, for a step that takes the layers one by one.
+    """`next_token_loss` as three pure functions, for a step layer by layer.
 
     Parameters are as in the whole model, without `layers`; a layer's are those of one
     of them.
     """
 
-    # Parameters, tokens (B, S) -> x (B, T, D).
+    # Maps parameters and tokens (B, S) to x (B, T, D).
     embed: Callable[[Params, jax.Array], jax.Array]
-    layer: Callable[..., jax.Array]  # A layer's parameters, x -> x.
-    # Parameters, x, tokens -> the loss.
+    layer: Callable[..., jax.Array]  # Maps a layer's parameters and x to x.
+    # Maps parameters, x and tokens to the loss.
     head: Callable[[Params, jax.Array, jax.Array], jax.Array]
-    # Parameters, x (..., D) -> float32 (..., V).
+    # Maps parameters and x (..., D) to float32 logits (..., V).
     logits: Callable[[Params, jax.Array], jax.Array]
 
 
@@ -423,9 +431,10 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
 
     def layer(params: Params, x_BxTxD: jax.Array, *_: Any) -> jax.Array:
         x_BxTxD = nnx.merge(block, params).attend(x_BxTxD)
-        # The ordinary step puts a gradient into its stack at once. Here XLA for TPU would compute those of
-        # the MLP last, next to their updates, and until then keep its activations, the widest there are,
-        # beside those of attention.
+        # The ordinary step puts a gradient into its stack at once. Without the barrier,
+        # XLA for TPU would compute the MLP's gradients last, next to their updates.
+        # Until then it would keep the MLP's activations, the widest of all, beside
+        # those of attention.
         late = {name: params[name] for name in ("mlp_norm", "mlp")}
         late, x_BxTxD = gradient_barrier((late, x_BxTxD))
         return nnx.merge(block, params | late).feed_forward(x_BxTxD)

@@ -71,7 +71,10 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 def moments_in(
     dtype: str, tx: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Returns `tx` with its state kept in `dtype` between steps; Optax can do so for a first moment."""
+    """Returns `tx` with its state stored in `dtype` between steps.
+
+    Optax itself can do so for a first moment only.
+    """
 
     def cast(state: optax.OptState, dtype: Any) -> optax.OptState:
         return jax.tree.map(
@@ -87,7 +90,8 @@ def moments_in(
         updates, state = tx.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
-    if dtype == "float32":  # As it is; float64 parameters have moments in float64.
+    if dtype == "float32":
+        # The state is already so, and float64 parameters have moments in float64.
         return tx
     return optax.GradientTransformation(
         lambda params: cast(tx.init(params), dtype), update
@@ -103,7 +107,7 @@ def with_adam_for_the_rest(
 
 
 def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
-    # As `optax.adafactor` chains them.
+    # The chain is that of `optax.adafactor`.
     scaler = optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -131,14 +135,17 @@ def galore_over_layers(rank: int, scale: float) -> optax.GradientTransformation:
     return over_layers(optax.contrib.scale_by_galore(rank, scale=scale), axes)
 
 
-# Of a count: on a mapped one, GaLore would compute the SVD at every step.
+# The axis of a count, which is not mapped. On a mapped count, GaLore would compute the
+# SVD at every step.
 UNMAPPED: Any = None
 
 
 def over_layers(
     tx: optax.GradientTransformation, axes: Any
 ) -> optax.GradientTransformation:
-    """Maps a transformation of matrices over the first axis of stacked ones, whose norms stay apart.
+    """Maps a transformation of matrices over the first axis of stacked matrices.
+
+    The norms of the matrices stay separate.
 
     Args:
         tx: a transformation of matrices.
@@ -148,7 +155,7 @@ def over_layers(
     mapped_init = jax.vmap(tx.init, out_axes=axes)
     mapped_update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
 
-    # Where all matrices are masked out, there is nothing to map over.
+    # If all matrices are masked out, there is nothing to map over.
     def init(params: optax.Params) -> optax.OptState:
         return mapped_init(params) if jax.tree.leaves(params) else tx.init(params)
 
@@ -178,7 +185,8 @@ def muon(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformati
         mu_dtype=options.moment_dtype,
         muon_weight_dimension_numbers=dimension_numbers,
     )
-    # Optax has Muon's scaling by shape only inside `muon`, which goes downhill by itself.
+    # Optax has Muon's scaling by shape only inside `muon`, which negates the updates
+    # itself.
     scaler = optax.chain(descent, optax.scale(-1.0))
     return with_adam_for_the_rest(scaler, options, config)
 
@@ -222,7 +230,7 @@ def apollo(
 
 
 class Recipe(NamedTuple):
-    """An optimizer: what scales the gradients, and its default learning rates and APOLLO options.
+    """An optimizer: its transformation, default learning rates and APOLLO options.
 
     The learning rates are the best of the grids in docs/results.md, with the tiny model
     and one seed; apollo-svd has those of apollo.
@@ -312,7 +320,7 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
 
 
 def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
-    """Returns the flags that the optimizer has no use for, with what they were set to."""
+    """Returns the flags that the optimizer does not use, with their values."""
     recipe = RECIPES[options.optimizer]
     return {
         flag: value
@@ -335,7 +343,10 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
 
 
 def make_schedule(peak: float, steps: int) -> optax.Schedule:
-    """Returns the rate by step: up over the first tenth, then a cosine down to a tenth of `peak`."""
+    """Returns the learning rate by step: a linear warmup, then a cosine.
+
+    The warmup is the first tenth of the steps. The cosine ends at a tenth of `peak`.
+    """
     warmup = max(1, steps // 10)
     return optax.warmup_cosine_decay_schedule(
         0.0, peak, warmup, max(steps, warmup + 1), end_value=peak / 10

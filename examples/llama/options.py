@@ -24,7 +24,8 @@ CHOICES = {
     "--resume": ("never", "auto"),
 }
 
-# What may change when a run is resumed: what the run computes stays the same, up to rounding.
+# These options may change when a run is resumed. The results stay the same, up to
+# rounding.
 CHANGEABLE = frozenset(
     (
         "layerwise",
@@ -41,7 +42,7 @@ CHANGEABLE = frozenset(
     )
 )
 OFFLOADABLE = ("weights", "activations")
-LARGEST_SEED = 2**32 - 1  # Of Grain's shuffle.
+LARGEST_SEED = 2**32 - 1  # The largest seed of Grain's shuffle.
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
 
@@ -272,7 +273,7 @@ class TrainingOptions(TextOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessOptions:
-    """Which of several processes this is; the same run on another number of them is the same run."""
+    """The place of this process among several; their number does not change the run."""
 
     coordinator: str | None = None
     """HOST:PORT at which process 0 of several meets the others. Under Slurm, Open MPI,
@@ -341,7 +342,7 @@ class RunOptions(ProcessOptions, TrainingOptions):
         return super().numbers() | more
 
     def as_run(self) -> dict[str, Any]:
-        """Returns the options that make the run what it is, on whichever process, as JSON."""
+        """Returns the options that define the run, equal on all processes, as JSON."""
         fields = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return {
             name: value for name, value in fields.items() if name not in PROCESS_FIELDS
@@ -359,16 +360,16 @@ def check_seed(flag: str, seed: int) -> None:
 
 
 def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Returns what two configurations disagree on, as `field: theirs -> ours`, changeable fields aside.
+    """Returns the differences of two configurations, as `field: theirs -> ours`.
 
-    A field that one has not got, because it is older than the field, has the field's
-    default.
+    Changeable fields are left out. A field that one has not got, because it is older
+    than the field, has the field's default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
     defaults["rounding"] = "nearest"  # Before there was a choice.
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):
-        # It may have moved.
+        # The text of the same corpus may have moved.
         ignored.update(field.name for field in dataclasses.fields(TextOptions))
     pairs = {
         name: (theirs.get(name, defaults.get(name)), ours.get(name, defaults.get(name)))
@@ -387,7 +388,7 @@ Options = TypeVar("Options")
 
 
 def parse(options: type[Options], args: list[str] | None, prog: str) -> Options:
-    """Returns the options a command line gives; one that does not parse exits with status 2."""
+    """Returns a command line's options; one that does not parse exits with status 2."""
     import tyro  # Here, so that training from Python does not need it.
 
     return tyro.cli(options, args=args, prog=prog)

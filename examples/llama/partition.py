@@ -1,4 +1,4 @@
-"""What is cut over which axis of the mesh: one table for the parameters, and what follows from it.
+"""How parameters are sharded over the axes of the mesh, by one table of rules.
 
 `tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM
 does (https://arxiv.org/abs/1909.08053): what comes back to the hidden size is summed
@@ -23,7 +23,8 @@ from examples.llama.optimizers import KERNELS, dimension_numbers, path_name
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.usage import UsageError
 
-# By path; the first that matches counts. The axis of layers is never cut: a step takes them one by one.
+# The keys are patterns of paths, of which the first match counts. The layer axis is
+# never sharded, since a step takes the layers one by one.
 PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
     (r"^embed/embedding$", jax.P("tensor", "fsdp")),  # (V, D)
     (
@@ -57,10 +58,12 @@ def spec_of(
             with one scale; by default `shape`.
     """
     spec = next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
-    # Of a side that both cut, XLA would gather the parts of `tensor` too, where `data` has as many devices.
+    # If `fsdp` and `tensor` shared a side, XLA would gather the shards of `tensor` too,
+    # where `data` has as many devices.
     if not re.search(KERNELS, name) or mesh.shape["tensor"] > 1:
         return spec
-    # The larger side, or the outputs, as apollo_optax has it.
+    # apollo_optax's channels are along the larger side, or the outputs if both are
+    # equal.
     channels = 1 if shape[1] > shape[2] else 2
     if spec[channels] == "fsdp" or (parts or shape)[channels] % mesh.shape["fsdp"]:
         return spec
@@ -82,7 +85,7 @@ def cut_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
 
 
 def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
-    """Raises `UsageError` for a size of the model that an axis of --mesh does not divide."""
+    """Raises `UsageError` for a model size that an axis of --mesh does not divide."""
     model = (
         f"--init-from {options.init_from}"
         if options.init_from
@@ -112,7 +115,7 @@ def parameter_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> Any:
-    """Returns the sharding of every leaf of an optimizer's state, of whatever optimizer.
+    """Returns the sharding of every leaf of the state of any optimizer.
 
     They are those of `apollo_optax.state_sharding`. What that leaves whole though it is
     a matrix or more of a parameter that is cut, as GaLore's moments and projections

@@ -1,4 +1,6 @@
-"""Tells a run's memory before it runs: `python -m examples.llama.plan --model 7b --target v5e:1x1`.
+"""Tells a run's memory before it runs.
+
+Run it with `python -m examples.llama.plan --model 7b --target v5e:1x1`.
 
 Compiles the very step that `pretrain` runs, for this machine or for TPUs that are not
 there, and reads the memory off the compiled program; nothing is trained. All numbers
@@ -41,7 +43,7 @@ UNITS = {
     "tib": 2**40,
 }
 SCALES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1}
-MOST_SEQUENCES = 2**20  # That --fit tries.
+MOST_SEQUENCES = 2**20  # The most sequences that --fit tries.
 SHARES = {
     "weights_bytes": "weights",
     "optimizer_bytes": "optimizer state",
@@ -61,7 +63,10 @@ WIDENED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions(RunOptions):
-    """The memory that pretrain would need with these options, from compiling its step; nothing is run."""
+    """The memory that pretrain would need with these options, from compiling its step.
+
+    Nothing is run.
+    """
 
     out: Path = Path(os.devnull)
     """Not used: a command line of pretrain can be given as it is."""
@@ -106,7 +111,7 @@ class PlanOptions(RunOptions):
 
 
 def bytes_in(flag: str, text: str) -> int:
-    """Returns the bytes in `16GB` or `15.75GiB`; raises `UsageError` for another form."""
+    """Returns the bytes in `16GB` or `15.75GiB`; other forms raise `UsageError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)", text.strip().lower())
     if not match or not float(match[1]):
         raise UsageError(
@@ -126,8 +131,8 @@ class Row(NamedTuple):
 
     options: RunOptions
     memory: Memory
-    activations_bytes: int | None  # Of the peak, what grows with the batch.
-    # What --fit gives, else what the device has; None where that is not known.
+    activations_bytes: int | None  # The part of the peak that grows with the batch.
+    # The limit of --fit, else of the device. It is None if the latter is unknown.
     limit_bytes: int | None
 
     @property
@@ -138,7 +143,7 @@ class Row(NamedTuple):
 
     @property
     def gradients_bytes(self) -> int | None:
-        """The rest of the peak: gradients, temporaries, tokens, and what layouts add to arrays."""
+        """The rest of the peak: gradients, temporaries, tokens, padding of arrays."""
         if self.activations_bytes is None:
             return None
         known = (
@@ -149,7 +154,7 @@ class Row(NamedTuple):
         return self.memory.peak_bytes - known
 
 
-# Of `RunOptions`, as `target.memory_of` without the target.
+# Returns the memory of `RunOptions`, as `target.memory_of` does without its target.
 MemoryOf = Callable[..., Memory]
 
 
@@ -215,7 +220,7 @@ def remembered(run: RunOptions, memory_of: MemoryOf) -> MemoryOf:
     known: dict[int, Memory] = {}
 
     def measured(batch: int, exact: bool = True) -> Memory:
-        # Only of a program that is refused is there more to be known.
+        # Only a program that is refused has more to be known.
         if batch not in known or (
             exact and known[batch].refused and known[batch].compiled_for is None
         ):
@@ -248,9 +253,9 @@ def fitting_batch(
 
     if not fits(unit):
         return 0
-    # `low` fits, as did `before`; `high` does not.
+    # The batches `low` and `before` fit. The batch `high` does not.
     low, before, high = unit, None, None
-    # Halved now and then, if growth is uneven.
+    # Every fourth turn halves the interval, in case growth is uneven.
     turns = itertools.cycle((True, True, True, False))
     while True:
         most = min(8 * low, MOST_SEQUENCES if high is None else high - unit)
@@ -299,7 +304,7 @@ def gigabytes(size: int) -> str:
 
 
 def is_widened(row: Row, target: str) -> bool:
-    """Whether the target's compiler computes in another precision than was asked for."""
+    """Whether the target's compiler uses another precision than was asked for."""
     run = row.options
     return target == "cpu" and "bfloat16" in (run.weights, run.compute_dtype)
 
@@ -419,7 +424,7 @@ def table(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> Table:
         caption_justify="left",
     )
     view.add_column("optimizer", no_wrap=True)
-    # For 80 characters.
+    # The headings fit 80 characters.
     shares = ("weights", "optimizer\nstate", "grads,\nother", "activa-\ntions")
     for column in ("batch", *shares, "peak", *(("host",) if with_host else ())):
         view.add_column(column, justify="right", no_wrap=True)
@@ -430,7 +435,7 @@ def table(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> Table:
 
 
 def draw(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> None:
-    """Draws a stacked bar for each row, and a line at the limit, into the file of --plot."""
+    """Draws a stacked bar per row, and a line at the limit, into the file of --plot."""
     assert options.plot is not None
     figure = Figure(figsize=(9, 2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -465,7 +470,10 @@ def draw(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> None:
 
 
 def share(row: Row, name: str) -> int:
-    """Returns a part of the bar; of a row that has a peak alone, what is not known is one part."""
+    """Returns the bytes of a part of the bar.
+
+    A row that has a peak alone has one unknown part.
+    """
     if name == "activations_bytes":
         return row.activations_bytes or 0
     if name == "gradients_bytes":

@@ -22,7 +22,7 @@ def plot_comparison(
     sweeps: Mapping[str, Sequence[tuple[float, float]]],
     folder: Path,
 ) -> None:
-    """Draws the curves of the runs, beside them what each optimizer reached at each learning rate.
+    """Draws the runs' curves beside each optimizer's results by learning rate.
 
     Args:
         runs: folders by label.

@@ -1,4 +1,6 @@
-"""Pre-trains one model: `python -m examples.llama.pretrain --out runs/one --optimizer apollo-mini`.
+"""Pre-trains one model.
+
+Run it with `python -m examples.llama.pretrain --out runs/one --optimizer apollo-mini`.
 
 Writes config.json, metrics.jsonl, tensorboard/, curves.png and checkpoints/ to the
 output folder.
@@ -54,7 +56,7 @@ def run_steps(
     recorder: Recorder,
     checkpoints: Checkpoints,
 ) -> None:
-    """Trains from `first_step` to the last, with evaluations and checkpoints on the way."""
+    """Trains from `first_step` to the last step, with evaluations and checkpoints."""
     shape, vote = (options.batch, options.seq + 1), distributed.Vote()
     with stop.deferred():
         for step in range(first_step, options.steps + 1):
@@ -68,7 +70,7 @@ def run_steps(
                 recorder.flush(functools.partial(evaluate, state.params, step))
             asked = vote.highest(stop.signal or 0)
             if last or asked or step % options.checkpoint_every == 0:
-                # A checkpoint is never ahead of the metrics, nor of a loss unseen.
+                # A checkpoint must not be ahead of the metrics, nor of an unseen loss.
                 recorder.sync()
                 checkpoints.save(step, state, batches.get_state())
                 recorder.restart_clock()
@@ -206,7 +208,7 @@ def make_evaluation(
     held_out: np.ndarray,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[Params, int], Row]:
-    """Returns a function of the parameters and the step, to what an evaluation adds to the metrics."""
+    """Returns a function from parameters and step to an evaluation's metrics."""
     validation_loss = make_evaluator(pieces, held_out)
     sample = make_sampler(
         pieces, text.tokenizer, text.end_id, seed=options.seed, mesh=mesh
@@ -222,7 +224,8 @@ def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(RunOptions, args, "python -m examples.llama.pretrain")
         if args is None:
-            # From Python, which may have used JAX, it is the caller's to do.
+            # Only the command line starts the processes. A caller in Python may have
+            # used JAX already, and starts them itself.
             distributed.start(options)
         with StopRequest() as stop:
             result = pretrain(options, stop)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Of a JSON line, a Parquet file or a hub data set: as in C4, FineWeb, the Pile.
+# The field with the text in a JSON line, a Parquet file or a hub data set, as in C4,
+# FineWeb and the Pile.
 FIELD = "text"
 LONG_FILE_BYTES = 2**16
 PIECE_BYTES = 2**14
-PARQUET_ROWS = 1024  # Read at once.
+PARQUET_ROWS = 1024  # The rows that are read at once.
 
 
 class Document(NamedTuple):
@@ -60,7 +61,7 @@ def read_pieces(path: Path) -> Iterator[str]:
 
     So that a book, or a corpus in one file, can be split by document.
     """
-    # Held back: what is too short at the end of the file joins it.
+    # The last lines are held back, so that a rest that is too short can join them.
     last: list[bytes] = []
     piece: list[bytes] = []
     size = 0
@@ -89,7 +90,10 @@ def text_lines(path: Path) -> Iterator[bytes]:
 
 
 def decode(text: bytes) -> str:
-    """Returns UTF-8 as text; a replacement character where it is another encoding does little harm."""
+    """Returns UTF-8 as text.
+
+    In other encodings, a replacement character does little harm.
+    """
     return text.decode(errors="replace").replace("\r\n", "\n")
 
 

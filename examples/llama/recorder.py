@@ -20,7 +20,7 @@ from examples.llama.train import StepMetrics
 from examples.llama.usage import UsageError, notice
 
 LR_BLOCK = 4096
-MOST_SKIPPED = 20  # Steps in a row.
+MOST_SKIPPED = 20  # The most steps that are skipped in a row.
 
 
 class DivergedError(UsageError):
@@ -47,13 +47,15 @@ class Recorder:
         self._config = config
         self._mesh = mesh
         self._tokens = options.batch * options.seq
-        # Many at once: computing one a step would wait for the device.
+        # Many rates are computed at once. Computing one per step would wait for the
+        # device.
         self._lrs = functools.lru_cache(maxsize=1)(
             lambda block: np.asarray(
                 jax.vmap(schedule)(block * LR_BLOCK + np.arange(LR_BLOCK))
             )
         )
-        # Far above the loss of guessing, which no run that goes well exceeds by much.
+        # The ceiling is far above the loss of guessing, which a good run hardly
+        # exceeds.
         self._ceiling = 10 * math.log(config.vocab_size)
         self._log = log
         self._bar = bar
@@ -80,8 +82,8 @@ class Recorder:
             return
         (step, device_metrics), self._pending = self._pending, None
         loss, grad_norm = (float(value) for value in jax.device_get(device_metrics))
-        # A step that is read at once, before an evaluation, may have been made while the one before it
-        # was read: then the two are timed together.
+        # Before an evaluation, a step is read at once. It may have run while the step
+        # before it was read, and then the two are timed together.
         seconds = time.perf_counter() - (
             self._clock_before if evaluate else self._clock
         )
@@ -126,7 +128,7 @@ class Recorder:
         self._log.sync()
 
     def restart_clock(self) -> None:
-        """Leaves what was done since the last step out of the next one's tokens a second."""
+        """Excludes the time since the last step from the next step's throughput."""
         self._clock = self._clock_before = time.perf_counter()
 
     def _mfu(self, tokens_per_s: float) -> float | None:
@@ -166,7 +168,7 @@ class Recorder:
             )
 
     def _check_validation(self, loss: float, step: int) -> None:
-        if not loss < self._ceiling:  # Also when it is not a number.
+        if not loss < self._ceiling:  # The condition also holds for NaN.
             raise DivergedError(
                 f"the validation loss is {loss:.4g} at step {step}; "
                 "lower --lr or --lr-embeddings"

@@ -12,12 +12,12 @@ class RunResult(NamedTuple):
 
     options: RunOptions
     val_loss: float  # The best of its evaluations, in nats a token.
-    # Median over the steps, so without compilation and evaluations.
+    # The median over the steps, which leaves out compilation and evaluations.
     tokens_per_s: float
 
 
 def read_result(options: RunOptions) -> RunResult | None:
-    """Returns the result of the run in `options.out`, or None where it has not come to its end."""
+    """Returns the result of the run in `options.out`, or None if it is unfinished."""
     rows = read_metrics(options.out)
     if not rows or rows[-1]["step"] < options.steps or "val_loss" not in rows[-1]:
         return None

@@ -1,4 +1,7 @@
-"""The files of a run: config.json, tokenizer.json, metrics.jsonl (an object a line), tensorboard/."""
+"""The files of a run: config.json, tokenizer.json, metrics.jsonl and tensorboard/.
+
+metrics.jsonl has an object per line.
+"""
 
 import contextlib
 import fcntl
@@ -20,7 +23,7 @@ Row = dict[str, Any]  # One step: numbers by name, and at evaluations the sample
 
 
 def check_free(folder: Path, *, resume: bool = False) -> None:
-    """Raises `UsageError` where writing a run to `folder` would overwrite or mix with something.
+    """Raises `UsageError` if a run in `folder` would overwrite or mix with files there.
 
     Args:
         folder: the run's folder.
@@ -45,7 +48,7 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
 
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Makes `folder` if need be, and raises `UsageError` while another process runs in it.
+    """Makes `folder`, and raises `UsageError` while another process runs in it.
 
     The system drops the lock with the process, however that ends.
     """
@@ -73,7 +76,10 @@ def check_same_run(folder: Path, config: dict[str, Any]) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns the configuration of the run in `folder`; raises `UsageError` where there is none."""
+    """Returns the configuration of the run in `folder`.
+
+    Raises `UsageError` if there is none.
+    """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
@@ -87,7 +93,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer: str) -> None:
-    """Writes what a run is, before anything else of it; its tokenizer is what an export needs."""
+    """Writes a run's configuration and its tokenizer, which an export needs.
+
+    They are the first files of a run.
+    """
     replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     replace_text(folder / TOKENIZER, tokenizer)
 
@@ -134,12 +143,12 @@ class RunLog:
 
     def write(self, row: Row) -> None:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        # So that a run can be watched, and one that dies leaves its curve.
+        # The flush lets users watch a run, and lets a run that dies leave its curve.
         self._file.flush()
         self._tensorboard.write(row)
 
     def sync(self) -> None:
-        """Returns when the metrics are on disk, so that no checkpoint is ahead of them."""
+        """Waits until the metrics are on disk; no checkpoint may be ahead of them."""
         os.fsync(self._file.fileno())
 
 
@@ -178,7 +187,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """Returns the rows of a run, one for each step from the first; none where there is no file yet.
+    """Returns the rows of a run, one per step from the first; none without a file.
 
     The last line is left out where it is cut off, as a run leaves it that is killed
     while it writes.

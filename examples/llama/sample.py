@@ -24,7 +24,7 @@ def make_sampler(
     seed: int,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[Params, int], str]:
-    """Returns a function of the parameters and the step: a text that begins a new document.
+    """Returns a function of parameters and step that writes the start of a document.
 
     The step and the seed set the draws, so a run that is resumed writes what it would
     have written.
@@ -39,7 +39,8 @@ def make_sampler(
             def head(params: Params, x_1xTxD: jax.Array, _: jax.Array) -> jax.Array:
                 return pieces.logits(params, x_1xTxD[:, position])
 
-            # The whole text again for each token: short, and no cache of keys and values to keep.
+            # The whole text is computed again for each token. It is short, and a cache
+            # of keys and values would take more code.
             logits_V = layerwise_apply(pieces.embed, pieces.layer, head)(
                 params, tokens_1xT
             )[0, :known]

@@ -1,4 +1,4 @@
-"""Token ids on disk: a split is a row of `.npy` files, which are read as memory maps."""
+"""Token ids on disk: a split is a series of `.npy` files, read as memory maps."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from examples.llama.split import Labelled
 from examples.llama.tokenizer import Encoder
 
-# 128 MiB of two-byte ids, which is also what writing a split holds in memory.
+# The shards have 128 MiB of two-byte ids. Writing a split holds as much in memory.
 SHARD_TOKENS = 2**26
 # The tokenizer's threads get a batch, which ends with whichever of these comes first.
 BATCH_DOCUMENTS = 512
@@ -19,7 +19,7 @@ BATCH_CHARS = 2**22
 
 
 class ShardWriter:
-    """Writes one split's tokens to `folder` as `<split>-<number>.npy`, until there are `limit`.
+    """Writes one split's tokens to `folder` as `<split>-<number>.npy`, up to `limit`.
 
     Ids take two bytes where the vocabulary allows it, else four.
 
@@ -49,7 +49,7 @@ class ShardWriter:
         return self._limit is not None and self.tokens >= self._limit
 
     def add(self, tokens: np.ndarray) -> None:
-        """Appends a document (uint32, 1-D), which may begin in one shard and end in another."""
+        """Appends a document (uint32, 1-D), which may continue in the next shard."""
         self.documents += 1
         self.tokens += tokens.size
         self.digest.update(tokens.data)
@@ -90,7 +90,7 @@ def write_tokens(
     until: Callable[[], bool],
     bar: "tqdm[Any]",
 ) -> None:
-    """Encodes documents for the writer of their split, with one batch in memory at a time.
+    """Encodes documents for the writers of their splits, one batch in memory at a time.
 
     Stops after the document with which `until` holds, so that what is written does not
     depend on how documents are batched.

@@ -14,8 +14,9 @@ from examples.llama.hub import PREFIX, HubSource
 from examples.llama.readers import Document, DocumentError, read_file
 from examples.llama.usage import UsageError, unknown_name
 
-# Installed packages differ between machines, tests and tables are copies of one another, and
-# pydoc_data is one English text so long that whichever split it falls into would be about it.
+# Installed packages differ between machines. Tests and tables are copies of one
+# another. pydoc_data is one English text so long that its split would be mostly about
+# it.
 SKIPPED_FOLDERS = frozenset(
     (
         *(
@@ -40,7 +41,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Returns what changes with the documents, or with their name where that is all there is."""
+        """Returns a string that changes with the documents, or else with their name."""
         ...
 
     def held_out(self) -> Iterable[Document] | None:
@@ -50,11 +51,11 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """The documents of files on disk; `flag` and `data` are what the user gave, for errors."""
+    """The documents of files on disk; `flag` and `data` are the user's, for errors."""
 
     flag: str
     data: str
-    files: dict[str, Path]  # By name, in reading order.
+    files: dict[str, Path]  # The paths by document name, in reading order.
     read: Callable[[str, Path], Iterable[Document]]
 
     def __iter__(self) -> Iterator[Document]:
@@ -76,7 +77,8 @@ class FileSource:
 
     def fingerprint(self) -> str:
         try:
-            # The same files may make other documents, as modules of the standard library stay whole.
+            # The reader is part of the digest, since the same files may make other
+            # documents: modules of the standard library stay whole.
             return f"{self.read.__name__} {content_digest(self.data, self.files)}"
         except DocumentError as error:
             raise self._error(error) from error
@@ -95,12 +97,13 @@ def open_source(flag: str, data: str) -> Source:
 
     * `stdlib`: the `.py` files of the running Python's standard library;
     * `python`: those, and the `.py` files of all packages installed beside it;
-    * a file, a folder (with the folders in it, hidden ones aside) or a glob such as `corpus/**/*.txt`.
-      A row of a `.jsonl`, `.jsonl.gz`, `.json.gz` or `.parquet` file is a document, its text in the
-      field `text`. Any other file is a document of text in UTF-8; one of more than 64 KiB is cut
-      after blank lines into documents of at least 16 KiB;
-    * `hf:OWNER/NAME[/CONFIG][@REVISION]`: a data set of Hugging Face's hub, its split `train`, read as
-      it downloads; or `hf:/FOLDER[/CONFIG]`, a copy of one on disk.
+    * a file, a folder (with the folders in it, hidden ones aside) or a glob such as
+      `corpus/**/*.txt`. A row of a `.jsonl`, `.jsonl.gz`, `.json.gz` or `.parquet` file
+      is a document, its text in the field `text`. Any other file is a document of text
+      in UTF-8; one of more than 64 KiB is split after blank lines into documents of at
+      least 16 KiB;
+    * `hf:OWNER/NAME[/CONFIG][@REVISION]`: a data set of Hugging Face's hub, its split
+      `train`, read as it downloads; or `hf:/FOLDER[/CONFIG]`, a copy of one on disk.
 
     Raises:
         UsageError: where there is no such source; while reading, where it holds no
@@ -135,7 +138,7 @@ def stdlib_folder() -> Path:
 
 
 def stdlib(flag: str = "--data") -> FileSource:
-    """Returns the `.py` files of the running Python's standard library, sorted by path."""
+    """Returns the `.py` files of the running Python's standard library, by path."""
     folder = stdlib_folder()
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
     kept = [path for path in paths if not SKIPPED_FOLDERS.intersection(path.parts)]
@@ -145,7 +148,8 @@ def stdlib(flag: str = "--data") -> FileSource:
 
 
 def read_module(name: str, path: Path) -> list[Document]:
-    # A few files declare another encoding; a replacement character in a comment does no harm.
+    # A few files declare another encoding. A replacement character in a comment does no
+    # harm.
     return [Document(name, path.read_text("utf-8", errors="replace"))]
 
 
@@ -196,7 +200,7 @@ def split_opening_comment(text: str) -> tuple[str, str]:
 
 
 def site_folders() -> dict[str, Path]:
-    """Returns the folders of installed packages, by the start of their documents' names."""
+    """Returns the folders of installed packages, by the prefix of document names."""
     folders = {name: Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
     return (
         folders
@@ -206,7 +210,7 @@ def site_folders() -> dict[str, Path]:
 
 
 def installed_python(flag: str = "--data") -> WithoutRepeats:
-    """Returns the `.py` files of the running Python and of the packages installed beside it.
+    """Returns the `.py` files of the running Python and of all installed packages.
 
     They are hundreds of megabytes where PyTorch and JAX are installed, and need no
     network. Tests are among them: there are too few other files for a model of 60M
@@ -221,11 +225,11 @@ def installed_python(flag: str = "--data") -> WithoutRepeats:
 
 
 def find_files(data: str) -> dict[str, Path]:
-    """Returns the files of a file, folder or glob, sorted by their path relative to it."""
+    """Returns the files of a file, folder or glob, sorted by relative path."""
     path = Path(data).expanduser()
     if path.is_file():
         return {path.name: path}
-    # A folder's hidden files, such as those of .git, are as little meant as a glob's `*` matches them.
+    # Hidden files in a folder, such as those of .git, are left out, as by a glob's `*`.
     root, pattern = (
         (path, glob.escape(str(path)) + "/**")
         if path.is_dir()
@@ -239,5 +243,8 @@ def find_files(data: str) -> dict[str, Path]:
 
 
 def glob_root(pattern: Path) -> Path:
-    """Returns the folder in which a glob begins to vary: the files' names are relative to it."""
+    """Returns the folder in which a glob begins to vary.
+
+    The files' names are relative to it.
+    """
     return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))

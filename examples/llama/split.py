@@ -13,7 +13,10 @@ Labelled = tuple[str, Document]  # A document after the split that it falls into
 
 
 def in_validation(name: str) -> bool:
-    """Whether a document is held out: by a hash of its name, so adding others moves none."""
+    """Whether a document is held out, by a hash of its name alone.
+
+    Adding documents thus moves no others.
+    """
     return draw(name) < VALIDATION_SHARE * 2**64
 
 
@@ -23,7 +26,7 @@ def draw(name: str) -> int:
 
 
 def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
-    """Yields the documents in reading order, each with its split; each split gets at least one.
+    """Yields the documents in reading order with their splits, at least one in each.
 
     Where the hash would leave a split empty, as happens to a few documents only, it
     gets the one that comes nearest to it.
@@ -31,7 +34,8 @@ def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
     Raises:
         UsageError: where there is one document only; `data` is where it is from.
     """
-    waiting: list[Document] = []  # Until it is known that neither split stays empty.
+    # These documents wait until it is known that neither split stays empty.
+    waiting: list[Document] = []
     found: set[bool] = set()
     for document in documents:
         waiting.append(document)

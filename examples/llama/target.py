@@ -1,8 +1,8 @@
-"""What memory a training step needs on a target: it is compiled for the target, and nothing is run.
+"""What memory a training step needs on a target, from compiling it there.
 
-A target is `cpu`, `gpu` (of this machine) or a TPU topology as `v5e:1x1`, for which no
-TPU is needed: its compiler, libtpu, works without one. All numbers are bytes on one
-device.
+Nothing is run. A target is `cpu`, `gpu` (of this machine) or a TPU topology as
+`v5e:1x1`, for which no TPU is needed: its compiler, libtpu, works without one. All
+numbers are bytes on one device.
 """
 
 import contextlib
@@ -34,17 +34,20 @@ from examples.llama.options import RunOptions
 from examples.llama.usage import UsageError, first_line
 
 LOCAL = ("cpu", "gpu")
-# A size of 0 ends libtpu's process.
+# A size of 0 would end libtpu's process.
 TOPOLOGY = re.compile(r"[a-z0-9]+:[1-9]\d*(x[1-9]\d*)+")
 INSTALL = "pip install 'apollo-optax[tpu-aot]' (in a clone: pip install '.[tpu-aot]')"
-# The generation with the most memory a device; any number of chips makes a topology.
+# The generation with the most memory per device. Any number of its chips makes a
+# topology.
 LARGEST = "v5p"
-# What the TPU compiler says of a program that does not fit; the size is of arguments and all, in GiB.
+# The TPU compiler's message about a program that does not fit. The size includes the
+# arguments, and its units are binary.
 REFUSAL = re.compile(
     r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])"
     r"(?:\) exceeds available HBM \(| of )([\d.]+)([KMGT])"
 )
-CRASH_LINES = 10  # Of what a compiler that ends has written.
+# The number of last lines that are shown of a crashed compiler's output.
+CRASH_LINES = 10
 
 
 class CompilerError(Exception):
@@ -59,27 +62,27 @@ class Memory:
     larger target either; its message still has the peak, in hundredths of a GiB.
     """
 
-    weights_bytes: int  # Of the parameters on the device, from their shapes.
-    optimizer_bytes: int  # Of the optimizer's state, from its shapes.
-    host_weights_bytes: int  # Of the parameters in host memory.
+    weights_bytes: int  # The size of the parameters on the device, from their shapes.
+    optimizer_bytes: int  # The size of the optimizer's state, from its shapes.
+    host_weights_bytes: int  # The size of the parameters in host memory.
     device_kind: str
     peak_bytes: int  # Arguments + temporaries + output - alias, on the device.
     arguments_bytes: int | None = None
     temporaries_bytes: int | None = None
     output_bytes: int | None = None
-    # What of the output is in the memory of the arguments.
+    # The part of the output that reuses the memory of the arguments.
     alias_bytes: int | None = None
     host_bytes: int | None = None  # The same sum as the peak, in host memory.
     host_temporaries_bytes: int | None = None
-    # What the device gives a program; None where that is not known.
+    # The memory that the device gives a program, or None if that is unknown.
     capacity_bytes: int | None = None
     refused: bool = False  # Whether the target's compiler refuses the program.
-    # The target, or the larger one that the numbers are of.
+    # The target, or the larger one that the numbers are for.
     compiled_for: str | None = None
 
 
 def check_target(target: str) -> None:
-    """Raises `UsageError` for a --target that is none, or whose compiler is not installed."""
+    """Raises `UsageError` for an unknown --target or one without its compiler."""
     if target in LOCAL:
         return
     if not TOPOLOGY.fullmatch(target):
@@ -94,7 +97,9 @@ def check_target(target: str) -> None:
 
 
 def for_target(options: RunOptions, target: str) -> RunOptions:
-    """Returns what `pretrain` would make of the options on the target, which may not be this machine.
+    """Returns the options as `pretrain` would resolve them on the target.
+
+    The target may not be this machine.
 
     Raises:
         UsageError: for attention that only a GPU has.
@@ -113,7 +118,7 @@ def devices_of(target: str) -> Sequence[Any]:
     try:
         if target in LOCAL:
             return jax.devices(target)
-        # A v4 chip is one device, as JAX has it on a real one; libtpu's own default is two.
+        # JAX has a v4 chip as one device. The default of libtpu is two.
         more = {"chip_config_name": "megacore"} if target.startswith("v4:") else {}
         return topologies.get_topology_desc(
             platform="tpu", topology_name=target, **more
@@ -185,7 +190,10 @@ def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory
 
 
 def refused_bytes(error: Exception) -> tuple[int, int]:
-    """Returns what a program needs and what there is, by the compiler's message; raises any other error."""
+    """Returns a program's need and limit in bytes, from the compiler's message.
+
+    Any other error is raised again.
+    """
     if not (refusal := REFUSAL.search(str(error))):
         raise error
     number, unit, there, unit_there = refusal.groups()
@@ -199,7 +207,7 @@ def binary_bytes(number: str, unit: str) -> int:
 def compiled_memory(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, target: str
 ) -> Memory:
-    """Returns the memory of the step that `pretrain` runs, compiled for the devices of a mesh."""
+    """Returns the memory of `pretrain`'s step, compiled for the devices of a mesh."""
     return memory_of_step(
         compiled_step(options, config, mesh), options, config, mesh, target
     )
@@ -210,7 +218,7 @@ def compiled_step(
 ) -> jax.stages.Compiled:
     """Returns the step that `pretrain` runs, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
-    # A function, of which jit makes more.
+    # The step is a function that can be jitted.
     step: Any = build.training_step(options, config, tx, mesh)
     tokens = (options.batch, options.seq + 1)
     return step.lower(
@@ -227,7 +235,7 @@ def memory_of_step(
     mesh: jax.sharding.Mesh,
     target: str,
 ) -> Memory:
-    """Returns the memory of a compiled step; the other arguments are what it was compiled of."""
+    """Returns the memory of a compiled step, which the other arguments describe."""
     sizes: Any = compiled.memory_analysis()
     return shapes_memory(
         options,
@@ -254,7 +262,7 @@ def memory_of_step(
 def shapes_memory(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, **compiled: Any
 ) -> Memory:
-    """Returns what shapes alone tell, and beside it what is known of the compiled program."""
+    """Returns what the shapes tell, with the known numbers of the compiled program."""
     tx, _ = make_optimizer(options, config)
     state = build.abstract_state(options, config, tx, mesh)
     return Memory(
@@ -267,7 +275,7 @@ def shapes_memory(
 
 
 def bytes_on_a_device(tree: Any, *, host: bool) -> int:
-    """Returns the bytes of a tree of shapes with shardings, in device memory or in the host's."""
+    """Returns the bytes per device of a tree of shapes, in device or host memory."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -276,7 +284,7 @@ def bytes_on_a_device(tree: Any, *, host: bool) -> int:
 
 
 def capacity(mesh: jax.sharding.Mesh) -> int | None:
-    """Returns the bytes that a device of the mesh gives a program, or None where that is not known."""
+    """Returns the bytes that a device gives a program, or None if that is unknown."""
     device = mesh.devices.flat[0]
     if device.platform == "gpu":
         return (device.memory_stats() or {}).get("bytes_limit")
@@ -292,7 +300,9 @@ def capacity(mesh: jax.sharding.Mesh) -> int | None:
 
 
 class Compiler:
-    """A process that compiles for one target: `with Compiler(...) as memory_of: memory_of(options)`.
+    """A process that compiles for one target.
+
+    Use it as `with Compiler(...) as memory_of: memory_of(options)`.
 
     In a process of its own, as libtpu takes over signals, writes warnings and now and
     then ends the process that asks it for something odd, and as Ctrl-C would wait for a
@@ -327,7 +337,10 @@ class Compiler:
             pass
 
     def __call__(self, options: RunOptions, *, exact: bool = True) -> Memory:
-        """Returns what `memory_of` does; raises what it does, and `CompilerError` for a crash."""
+        """Returns what `memory_of` does; raises its errors, or `CompilerError`.
+
+        The latter is raised for a crash of the compiler.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:

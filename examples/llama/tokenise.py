@@ -1,4 +1,6 @@
-"""Tokenises text ahead of a run: `python -m examples.llama.tokenise --model 1b --data ...`.
+"""Tokenises text ahead of a run.
+
+Run it with `python -m examples.llama.tokenise --model 1b --data ...`.
 
 A run does it by itself at the first use of a text, before its first step. Where that
 takes hours, do it on a machine without accelerators that shares the cache

@@ -12,13 +12,13 @@ import tokenizers
 from examples.llama.hub import TOKENIZER_FILES, tokenizer_folder
 from examples.llama.usage import UsageError, first_line
 
-# Follows every document, so that no window mistakes one for its successor.
+# It follows every document, so that no window mistakes one for its successor.
 END = "<|end|>"
 # What other tokenizers call it where no tokenizer_config.json says.
 KNOWN_ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 SMALLEST_VOCAB = 256 + 1  # A token for each byte, and `END`.
 TOKENIZER_FILE, CONFIG_FILE = TOKENIZER_FILES
-# A BPE of 32,000 tokens for `--data python`, so that no GPU waits for one to be trained.
+# A BPE of 32,000 tokens for `--data python`, so that no GPU waits for its training.
 PYTHON_TOKENIZER = Path(__file__).parent / "tokenizers" / "python-32k.json"
 PYTHON_VOCAB = 32_000
 
@@ -31,7 +31,7 @@ class Encoder(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """The largest id + 1, which is more than the number of tokens where ids have gaps."""
+        """The largest id + 1, which exceeds the number of tokens if ids have gaps."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -52,8 +52,8 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     # Some files ask for these, which suit a batch for inference.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # A text that quotes a special token's name does not contain it. (The name is Rust's: encode the
-    # names of special tokens as text.)
+    # The option makes the name of a special token ordinary text where a document quotes
+    # it. (The option's own name is Rust's: encode the names of special tokens as text.)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -128,7 +128,7 @@ def tokenizer_path(name: str) -> Path:
 
 
 def find_end(name: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
-    """Returns the id of the token for the end of a text: what `config` says, or a known one."""
+    """Returns the id of the token that ends a text: `config`'s, or a known one."""
     named = eos_token(name, config)
     for token in KNOWN_ENDS if named is None else [named]:
         if (end_id := tokenizer.token_to_id(token)) is not None:
@@ -139,18 +139,18 @@ def find_end(name: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
             f"the eos_token of {config}; correct one of them"
         )
     raise UsageError(
-        f"--tokenizer {name!r} has none of {', '.join(KNOWN_ENDS)} to end a document with; "
-        f'name its own in {config}: {{"eos_token": "..."}}'
+        f"--tokenizer {name!r} has none of {', '.join(KNOWN_ENDS)} to end a document "
+        f'with; name its own in {config}: {{"eos_token": "..."}}'
     )
 
 
 def eos_token(name: str, config: Path) -> str | None:
-    """Returns what a tokenizer_config.json calls the end of a text, if there is one and it does."""
+    """Returns the end-of-text token that a tokenizer_config.json names, if any."""
     if not config.exists():
         return None
     try:
         token = json.loads(config.read_text("utf-8")).get("eos_token")
-        # An AddedToken or a string.
+        # The token is an AddedToken or a string.
         return token["content"] if isinstance(token, dict) else token
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise UsageError(

@@ -24,11 +24,11 @@ class StepMetrics(NamedTuple):
     """What a step tells; scalars on the device."""
 
     loss: jax.Array  # Mean over the batch, in nats a token, before the step.
-    # Euclidean, over all parameters; not finite where any gradient is not.
+    # The Euclidean norm over all parameters. It is not finite if any gradient is not.
     grad_norm: jax.Array
 
 
-# Of the state, which it consumes, the tokens (B, S) and the number of the step.
+# A step takes the state, which it consumes, the tokens (B, S) and the step's number.
 TrainStep = Callable[
     [TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike],
     tuple[TrainState, StepMetrics],
@@ -142,7 +142,7 @@ def accumulated(
     tokens_BxS: jax.Array,
     micro_batches: int,
 ) -> tuple[jax.Array, Params]:
-    """Returns the mean loss and gradients over micro-batches, of which one is in memory at a time."""
+    """Returns the mean loss and gradients over micro-batches, taken one at a time."""
     B, S = tokens_BxS.shape
     # Every device that holds rows of the batch holds some of each micro-batch.
     tokens_KxMxS = jnp.moveaxis(
@@ -156,7 +156,8 @@ def accumulated(
             lambda total, x: total + x, sums, loss_and_grads(params, tokens_MxS)
         ), None
 
-    # In float32 for bfloat16 parameters: a sum of many loses what each adds.
+    # Gradients of bfloat16 parameters are summed in float32, since a long sum in
+    # bfloat16 loses the small terms.
     zeros = jax.tree.map(
         lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
     )

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class UsageError(Exception):
-    """A bad input, or a run that cannot go on: one line that names the value and the remedy."""
+    """A bad input or a failed run: one line that names the value and the remedy."""
 
 
 class OtherProcessError(Exception):
@@ -18,15 +18,16 @@ class OtherProcessError(Exception):
 
 
 class RunInterrupted(Exception):  # noqa: N818 (it is no error)
-    """A run that was asked to stop, and did; the message says where it can be continued from."""
+    """A run that stopped as asked; the message says where it can be continued from."""
 
     def __init__(self, message: str, *, status: int = 0) -> None:
         super().__init__(message)
-        self.status = status  # Of the process: 0 where all is saved.
+        # The exit status of the process, which is 0 if all is saved.
+        self.status = status
 
 
 def unknown_name(flag: str, value: str, known: Iterable[str]) -> UsageError:
-    """Returns the error for a name that is not in `known`, listing those, the nearest first."""
+    """Returns the error for an unknown name; it lists the known ones, nearest first."""
 
     def likeness(name: str) -> float:
         return difflib.SequenceMatcher(None, value.lower(), name).ratio()
@@ -42,12 +43,15 @@ def first_line(error: BaseException) -> str:
 
 
 def is_first() -> bool:
-    """Whether this is process 0 of a run, or all of it; does not make JAX look for devices."""
+    """Whether this is process 0 of a run, or all of it.
+
+    It does not make JAX look for devices.
+    """
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def notice(text: str) -> None:
-    """Writes a line to stderr, above the progress bar if there is one; process 0's stands for all."""
+    """Writes a line to stderr above the progress bar, if any; only process 0 writes."""
     if is_first():
         tqdm.write(text, file=sys.stderr)
 
@@ -62,7 +66,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def explained(error: Exception) -> str | None:
-    """Returns what to say of an error, or None for one that is not the user's to mend."""
+    """Returns the message for an error, or None if the user can't correct it."""
     if isinstance(error, UsageError | OtherProcessError):
         return str(error)
     if isinstance(error, OSError):
@@ -84,7 +88,7 @@ def explained(error: Exception) -> str | None:
 
 
 def exit_on_usage_error(command: Callable[[], object]) -> None:
-    """Runs `command`; what the user can mend becomes one line on stderr and exit status 2.
+    """Runs `command`; a user's error becomes one line on stderr and exit status 2.
 
     A run that was interrupted and saved ends with status 0, as a command that did what
     it was asked.

@@ -1,4 +1,4 @@
-"""How a run keeps its weights: in float32, bfloat16 or int8, on the device or in host memory.
+"""How a run stores its weights: float32, bfloat16 or int8, on the device or the host.
 
 Int8 and host memory are for the layers' kernels; embeddings, head and norms are in the
 compute dtype and on the device. Both are filled a layer at a time, since the whole
@@ -23,7 +23,7 @@ from examples.llama.partition import spec_of
 
 
 def on_mesh(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns what every process has in full as an array of which each device has its part."""
+    """Returns a sharded array from a value that every process has in full."""
     return jax.make_array_from_callback(
         value.shape, sharding, lambda index: value[index]
     )
@@ -59,11 +59,15 @@ class Storage:
         quantized = apollo_optax.quantize(kernel, axis=-2)
         if not self.offload:
             return quantized
-        # The same numbers, but of a dtype of which TPUs can fetch a layer's from host memory.
+        # The values stay the same. TPUs can fetch one layer of float32 from host
+        # memory.
         return dataclasses.replace(quantized, scale=quantized.scale.astype(jnp.float32))
 
     def placed(self, params: Params) -> Params:
-        """Gives abstract parameters, as `stored` returns them, the shardings of what they stand for."""
+        """Adds shardings to the abstract parameters that `stored` returns.
+
+        They are the shardings of the parameters that these stand for.
+        """
 
         def place(
             x: Any, spec: jax.P, *, in_memory: bool = False
@@ -76,7 +80,8 @@ class Storage:
             name = path_name(path)
             if isinstance(leaf, QuantizedArray):
                 layers, groups, columns = spec = self._group_spec(name, leaf)
-                # Zero points stay: of their layers, a TPU can fetch those only whose groups are fours.
+                # Zero points stay on the device. A TPU can fetch a layer of them only
+                # if the number of groups is a multiple of four.
                 return dataclasses.replace(
                     leaf,
                     qvalue=place(
@@ -110,13 +115,13 @@ class Storage:
         return jax.P(layers, None, columns if outputs % ways(self.mesh, both) else both)
 
     def abstract(self, shapes: Params) -> Params:
-        """Returns shapes, dtypes and shardings of what is kept for parameters of these shapes."""
+        """Returns the stored shapes, dtypes and shardings of parameters of `shapes`."""
         return self.placed(jax.eval_shape(self.stored, shapes))
 
     def filled(
         self, shapes: Params, rest: Params, layer: Callable[[int], Params]
     ) -> Params:
-        """Returns the parameters, where only those of one layer are there in full at a time.
+        """Returns the parameters, of which one layer at a time exists in full.
 
         Args:
             shapes: all parameters, abstract, in the dtype in which they are computed

@@ -40,11 +40,13 @@ class Windows:
 def validation_batches(
     shards: Sequence[np.ndarray], *, seq: int, count: int = 128, batch: int = 8
 ) -> np.ndarray:
-    """Returns windows spread evenly over `shards`, the same for every run: int32 (batches, B, S).
+    """Returns windows spread evenly over `shards`, equal for all runs.
+
+    The array is int32 (batches, B, S).
 
     Args:
         shards: validation tokens (1-D).
-        seq: T, tokens a sequence.
+        seq: T, tokens per sequence.
         count: windows at the most, rounded down to whole batches.
         batch: B.
 
