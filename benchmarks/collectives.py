@@ -112,7 +112,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one optimizer step, in bytes of one device."""
+    """The bytes that one device stores and sends for an optimizer step."""
 
     held: int  # Bytes of the optimizer's state.
     sent: float  # Bytes sent at most steps.

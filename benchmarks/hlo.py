@@ -152,7 +152,7 @@ class _Program:
                 self._computations[name].append((found[1], found[2], found[3]))
 
     def collectives(self, name: str = "") -> Iterator[Collective]:
-        """Those of the computation `name`, by default of the whole program."""
+        """Yields the collectives of the computation `name`, by default of the entry."""
         name = name or self._entry
         for result, opcode, rest in self._computations[name]:
             if opcode.removesuffix("-start") in KINDS:
@@ -210,7 +210,7 @@ class _Program:
 
 
 def _collectives(result: str, opcode: str, rest: str) -> list[Collective]:
-    """Those of one instruction, which may combine several."""
+    """Returns the collectives of one instruction, which may combine several."""
     arrays, group_size = _arrays(result), _group_size(rest)
     if opcode in ("all-gather-start", "collective-permute-start"):
         # The result is a tuple of the operands, the results, and scalars by which the

@@ -360,7 +360,7 @@ class OnJax:
             jax.block_until_ready((params, state))
 
         start = time.perf_counter()
-        step()  # Counted as 0: of a method with refreshes, one of them.
+        step()  # Its count is 0, so a method with refreshes does one here.
         wait()
         self.measured.refreshes.append(time.perf_counter() - start)
         self.measured.blocks.append(timed(step, wait, seconds))

@@ -91,7 +91,8 @@ class OnTorch:
     def run_block(self, seconds: float) -> None:
         try:
             if self.measured.refresh_every is not None:
-                # Drawn anew at each step, the state being there since the first.
+                # With a gap of 1, projections are drawn anew at each step. The state
+                # exists since the first step.
                 self.measured.refreshes += self._times(1, 0)
             self.measured.blocks.append(self._times(RELEASE_GAP, seconds))
         except self._torch.OutOfMemoryError as error:

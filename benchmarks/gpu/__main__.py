@@ -117,7 +117,8 @@ def is_positive(text: str) -> bool:
 
 def runners(given: argparse.Namespace) -> dict[str, Callable[..., None]]:
     """Returns the parts as functions of a `Bench`."""
-    # Here, since these import JAX and more, and --needs is for machines that lack them.
+    # The imports are here since they load JAX and more, and --needs is for machines
+    # that lack them.
     from benchmarks.gpu import check, memory, step, throughput, train
     from examples.llama.optimizers import RECIPES
     from examples.llama.usage import unknown_name

@@ -137,7 +137,7 @@ class Curve(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """Of the last evaluation."""
+        """The perplexity of the last evaluation."""
         return perplexity(self.validation[-1][1])
 
 

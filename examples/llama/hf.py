@@ -192,7 +192,7 @@ class HfTensor(NamedTuple):
     shape: tuple[int, ...]
     """(out, in) for a kernel."""
     path: str
-    """Of its leaf: layers/mlp/up_proj/kernel."""
+    """The path of its leaf, such as layers/mlp/up_proj/kernel."""
     layer: int | None
     """None where the leaf is not stacked."""
 

@@ -95,7 +95,8 @@ def hf_config(config: LlamaConfig, dtype: str, end_id: int | None) -> dict[str, 
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tied_head,
         "torch_dtype": dtype,
-        # Written even where there is none: else transformers takes tokens 1 and 2.
+        # The field is written even if empty. Otherwise transformers takes tokens 1 and
+        # 2.
         "bos_token_id": None,
         "eos_token_id": end_id,
     }

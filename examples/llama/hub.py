@@ -87,7 +87,7 @@ class HubSource:
     @functools.cached_property
     def _splits(self) -> "dict[str, Iterable[Any]]":
         try:
-            import datasets  # Here, because it is slow to import and few need it.
+            import datasets  # The import is here since it is slow and few need it.
         except ImportError as error:
             raise UsageError(
                 f"{self.flag} {self.data!r} needs Hugging Face's datasets; "
@@ -148,7 +148,7 @@ def tokenizer_folder(name: str) -> Path:
     Raises:
         UsageError: where it is neither in Hugging Face's cache nor to be had.
     """
-    import huggingface_hub  # Here, because it is slow to import and few need it.
+    import huggingface_hub  # The import is here since it is slow and few need it.
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(*, local_files_only: bool) -> Path:

@@ -192,7 +192,7 @@ def muon(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformati
 
 
 def sgd(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
-    # Without momentum: the memory that the others are measured against.
+    # SGD has no momentum here, to show the memory that the others are measured against.
     return with_adam_for_the_rest(optax.identity(), options, config)
 
 

@@ -389,6 +389,6 @@ Options = TypeVar("Options")
 
 def parse(options: type[Options], args: list[str] | None, prog: str) -> Options:
     """Returns a command line's options; one that does not parse exits with status 2."""
-    import tyro  # Here, so that training from Python does not need it.
+    import tyro  # The import is here so that training from Python does not need it.
 
     return tyro.cli(options, args=args, prog=prog)

@@ -140,7 +140,7 @@ def row_text(row: object, place: str) -> str:
 
 def read_parquet(path: Path) -> Iterator[str]:
     try:
-        import pyarrow  # Here, because it is slow to import and few need it.
+        import pyarrow  # The import is here since it is slow and few need it.
         from pyarrow import parquet
     except ImportError as error:
         raise DocumentError(

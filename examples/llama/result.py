@@ -1,4 +1,4 @@
-"""What came of a run, read from its files: whoever asks, whenever it ended."""
+"""The result of a run, read from its files at any time after its end."""
 
 import statistics
 from typing import NamedTuple

@@ -37,7 +37,8 @@ TrainStep = Callable[
 
 def rounding_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
     """Returns the key of a step's stochastic rounding."""
-    # Folded in twice, as other draws of the same seed fold in small numbers once.
+    # A constant is folded in before the step, as other draws of the same seed fold in
+    # only a small number.
     return jax.random.fold_in(
         jax.random.fold_in(jax.random.key(seed), 0x726F756E64 % 2**32), step
     )

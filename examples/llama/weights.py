@@ -31,7 +31,7 @@ def on_mesh(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """Where and as what the layers' kernels are kept."""
+    """The dtype and the memory in which the layers' kernels are stored."""
 
     mesh: jax.sharding.Mesh
     int8: bool = False
