@@ -1,7 +1,8 @@
 """The norm-growth limiter of Fira (arXiv 2410.01623, section 3.3), which APOLLO adopts.
 
-An update's norm may grow by at most a factor `norm_growth_limit` from one step to the next. It takes
-the place of gradient clipping without a norm over all parameters, so each matrix stands alone.
+From one step to the next, the norm of an update may grow by a factor of at most
+`norm_growth_limit`. The limiter takes the place of gradient clipping. It needs no norm
+over all parameters, so each matrix is limited by itself.
 """
 
 from typing import Any, NamedTuple, cast
@@ -14,6 +15,9 @@ from apollo_optax import _check, _tree
 from apollo_optax._dimension_numbers import MatrixAxes, WeightDimensionNumbers, resolve
 from apollo_optax._matrix import Matrix
 
+# Fira's limiter (arXiv 2410.01623) adds this to the remembered norm it divides by.
+TINY_NORM = 1e-8
+
 
 def limit_norm(
     norm: jax.Array, remembered: jax.Array, norm_growth_limit: jax.typing.ArrayLike
@@ -24,19 +28,21 @@ def limit_norm(
 
     .. math:: 1 / (\max(|U| / (q + 10^{-8}),\, g) / g).
 
-    A norm of zero is not remembered: before the first non-zero one nothing is limited, and a zero
-    update (an expert that saw no token) leaves :math:`q` as it is. Nor is a norm that is not finite.
+    Only norms that are finite and not zero are remembered. Nothing is limited before
+    the first of them. A zero update, such as that of an expert that saw no token,
+    leaves :math:`q` as it is.
 
     Args:
       norm: :math:`|U|`, of any shape.
-      remembered: :math:`q`, of the same shape; 0 where no norm has been seen.
+      remembered: :math:`q`, of the same shape; 0 before the first norm is remembered.
       norm_growth_limit: :math:`g \ge 1`.
 
     Returns:
-      The factor to multiply the update with, and the norm to remember.
+      The factor to multiply the update by, and the norm to remember.
     """
-    # Divided before the maximum rather than after it, so that a limit of infinity is none.
-    excess = jnp.maximum(norm / (remembered + 1e-8) / norm_growth_limit, 1.0)
+    # The ratio is divided by the limit before the maximum. After it, an infinite limit
+    # would give infinity / infinity instead of no limit.
+    excess = jnp.maximum(norm / (remembered + TINY_NORM) / norm_growth_limit, 1.0)
     factor = jnp.where(remembered > 0, 1 / excess, 1.0).astype(norm.dtype)
     limited = norm * factor
     is_remembered = (limited > 0) & (limited < jnp.inf)
@@ -44,9 +50,15 @@ def limit_norm(
 
 
 class LimitNormGrowthState(NamedTuple):
-    """State of :func:`limit_norm_growth`."""
+    """State of :func:`limit_norm_growth`.
 
-    norm: optax.Updates  # Per leaf: its batch shape, () for a leaf that is no matrix; float32.
+    Attributes:
+      norm: the remembered norms, 0 where none is, in a tree of the parameters'
+        structure. A leaf has the sizes of its batch axes, so a leaf that is no matrix
+        has a scalar. The dtype is float32, or float64 for float64 leaves.
+    """
+
+    norm: optax.Updates
 
 
 def limit_norm_growth(
@@ -56,33 +68,50 @@ def limit_norm_growth(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limits the growth of each update's norm from step to step.
 
-    Each leaf is limited by itself (see :func:`limit_norm`), and each matrix of a layer-stacked leaf
-    by itself if `weight_dimension_numbers` says which axes are batch axes. :func:`scale_by_apollo`
-    has this limiter built in; this is the same one for other pipelines, put after the transformation
-    whose output it limits.
+    If the norm of an update is more than `norm_growth_limit` times the norm of the one
+    before, the update is scaled down to that ratio. Each leaf is limited by itself. So
+    is each matrix of a layer-stacked leaf if `weight_dimension_numbers` says which axes
+    are batch axes.
+
+    :func:`scale_by_apollo` has this limiter built in. This transformation is the same
+    limiter for other pipelines. Put it after the transformation whose output it limits.
 
     Args:
-      norm_growth_limit: largest ratio of two successive norms, at least 1; infinity limits nothing.
-      weight_dimension_numbers: as in :func:`scale_by_apollo`; only the batch axes matter here. A leaf
-        that is no matrix is limited by the norm of the whole leaf.
+      norm_growth_limit: largest ratio of two successive norms, at least 1; infinity
+        limits nothing.
+      weight_dimension_numbers: as in :func:`scale_by_apollo`. Only the batch axes
+        matter here. A leaf that is no matrix is limited by the norm of the whole leaf.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with :class:`LimitNormGrowthState`. Updates keep
-      their dtypes; norms are float32, or float64 for float64 leaves.
+      An ``optax.GradientTransformationExtraArgs`` with :class:`LimitNormGrowthState`.
+      Updates keep their dtypes. Norms are float32, or float64 for float64 leaves.
 
     Raises:
-      ValueError: if `norm_growth_limit` is a number below 1; from ``init`` and ``update``, if a leaf is
-        not real floating-point, if dimension numbers do not fit, if the updates have another
-        structure than the parameters had, or, inside ``shard_map``, if a leaf varies over a manual
-        axis, since its norm would be local.
+      TypeError: if `norm_growth_limit` is not a number.
+      ValueError: if `norm_growth_limit` is a number below 1. From ``init`` and
+        ``update``, if a leaf is not real floating-point, if dimension numbers do not
+        fit, if the updates have another structure than the parameters had, or, inside
+        ``shard_map``, if a leaf varies over a manual axis, since its norm would be
+        local to a device.
 
     Examples:
-      >>> import optax
-      >>> tx = optax.chain(optax.scale_by_adam(), limit_norm_growth(1.01), optax.scale(-1e-3))
+      >>> import jax.numpy as jnp, optax
+      >>> tx = limit_norm_growth(1.01)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> updates, state = tx.update(jnp.array([3.0, 4.0]), state)
+      >>> updates, state = tx.update(jnp.array([30.0, 40.0]), state)
+      >>> print(f"{jnp.linalg.norm(updates):.2f}")
+      5.05
+
+      After Adam:
+
+      >>> tx = optax.chain(
+      ...     optax.scale_by_adam(), limit_norm_growth(1.01), optax.scale(-1e-3)
+      ... )
 
     References:
-      Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?
-      <https://arxiv.org/abs/2410.01623>`_, 2024
+      Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+      Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024
     """
     _check.norm_growth_limit(norm_growth_limit)
 
@@ -90,7 +119,7 @@ def limit_norm_growth(
         axes = resolve(weight_dimension_numbers, tree)
         for path, leaf in _tree.leaves_by_path(tree).items():
             if axes[path] is None:
-                # A leaf that is no matrix has one norm, over all its axes.
+                # A leaf that is no matrix has one norm, taken over all its axes.
                 shape = jnp.shape(leaf)
                 axes[path] = MatrixAxes(shape, (), tuple(range(len(shape))), ())
         return cast(dict[_tree.Path, MatrixAxes], axes)
