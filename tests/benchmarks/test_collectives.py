@@ -6,6 +6,8 @@ from benchmarks import collectives as benchmark
 from benchmarks.hlo import Collective, collectives
 from examples.llama.usage import UsageError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROGRAM = """HloModule jit_step
 
 %add (a: f32[], b: f32[]) -> f32[] {
