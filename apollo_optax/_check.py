@@ -1,11 +1,11 @@
-"""Checks of arguments, leaves and states: every complaint names the value and the remedy.
+"""Checks of arguments, leaves and states; every error names the value and the remedy.
 
-Ranges are checked on Python and NumPy numbers only. An array may be traced, as under
-``optax.inject_hyperparams``, and reading it would wait for the device.
+Ranges are checked for Python and NumPy numbers only. An array may be traced, as under
+``optax.inject_hyperparams``, and reading a concrete one would wait for the device.
 """
 
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ import numpy as np
 from apollo_optax import _tree
 from apollo_optax._dtypes import wide_dtype
 
-_STATIC = (
-    "it decides shapes or code and must be known when the step is compiled; under "
-    "optax.inject_hyperparams pass static_args=apollo_optax.STATIC_ARGS"
+_STATIC_REMEDY = (
+    "it decides shapes or code, so it must be known when the step is compiled; with "
+    "optax.inject_hyperparams, pass static_args=apollo_optax.STATIC_ARGS"
 )
 
 
@@ -27,7 +27,9 @@ def _is_array(value: Any) -> bool:
 
 def positive_int(name: str, value: Any) -> None:
     if _is_array(value):
-        raise TypeError(f"{name} must be a Python int, got an array ({value!r}): {_STATIC}")
+        raise TypeError(
+            f"{name} must be a Python int, got an array ({value!r}): {_STATIC_REMEDY}"
+        )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int of at least 1, got {value!r}")
     if value < 1:
@@ -42,28 +44,34 @@ def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> 
 
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}: {_STATIC}")
+        raise TypeError(
+            f"{name} must be True or False, got {value!r}: {_STATIC_REMEDY}"
+        )
 
 
-def _number(name: str, value: Any, ok: Any, range_: str) -> None:
+def _number_in_range(
+    name: str, value: Any, is_in_range: Callable[[Any], bool], range_words: str
+) -> None:
     if _is_array(value):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number {range_}, got {value!r}")
-    if not ok(value):
-        raise ValueError(f"{name} must be {range_}, got {value!r}")
+        raise TypeError(f"{name} must be a number {range_words}, got {value!r}")
+    if not is_in_range(value):
+        raise ValueError(f"{name} must be {range_words}, got {value!r}")
 
 
 def decay(name: str, value: Any) -> None:
-    _number(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+    _number_in_range(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
 def non_negative(name: str, value: Any) -> None:
-    _number(name, value, lambda x: 0 <= x < float("inf"), "finite and at least 0")
+    _number_in_range(
+        name, value, lambda x: 0 <= x < float("inf"), "finite and at least 0"
+    )
 
 
 def norm_growth_limit(value: Any) -> None:
-    _number("norm_growth_limit", value, lambda x: x >= 1, "at least 1")
+    _number_in_range("norm_growth_limit", value, lambda x: x >= 1, "at least 1")
 
 
 def moment_dtype(value: Any) -> None:
@@ -72,40 +80,46 @@ def moment_dtype(value: Any) -> None:
     try:
         dtype = jnp.dtype(value)
     except TypeError as error:
-        raise TypeError(f"moment_dtype must be a floating-point dtype, got {value!r}") from error
+        raise TypeError(
+            f"moment_dtype must be a floating-point dtype, got {value!r}"
+        ) from error
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"moment_dtype must be a real floating-point dtype, got {value!r}")
+        raise TypeError(
+            f"moment_dtype must be a real floating-point dtype, got {value!r}"
+        )
 
 
 def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
-    """The dtype that norms, factors and moments of this leaf are computed in."""
+    """The dtype in which norms, factors and moments of a leaf are computed."""
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"'{_tree.show(path)}' has dtype {dtype}; APOLLO trains real floating-point leaves only: "
-            "keep integer and complex leaves out of it with optax.masked or optax.partition"
+            f"'{_tree.show(path)}' has dtype {dtype}, but APOLLO trains real "
+            "floating-point leaves only; exclude integer and complex leaves with "
+            "optax.masked or optax.partition"
         )
     if jnp.finfo(dtype).bits < 16:
         raise ValueError(
-            f"'{_tree.show(path)}' has dtype {dtype}, of too few bits to add an update to; keep the "
-            "parameter in bfloat16 or wider"
+            f"'{_tree.show(path)}' has dtype {dtype}, which has too few bits to add an "
+            "update to; keep the parameter in bfloat16 or wider"
         )
     return wide_dtype(dtype)
 
 
 def not_varying(path: _tree.Path, leaf: Any) -> None:
-    """Inside shard_map, refuses a leaf of which each device holds another part."""
+    """Inside ``shard_map``, raises for a leaf whose values may differ by device."""
     varying = jax.typeof(leaf).manual_axis_type.varying
     if varying:
         raise ValueError(
-            f"'{_tree.show(path)}' varies over the manual axes {sorted(varying)} inside shard_map, so "
-            "norms taken here would be local to a device; average the gradient first "
-            "(jax.lax.pmean), or update outside shard_map, where jit shards the computation"
+            f"'{_tree.show(path)}' varies over the manual axes {sorted(varying)} "
+            "inside shard_map, so its norms would be local to each device; average the "
+            "gradient first (jax.lax.pmean), or update outside shard_map, where jit "
+            "shards the computation"
         )
 
 
 def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path, Any]:
-    """The leaves of a state's field by path, which must be those of the updates."""
+    """The leaves of a state's field by path; raises if they are not the updates'."""
     stored = _tree.leaves_by_path(field)
     difference = path_difference(
         leaves,
@@ -115,8 +129,8 @@ def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path,
     )
     if difference:
         raise ValueError(
-            "the tree of updates has another structure than the parameters given to init: it "
-            f"{difference}; call init with the parameters that these are the gradients of"
+            "the tree of updates has another structure than the parameters given to "
+            f"init: it {difference}; call init with the parameters of these gradients"
         )
     return stored
 
@@ -128,13 +142,16 @@ def path_difference(
     missing: str,
     unexpected: str,
 ) -> str:
-    """Names up to five paths that only one of two trees has; "" if there are none.
+    """Names up to five paths that only one of two trees has.
 
     Args:
       expected: the leaves of one tree.
       actual: the leaves of the other tree.
       missing: the words before paths that only `expected` has.
       unexpected: the words before paths that only `actual` has.
+
+    Returns:
+      ``"<words>: 'a', 'b'"``, or an empty string if both trees have the same paths.
     """
     lacking, beyond = expected.keys() - actual.keys(), actual.keys() - expected.keys()
     if not lacking and not beyond:
@@ -146,8 +163,9 @@ def path_difference(
 def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
     if jnp.shape(stored) != expected:
         raise ValueError(
-            f"the state's key has shape {jnp.shape(stored)}, but the generator of this key takes {expected}; "
-            "the state comes from another setting: use the kind of key it was made with, or call init again"
+            f"the state's key has shape {jnp.shape(stored)}, but the generator of the "
+            f"argument key takes {expected}; the state was made with other arguments: "
+            "use the same kind of key as then, or call init again"
         )
 
 
@@ -155,24 +173,30 @@ def stored_projection(is_stored: bool, projection: Any) -> None:
     if is_stored != (projection is not None):
         holds = "no projections" if is_stored else "projections"
         raise ValueError(
-            f"the state holds {holds}, and the projection is {'' if is_stored else 'not '}"
-            "one that is stored, as 'svd' is; the state comes from another setting: use "
-            "the projection it was made with, or call init again"
+            f"the state holds {holds}, and the projection is "
+            f"{'' if is_stored else 'not '}one that is stored, as 'svd' is; the state "
+            "was made with other arguments: use the same projection as then, or call "
+            "init again"
         )
 
 
-_OTHER_STATE = (
-    "the state comes from another setting: use the rank and weight_dimension_numbers it was made with, or "
-    "call init again"
+_OTHER_ARGUMENTS = (
+    "the state was made with other arguments: use the same rank and "
+    "weight_dimension_numbers as then, or call init again"
 )
 OTHER_NUMBERS = "pass the weight_dimension_numbers that the optimizer was given"
 
 
 def state_shape(
-    path: _tree.Path, field: str, array: Any, expected: tuple[int, ...], remedy: str = _OTHER_STATE
+    path: _tree.Path,
+    field: str,
+    array: Any,
+    expected: tuple[int, ...],
+    remedy: str = _OTHER_ARGUMENTS,
 ) -> None:
     if jnp.shape(array) != expected:
         raise ValueError(
-            f"the state's {field} for '{_tree.show(path)}' has shape {jnp.shape(array)}, but the rank and "
-            f"dimension numbers here give {expected}; {remedy}"
+            f"the state's {field} for '{_tree.show(path)}' has shape "
+            f"{jnp.shape(array)}, but the rank and dimension numbers here give "
+            f"{expected}; {remedy}"
         )

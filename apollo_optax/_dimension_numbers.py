@@ -1,8 +1,8 @@
 """Which axes of a tensor form its matrix and which are batch axes.
 
-The algorithm speaks of a matrix with a *contracted* side, which is projected away, and a
-*channel* side, along which scaling factors live. Which axes these are follows from the
-caller's dimension numbers, or from a rule over names and shapes.
+The algorithm works on matrices. The *contracted* side of a matrix is projected away,
+and the *channel* side has the scaling factors. Which axes form these sides follows from
+the caller's dimension numbers, or from a rule over names and shapes.
 """
 
 import dataclasses
@@ -20,19 +20,21 @@ from apollo_optax import _tree
 
 
 class ApolloDimensionNumbers(NamedTuple):
-    """Which axes of a tensor form the two sides of its matrix; all other axes are batch axes.
+    """Which axes of a tensor form the two sides of its matrix.
 
-    For a kernel applied as ``x @ kernel``, the reduction axis is the input side and the output axis
-    the output side. Which of the two APOLLO projects away follows from their sizes: the smaller one,
-    and on a tie the reduction side. Elements of the batch axes are independent matrices.
+    All other axes are batch axes, whose elements are independent matrices. For a kernel
+    applied as ``x @ kernel``, the reduction axis is the input side and the output axis
+    the output side. APOLLO projects away the smaller side, or the reduction side if
+    both have the same size.
 
     Attributes:
-      reduction_axis: axis or axes of the input side; negative values count from the end.
+      reduction_axis: axis or axes of the input side; negative values count from the
+        end.
       output_axis: axis or axes of the output side, disjoint from `reduction_axis`.
 
     Examples:
-      >>> stacked = ApolloDimensionNumbers(1, 2)            # (layers, in, out)
-      >>> heads = ApolloDimensionNumbers(0, (1, 2))         # (in, heads, head_dim)
+      >>> stacked = ApolloDimensionNumbers(1, 2)     # (layers, in, out)
+      >>> heads = ApolloDimensionNumbers(0, (1, 2))  # (in, heads, head_dim)
     """
 
     reduction_axis: Sequence[int] | int = 0
@@ -42,25 +44,37 @@ class ApolloDimensionNumbers(NamedTuple):
 WeightDimensionNumbers = ApolloDimensionNumbers | Any | Callable[[Any], Any] | None
 
 EMBEDDING_AND_HEAD_NAMES = (
-    # Linen's and NNX's Embed call their weight "embedding"; the modules around it are:
-    *("embedding", "embeddings", "embed", "embedder", "embed_tokens", "input_embedding"),
-    *("token_embedder", "token_embedding", "tok_embeddings", "shared_embedding", "wte"),
+    # Linen's and NNX's Embed call their weight "embedding". The other names are those
+    # of the modules around it.
+    *("embedding", "embeddings", "embed", "embedder", "embed_tokens"),
+    *("input_embedding", "token_embedder", "token_embedding", "tok_embeddings"),
+    *("shared_embedding", "wte"),
     *("position_embedder", "position_embedding", "pos_embedding", "pos_embed", "wpe"),
-    # Output heads of language models and classifiers:
-    *("lm_head", "logits_dense", "logits", "output_head", "head", "unembed", "unembedding"),
-    *("classifier",),
+    # These are the output heads of language models and classifiers.
+    *("lm_head", "logits_dense", "logits", "output_head", "head"),
+    *("unembed", "unembedding", "classifier"),
 )
-"""Path components that mark an embedding or an output head, which the default rule gives to Adam.
+"""Path components that name an embedding or an output head.
 
-Whole components count, so ``MultiHeadDotProductAttention_0`` is not a head.
+The default rule gives these leaves to Adam. Only whole components count, so
+``MultiHeadDotProductAttention_0`` is not a head.
 """
 
-_VECTOR_NAMES = ("bias", "scale")  # Also when stacked, or in the shape of a DenseGeneral's output.
+# Leaves of these names are vectors even where layer stacking or a DenseGeneral with
+# several output axes gives them two axes or more.
+_VECTOR_NAMES = ("bias", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixAxes:
-    """Which axes of a tensor are batch, contracted side and channel side."""
+    """Which axes of a tensor are batch axes, the contracted side and the channel side.
+
+    Attributes:
+      shape: the sizes of all axes of the tensor.
+      batch: the batch axes, in ascending order.
+      contracted: the axes of the side that is projected away, in the caller's order.
+      channel: the axes of the other side, in the caller's order.
+    """
 
     shape: tuple[int, ...]
     batch: tuple[int, ...]
@@ -75,45 +89,58 @@ class MatrixAxes:
         return math.prod(self.sizes(self.contracted))
 
     def without_batch_axis(self) -> "MatrixAxes":
-        """The axes of one element of the first batch axis, a tensor without that axis."""
-        gone = self.batch[0]
+        """The axes of one element of the first batch axis, which lacks that axis."""
+        removed = self.batch[0]
 
         def renumbered(axes: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(axis - (axis > gone) for axis in axes if axis != gone)
+            return tuple(axis - (axis > removed) for axis in axes if axis != removed)
 
-        shape = self.shape[:gone] + self.shape[gone + 1 :]
+        shape = self.shape[:removed] + self.shape[removed + 1 :]
         sides = map(renumbered, (self.batch, self.contracted, self.channel))
         return MatrixAxes(shape, *sides)
 
 
-def matrix_axes(path: _tree.Path, shape: tuple[int, ...], numbers: ApolloDimensionNumbers) -> MatrixAxes:
-    """Checks `numbers` against the `shape` of the leaf at `path` and chooses the contracted side."""
+def matrix_axes(
+    path: _tree.Path, shape: tuple[int, ...], numbers: ApolloDimensionNumbers
+) -> MatrixAxes:
+    """The sides of the leaf at `path`; raises if `numbers` do not fit its `shape`."""
 
     def side(given: Sequence[int] | int) -> tuple[int, ...]:
         axes = tuple(given) if isinstance(given, Iterable) else (given,)
-        if not all(isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) for axis in axes):
+        if not all(
+            isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
+            for axis in axes
+        ):
             raise TypeError(
-                f"{numbers} for '{_tree.show(path)}' of shape {shape} must name axes by ints or sequences "
-                f"of ints, got {given!r}"
+                f"{numbers} for '{_tree.show(path)}' of shape {shape} must name axes "
+                f"by ints or sequences of ints, got {given!r}"
             )
         if not axes or any(not -len(shape) <= axis < len(shape) for axis in axes):
+            problem = f"some of the axes {axes} are missing there"
             raise ValueError(
-                f"{numbers} does not fit '{_tree.show(path)}' of shape {shape}: axes {axes} are missing "
-                "there, or none at all; both sides need axes of the leaf; a leaf that is no matrix gets None"
+                f"{numbers} does not fit '{_tree.show(path)}' of shape {shape}: "
+                f"{problem if axes else 'for one side it names none at all'}; name "
+                "axes of the leaf for both sides, or give None for a leaf that is no "
+                "matrix"
             )
         return tuple(int(axis) % len(shape) for axis in axes)
 
     reduction, output = side(numbers.reduction_axis), side(numbers.output_axis)
     if len({*reduction, *output}) < len(reduction) + len(output):
         raise ValueError(
-            f"the axes of {numbers} overlap for '{_tree.show(path)}' of shape {shape}; an axis "
-            "belongs to one side only, once"
+            f"the axes of {numbers} overlap for '{_tree.show(path)}' of shape {shape}; "
+            "name each axis once, for one side only"
         )
     reduction_size = math.prod(shape[axis] for axis in reduction)
     output_size = math.prod(shape[axis] for axis in output)
-    # The smaller side is projected away; the tie goes to the input side, so channels are outputs.
-    contracted, channel = (reduction, output) if reduction_size <= output_size else (output, reduction)
-    batch = tuple(axis for axis in range(len(shape)) if axis not in {*reduction, *output})
+    # The smaller side is projected away. On a tie that is the input side, so that the
+    # channels are outputs.
+    contracted, channel = (
+        (reduction, output) if reduction_size <= output_size else (output, reduction)
+    )
+    batch = tuple(
+        axis for axis in range(len(shape)) if axis not in {*reduction, *output}
+    )
     return MatrixAxes(shape, batch, contracted, channel)
 
 
@@ -125,8 +152,11 @@ def _may_be_matrix(path: _tree.Path) -> bool:
     return not (path and path[-1] in _VECTOR_NAMES) and not is_embedding_or_head(path)
 
 
-def _default(path: _tree.Path, shape: tuple[int, ...]) -> ApolloDimensionNumbers | None:
-    return ApolloDimensionNumbers() if len(shape) == 2 and _may_be_matrix(path) else None
+def _default_numbers(
+    path: _tree.Path, shape: tuple[int, ...]
+) -> ApolloDimensionNumbers | None:
+    is_matrix = len(shape) == 2 and _may_be_matrix(path)
+    return ApolloDimensionNumbers() if is_matrix else None
 
 
 def dimension_numbers_by_path(
@@ -135,59 +165,74 @@ def dimension_numbers_by_path(
     """Dimension numbers from regular expressions over parameter paths.
 
     Args:
-      rules: pairs of a regular expression and the :class:`ApolloDimensionNumbers` (or None, for Adam)
-        of the leaves it is found in (``re.search``). Paths read ``decoder/layers/mlp/wi/kernel``,
-        without the names of Flax's boxes. The first match counts; leaves that no rule matches get
-        the default rule of :func:`scale_by_apollo`.
+      rules: pairs of a regular expression and the :class:`ApolloDimensionNumbers` of
+        the leaves whose path it matches (``re.search``), or None to give these leaves
+        to Adam. Paths read ``decoder/layers/mlp/wi/kernel``, without the names of
+        Flax's boxes. The first match counts. Leaves that no rule matches get the
+        default rule of :func:`scale_by_apollo`.
 
     Returns:
       A callable for the argument `weight_dimension_numbers`.
 
     Raises:
-      ValueError: for an invalid regular expression, and when called, for a kernel of three or more
-        axes that no rule matches, since the default rule can't know its axes.
+      TypeError: for a rule that is not such a pair.
+      ValueError: for an invalid regular expression. When the callable is called, for a
+        kernel of three or more axes that no rule matches, since the default rule can't
+        know its axes.
 
     Examples:
+      >>> import jax.numpy as jnp
       >>> from apollo_optax import apollo, ApolloDimensionNumbers
-      >>> tx = apollo(0.01, weight_dimension_numbers=dimension_numbers_by_path([
-      ...     (r"layers/.*/kernel$", ApolloDimensionNumbers(1, 2)),   # (layers, in, out)
-      ...     (r"router/kernel$", None),                              # Adam
-      ... ]))
+      >>> rules = [
+      ...     (r"layers/.*/kernel$", ApolloDimensionNumbers(1, 2)),  # (layers, in, out)
+      ...     (r"router/kernel$", None),  # Adam
+      ... ]
+      >>> numbers = dimension_numbers_by_path(rules)
+      >>> params = {"layers": {"mlp": {"kernel": jnp.ones((2, 4, 6))}}}
+      >>> numbers(params)["layers"]["mlp"]["kernel"]
+      ApolloDimensionNumbers(reduction_axis=1, output_axis=2)
+      >>> tx = apollo(0.01, weight_dimension_numbers=numbers)
     """
     compiled = []
     for rule in rules:
-        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
+        is_pair = isinstance(rule, tuple) and len(rule) == 2
+        if not (is_pair and isinstance(rule[0], str)):
             raise TypeError(
-                "rules must be a sequence of pairs (regular expression, ApolloDimensionNumbers or None), got "
-                f"{rule!r} in it"
+                "rules must be a sequence of pairs (regular expression, "
+                f"ApolloDimensionNumbers or None), got {rule!r} in it"
             )
         pattern, numbers = rule
-        _check_entry(numbers, f"the rule {pattern!r}")
+        _check_numbers(numbers, f"the rule {pattern!r}")
         try:
             compiled.append((re.compile(pattern), numbers))
         except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            raise ValueError(
+                f"{pattern!r} is not a regular expression: {error}"
+            ) from error
 
-    def of_leaf(path: _tree.Path, shape: tuple[int, ...]) -> ApolloDimensionNumbers | None:
+    def leaf_numbers(
+        path: _tree.Path, shape: tuple[int, ...]
+    ) -> ApolloDimensionNumbers | None:
         for pattern, numbers in compiled:
             if pattern.search(_tree.show(path)):
                 return numbers
         if len(shape) > 2 and _may_be_matrix(path):
             raise ValueError(
-                f"no rule matches '{_tree.show(path)}' of shape {shape}; its matrix axes can't be "
-                "guessed: add a rule for it, with None to give it to Adam"
+                f"no rule matches '{_tree.show(path)}' of shape {shape}, and its "
+                "matrix axes can't be guessed; add a rule for it, with None to give it "
+                "to Adam"
             )
-        return _default(path, shape)
+        return _default_numbers(path, shape)
 
     def weight_dimension_numbers(params: Any) -> Any:
         leaves = _tree.leaves_by_path(params)
-        numbers = [of_leaf(path, jnp.shape(leaf)) for path, leaf in leaves.items()]
+        numbers = [leaf_numbers(path, jnp.shape(leaf)) for path, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(_tree.unbox(params)), numbers)
 
     return weight_dimension_numbers
 
 
-def _check_entry(numbers: Any, where: str) -> None:
+def _check_numbers(numbers: Any, where: str) -> None:
     if numbers is not None and not isinstance(numbers, ApolloDimensionNumbers):
         raise TypeError(
             f"weight_dimension_numbers holds {numbers!r} for {where}; it must be an "
@@ -195,69 +240,86 @@ def _check_entry(numbers: Any, where: str) -> None:
         )
 
 
-def _entries(weight_dimension_numbers: Any, tree: Any) -> dict[_tree.Path, ApolloDimensionNumbers | None]:
-    """The caller's dimension numbers by path, or path of the subtree they stand for."""
+def _numbers_by_prefix(
+    weight_dimension_numbers: Any, tree: Any
+) -> dict[_tree.Path, ApolloDimensionNumbers | None]:
+    """The caller's dimension numbers by path, of a leaf or of a whole subtree."""
     if callable(weight_dimension_numbers):
         weight_dimension_numbers = weight_dimension_numbers(tree)
-    entries = _tree.leaves_by_path(
+    numbers_by_prefix = _tree.leaves_by_path(
         weight_dimension_numbers,
-        # Muon's and GaLore's dimension numbers are leaves too, to be named in the error.
+        # Muon's and GaLore's dimension numbers count as leaves too, so that the error
+        # can name them.
         is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"),
     )
-    for path, numbers in entries.items():
-        _check_entry(numbers, f"'{_tree.show(path)}'")
-    return entries
+    for path, numbers in numbers_by_prefix.items():
+        _check_numbers(numbers, f"'{_tree.show(path)}'")
+    return numbers_by_prefix
+
+
+def _numbers_at(
+    path: _tree.Path,
+    numbers_by_prefix: dict[_tree.Path, ApolloDimensionNumbers | None],
+) -> ApolloDimensionNumbers | None:
+    """The numbers of the longest prefix of `path` that has any."""
+    prefixes = (path[:end] for end in range(len(path), -1, -1))
+    longest = next((prefix for prefix in prefixes if prefix in numbers_by_prefix), None)
+    if longest is None:
+        raise ValueError(
+            f"weight_dimension_numbers has no entry for '{_tree.show(path)}'; add its "
+            "ApolloDimensionNumbers, or None for Adam"
+        )
+    return numbers_by_prefix[longest]
 
 
 def resolve(
     weight_dimension_numbers: WeightDimensionNumbers, tree: Any
 ) -> dict[_tree.Path, MatrixAxes | None]:
-    """The :class:`MatrixAxes` of every leaf of `tree` by path; None for a leaf that is no matrix."""
+    """The axes of each leaf of `tree` by path; None for a leaf that is no matrix."""
     leaves = _tree.leaves_by_path(tree)
-    if not leaves:  # Nothing to name; and Optax's placeholder trees are no trees for a callable.
+    # Optax's placeholder trees have no leaves, and a caller's callable can't take them.
+    if not leaves:
         return {}
     if weight_dimension_numbers is None:
-        numbers = {path: _default(path, jnp.shape(leaf)) for path, leaf in leaves.items()}
+        numbers = {
+            path: _default_numbers(path, jnp.shape(leaf))
+            for path, leaf in leaves.items()
+        }
     else:
-        entries = _entries(weight_dimension_numbers, tree)
-        numbers = {path: _entry_for(path, entries) for path in leaves}
-    axes = {}
+        numbers_by_prefix = _numbers_by_prefix(weight_dimension_numbers, tree)
+        numbers = {path: _numbers_at(path, numbers_by_prefix) for path in leaves}
+    axes: dict[_tree.Path, MatrixAxes | None] = dict.fromkeys(leaves)
     for path, leaf in leaves.items():
         given, shape = numbers[path], jnp.shape(leaf)
-        # A leaf of no elements has no channels to scale.
-        axes[path] = None if given is None or 0 in shape else matrix_axes(path, shape, given)
+        # A leaf without elements is no matrix, since it has no channels to scale.
+        if given is not None and 0 not in shape:
+            axes[path] = matrix_axes(path, shape, given)
     return axes
 
 
-def _entry_for(
-    path: _tree.Path, entries: dict[_tree.Path, ApolloDimensionNumbers | None]
-) -> ApolloDimensionNumbers | None:
-    prefixes = (path[:i] for i in range(len(path), -1, -1))
-    entry = next((prefix for prefix in prefixes if prefix in entries), None)
-    if entry is None:
-        raise ValueError(
-            f"weight_dimension_numbers has no entry for '{_tree.show(path)}'; add its "
-            "ApolloDimensionNumbers, or None for Adam"
-        )
-    return entries[entry]
-
-
 def warn_if_unguessable(tree: Any) -> None:
-    """Warns of kernels of three or more axes, which the default rule leaves to Adam."""
+    """Warns of kernels of three or more axes, which the default rule gives to Adam."""
     leaves = _tree.leaves_by_path(tree)
     sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
-    unknown = [path for path, leaf in leaves.items() if jnp.ndim(leaf) > 2 and _may_be_matrix(path)]
+    unknown = [
+        path
+        for path, leaf in leaves.items()
+        if jnp.ndim(leaf) > 2 and _may_be_matrix(path)
+    ]
     if not unknown:
         return
     share = sum(sizes[path] for path in unknown) / max(sum(sizes.values()), 1)
     largest = sorted(unknown, key=lambda path: -sizes[path])[:3]
-    named = ", ".join(f"'{_tree.show(path)}' {jnp.shape(leaves[path])}" for path in largest)
+    named = ", ".join(
+        f"'{_tree.show(path)}' {jnp.shape(leaves[path])}" for path in largest
+    )
     warnings.warn(
-        f"{len(unknown)} leaves of three or more axes, {share:.0%} of the parameters, are trained "
-        f"with Adam at Adam's memory, because which of their axes form a matrix can't be guessed. "
-        f"The largest: {named}. Say which with weight_dimension_numbers, for example "
-        "dimension_numbers_by_path([(r'layers/.*/kernel$', ApolloDimensionNumbers(1, 2))]) if they are "
-        "layer-stacked (layers, in, out); None leaves a kernel to Adam.",
+        f"{len(unknown)} leaves of three or more axes, {share:.0%} of the parameters, "
+        "are trained with Adam and take Adam's memory, because it can't be guessed "
+        f"which of their axes form a matrix. The largest: {named}. Name the axes with "
+        "weight_dimension_numbers. For layer-stacked kernels (layers, in, out), for "
+        "example, pass dimension_numbers_by_path([(r'layers/.*/kernel$', "
+        "ApolloDimensionNumbers(1, 2))]). None leaves a kernel to Adam.",
         UserWarning,
         stacklevel=3,
     )

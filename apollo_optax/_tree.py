@@ -1,8 +1,9 @@
-"""Pytrees seen by path: boxes looked through, leaves named the same whatever the node types.
+"""Leaves of pytrees by path, the same for all node types and without Flax's boxes.
 
-Parameters reach an optimizer as plain dicts (Linen), as an ``nnx.State`` of ``Variable`` boxes, as a
-pure ``nnx.State`` without them, or as what a checkpoint restored. Paths of strings are what these
-have in common, so everything here that must agree between two trees goes by path.
+Parameters reach an optimizer as plain dicts (Linen), as an ``nnx.State`` of
+``Variable`` boxes, as a pure ``nnx.State`` without boxes, or as what a checkpoint
+restored. All of these have paths of strings, so whatever must agree between two trees
+is matched by path.
 """
 
 from collections.abc import Mapping
@@ -14,17 +15,17 @@ Path = tuple[str, ...]
 
 
 def _children(node: Any) -> list[Any] | None:
-    """The children of a node of a pytree, None for a leaf."""
+    """The children of a node of a pytree; None for a leaf."""
     flattened = jax.tree_util.default_registry.flatten_one_level(node)
     return None if flattened is None else list(flattened[0])
 
 
 def is_box(node: Any) -> bool:
-    """Whether `node` is a container for one value with metadata, as Flax has them.
+    """Whether `node` is a Flax container of one value with metadata.
 
-    Known by their methods, so that Flax is never imported: NNX ``Variable`` has ``get_value``,
-    Linen's ``AxisMetadata`` (``Partitioned`` and the like) has ``unbox``. A node of several children is
-    something else that happens to have such a method.
+    Boxes are known by their methods, so that Flax is never imported: NNX's ``Variable``
+    has ``get_value``, and Linen's ``AxisMetadata`` (``Partitioned`` and the like) has
+    ``unbox``. A node with several children is no box, even if it has such a method.
     """
     if not (hasattr(type(node), "get_value") or hasattr(type(node), "unbox")):
         return False
@@ -32,22 +33,30 @@ def is_box(node: Any) -> bool:
     return children is None or len(children) == 1
 
 
-def _content(box: Any) -> Any:
-    """The value in `box`, read without the hooks and sharding constraints its accessors may run."""
+def _boxed_value(box: Any) -> Any:
+    """The value in `box`, read without the hooks and constraints of its accessors."""
     children = _children(box)
-    if children is None:  # A box that is a leaf itself, as NNX's mutable Variables are.
+    # NNX's mutable Variables are leaves of a pytree, so they have no child to read.
+    if children is None:
         return box.get_value() if hasattr(type(box), "get_value") else box.unbox()
     return children[0]
 
 
 def unbox(tree: Any) -> Any:
     """Replaces every box in `tree` by its value; leaves keep their order."""
-    return jax.tree.map(lambda x: _content(x) if is_box(x) else x, tree, is_leaf=is_box)
+    return jax.tree.map(
+        lambda x: _boxed_value(x) if is_box(x) else x, tree, is_leaf=is_box
+    )
 
 
-def _names(entry: Any) -> tuple[str, ...]:
-    """A key of a path as components: Haiku's ``a/~/b`` and flattened dicts' ``("a", "b")`` have several."""
-    key = next((getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)), entry)
+def _components(entry: Any) -> tuple[str, ...]:
+    """The path components in one key of a JAX path.
+
+    Haiku's ``a/~/b`` and the tuple keys ``("a", "b")`` of flattened dicts have several.
+    """
+    attributes = (name for name in ("key", "name", "idx") if hasattr(entry, name))
+    attribute = next(attributes, None)
+    key = entry if attribute is None else getattr(entry, attribute)
     parts = key if isinstance(key, tuple) else (key,)
     return tuple(name for part in parts for name in str(part).split("/"))
 
@@ -55,21 +64,25 @@ def _names(entry: Any) -> tuple[str, ...]:
 def leaves_by_path(tree: Any, is_leaf: Any = None) -> dict[Path, Any]:
     """The leaves of `tree` in flattening order, keyed by path without box names."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(unbox(tree), is_leaf=is_leaf)
-    leaves = {sum(map(_names, path), ()): leaf for path, leaf in pairs}
+    leaves = {sum(map(_components, path), ()): leaf for path, leaf in pairs}
     if len(leaves) != len(pairs):
+        paths = [jax.tree_util.keystr(path) for path, _ in pairs]
         raise ValueError(
-            "two leaves of the tree have the same path once its keys are written as strings (as 1 and "
-            f"'1' do, or 'a/b' and b in a): {[jax.tree_util.keystr(path) for path, _ in pairs]}; rename one"
+            "two leaves of the tree have the same path when their keys are written as "
+            "strings (the keys 1 and '1' do, and so do 'a/b' and 'b' inside 'a'); "
+            f"rename one of these leaves: {paths}"
         )
     return leaves
 
 
 def rebuild(tree: Any, leaves: Mapping[Path, Any]) -> Any:
-    """New leaves, given by path, in the structure of `tree`."""
+    """A tree of the structure of `tree`, with new leaves given by path."""
     order = leaves_by_path(tree)
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[path] for path in order])
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [leaves[path] for path in order]
+    )
 
 
 def show(path: Path) -> str:
-    """`path` as error messages, tables and regular expressions see it: ``a/b/kernel``."""
+    """`path` as in error messages, tables and regular expressions: ``a/b/kernel``."""
     return "/".join(path)
