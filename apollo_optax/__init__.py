@@ -1,11 +1,19 @@
-"""APOLLO: SGD-like memory, AdamW-level performance, as Optax gradient transformations."""
+"""APOLLO as Optax transformations: SGD-like memory, AdamW-level performance."""
 
 from apollo_optax._alias import apollo, apollo_mini
-from apollo_optax._dimension_numbers import ApolloDimensionNumbers, dimension_numbers_by_path
+from apollo_optax._dimension_numbers import (
+    ApolloDimensionNumbers,
+    dimension_numbers_by_path,
+)
 from apollo_optax._hyperparams import STATIC_ARGS
 from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
-from apollo_optax._quantization import QuantizedArray, apply_updates_stochastic, dequantize, quantize
+from apollo_optax._quantization import (
+    QuantizedArray,
+    apply_updates_stochastic,
+    dequantize,
+    quantize,
+)
 from apollo_optax._state import ScaleByApolloState, state_owners, state_sharding
 from apollo_optax._tabulate import StateBytes, state_bytes, tabulate
 from apollo_optax._transform import scale_by_apollo

@@ -1,4 +1,4 @@
-"""The whole optimizers: :func:`scale_by_apollo`, decoupled weight decay, learning rate."""
+"""Complete optimizers: APOLLO with decoupled weight decay and a learning rate."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -32,58 +32,69 @@ def apollo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""APOLLO: AdamW-level training at a fraction of AdamW's memory.
 
-    A matrix of sizes :math:`m \le n` takes :math:`2nr` numbers of state, against AdamW's
-    :math:`2mn`; see :func:`scale_by_apollo` for the algorithm.
+    The state of a matrix of sizes :math:`m \le n` is :math:`2nr` numbers, against
+    :math:`2mn` for AdamW. See :func:`scale_by_apollo` for the algorithm.
 
     Args:
-      learning_rate: a fixed value or a schedule. In pre-training start near 0.01, not at AdamW's
-        rate; in fine-tuning near AdamW's.
-      rank: rank of the projection; the paper takes a quarter of the model's width. It is clipped to the
-        smaller side of a matrix, where it saves nothing.
-      weight_decay: strength of the decoupled weight decay, multiplied with the learning rate; a fixed
-        value or a schedule.
-      mask: which leaves decay: a tree (or prefix) of booleans, or a callable that returns one for
-        the parameters.
-      scale_type: ``"channel"``, a scaling factor per channel, or ``"tensor"``, one for the matrix.
-      scale: the update is multiplied by its square root; 1 for a rank of a quarter of the width.
+      learning_rate: a fixed value or a schedule. Start near 0.01 for pre-training, not
+        at AdamW's rate, and near AdamW's rate for fine-tuning.
+      rank: rank of the projection. The paper uses a quarter of the model's width. It is
+        clipped to the smaller side of each matrix, and a rank of that size saves no
+        memory.
+      weight_decay: strength of the decoupled weight decay, which is multiplied by the
+        learning rate; a fixed value or a schedule.
+      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
+        or a callable that returns one for the parameters.
+      scale_type: ``"channel"`` for a scaling factor per channel, or ``"tensor"`` for
+        one per matrix.
+      scale: the update is multiplied by its square root. Use 1 for a rank of a quarter
+        of the width.
       update_proj_gap: steps between draws of the projection.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
-      eps: added to the denominator, for matrices and for Adam's leaves.
-      norm_growth_limit: largest ratio of the norms of a matrix's successive updates; None: unlimited.
-      scale_front: multiply by ``sqrt(scale)`` before the limiter instead of after it.
-      projection: ``"random"``, ``"rademacher"``, ``"svd"`` or a function ``(key, (r, m)) -> P``.
+      eps: added to the denominator, for matrices and for the leaves under Adam.
+      norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
+        least 1; None switches the limiter off.
+      scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
+        after it.
+      projection: ``"random"``, ``"rademacher"``, ``"svd"`` or a function
+        ``(key, (r, m)) -> P``.
       key: an int seed or a JAX key, for the random projections.
-      weight_dimension_numbers: which axes of a leaf form a matrix, where it is not a 2-D kernel.
-      moment_dtype: dtype of both moments of all leaves; by default float32 (float64 for float64).
+      weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other
+        than 2-D kernels.
+      moment_dtype: dtype of both moments of all leaves. The default is float32, or
+        float64 for float64 leaves.
 
-    Each is described in full at :func:`scale_by_apollo`.
+    The arguments that :func:`scale_by_apollo` shares are described in full there.
 
     Returns:
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_apollo`.
+      TypeError, ValueError: as for :func:`scale_by_apollo`.
 
     Examples:
       >>> import apollo_optax, jax, jax.numpy as jnp, optax
-      >>> def f(x): return jnp.sum(x ** 2)  # simple quadratic function
-      >>> solver = apollo_optax.apollo(learning_rate=0.1, rank=2)
-      >>> params = jnp.array([[1., 2., 3.], [4., 5., 6.]])
-      >>> print('Objective function: ', f(params))
-      Objective function:  91.0
-      >>> opt_state = solver.init(params)
+      >>> def loss(params):
+      ...     return jnp.sum(params["kernel"] ** 2)
+      >>> params = {"kernel": jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])}
+      >>> print(loss(params))
+      91.0
+      >>> tx = apollo_optax.apollo(learning_rate=0.1, rank=2)
+      >>> state = tx.init(params)
       >>> for _ in range(20):
-      ...  grad = jax.grad(f)(params)
-      ...  updates, opt_state = solver.update(grad, opt_state, params)
-      ...  params = optax.apply_updates(params, updates)
-      >>> bool(f(params) < 60)
+      ...     grads = jax.grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 60)
       True
 
-      Under ``inject_hyperparams``:
+      With ``inject_hyperparams``:
 
       >>> tx = optax.inject_hyperparams(
-      ...     apollo_optax.apollo, static_args=apollo_optax.STATIC_ARGS, hyperparam_dtype=jnp.float32
+      ...     apollo_optax.apollo,
+      ...     static_args=apollo_optax.STATIC_ARGS,
+      ...     hyperparam_dtype=jnp.float32,
       ... )(learning_rate=optax.cosine_decay_schedule(0.01, 1000))
 
     References:
@@ -132,35 +143,40 @@ def apollo_mini(
 ) -> optax.GradientTransformationExtraArgs:
     r"""APOLLO-Mini: AdamW-level training at the memory of SGD.
 
-    :func:`apollo` of rank 1 with one scaling factor per matrix, :math:`2n` numbers of state for
-    :math:`m \times n`, :math:`m \le n`.
+    This is :func:`apollo` of rank 1 with one scaling factor per matrix. The state of a
+    matrix of sizes :math:`m \le n` is :math:`2n` numbers.
 
     Args:
-      learning_rate: a fixed value or a schedule. In pre-training start near 0.01.
-      scale: the update is multiplied by its square root, to make up for the small factors of rank 1.
-      weight_decay: strength of the decoupled weight decay, multiplied with the learning rate; a fixed
-        value or a schedule.
-      mask: which leaves decay: a tree (or prefix) of booleans, or a callable that returns one for
-        the parameters.
+      learning_rate: a fixed value or a schedule. Start near 0.01 for pre-training.
+      scale: the update is multiplied by its square root, to make up for the small
+        scaling factors of rank 1.
+      weight_decay: strength of the decoupled weight decay, which is multiplied by the
+        learning rate; a fixed value or a schedule.
+      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
+        or a callable that returns one for the parameters.
       update_proj_gap: steps between draws of the projection.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
-      eps: added to the denominator, for matrices and for Adam's leaves.
-      norm_growth_limit: largest ratio of the norms of a matrix's successive updates; None: unlimited.
-      scale_front: multiply by ``sqrt(scale)`` before the limiter instead of after it;
-        the paper does for models of 60 and 130 million parameters.
-      projection: ``"random"``, ``"rademacher"``, ``"svd"`` or a function ``(key, (r, m)) -> P``.
+      eps: added to the denominator, for matrices and for the leaves under Adam.
+      norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
+        least 1; None switches the limiter off.
+      scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
+        after it, as the paper does for models of 60 and 130 million parameters.
+      projection: ``"random"``, ``"rademacher"``, ``"svd"`` or a function
+        ``(key, (r, m)) -> P``.
       key: an int seed or a JAX key, for the random projections.
-      weight_dimension_numbers: which axes of a leaf form a matrix, where it is not a 2-D kernel.
-      moment_dtype: dtype of both moments of all leaves; by default float32 (float64 for float64).
+      weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other
+        than 2-D kernels.
+      moment_dtype: dtype of both moments of all leaves. The default is float32, or
+        float64 for float64 leaves.
 
-    Each is described in full at :func:`scale_by_apollo`.
+    The arguments that :func:`scale_by_apollo` shares are described in full there.
 
     Returns:
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_apollo`.
+      TypeError, ValueError: as for :func:`scale_by_apollo`.
 
     Examples:
       >>> import apollo_optax, jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What each tensor gets and what it costs, as a table."""
+"""How an optimizer treats each parameter and how much state it keeps, as a table."""
 
 import collections
 import math
@@ -25,13 +25,17 @@ _HEADER = ("parameter", "shape", "treatment", "state", "bytes", "AdamW")
 class StateBytes(NamedTuple):
     """Bytes of an optimizer's state, by the kind of parameter they belong to.
 
-    A kernel is a leaf of two or more axes that is neither embedding or head by name nor a
-    ``bias`` or ``scale``.
+    Attributes:
+      kernels: bytes of the kernels' state. A kernel is a leaf of two or more axes that
+        is neither an embedding or output head by name nor a ``bias`` or ``scale``.
+      embeddings_and_head: bytes of the state of embeddings and output heads by name.
+      other: bytes of the state of norms and biases, and of state that belongs to no
+        parameter, such as counts.
     """
 
     kernels: int
     embeddings_and_head: int
-    other: int  # Norms, biases, and what belongs to no parameter, such as counts.
+    other: int
 
 
 def tabulate(
@@ -40,42 +44,46 @@ def tabulate(
     *,
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> str:
-    """A table of what `tx` keeps for each parameter, from shapes alone.
+    """A table of the state that `tx` keeps for each parameter, from shapes alone.
 
-    Works for any Optax pipeline; nothing is allocated. "16 contracted" means that the side of size 16 is
-    projected away and channels lie along the other.
+    Works for any Optax pipeline. No array is allocated. "4 contracted" means that the
+    side of size 4 is projected away, so that channels lie along the other side.
 
     Args:
       tx: the optimizer.
-      params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      weight_dimension_numbers: what the optimizer was given, which can't be read off it: without them a
-        full-rank matrix and a leaf under Adam look alike.
+      params: the parameters, as arrays or ``jax.ShapeDtypeStruct``.
+      weight_dimension_numbers: what the optimizer was given. They can't be read off the
+        optimizer, and without them a full-rank matrix and a leaf under Adam look alike.
 
     Returns:
-      A line per parameter with its path, shape, treatment, the shapes and bytes of its state, and the
-      bytes ``optax.adamw`` would keep; then totals for kernels, for embeddings and output head and
-      for the rest (norms, biases, and state that belongs to no parameter). A kernel is a leaf of two
-      or more axes that is neither embedding or head by name nor a ``bias`` or ``scale``.
+      A line per parameter with its path, its shape, its treatment, the shapes and bytes
+      of its state, and the bytes that ``optax.adamw`` would keep. Below them are the
+      totals for kernels, for embeddings and output heads, and for the rest, as in
+      :class:`StateBytes`.
 
     Raises:
       ValueError: if the state's shapes do not follow from `weight_dimension_numbers`.
 
     Examples:
       >>> import jax.numpy as jnp, apollo_optax
-      >>> params = {"mlp": {"kernel": jnp.ones((64, 128))}, "embed": {"embedding": jnp.ones((100, 64))}}
-      >>> print(tabulate(apollo_optax.apollo(0.01, rank=16), params))
-      parameter            shape      treatment                      state           bytes    AdamW
-      embed/embedding      (100, 64)  Adam                           (100, 64) x 2  51,204   51,200
-      mlp/kernel           (64, 128)  APOLLO rank 16, 64 contracted  (16, 128) x 2  16,388   65,536
+      >>> params = {
+      ...     "mlp": {"kernel": jnp.ones((4, 8))},
+      ...     "embed": {"embedding": jnp.ones((9, 4))},
+      ... }
+      >>> print(tabulate(apollo_optax.apollo(0.01, rank=2), params))
+      parameter            shape   treatment                    state       bytes  AdamW
+      embed/embedding      (9, 4)  Adam                         (9, 4) x 2    292    288
+      mlp/kernel           (4, 8)  APOLLO rank 2, 4 contracted  (2, 8) x 2    132    256
       <BLANKLINE>
-      kernels                                                                       16,388   65,536
-      embeddings and head                                                           51,204   51,200
-      other                                                                             12        4
-      total                                                                         67,604  116,740
+      kernels                                                                 132    256
+      embeddings and head                                                     292    288
+      other                                                                    12      4
+      total                                                                   436    548
     """
     leaves = _tree.leaves_by_path(params)
     axes = resolve(weight_dimension_numbers, params)
-    ours, adamw = _by_parameter(tx, params), _by_parameter(optax.adamw(1e-3), params)
+    ours = _state_by_parameter(tx, params)
+    adamw = _state_by_parameter(optax.adamw(1e-3), params)
 
     rows = []
     for path, leaf in leaves.items():
@@ -89,7 +97,7 @@ def tabulate(
     for kind, *costs in zip(_KINDS, *totals, strict=True):
         rows.append((kind, *blank, *costs))
     rows.append(("total", *blank, *map(sum, totals)))
-    return _align([_HEADER, *rows])
+    return _aligned([_HEADER, *rows])
 
 
 def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> StateBytes:
@@ -97,7 +105,7 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> State
 
     Args:
       tx: any Optax optimizer.
-      params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
+      params: the parameters, as arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
       The totals of :func:`tabulate`, as :class:`StateBytes`.
@@ -108,11 +116,11 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> State
       >>> state_bytes(apollo_optax.apollo(0.01, rank=16), params)
       StateBytes(kernels=16388, embeddings_and_head=0, other=1040)
     """
-    return _totals(_by_parameter(tx, params), _tree.leaves_by_path(params))
+    return _totals(_state_by_parameter(tx, params), _tree.leaves_by_path(params))
 
 
-def _align(rows: list[tuple[Any, ...]]) -> str:
-    """Columns two spaces apart, text to the left and numbers to the right."""
+def _aligned(rows: list[tuple[Any, ...]]) -> str:
+    """The rows as lines, with text aligned to the left and numbers to the right."""
     cells = [[f"{x:,}" if isinstance(x, int) else x for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -130,18 +138,21 @@ def _totals(
 ) -> StateBytes:
     totals: dict[str, int] = dict.fromkeys(_KINDS, 0)
     for path, states in owned.items():
-        totals[_kind(path, leaves)] += _nbytes(states)
+        totals[_kind_of(path, leaves)] += _nbytes(states)
     return StateBytes(*totals.values())
 
 
-def _kind(path: _tree.Path | None, leaves: dict[_tree.Path, Any]) -> str:
-    if path is None or jnp.ndim(leaves[path]) < 2 or path[-1:] in (("bias",), ("scale",)):
+def _kind_of(path: _tree.Path | None, leaves: dict[_tree.Path, Any]) -> str:
+    """The one of `_KINDS` that a parameter is; None is no parameter."""
+    if path is None or jnp.ndim(leaves[path]) < 2:
+        return "other"
+    if path[-1:] in (("bias",), ("scale",)):
         return "other"
     return "embeddings and head" if is_embedding_or_head(path) else "kernels"
 
 
 def _treatment(leaf: Any, owned: _Owned, axes: MatrixAxes | None) -> str:
-    """What the shapes of a parameter's state show that an optimizer does with it."""
+    """How an optimizer treats a parameter, as the shapes of its state show."""
     shape = jnp.shape(leaf)
     fields = [(owner, state) for owner, state in owned if owner.rule is not None]
     if not fields:
@@ -156,14 +167,15 @@ def _treatment(leaf: Any, owned: _Owned, axes: MatrixAxes | None) -> str:
 
 
 def _shapes(owned: _Owned) -> str:
+    """The shapes of a parameter's state and how often each occurs, without scalars."""
     counts = collections.Counter(leaf.shape for _, leaf in owned if leaf.shape)
     return ", ".join(f"{shape} x {count}" for shape, count in counts.items())
 
 
-def _by_parameter(
+def _state_by_parameter(
     tx: optax.GradientTransformation, params: Any
 ) -> dict[_tree.Path | None, _Owned]:
-    """The leaves of a state by the parameter that owns them; None: no parameter does."""
+    """The leaves of `tx`'s state by the parameter they belong to; None if to none."""
     parameters = _tree.leaves_by_path(params)
     leaves = _tree.leaves_by_path(jax.eval_shape(tx.init, params))
     masked = jax.tree.map(lambda _: optax.MaskedNode(), params)

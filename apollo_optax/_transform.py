@@ -62,8 +62,9 @@ def scale_by_apollo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale updates according to the APOLLO algorithm.
 
-    For a matrix :math:`G_t \in \mathbb{R}^{m \times n}`, with the smaller side, of size :math:`m`,
-    contracted and channels along the other, rank :math:`r` and :math:`a = \sqrt{\text{scale}}`:
+    Let :math:`G_t \in \mathbb{R}^{m \times n}` be the gradient of a matrix. Its smaller
+    side, of size :math:`m`, is contracted, and its channels lie along the other side.
+    With rank :math:`r` and :math:`a = \sqrt{\text{scale}}`:
 
     .. math::
 
@@ -74,55 +75,68 @@ def scale_by_apollo(
         M_t &= \beta_1 M_{t-1} + (1-\beta_1) R_t, \quad
         V_t = \beta_2 V_{t-1} + (1-\beta_2) R_t^2, \quad
         N_t = M_t / (\sqrt{V_t} + \varepsilon) \\
-        s_j &= \|N_{t,:,j}\| / (\|R_{t,:,j}\| + 10^{-8}) \quad \text{(channel)}, \qquad
+        s_j &= \|N_{t,:,j}\| / (\|R_{t,:,j}\| + 10^{-8})
+          \quad \text{(channel)}, \qquad
         s = \|N_t\| / (\|R_t\| + 10^{-8}) \quad \text{(tensor)} \\
         U_t &= a\, \mathrm{limit}(G_t\, \mathrm{diag}(s)) \\
         \text{update} &= \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\, U_t
       \end{align*}
 
-    where :math:`\mathrm{limit}` is the norm-growth limiter, :func:`limit_norm_growth`. All other leaves
-    (vectors, scalars, embeddings, the output head) get :func:`optax.scale_by_adam`'s update, so this
-    is a drop-in replacement for it: no learning rate, same sign as the gradient.
+    where :math:`\mathrm{limit}` is the norm-growth limiter, :func:`limit_norm_growth`.
+    All other leaves (vectors, scalars, embeddings, the output head) get the update of
+    :func:`optax.scale_by_adam`. This transformation is a drop-in replacement for
+    ``scale_by_adam``: it applies no learning rate, and its updates have the sign of the
+    gradients.
 
     Args:
-      rank: rank of the projection, clipped to the contracted size of each matrix. Moments take
-        ``2 * n * rank`` numbers.
-      scale_type: ``"channel"``, a factor per channel, or ``"tensor"``, one for the matrix.
-      scale: the update is multiplied by its square root. The lower the rank, the smaller the factors
-        (about ``sqrt(rank / m)`` of the full-rank ones), so rank 1 goes with 128.
+      rank: rank of the projection, clipped to the contracted size of each matrix. The
+        moments of a matrix are ``2 * n * rank`` numbers.
+      scale_type: ``"channel"`` for a scaling factor per channel, or ``"tensor"`` for
+        one per matrix.
+      scale: the update is multiplied by its square root. The scaling factors are about
+        ``sqrt(rank / m)`` of the full-rank ones, so a lower rank needs a larger scale:
+        128 for rank 1.
       update_proj_gap: steps between draws of the projection.
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
-      eps: added to the denominator, for matrices and for Adam's leaves.
-      norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at least 1; None
-        switches the limiter off.
-      scale_front: multiply by ``sqrt(scale)`` before the limiter instead of after it.
-      projection: ``"random"``, normal entries; ``"rademacher"``, entries of random sign; ``"svd"``, the
-        gradient's top singular vectors, which the state then holds; or a pure function
-        ``(key, (r, m)) -> P``, vmapped over batch elements. Random projections are functions of `key`
-        and take no memory in the state.
-      key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or raw.
-      weight_dimension_numbers: which axes of a leaf form a matrix: a pytree (or prefix) of
-        :class:`ApolloDimensionNumbers` or None (Adam), matched by path, or a callable that returns
-        one for the parameters (the updates, at update time), as :func:`dimension_numbers_by_path`
-        makes. Axes named by neither field are batch axes. The default takes 2-D leaves, except
-        ``bias`` and ``scale`` and those under a known name of an embedding or output head; of kernels
-        with more axes it warns.
-      moment_dtype: dtype of both moments of all leaves. The default is float32, or float64 for float64
-        leaves, whatever the gradients: ``(1 - b2) * R**2`` is lost when added to a bfloat16 number.
+      eps: added to the denominator, for matrices and for the leaves under Adam.
+      norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
+        least 1; None switches the limiter off.
+      scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
+        after it.
+      projection: ``"random"`` for normal entries, ``"rademacher"`` for entries of
+        random sign, ``"svd"`` for the gradient's top singular vectors, or a pure
+        function ``(key, (r, m)) -> P``, which is vmapped over batch elements. Singular
+        vectors are stored in the state. All other projections are functions of `key`
+        and are not stored.
+      key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or
+        raw.
+      weight_dimension_numbers: which axes of a leaf form a matrix. A pytree (or prefix)
+        of :class:`ApolloDimensionNumbers`, with None for leaves under Adam, matched by
+        path; or a callable that returns one for the parameters (for the updates at
+        update time), such as :func:`dimension_numbers_by_path` makes. Axes named by
+        neither field are batch axes. By default, the matrices are the 2-D leaves except
+        ``bias``, ``scale`` and those under a known name of an embedding or output head,
+        and ``init`` warns of kernels with more axes.
+      moment_dtype: dtype of both moments of all leaves. The default is float32, or
+        float64 for float64 leaves, whatever the dtype of the gradients: in bfloat16,
+        adding ``(1 - b2) * R**2`` to the second moment would be lost to rounding.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByApolloState`. Updates keep the
-      gradients' dtypes. The extra argument `batch_index` of ``update``, an integer, says that all leaves
-      are slices of layer-stacked ones, from that index of their leading axis on, and has them draw the
-      projections that they would as parts of the whole.
+      An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByApolloState`.
+      Updates keep the gradients' dtypes. The ``update`` function takes an extra
+      argument, the integer `batch_index`. It says that all leaves are slices of
+      layer-stacked leaves, starting at that index of the leading axis. The slices then
+      get the same projections as in an update of the whole stack.
 
     Raises:
-      TypeError: for an argument of the wrong type, such as an array where the value must be static.
-      ValueError: for an argument out of range; from ``init`` and ``update``, for a leaf that is not
-        real floating-point, dimension numbers that do not fit, a projection callable that returns
-        the wrong shape, updates of another structure than the parameters, a state made for another
-        rank, or, inside ``shard_map``, a matrix that varies over a manual axis.
+      TypeError: for an argument of the wrong type, such as an array where the value
+        must be static.
+      ValueError: for an argument out of range. From ``init`` and ``update``, for a leaf
+        that is not real floating-point, dimension numbers that do not fit, a projection
+        callable that returns the wrong shape, updates of another structure than the
+        parameters, a state made for another rank, or, inside ``shard_map``, a matrix
+        that varies over a manual axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -140,8 +154,8 @@ def scale_by_apollo(
       Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
       <https://arxiv.org/abs/2412.05270>`_, 2025
 
-      Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?
-      <https://arxiv.org/abs/2410.01623>`_, 2024
+      Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+      Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024
     """
     _check.positive_int("rank", rank)
     _check.one_of("scale_type", scale_type, SCALE_TYPES)
