@@ -293,12 +293,12 @@ def resolve(
     else:
         numbers_by_prefix = _numbers_by_prefix(weight_dimension_numbers, tree)
         numbers = {path: _numbers_at(path, numbers_by_prefix) for path in leaves}
-    axes = {}
+    axes: dict[_tree.Path, MatrixAxes | None] = dict.fromkeys(leaves)
     for path, leaf in leaves.items():
         given, shape = numbers[path], jnp.shape(leaf)
-        # A leaf without elements has no channels to scale.
-        is_matrix = given is not None and 0 not in shape
-        axes[path] = matrix_axes(path, shape, given) if is_matrix else None
+        # A leaf without elements is no matrix, since it has no channels to scale.
+        if given is not None and 0 not in shape:
+            axes[path] = matrix_axes(path, shape, given)
     return axes
 
 

@@ -1,4 +1,4 @@
-"""Which leaves are matrices: the default rule on real models' names, and what users pass."""
+"""Which leaves are matrices, by the default rule and by dimension numbers."""
 
 import dataclasses
 import pathlib
@@ -29,7 +29,11 @@ def leaf(*shape):
 def matrices(params, weight_dimension_numbers=None):
     """Paths of the leaves that are matrices, with their contracted axes."""
     axes = resolve(weight_dimension_numbers, params)
-    return {"/".join(path): found.contracted for path, found in axes.items() if found is not None}
+    return {
+        "/".join(path): found.contracted
+        for path, found in axes.items()
+        if found is not None
+    }
 
 
 class LinenModel(nn.Module):
@@ -50,20 +54,22 @@ class NnxModel(nnx.Module):
         self.lm_head = nnx.Linear(8, 32, rngs=rngs)
 
 
-def test_linen_names():
-    params = jax.eval_shape(LinenModel().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+def test_default_rule_on_a_linen_model():
+    key, tokens = jax.random.key(0), jnp.zeros((1, 4), jnp.int32)
+    params = jax.eval_shape(LinenModel().init, key, tokens)["params"]
     assert matrices(params) == {"Dense_0/kernel": (1,), "Dense_1/kernel": (0,)}
     with pytest.warns(UserWarning, match=r"MultiHeadDotProductAttention_0/\w+/kernel"):
         scale_by_apollo(4).init(params)
 
 
-def test_nnx_names():
+def test_default_rule_on_an_nnx_model():
     params = nnx.state(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))), nnx.Param)
     assert matrices(params) == {"layers/0/kernel": (0,), "layers/1/kernel": (0,)}
 
 
-def test_maxtext_names():
-    # As in MaxText's checkpoints; with scan_layers the layer axis is axis 1.
+def test_maxtext_layers_need_rules():
+    # This is the tree of MaxText's checkpoints. With scan_layers, axis 1 is the layer
+    # axis.
     attention = {
         "query": {"kernel": leaf(8, 2, 4, 4)},
         "out": {"kernel": leaf(4, 2, 4, 8)},
@@ -77,7 +83,10 @@ def test_maxtext_names():
             "layers": {
                 "pre_self_attention_layer_norm": {"scale": leaf(8, 2)},
                 "self_attention": attention,
-                "mlp": {"wi_0": {"kernel": leaf(8, 2, 12)}, "wo": {"kernel": leaf(12, 2, 8)}},
+                "mlp": {
+                    "wi_0": {"kernel": leaf(8, 2, 12)},
+                    "wo": {"kernel": leaf(12, 2, 8)},
+                },
             },
             "logits_dense": {"kernel": leaf(8, 32)},
         },
@@ -94,7 +103,10 @@ def test_maxtext_names():
     assert "weight_dimension_numbers" in message
     rules = dimension_numbers_by_path(
         [
-            (r"self_attention/(query|key|value)/kernel", ApolloDimensionNumbers(0, (2, 3))),
+            (
+                r"self_attention/(query|key|value)/kernel",
+                ApolloDimensionNumbers(0, (2, 3)),
+            ),
             (r"self_attention/out/kernel", ApolloDimensionNumbers((0, 2), 3)),
             (r"mlp/.*/kernel", ApolloDimensionNumbers(0, 2)),
         ]
@@ -112,11 +124,13 @@ def test_maxtext_names():
     ("path", "is_matrix"),
     [
         ("Dense_0/kernel", True),
-        ("MultiHeadDotProductAttention_0/kernel", True),  # Not an output head.
+        # A name that only contains "Head" is not that of an output head.
+        ("MultiHeadDotProductAttention_0/kernel", True),
         ("Heads_3/kernel", True),
         ("head_norm/kernel", True),
         ("w", True),
-        ("scale/kernel", True),  # A module called scale.
+        # A module may be called scale.
+        ("scale/kernel", True),
         ("norm/scale", False),
         ("dense/bias", False),
         ("embedder/input_embedding", False),
@@ -126,7 +140,7 @@ def test_maxtext_names():
         ("head/kernel", False),
     ],
 )
-def test_the_default_rule_by_name(path, is_matrix):
+def test_default_rule_by_name(path, is_matrix):
     tree = leaf(4, 6)
     for name in reversed(path.split("/")):
         tree = {name: tree}
@@ -134,72 +148,102 @@ def test_the_default_rule_by_name(path, is_matrix):
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4), (2, 3, 4, 5)])
-def test_the_default_rule_by_shape(shape):
+def test_default_rule_leaves_other_than_2d_to_adam(shape):
     assert not matrices({"kernel": leaf(*shape)})
 
 
-def test_no_warning_where_nothing_is_unknown():
+def test_no_warning_if_all_axes_are_known():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scale_by_apollo(2).init({"embed": {"table": leaf(2, 3, 4)}, "x": {"bias": leaf(2, 3, 4)}})
-        scale_by_apollo(2, weight_dimension_numbers=STACKED).init({"kernel": leaf(2, 3, 4)})
-        scale_by_apollo(2, weight_dimension_numbers={"kernel": None}).init({"kernel": leaf(2, 3, 4)})
+        known = {"embed": {"table": leaf(2, 3, 4)}, "x": {"bias": leaf(2, 3, 4)}}
+        scale_by_apollo(2).init(known)
+        for given in (STACKED, {"kernel": None}):
+            tx = scale_by_apollo(2, weight_dimension_numbers=given)
+            tx.init({"kernel": leaf(2, 3, 4)})
 
 
 @pytest.mark.parametrize(
     "given",
     [
         {"a": {"kernel": STACKED, "bias": None}, "b": STACKED},
-        {"a": {"kernel": STACKED, "bias": None}, "b": {"c": STACKED, "d": [STACKED, STACKED]}},
-        {"a": {"kernel": STACKED, "bias": None}, "b": STACKED, "of another model": STACKED},
+        {
+            "a": {"kernel": STACKED, "bias": None},
+            "b": {"c": STACKED, "d": [STACKED, STACKED]},
+        },
+        {
+            "a": {"kernel": STACKED, "bias": None},
+            "b": STACKED,
+            "other": STACKED,
+        },
         lambda params: jax.tree.map(lambda x: STACKED if x.ndim == 3 else None, params),
     ],
 )
-def test_prefixes_and_callables(given):
+def test_accepts_prefixes_and_callables(given):
     kernel = leaf(3, 4, 6)
-    params = {"a": {"kernel": kernel, "bias": leaf(6)}, "b": {"c": kernel, "d": (kernel, kernel)}}
-    assert matrices(params, given) == dict.fromkeys(("a/kernel", "b/c", "b/d/0", "b/d/1"), (1,))
+    params = {
+        "a": {"kernel": kernel, "bias": leaf(6)},
+        "b": {"c": kernel, "d": (kernel, kernel)},
+    }
+    assert matrices(params, given) == dict.fromkeys(
+        ("a/kernel", "b/c", "b/d/0", "b/d/1"), (1,)
+    )
 
 
-def test_matched_by_path_not_by_node_type():
+def test_matches_by_path_whatever_the_node_types():
     model = NnxModel(nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
-    given = {"layers": [ApolloDimensionNumbers(1, 0), None], "norm": None, "attention": None}
-    given |= {"embed": None, "lm_head": {"kernel": ApolloDimensionNumbers(), "bias": None}}
+    given = {
+        "layers": [ApolloDimensionNumbers(1, 0), None],
+        "norm": None,
+        "attention": None,
+    }
+    given |= {
+        "embed": None,
+        "lm_head": {"kernel": ApolloDimensionNumbers(), "bias": None},
+    }
     given["layers"][0] = {"kernel": ApolloDimensionNumbers(1, 0), "bias": None}
     expected = {"layers/0/kernel": (1,), "lm_head/kernel": (0,)}
     assert matrices(state, given) == matrices(nnx.as_pure(state), given) == expected
-    # A callable may return boxes around its answers, as jax.tree.map over an nnx.State does.
-    boxed = jax.tree.map(lambda x: ApolloDimensionNumbers() if x.ndim == 2 else None, state)
+    # A callable may return its numbers in boxes. jax.tree.map over an nnx.State does.
+    boxed = jax.tree.map(
+        lambda x: ApolloDimensionNumbers() if x.ndim == 2 else None, state
+    )
     assert "embed/embedding" in matrices(state, boxed)
 
 
-def test_numpy_axes_and_lists():
+def test_accepts_numpy_axes_and_lists():
     params = {"w": leaf(3, 4, 6)}
-    for numbers in (ApolloDimensionNumbers(np.int64(1), np.int32(2)), ApolloDimensionNumbers([1], [2])):
+    for numbers in (
+        ApolloDimensionNumbers(np.int64(1), np.int32(2)),
+        ApolloDimensionNumbers([1], [2]),
+    ):
         assert matrices(params, numbers) == {"w": (1,)}
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("projection", ["random", "rademacher", "svd"])
-def test_empty_leaves(shape, projection):
+def test_leaves_without_elements_keep_their_shape(shape, projection):
     tx = scale_by_apollo(2, projection=projection)
     params = {"empty": jnp.zeros(shape), "kernel": jnp.ones((2, 3))}
     updates, state = tx.update(params, tx.init(params))
     assert updates["empty"].shape == state.mu["empty"].shape == shape
 
 
-def test_names_inside_keys():
-    """Haiku joins its modules' names, and flattened dicts have tuples for keys."""
-    params = {"transformer/~/lm_head": {"w": leaf(4, 6)}, "mlp/~/linear": {"w": leaf(4, 6)}}
+def test_keys_with_several_path_components():
+    """Haiku joins the names of modules, and flattened dicts have tuples as keys."""
+    params = {
+        "transformer/~/lm_head": {"w": leaf(4, 6)},
+        "mlp/~/linear": {"w": leaf(4, 6)},
+    }
     assert matrices(params) == {"mlp/~/linear/w": (0,)}
-    assert matrices({("embed", "embedding"): leaf(9, 4), ("mlp", "w"): leaf(4, 6)}) == {"mlp/w": (0,)}
+    flattened = {("embed", "embedding"): leaf(9, 4), ("mlp", "w"): leaf(4, 6)}
+    assert matrices(flattened) == {"mlp/w": (0,)}
     with pytest.raises(ValueError, match="same path"):
         matrices({"a/b": leaf(4, 6), "a": {"b": leaf(4, 6)}})
 
 
-def test_nodes_that_are_no_boxes():
-    """A user's node with a method called as Flax's boxes have it, but two children."""
+def test_node_with_two_children_is_no_box():
+    """A user's node may have a method of the same name as a method of Flax's boxes."""
     params = {"layer": Pair(jnp.ones((2, 3)), jnp.ones((2, 4)))}
     tx = scale_by_apollo(1)
     updates, state = tx.update(params, tx.init(params))
@@ -217,12 +261,14 @@ class Pair:
         return self.first @ self.second
 
 
-def test_the_readmes_maxtext_rules():
-    """On the kernels' names and layouts in MaxText, layers unstacked and scanned over axis 1."""
+def test_readme_rules_for_maxtext():
+    """They fit MaxText's kernels, with layers unstacked and scanned over axis 1."""
     readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
     recipe = readme[readme.index('opt_type == "apollo_mini"') :]
     (block,) = re.findall(r"_by_path\((\[.*?\])\)\)", recipe, re.DOTALL)[:1]
-    rules = dimension_numbers_by_path(eval(block, {"ApolloDimensionNumbers": ApolloDimensionNumbers}))
+    rules = dimension_numbers_by_path(
+        eval(block, {"ApolloDimensionNumbers": ApolloDimensionNumbers})
+    )
     kernels = {
         "self_attention/query/kernel": (16, 4, 8),
         "self_attention/out/kernel": (4, 8, 16),
@@ -232,33 +278,52 @@ def test_the_readmes_maxtext_rules():
         "self_attention/query/bias": (4, 8),
         "pre_self_attention_layer_norm/scale": (16,),
     }
-    contracted = {"query/kernel": {0}, "out/kernel": {2}, "wi_0/kernel": {0}, "wo/kernel": {1}}
+    contracted = {
+        "query/kernel": {0},
+        "out/kernel": {2},
+        "wi_0/kernel": {0},
+        "wo/kernel": {1},
+    }
     for scanned in (False, True):
-        params = {"params": {"decoder": {"layers": {}, "logits_dense": {"kernel": leaf(16, 99)}}}}
+        params = {
+            "params": {
+                "decoder": {"layers": {}, "logits_dense": {"kernel": leaf(16, 99)}}
+            }
+        }
         for name, shape in kernels.items():
-            module, part, last = name.split("/") if name.count("/") == 2 else (None, *name.split("/"))
+            *modules, last = name.split("/")
             layer = params["params"]["decoder"]["layers"]
-            layer = layer.setdefault(module, {}) if module else layer
-            layer.setdefault(part, {})[last] = leaf(*shape[:1], 3, *shape[1:]) if scanned else leaf(*shape)
+            for module in modules:
+                layer = layer.setdefault(module, {})
+            stacked_shape = (*shape[:1], 3, *shape[1:])
+            layer[last] = leaf(*(stacked_shape if scanned else shape))
         found = matrices(params, rules)
         assert len(found) == len(contracted)
         for name, axes in found.items():
             expected = contracted["/".join(name.split("/")[-2:])]
-            assert set(axes) == {axis + 1 if scanned and axis else axis for axis in expected}
+            assert set(axes) == {
+                axis + 1 if scanned and axis else axis for axis in expected
+            }
 
 
-def test_ties_contract_the_reduction_side():
-    assert matrices({"w": leaf(5, 5)}, {"w": ApolloDimensionNumbers(0, 1)}) == {"w": (0,)}
-    assert matrices({"w": leaf(5, 5)}, {"w": ApolloDimensionNumbers(1, 0)}) == {"w": (1,)}
-    assert matrices({"w": leaf(6, 2, 3)}, {"w": ApolloDimensionNumbers((1, 2), 0)}) == {"w": (1, 2)}
+def test_sides_of_equal_size_contract_the_reduction_side():
+    square, heads = {"w": leaf(5, 5)}, {"w": leaf(6, 2, 3)}
+    assert matrices(square, {"w": ApolloDimensionNumbers(0, 1)}) == {"w": (0,)}
+    assert matrices(square, {"w": ApolloDimensionNumbers(1, 0)}) == {"w": (1,)}
+    assert matrices(heads, {"w": ApolloDimensionNumbers((1, 2), 0)}) == {"w": (1, 2)}
 
 
-def test_by_path_falls_back_to_the_default_rule():
-    params = {"a": {"kernel": leaf(3, 4, 5), "bias": leaf(3, 5)}, "b": {"kernel": leaf(4, 5)}}
+def test_rules_by_path_fall_back_to_the_default_rule():
+    params = {
+        "a": {"kernel": leaf(3, 4, 5), "bias": leaf(3, 5)},
+        "b": {"kernel": leaf(4, 5)},
+    }
     params["embed"] = {"embedding": leaf(9, 4)}
     given = dimension_numbers_by_path([(r"^a/kernel$", STACKED), (r"kernel", None)])
-    assert matrices(params, given) == {"a/kernel": (1,)}  # The first match counts.
+    # The first rule that matches counts.
+    assert matrices(params, given) == {"a/kernel": (1,)}
     given = dimension_numbers_by_path([(r"a/.*kernel", STACKED)])
     assert matrices(params, given) == {"a/kernel": (1,), "b/kernel": (0,)}
-    with pytest.raises(ValueError, match=re.escape("no rule matches 'a/kernel' of shape (3, 4, 5)")):
+    message = re.escape("no rule matches 'a/kernel' of shape (3, 4, 5)")
+    with pytest.raises(ValueError, match=message):
         dimension_numbers_by_path([])(params)

@@ -1,3 +1,5 @@
+"""The norm-growth limiter: on norms, as a transformation, and inside APOLLO."""
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,15 @@ from apollo_optax._limiter import limit_norm
 LIMIT = 1.01
 
 
-def test_growth_is_limited_and_shrinking_is_not():
+def test_limit_norm_limits_growth_only():
     norm, remembered = jnp.array([2.0, 1.005, 0.5]), jnp.ones(3)
     factor, new = limit_norm(norm, remembered, LIMIT)
     np.testing.assert_allclose(norm * factor, [LIMIT, 1.005, 0.5], rtol=1e-6)
     np.testing.assert_allclose(new, norm * factor)
 
 
-def test_a_zero_is_not_remembered():
-    # Before the first non-zero norm nothing is limited, and a zero changes nothing afterwards.
+def test_zero_norm_is_not_remembered():
+    # Nothing is limited before the first non-zero norm. A later zero changes nothing.
     factor, remembered = limit_norm(jnp.array(0.0), jnp.array(0.0), LIMIT)
     assert (factor, remembered) == (1, 0)
     factor, remembered = limit_norm(jnp.array(3.0), remembered, LIMIT)
@@ -33,16 +35,18 @@ def test_a_zero_is_not_remembered():
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_broken_norm_is_not_remembered(bad):
+def test_norm_that_is_not_finite_is_not_remembered(bad):
     for before in (0.0, 2.0):
         _, remembered = limit_norm(jnp.array(bad), jnp.array(before), LIMIT)
         assert remembered == before
 
 
-def test_a_limit_of_infinity_is_none():
-    # The way to say "no limit" where None can't be used, as in a schedule.
-    grads = jax.random.normal(jax.random.key(0), (4, 6, 8)) * jnp.array([1, 50, 2, 9])[:, None, None]
-    free, infinite = scale_by_apollo(2, norm_growth_limit=None), scale_by_apollo(2, norm_growth_limit=jnp.inf)
+def test_infinite_limit_limits_nothing():
+    # A schedule can't return None, so infinity is its way to switch the limiter off.
+    sizes = jnp.array([1, 50, 2, 9])[:, None, None]
+    grads = jax.random.normal(jax.random.key(0), (4, 6, 8)) * sizes
+    free = scale_by_apollo(2, norm_growth_limit=None)
+    infinite = scale_by_apollo(2, norm_growth_limit=jnp.inf)
     states = [tx.init(grads[0]) for tx in (free, infinite)]
     for gradient in grads:
         expected, states[0] = free.update(gradient, states[0])
@@ -52,19 +56,30 @@ def test_a_limit_of_infinity_is_none():
 
 def test_transformation_limits_each_leaf_by_itself():
     tx = limit_norm_growth(LIMIT)
-    first = {"kernel": jnp.full((2, 2), 0.5), "bias": jnp.full(4, 2.0), "scalar": jnp.array(3.0)}
+    first = {
+        "kernel": jnp.full((2, 2), 0.5),
+        "bias": jnp.full(4, 2.0),
+        "scalar": jnp.array(3.0),
+    }
     state = tx.init(first)
-    chex.assert_trees_all_equal(state, LimitNormGrowthState(jax.tree.map(lambda _: jnp.array(0.0), first)))
+    zeros = jax.tree.map(lambda _: jnp.array(0.0), first)
+    chex.assert_trees_all_equal(state, LimitNormGrowthState(zeros))
     updates, state = tx.update(first, state)
     chex.assert_trees_all_equal(updates, first)
     chex.assert_trees_all_close(state.norm, {"kernel": 1.0, "bias": 4.0, "scalar": 3.0})
-    larger = {"kernel": first["kernel"] * 10, "bias": first["bias"], "scalar": first["scalar"] / 2}
+    larger = {
+        "kernel": first["kernel"] * 10,
+        "bias": first["bias"],
+        "scalar": first["scalar"] / 2,
+    }
     updates, state = jax.jit(tx.update)(larger, state)
-    chex.assert_trees_all_close(state.norm, {"kernel": LIMIT, "bias": 4.0, "scalar": 1.5})
+    chex.assert_trees_all_close(
+        state.norm, {"kernel": LIMIT, "bias": 4.0, "scalar": 1.5}
+    )
     chex.assert_trees_all_close(updates["kernel"], first["kernel"] * LIMIT)
 
 
-def test_batch_elements_are_limited_apart():
+def test_batch_elements_are_limited_separately():
     # The batch axis is the last one, as in MaxText's scanned layers.
     numbers = ApolloDimensionNumbers(0, 1)
     tx = limit_norm_growth(LIMIT, weight_dimension_numbers=numbers)
@@ -75,16 +90,18 @@ def test_batch_elements_are_limited_apart():
     np.testing.assert_allclose(updates[0, 0], [1.0, LIMIT, 0.1], rtol=1e-6)
 
 
-def test_it_is_the_limiter_of_scale_by_apollo():
+def test_matches_the_limiter_inside_scale_by_apollo():
     sizes = jnp.array([1, 9, 2, 0.1, 30])[:, None, None]
     grads = sizes * jax.random.normal(jax.random.key(0), (5, 8, 16))
-    whole, unlimited = scale_by_apollo(4, norm_growth_limit=LIMIT), scale_by_apollo(4, norm_growth_limit=None)
+    whole = scale_by_apollo(4, norm_growth_limit=LIMIT)
+    unlimited = scale_by_apollo(4, norm_growth_limit=None)
     alone = limit_norm_growth(LIMIT)
     states = [tx.init(grads[0]) for tx in (whole, unlimited, alone)]
     for t, gradient in enumerate(grads, start=1):
         expected, states[0] = whole.update(gradient, states[0])
         direction, states[1] = unlimited.update(gradient, states[1])
-        # The bias correction comes after the limiter: take it off for the one outside.
+        # scale_by_apollo corrects the bias after its limiter, so the limiter outside
+        # gets updates without the correction.
         correction = np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
         limited, states[2] = alone.update(direction / correction, states[2])
         np.testing.assert_allclose(limited * correction, expected, rtol=1e-5)
@@ -92,7 +109,7 @@ def test_it_is_the_limiter_of_scale_by_apollo():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_dtypes(dtype):
+def test_updates_keep_their_dtype_and_norms_are_float32(dtype):
     tx = limit_norm_growth(LIMIT)
     gradient = jnp.ones((4, 4), dtype)
     state = tx.init(gradient)
