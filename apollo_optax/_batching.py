@@ -3,13 +3,13 @@
 :func:`update_all` could be a loop that draws and updates one leaf after the other, and
 a test replaces it by one. What it adds:
 
-* Leaves whose draws have one shape share a compiled loop that draws, as many at a time
-  as fit in the memory of the largest gradient. Threefry is quick to run and slow to
-  compile.
+* Leaves whose draws have one shape share a compiled loop that draws. It draws for as
+  many leaves as fit in the memory of the largest gradient. Threefry is quick to run and
+  slow to compile.
 * A stack is updated row by row if its update needs more memory than a row of its
   gradient.
-* Leaves of one shape share their compiled kernels, and wait for each other where what
-  is computed of all of them is large (:func:`opaque_index`).
+* Leaves of one shape share their compiled kernels. They wait for each other if their
+  updates together compute more than fits (:func:`opaque_index`).
 
 All of it is for leaves on one device. On a mesh, leaves of equal shape may be sharded
 along different axes (attention's projections before and after the heads), so one shared
@@ -40,7 +40,7 @@ class Leaf(NamedTuple):
     matrix: Matrix
     gradient: jax.Array
     state: State
-    leaf_id: np.uint32  # The leaf's part in its keys.
+    leaf_id: np.uint32  # The number of the leaf that its keys are made with.
     drawn_shape: tuple[int, ...] | None  # What is drawn for it; None if nothing is.
     computed_shape: tuple[int, ...]  # The largest array that its update computes.
 
@@ -170,7 +170,7 @@ def _map_rows(
     return results, state
 
 
-# Leaves that share what draws.
+# Leaves that share the loop that draws.
 
 
 def _group_by_shape(

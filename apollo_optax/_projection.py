@@ -6,6 +6,7 @@ stored. A stored one is computed from the gradient at refresh steps and kept in 
 state between them.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -22,15 +23,16 @@ Shape = tuple[int, ...]
 Draw = Callable[[jax.Array, Shape], jax.Array]
 
 
-class Projection:
+class Projection(abc.ABC):
     """A kind of projection; instances are hashable, as constants of compiled code."""
 
     is_stored: bool
 
+    @abc.abstractmethod
     def init(self, matrix: Matrix) -> jax.Array | None:
         """What the state holds for a leaf before the first step; None if not stored."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def at(
         self,
         matrix: Matrix,
@@ -51,10 +53,9 @@ class Projection:
         Returns:
           ``(*batch, r, *contracted)``, and the same for the state or None.
         """
-        raise NotImplementedError
 
-    def check(self, path: _tree.Path, matrix: Matrix) -> None:
-        """Raises where the projection does not fit a leaf."""
+    def check(self, path: _tree.Path, matrix: Matrix) -> None:  # noqa: B027
+        """Raises if the projection does not fit a leaf; most projections fit all."""
 
 
 class Drawn(Projection):
@@ -62,14 +63,14 @@ class Drawn(Projection):
 
     is_stored = False
 
+    @abc.abstractmethod
     def draw_one(self, key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         """The projection of one matrix, ``(r, *contracted)``."""
-        raise NotImplementedError
 
     def draw(self, matrix: Matrix, keys: jax.Array) -> jax.Array:
-        """The projections of a leaf from one key per batch element, placed with it.
+        """The projections of a leaf from one key per batch element.
 
-        ``(batch size,)`` keys to ``(*batch, r, *contracted)``.
+        ``(batch size,)`` keys to ``(*batch, r, *contracted)``, sharded as the leaf is.
         """
         one_shape = matrix.projection_shape[len(matrix.batch_shape) :]
         draw_all: Any = functools.partial(
@@ -77,7 +78,7 @@ class Drawn(Projection):
         )
         for _ in matrix.batch_shape:
             draw_all = _keys.vmap_with_keys(draw_all, keys)
-        # Each device draws its own part, whatever the draw is made of.
+        # XLA has each device draw only the shard that it multiplies with.
         draw_all = _sharding.with_auto_axes(draw_all, matrix.projection_sharding)
         return draw_all(keys.reshape(matrix.batch_shape))
 
@@ -100,6 +101,7 @@ class Stored(Projection):
 
     is_stored = True
 
+    @abc.abstractmethod
     def refresh_one(self, gradient: jax.Array, previous: jax.Array) -> jax.Array:
         """The projection of one matrix from this step on.
 
@@ -110,7 +112,6 @@ class Stored(Projection):
         Returns:
           An array of the shape of `previous`.
         """
-        raise NotImplementedError
 
     def refresh(
         self, matrix: Matrix, gradient: jax.Array, previous: jax.Array

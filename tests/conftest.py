@@ -32,3 +32,9 @@ def quick_compilation():
     yield
     jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

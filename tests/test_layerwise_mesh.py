@@ -25,12 +25,6 @@ from tests.layerwise_models import (
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 SPECS = {
     "data": P(),
     # As in MaxText: all matrices over "fsdp", the hidden side also over "tensor".

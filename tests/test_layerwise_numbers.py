@@ -43,12 +43,6 @@ from tests.layerwise_models import (
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def is_matrix(params):
     return jax.tree.map(lambda x: x.ndim > 2, params)
 

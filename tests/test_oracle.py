@@ -35,8 +35,8 @@ def test_every_case_has_data():
 
 @pytest.mark.parametrize("case", ["svd_wide", "svd_tall"])
 def test_svd_gives_the_updates_before_the_first_refresh(case, dtype):
-    # Not the later ones: they depend on the signs of the singular vectors, which the
-    # release's SVD chose differently.
+    # Later updates depend on the signs of the singular vectors, which the release's SVD
+    # chose differently.
     golden = np.load(DATA / f"{case}.npz")
     tx = scale_by_apollo(**arguments(case, projection="svd"))
     state = tx.init(jnp.zeros(CASES[case]["shape"], dtype))

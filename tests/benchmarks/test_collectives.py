@@ -99,7 +99,7 @@ def test_table_has_bytes_sent_and_held_per_device(capsys):
     assert list(numbers) == ["adamw", "apollo-mini"]
     assert numbers["adamw"][:2] == [0, 0]
     for sent_by_2, sent_by_8, held_by_2, held_by_8 in numbers.values():
-        # Of a model of constant size, each of k devices sends the share (k - 1) / k.
+        # The model's size is constant, so each of k devices sends (k - 1) / k of it.
         assert sent_by_8 <= 2 * sent_by_2
         assert held_by_8 < held_by_2 / 3
     # APOLLO-Mini sends norms alone.

@@ -271,9 +271,10 @@ def test_a_run_is_continued_with_the_options_it_began_with_only(
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"lr": 0.5, "batch": 8}))
     metrics = (out / "metrics.jsonl").read_bytes()
+    # The log now ends before the checkpoint's step.
     (out / "metrics.jsonl").write_bytes(
         b"".join(metrics.splitlines(keepends=True)[:11])
-    )  # Not at its end.
+    )
     error = exits_with_message(pretrain.main, args, capsys)
     checkpoint = out / "checkpoints" / "12"
     assert (

@@ -206,7 +206,7 @@ def test_the_axis_of_layers_is_never_cut() -> None:
 
 def test_groups_of_int8_stay_whole() -> None:
     """Codes of a group are on the device that has their scale."""
-    # Of the last, down_proj has six groups of inputs, which eight devices do not
+    # In the last case down_proj has six groups of inputs, which eight devices do not
     # divide.
     for mesh, sizes in itertools.product(
         ("fsdp=8", "fsdp=4,tensor=2", "tensor=8"), ((512, 384), (512, 1024), (512, 768))

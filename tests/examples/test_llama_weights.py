@@ -31,20 +31,13 @@ from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.weights import Storage
 from examples.llama.windows import validation_batches
-from tests.examples.test_llama_cli import exits_with_message, interrupting, losses
+from tests.examples.test_llama_cli import (
+    RESUMED,
+    exits_with_message,
+    interrupting,
+    losses,
+)
 
-RESUMED = [
-    "--batch",
-    "4",
-    "--seq",
-    "16",
-    "--steps",
-    "12",
-    "--checkpoint-every",
-    "4",
-    "--resume",
-    "auto",
-]
 INT8 = ["--weights", "int8", "--layerwise"]
 
 
