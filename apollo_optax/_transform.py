@@ -312,9 +312,15 @@ def _update_matrix(
         s = a * s
     # 6. U = U / (max(|U| / (q + 1e-8), g) / g), q = |U|, by |U|^2 = sum_j s_j^2 |G_j|^2
     if h.norm_growth_limit is not None:
-        norm = m.matrix_norms(s * m.gradient_norms(G, per))
-        norm = _sharding.reshard(norm, _sharding.sharding_of(q))
-        limit, q = limit_norm(norm, q, h.norm_growth_limit)
+        G_norms = m.gradient_norms(G, per)
+        s_undamped = _undamped_factors(m, per, mu, nu, R)
+        norm, undamped = (
+            _sharding.reshard(m.matrix_norms(x), _sharding.sharding_of(q))
+            for x in (s * G_norms, _zero_if_nan(s_undamped * G_norms))
+        )
+        if h.scale_front:
+            undamped = a * undamped
+        limit, q = limit_norm(norm, q, h.norm_growth_limit, undamped)
         s = m.per_channel(limit) * s
     # 7. U = a U here without scale_front
     if not h.scale_front:
@@ -322,3 +328,20 @@ def _update_matrix(
     # 8. update = sqrt(1 - b2^t) / (1 - b1^t) U
     s = step.correction.astype(m.dtype) * s
     return s, _state.updated(state, mu=mu, nu=nu, norm=q, projection=stored)
+
+
+def _undamped_factors(
+    m: Matrix, per: str, mu: jax.Array, nu: jax.Array, R: jax.Array
+) -> jax.Array:
+    """The factors of step 4 without `eps` and ``TINY_NORM``.
+
+    Where those decide a factor, it says nothing about the factors to come, so the
+    limiter must not remember it. A channel whose `nu` underflows has infinity.
+    """
+    N = _zero_if_nan(mu / jnp.sqrt(nu))
+    return m.place_factors(_zero_if_nan(m.norms(N, per) / m.norms(R, per)))
+
+
+def _zero_if_nan(x: jax.Array) -> jax.Array:
+    """Zero for 0 / 0 and for infinity times 0, where there is no gradient."""
+    return jnp.where(jnp.isnan(x), jnp.zeros_like(x), x)
