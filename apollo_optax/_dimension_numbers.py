@@ -278,9 +278,17 @@ def _numbers_at(
 
 
 def resolve(
-    weight_dimension_numbers: WeightDimensionNumbers, tree: Any
+    weight_dimension_numbers: WeightDimensionNumbers,
+    tree: Any,
+    *,
+    with_vectors: bool = False,
 ) -> dict[_tree.Path, MatrixAxes | None]:
-    """The axes of each leaf of `tree` by path; None for a leaf that is no matrix."""
+    """The axes of each leaf of `tree` by path; None for a leaf that is no matrix.
+
+    A matrix with a side of 1 is a vector, so it is none either. Its projection would be
+    one random number ``p``, and the update Adam's times ``1 / |p|``. `with_vectors`
+    gives the axes of such leaves too.
+    """
     leaves = _tree.leaves_by_path(tree)
     # Optax's placeholder trees have no leaves, and a caller's callable can't take them.
     if not leaves:
@@ -298,7 +306,9 @@ def resolve(
         given, shape = numbers[path], jnp.shape(leaf)
         # A leaf without elements is no matrix, since it has no channels to scale.
         if given is not None and 0 not in shape:
-            axes[path] = matrix_axes(path, shape, given)
+            found = matrix_axes(path, shape, given)
+            if with_vectors or found.contracted_size > 1:
+                axes[path] = found
     return axes
 
 

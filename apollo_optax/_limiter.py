@@ -136,7 +136,7 @@ def limit_norm_growth(
     _check.norm_growth_limit(norm_growth_limit)
 
     def leaf_axes(tree: Any) -> dict[_tree.Path, MatrixAxes]:
-        axes = resolve(weight_dimension_numbers, tree)
+        axes = resolve(weight_dimension_numbers, tree, with_vectors=True)
         for path, leaf in _tree.leaves_by_path(tree).items():
             if axes[path] is None:
                 # A leaf that is no matrix has one norm, taken over all its axes.

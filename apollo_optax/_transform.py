@@ -90,7 +90,8 @@ def scale_by_apollo(
 
     Args:
       rank: rank of the projection, clipped to the contracted size of each matrix. The
-        moments of a matrix are ``2 * n * rank`` numbers.
+        moments of a matrix are ``2 * n * rank`` numbers. With ``rank >= m`` nothing is
+        projected: ``P`` is the identity, unless it is the SVD's.
       scale_type: ``"channel"`` for a scaling factor per channel, or ``"tensor"`` for
         one per matrix.
       scale: the update is multiplied by its square root. The scaling factors are about
@@ -101,7 +102,8 @@ def scale_by_apollo(
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the denominator, for matrices and for the leaves under Adam.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
-        least 1; None switches the limiter off.
+        least 1; None switches the limiter off. While `eps` or the 1e-8 decide an
+        update, as with gradients near 0, its norm is not remembered.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
         after it.
       projection: ``"random"`` for normal entries, ``"rademacher"`` for entries of
@@ -117,7 +119,8 @@ def scale_by_apollo(
         update time), such as :func:`dimension_numbers_by_path` makes. Axes named by
         neither field are batch axes. By default, the matrices are the 2-D leaves except
         ``bias``, ``scale`` and those under a known name of an embedding or output head,
-        and ``init`` warns of kernels with more axes.
+        and ``init`` warns of kernels with more axes. A matrix with a side of 1 is a
+        vector, and gets Adam.
       moment_dtype: dtype of both moments of all leaves. The default is float32, or
         float64 for float64 leaves, whatever the dtype of the gradients: in bfloat16,
         adding ``(1 - b2) * R**2`` to the second moment would be lost to rounding.
@@ -183,15 +186,17 @@ def scale_by_apollo(
             warn_if_unguessable(params)
         axes = resolve(weight_dimension_numbers, params)
         leaves = _tree.leaves_by_path(params)
-        states = {}
+        states, sizes = {}, {}
         for path, leaf in leaves.items():
             dtype, matrix = _check.accumulator_dtype(path, leaf), None
             if (matrix_axes := axes[path]) is not None:
                 matrix = Matrix.of_parameter(leaf, matrix_axes, dtype, rank)
                 kind.check(path, matrix)
+                sizes[path] = matrix_axes.contracted_size
             states[path] = _state.init_leaf(fields, leaf, matrix, dtype, moment_dtype)
             if matrix is not None and kind.is_stored:
                 states[path]["projection"] = kind.init(matrix)
+        _check.warn_of_large_scale(rank, scale, sizes)
         shardings = map(_sharding.sharding_of, leaves.values())
         on_mesh = next((s for s in shardings if s is not None), None)
         replicated = _sharding.replicated(on_mesh)

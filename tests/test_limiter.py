@@ -150,9 +150,9 @@ def update_norms(scales, **options):
 every_scale_type = pytest.mark.parametrize(
     "options",
     [
-        dict(rank=4, scale_type="channel"),
-        dict(rank=1, scale_type="tensor", scale=128.0),
-        dict(rank=4, scale_type="tensor", scale=4.0, scale_front=True),
+        {"rank": 4, "scale_type": "channel"},
+        {"rank": 1, "scale_type": "tensor", "scale": 128.0},
+        {"rank": 4, "scale_type": "tensor", "scale": 4.0, "scale_front": True},
     ],
     ids=["channel", "tensor", "scale_front"],
 )
