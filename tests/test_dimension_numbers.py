@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import apollo_optax
 from apollo_optax import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
@@ -324,6 +325,75 @@ def test_rules_by_path_fall_back_to_the_default_rule():
     assert matrices(params, given) == {"a/kernel": (1,)}
     given = dimension_numbers_by_path([(r"a/.*kernel", STACKED)])
     assert matrices(params, given) == {"a/kernel": (1,), "b/kernel": (0,)}
-    message = re.escape("no rule matches 'a/kernel' of shape (3, 4, 5)")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="no rule matches 1 leaf of three or more"):
         dimension_numbers_by_path([])(params)
+
+
+def attention(number_of_layers, *shape):
+    """Unstacked layers, with kernels that no rule of the tests below matches."""
+    return {
+        f"layers_{i}": {
+            "attn": {name: {"kernel": leaf(*shape)} for name in ("q", "k")},
+            "mlp": {"kernel": leaf(4, 6), "bias": leaf(6)},
+        }
+        for i in range(number_of_layers)
+    }
+
+
+def printed_rules(error):
+    """The rules in the message of an error, as a user pastes them."""
+    lines = [line for line in str(error).splitlines() if line.startswith("    (")]
+    return eval("\n".join(["[", *lines, "]"]), dict(vars(apollo_optax)))
+
+
+def test_error_counts_the_leaves_and_prints_a_rule_per_pattern():
+    params = attention(12, 16, 4, 8)
+    given = [(r"nothing$", STACKED)]
+    with pytest.raises(ValueError, match="no rule matches 24 leaves of") as error:
+        dimension_numbers_by_path(given)(params)
+    message = str(error.value)
+    assert "placeholders -2 and -1" in message
+    assert "None instead of ApolloDimensionNumbers(...)" in message
+    assert "12 leaves, the first of shape (16, 4, 8)" in message
+    placeholder = ApolloDimensionNumbers(-2, -1)
+    rules = printed_rules(error.value)
+    # Each leaf of the twelve layers is matched by one of two patterns.
+    assert rules == [
+        (r"^layers_\d+/attn/k/kernel$", placeholder),
+        (r"^layers_\d+/attn/q/kernel$", placeholder),
+    ]
+    found = matrices(params, dimension_numbers_by_path([*given, *rules]))
+    by_default = {f"layers_{i}/mlp/kernel" for i in range(12)}
+    attention_kernels = {f"layers_{i}/attn/{x}/kernel" for i in range(12) for x in "qk"}
+    assert set(found) == by_default | attention_kernels
+
+
+def test_error_prints_at_most_three_rules():
+    params = {name: {"kernel": leaf(2, 3, 4)} for name in "abcde"}
+    with pytest.raises(ValueError, match="5 leaves") as error:
+        dimension_numbers_by_path([])(params)
+    assert "# and rules for 2 more patterns" in str(error.value)
+    assert len(printed_rules(error.value)) == 3
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "w",
+        "a.b-c (d)+",
+        "it's",
+        "a\nb",
+        "a\\d",
+        "transformer/~/conv2d",
+        "12",
+        "\u0663",
+        "",
+    ],
+)
+def test_printed_rule_matches_whatever_the_name(key):
+    params = {key: {"w": leaf(2, 3, 4)}, "other": leaf(4, 6)}
+    with pytest.raises(ValueError, match="no rule matches 1 leaf") as error:
+        dimension_numbers_by_path([])(params)
+    rules = printed_rules(error.value)
+    found = matrices(params, dimension_numbers_by_path(rules))
+    assert found == {f"{key}/w": (1,), "other": (0,)}
