@@ -46,10 +46,11 @@ WeightDimensionNumbers = ApolloDimensionNumbers | Any | Callable[[Any], Any] | N
 EMBEDDING_AND_HEAD_NAMES = (
     # Linen's and NNX's Embed call their weight "embedding". The other names are those
     # of the modules around it.
-    *("embedding", "embeddings", "embed", "embedder", "embed_tokens"),
+    *("embedding", "embeddings", "embed", "embedder", "embed_tokens", "emb"),
     *("input_embedding", "token_embedder", "token_embedding", "tok_embeddings"),
-    *("shared_embedding", "wte"),
-    *("position_embedder", "position_embedding", "pos_embedding", "pos_embed", "wpe"),
+    *("token_embed", "tok_emb", "word_emb", "shared_embedding", "wte"),
+    *("position_embedder", "position_embedding", "pos_embedding", "pos_embed"),
+    *("pos_emb", "wpe"),
     # These are the output heads of language models and classifiers.
     *("lm_head", "logits_dense", "logits", "output_head", "head"),
     *("unembed", "unembedding", "classifier"),
@@ -363,28 +364,47 @@ def resolve(
 
 
 def warn_if_unguessable(tree: Any) -> None:
-    """Warns of kernels of three or more axes, which the default rule gives to Adam."""
+    """Warns of parameters that the default rule gives to Adam for want of axes.
+
+    These are kernels of three or more axes, and all parameters in one vector.
+    """
     leaves, names = _tree.leaves_by_path(tree), _tree.names_by_path(tree)
-    sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
-    unknown = [
-        path
-        for path, leaf in leaves.items()
-        if _is_unguessable(path, names[path], jnp.shape(leaf))
-    ]
-    if not unknown:
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+    unknown = {
+        path: shape
+        for path, shape in shapes.items()
+        if _is_unguessable(path, names[path], shape)
+    }
+    root = [shape for path, shape in shapes.items() if names[path] == ()]
+    if root and len(root[0]) == 1:
+        message = _one_vector(root[0])
+    elif unknown:
+        message = _unguessable(unknown, sum(map(math.prod, shapes.values())))
+    else:
         return
-    share = sum(sizes[path] for path in unknown) / max(sum(sizes.values()), 1)
-    largest = sorted(unknown, key=lambda path: -sizes[path])[:3]
-    named = ", ".join(
-        f"'{_tree.show(path)}' {jnp.shape(leaves[path])}" for path in largest
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _one_vector(shape: tuple[int, ...]) -> str:
+    return (
+        f"the parameters are one vector of shape {shape}, which is trained with Adam "
+        "and takes Adam's memory, because APOLLO saves memory on matrices only. If "
+        "optax.flatten or ravel_pytree made the vector, give the tree of parameters "
+        "instead, without optax.flatten around this transformation."
     )
-    warnings.warn(
+
+
+def _unguessable(unknown: dict[_tree.Path, tuple[int, ...]], total: int) -> str:
+    """The warning of leaves, given by shape, among `total` parameters."""
+    sizes = {path: math.prod(shape) for path, shape in unknown.items()}
+    share = sum(sizes.values()) / max(total, 1)
+    largest = sorted(unknown, key=lambda path: -sizes[path])[:3]
+    named = ", ".join(f"'{_tree.show(path)}' {unknown[path]}" for path in largest)
+    return (
         f"{len(unknown)} leaves of three or more axes, {share:.0%} of the parameters, "
         "are trained with Adam and take Adam's memory, because it can't be guessed "
         f"which of their axes form a matrix. The largest: {named}. Name the axes with "
         "weight_dimension_numbers. For layer-stacked kernels (layers, in, out), for "
         "example, pass dimension_numbers_by_path([(r'layers/.*/kernel$', "
-        "ApolloDimensionNumbers(1, 2))]). None leaves a kernel to Adam.",
-        UserWarning,
-        stacklevel=3,
+        "ApolloDimensionNumbers(1, 2))]). None leaves a kernel to Adam."
     )

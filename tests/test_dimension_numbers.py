@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 import apollo_optax
 from apollo_optax import (
@@ -139,6 +141,14 @@ def test_maxtext_layers_need_rules():
         ("model/embed_tokens/weight", False),
         ("lm_head/kernel", False),
         ("head/kernel", False),
+        ("emb/weight", False),
+        ("tok_emb", False),
+        ("token_embed/kernel", False),
+        ("word_emb/weight", False),
+        ("pos_emb", False),
+        # Diffusion models project the embedding of the time step by a kernel.
+        ("time_emb_proj/kernel", True),
+        ("emb_norm/kernel", True),
     ],
 )
 def test_default_rule_by_name(path, is_matrix):
@@ -397,3 +407,27 @@ def test_printed_rule_matches_whatever_the_name(key):
     rules = printed_rules(error.value)
     found = matrices(params, dimension_numbers_by_path(rules))
     assert found == {f"{key}/w": (1,), "other": (0,)}
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, nnx.Param], ids=["array", "box"])
+def test_one_vector_of_parameters_warns(wrap):
+    params = wrap(jnp.ones(24))
+    for make in (lambda: scale_by_apollo(2), lambda: apollo_optax.apollo_mini(0.1)):
+        with pytest.warns(
+            UserWarning, match="one vector of shape.*ravel_pytree"
+        ) as caught:
+            make().init(params)
+        assert len(caught) == 1
+    # Whoever gives dimension numbers has said that it is no matrix.
+    scale_by_apollo(2, weight_dimension_numbers=lambda _: None).init(params)
+    # Vectors in a tree, as biases are, need no warning.
+    scale_by_apollo(2).init({"bias": params})
+    scale_by_apollo(2).init([params])
+
+
+def test_flattened_parameters_warn():
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+    with pytest.warns(UserWarning, match=r"one vector of shape \(30,\)"):
+        optax.flatten(scale_by_apollo(2)).init(params)
+    with pytest.warns(UserWarning, match=r"one vector of shape \(30,\)"):
+        scale_by_apollo(2).init(ravel_pytree(params)[0])
