@@ -184,7 +184,10 @@ class Rademacher(Drawn):
     def draw_one(self, key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         rows, columns = shape[0], math.prod(shape[1:])
         words = jax.random.bits(key, (rows, math.ceil(columns / 32)), jnp.uint32)
-        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        # The shifts have the words' number of axes, since users may forbid JAX to add
+        # axes by itself (jax_numpy_rank_promotion="raise").
+        shifts = jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+        bits = (words[:, :, None] >> shifts) & 1
         signs = 1 - 2 * bits.reshape(rows, -1)[:, :columns].astype(dtype)
         return (signs / jnp.sqrt(jnp.asarray(rows, dtype))).reshape(shape)
 
