@@ -64,6 +64,8 @@ PROJECTION = Field(
 class ScaleByApolloState(NamedTuple):
     """State of :func:`scale_by_apollo`: arrays, in trees like the parameters.
 
+    An array is in a Flax box if the parameter's box says how to shard the parameter.
+
     Shapes: for a matrix ``batch`` are the sizes of its batch axes, ``channel`` those of
     its channel side and ``contracted`` those of the other side. ``r`` is the rank,
     clipped to the contracted size.

@@ -305,6 +305,39 @@ def test_pipelines_train_as_without_boxes(make_box, pipeline):
         assert_close(jax.tree.leaves(actual), jax.tree.leaves(expected))
 
 
+@every_box
+def test_layerwise_step_keeps_boxes(make_box):
+    layout = {
+        "layers": {"kernel": ((3, 8, 8), (None, "fsdp", None))},
+        "embed": {"embedding": ((5, 8), (None, "fsdp"))},
+    }
+
+    def value(box):
+        if isinstance(box, nnx.Variable):
+            return box.get_value()
+        return box.value if isinstance(box, nn.Partitioned) else box
+
+    def embed(params, batch):
+        return value(params["embed"]["embedding"])[batch]
+
+    def layer(params, x, batch, constants):
+        return x + jnp.tanh(x @ value(params["kernel"]))
+
+    def head(params, x, batch):
+        return jnp.mean(x**2)
+
+    tx = apollo_optax.apollo(0.1, rank=4, weight_dimension_numbers=NUMBERS)
+    step = apollo_optax.layerwise_step(embed, layer, head, tx)
+    boxed = boxed_params(make_box, layout)
+    bare = jax.tree.map(lambda entry: normal(0, entry[0]), layout, is_leaf=is_layout)
+    with jax.set_mesh(make_mesh()):
+        state = tx.init(boxed)
+        params, new_state, _ = step(boxed, state, jnp.arange(4))
+    chex.assert_trees_all_equal_structs(new_state, state)
+    expected, _, _ = step(bare, tx.init(bare), jnp.arange(4))
+    assert_close(jax.tree.leaves(params), jax.tree.leaves(expected))
+
+
 def test_tabulate_and_state_bytes_see_through_the_boxes_of_the_state():
     tx = apollo_optax.apollo(0.1, rank=8, weight_dimension_numbers=NUMBERS)
     bare = jax.tree.map(lambda entry: normal(0, entry[0]), ON_MESH, is_leaf=is_layout)
