@@ -9,12 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from apollo_optax import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
+    dimension_numbers_from,
     scale_by_apollo,
 )
 from apollo_optax._dimension_numbers import resolve
@@ -209,6 +211,108 @@ def test_matches_by_path_whatever_the_node_types():
         lambda x: ApolloDimensionNumbers() if x.ndim == 2 else None, state
     )
     assert "embed/embedding" in matrices(state, boxed)
+
+
+MUON = optax.contrib.MuonDimensionNumbers
+# Optax 0.2.6 has Muon's objects only.
+GALORE = getattr(optax.contrib, "GaLoreDimensionNumbers", MUON)
+
+
+@pytest.mark.parametrize("numbers", [MUON, GALORE])
+@pytest.mark.parametrize("is_callable", [False, True])
+def test_converts_the_dimension_numbers_of_other_optimizers(numbers, is_callable):
+    given = {
+        "query": {"kernel": numbers(0, (1, 2)), "bias": None},
+        "out": {"kernel": numbers([0, 1], (-1,)), "bias": optax.MaskedNode()},
+        "mlp": numbers(-2, -1),  # This is the prefix of two kernels.
+        "norm": None,
+    }
+    params = {
+        "query": {"kernel": leaf(8, 2, 5), "bias": leaf(2, 5)},
+        "out": {"kernel": leaf(2, 5, 8), "bias": leaf(8)},
+        "mlp": {"wi": leaf(3, 8, 12), "wo": leaf(3, 12, 8)},
+        "norm": {"scale": leaf(8, 3)},
+    }
+    tree = (lambda params: given) if is_callable else given
+    converted = dimension_numbers_from(tree)
+    assert callable(converted) == is_callable
+    if not is_callable:
+        assert converted["query"]["kernel"] == ApolloDimensionNumbers(0, (1, 2))
+        assert converted["out"]["bias"] is None
+    contracted = {"query/kernel": (0,), "out/kernel": (2,)}
+    assert matrices(params, converted) == contracted | {"mlp/wi": (1,), "mlp/wo": (2,)}
+
+
+def test_converts_objects_of_other_types_and_in_boxes():
+    sharded = dataclasses.make_dataclass(
+        "Sharded", ["reduction_axis", "output_axis", "sharding"]
+    )
+    state = nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)
+
+    def numbers_of(params):
+        return jax.tree.map(
+            lambda x: sharded(0, 1, None) if x.ndim == 2 else None, params
+        )
+
+    numbers = numbers_of(state)
+    assert isinstance(numbers["lm_head"]["kernel"], nnx.Variable)
+    for converted in (
+        dimension_numbers_from(numbers),
+        dimension_numbers_from(nnx.as_pure(numbers)),
+        dimension_numbers_from(numbers_of),
+    ):
+        found = matrices(state, converted)
+        assert found["lm_head/kernel"] == found["layers/0/kernel"] == (0,)
+        assert "attention/out/kernel" not in found
+
+
+@pytest.mark.parametrize("given", [MUON(), GALORE(), lambda params: MUON()])
+def test_one_object_of_another_optimizer_is_for_leaves_of_two_axes_or_more(given):
+    params = {"embedding": leaf(9, 4), "stack": leaf(4, 6, 3), "bias": leaf(4)}
+    found = matrices(params, dimension_numbers_from(given))
+    assert found == {"embedding": (1,), "stack": (0,)}
+
+
+def test_no_dimension_numbers_of_another_optimizer_mean_the_default_rule():
+    assert dimension_numbers_from(None) is None
+
+
+def test_a_callable_of_another_optimizer_that_returns_none_leaves_all_to_adam():
+    assert not matrices({"w": leaf(4, 6)}, dimension_numbers_from(lambda params: None))
+
+
+def test_converts_the_numbers_of_a_tree_that_muon_trains():
+    """One table serves both optimizers, as it is."""
+    params = {"query": jnp.ones((8, 2, 5)), "bias": jnp.ones(5)}
+    given = {"query": MUON(0, (1, 2)), "bias": None}
+    optax.contrib.muon(0.1, muon_weight_dimension_numbers=given).init(params)
+    tx = scale_by_apollo(2, weight_dimension_numbers=dimension_numbers_from(given))
+    assert tx.init(params).mu["query"].shape == (2, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": {"kernel": "muon"}}, "'muon' for 'a/kernel'.*MuonDimensionNumbers"),
+        ({"a": (0, 1)}, "0 for 'a/0'.*or None for Adam"),
+        ({"a": jnp.ones(2)}, "for 'a'"),
+        (3, "got 3"),
+    ],
+)
+def test_rejects_a_tree_without_dimension_numbers(given, message):
+    with pytest.raises(TypeError, match=message):
+        dimension_numbers_from(given)
+    converted = dimension_numbers_from(lambda params: given)
+    with pytest.raises(TypeError, match=message):
+        scale_by_apollo(2, weight_dimension_numbers=converted).init({"a": leaf(4, 6)})
+
+
+def test_converted_numbers_that_do_not_fit_are_refused():
+    tx = scale_by_apollo(
+        2, weight_dimension_numbers=dimension_numbers_from({"w": MUON(0, 2)})
+    )
+    with pytest.raises(ValueError, match="does not fit 'w' of shape"):
+        tx.init({"w": leaf(4, 6)})
 
 
 def test_accepts_numpy_axes_and_lists():
