@@ -4,7 +4,9 @@ Ranges are checked for Python and NumPy numbers only. An array may be traced, as
 ``optax.inject_hyperparams``, and reading a concrete one would wait for the device.
 """
 
+import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -180,9 +182,37 @@ def stored_projection(is_stored: bool, projection: Any) -> None:
         )
 
 
-_OTHER_ARGUMENTS = (
+def warn_of_large_scale(rank: int, scale: Any, sizes: Mapping[_tree.Path, int]) -> None:
+    """Warns of matrices that rank 1 gives updates more than twice as large as Adam's.
+
+    At rank 1 the update of a matrix is about ``sqrt(scale / m)`` times Adam's. `sizes`
+    are the sizes ``m`` of the contracted sides.
+    """
+    if rank > 1 or _is_array(scale):
+        return
+    small = [path for path, size in sizes.items() if scale > 4 * size]
+    if not small:
+        return
+    shown = ", ".join(f"'{_tree.show(path)}'" for path in small[:5])
+    warnings.warn(
+        f"at rank 1 with scale={scale}, as of APOLLO-Mini, matrices whose smaller side "
+        f"is below {math.ceil(scale / 4)} get updates of more than twice Adam's size, "
+        f"and of a size that depends on chance: {shown}"
+        f"{' and others' if len(small) > 5 else ''} ({len(small)} in all). Give them "
+        "to Adam with None in weight_dimension_numbers, for example by "
+        "dimension_numbers_by_path([(r'<their path>$', None)]), or use a higher rank",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+OTHER_ARGUMENTS = (
     "the state was made with other arguments: use the same rank and "
     "weight_dimension_numbers as then, or call init again"
+)
+SIDE_OF_ONE = (
+    "a leaf with a side of 1 is a vector, which Adam trains, and the state was made "
+    "for a matrix, or by a version that took this leaf for one: call init again"
 )
 OTHER_NUMBERS = "pass the weight_dimension_numbers that the optimizer was given"
 
@@ -192,7 +222,7 @@ def state_shape(
     field: str,
     array: Any,
     expected: tuple[int, ...],
-    remedy: str = _OTHER_ARGUMENTS,
+    remedy: str = OTHER_ARGUMENTS,
 ) -> None:
     if jnp.shape(array) != expected:
         raise ValueError(

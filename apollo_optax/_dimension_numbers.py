@@ -47,10 +47,11 @@ WeightDimensionNumbers = ApolloDimensionNumbers | Any | Callable[[Any], Any] | N
 EMBEDDING_AND_HEAD_NAMES = (
     # Linen's and NNX's Embed call their weight "embedding". The other names are those
     # of the modules around it.
-    *("embedding", "embeddings", "embed", "embedder", "embed_tokens"),
+    *("embedding", "embeddings", "embed", "embedder", "embed_tokens", "emb"),
     *("input_embedding", "token_embedder", "token_embedding", "tok_embeddings"),
-    *("shared_embedding", "wte"),
-    *("position_embedder", "position_embedding", "pos_embedding", "pos_embed", "wpe"),
+    *("token_embed", "tok_emb", "word_emb", "shared_embedding", "wte"),
+    *("position_embedder", "position_embedding", "pos_embedding", "pos_embed"),
+    *("pos_emb", "wpe"),
     # These are the output heads of language models and classifiers.
     *("lm_head", "logits_dense", "logits", "output_head", "head"),
     *("unembed", "unembedding", "classifier"),
@@ -154,15 +155,25 @@ def is_embedding_or_head(path: _tree.Path) -> bool:
     return any(component in EMBEDDING_AND_HEAD_NAMES for component in path)
 
 
-def _may_be_matrix(path: _tree.Path) -> bool:
-    return not (path and path[-1] in _VECTOR_NAMES) and not is_embedding_or_head(path)
+def is_vector_by_name(path: _tree.Path, name: _tree.Path) -> bool:
+    """Whether a leaf's last key, with or without wrappers, is that of a vector."""
+    return any(form and form[-1] in _VECTOR_NAMES for form in (path, name))
+
+
+def _may_be_matrix(path: _tree.Path, name: _tree.Path) -> bool:
+    return not is_vector_by_name(path, name) and not is_embedding_or_head(path)
 
 
 def _default_numbers(
-    path: _tree.Path, shape: tuple[int, ...]
+    path: _tree.Path, name: _tree.Path, shape: tuple[int, ...]
 ) -> ApolloDimensionNumbers | None:
-    is_matrix = len(shape) == 2 and _may_be_matrix(path)
+    is_matrix = len(shape) == 2 and _may_be_matrix(path, name)
     return ApolloDimensionNumbers() if is_matrix else None
+
+
+def _is_unguessable(path: _tree.Path, name: _tree.Path, shape: tuple[int, ...]) -> bool:
+    """Whether a leaf may be a kernel whose matrix axes only the caller knows."""
+    return len(shape) > 2 and _may_be_matrix(path, name)
 
 
 def dimension_numbers_by_path(
@@ -174,17 +185,18 @@ def dimension_numbers_by_path(
       rules: pairs of a regular expression and the :class:`ApolloDimensionNumbers` of
         the leaves whose path it matches (``re.search``), or None to give these leaves
         to Adam. Paths read ``decoder/layers/mlp/wi/kernel``, without the names of
-        Flax's boxes. The first match counts. Leaves that no rule matches get the
-        default rule of :func:`scale_by_apollo`.
+        Flax's boxes. An array inside a node of one child, such as a named array, has
+        the path ``bias/0`` and matches as ``bias`` too. The first match counts. Leaves
+        that no rule matches get the default rule of :func:`scale_by_apollo`.
 
     Returns:
       A callable for the argument `weight_dimension_numbers`.
 
     Raises:
       TypeError: for a rule that is not such a pair.
-      ValueError: for an invalid regular expression. When the callable is called, for a
-        kernel of three or more axes that no rule matches, since the default rule can't
-        know its axes.
+      ValueError: for an invalid regular expression. When the callable is called, for
+        kernels of three or more axes that no rule matches, since the default rule can't
+        know their axes. The message prints a rule for them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -199,6 +211,33 @@ def dimension_numbers_by_path(
       ApolloDimensionNumbers(reduction_axis=1, output_axis=2)
       >>> tx = apollo(0.01, weight_dimension_numbers=numbers)
     """
+    compiled = _compiled(rules)
+
+    def weight_dimension_numbers(params: Any) -> Any:
+        leaves, names = _tree.leaves_by_path(params), _tree.names_by_path(params)
+        numbers: list[ApolloDimensionNumbers | None] = []
+        unmatched = []
+        for path, leaf in leaves.items():
+            name, shape = names[path], jnp.shape(leaf)
+            forms = _tree.show(path), _tree.show(name)
+            matches = [
+                given for rule, given in compiled if any(map(rule.search, forms))
+            ]
+            if not matches and _is_unguessable(path, name, shape):
+                unmatched.append((name, shape))
+            default = _default_numbers(path, name, shape)
+            numbers.append(matches[0] if matches else default)
+        if unmatched:
+            raise ValueError(_no_rule_matches(unmatched))
+        return jax.tree.unflatten(jax.tree.structure(_tree.unbox(params)), numbers)
+
+    return weight_dimension_numbers
+
+
+def _compiled(
+    rules: Sequence[tuple[str, ApolloDimensionNumbers | None]],
+) -> list[tuple[re.Pattern[str], ApolloDimensionNumbers | None]]:
+    """The rules with compiled patterns; raises for a rule that is no valid pair."""
     compiled = []
     for rule in rules:
         is_pair = isinstance(rule, tuple) and len(rule) == 2
@@ -215,27 +254,45 @@ def dimension_numbers_by_path(
             raise ValueError(
                 f"{pattern!r} is not a regular expression: {error}"
             ) from error
+    return compiled
 
-    def leaf_numbers(
-        path: _tree.Path, shape: tuple[int, ...]
-    ) -> ApolloDimensionNumbers | None:
-        for pattern, numbers in compiled:
-            if pattern.search(_tree.show(path)):
-                return numbers
-        if len(shape) > 2 and _may_be_matrix(path):
-            raise ValueError(
-                f"no rule matches '{_tree.show(path)}' of shape {shape}, and its "
-                "matrix axes can't be guessed; add a rule for it, with None to give it "
-                "to Adam"
-            )
-        return _default_numbers(path, shape)
 
-    def weight_dimension_numbers(params: Any) -> Any:
-        leaves = _tree.leaves_by_path(params)
-        numbers = [leaf_numbers(path, jnp.shape(leaf)) for path, leaf in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(_tree.unbox(params)), numbers)
+def _no_rule_matches(leaves: Sequence[tuple[_tree.Path, tuple[int, ...]]]) -> str:
+    """The error for leaves, by name and shape, with up to three rules to add."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in leaves:
+        shapes.setdefault(_pattern_of(name), []).append(shape)
+    placeholder = ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    lines = [
+        f"({_literal(pattern)}, {placeholder}),  "
+        f"# {_count_leaves(len(alike))}, the first of shape {alike[0]}"
+        for pattern, alike in shapes.items()
+    ]
+    if len(lines) > 3:
+        lines[3:] = [f"# and rules for {len(lines) - 3} more patterns"]
+    rules = "".join(f"\n    {line}" for line in lines)
+    return (
+        f"no rule matches {_count_leaves(len(leaves))} of three or more axes, and it "
+        "can't be guessed which of these axes form a matrix; add rules such as these, "
+        "with the right axes instead of the placeholders -2 and -1, or with None "
+        f"instead of ApolloDimensionNumbers(...) to give the leaves to Adam:{rules}"
+    )
 
-    return weight_dimension_numbers
+
+def _count_leaves(count: int) -> str:
+    return "1 leaf" if count == 1 else f"{count} leaves"
+
+
+def _pattern_of(name: _tree.Path) -> str:
+    """A regular expression for `name` and for names that differ in numbers only."""
+    literals = map(re.escape, re.split(r"\d+", _tree.show(name)))
+    return "^" + r"\d+".join(literals) + "$"
+
+
+def _literal(pattern: str) -> str:
+    """`pattern` as a Python literal, a raw string where one can hold it."""
+    is_raw = "'" not in pattern and pattern.isprintable()
+    return f"r'{pattern}'" if is_raw else repr(pattern)
 
 
 def dimension_numbers_from(tree: Any) -> Any:
@@ -346,10 +403,11 @@ def _numbers_by_prefix(
 
 def _numbers_at(
     path: _tree.Path,
+    name: _tree.Path,
     numbers_by_prefix: dict[_tree.Path, ApolloDimensionNumbers | None],
 ) -> ApolloDimensionNumbers | None:
-    """The numbers of the longest prefix of `path` that has any."""
-    prefixes = (path[:end] for end in range(len(path), -1, -1))
+    """The numbers of the longest prefix of `path`, or else of `name`, that has any."""
+    prefixes = (form[:end] for form in (path, name) for end in range(len(form), -1, -1))
     longest = next((prefix for prefix in prefixes if prefix in numbers_by_prefix), None)
     if longest is None:
         raise ValueError(
@@ -360,53 +418,85 @@ def _numbers_at(
 
 
 def resolve(
-    weight_dimension_numbers: WeightDimensionNumbers, tree: Any
+    weight_dimension_numbers: WeightDimensionNumbers,
+    tree: Any,
+    *,
+    with_vectors: bool = False,
 ) -> dict[_tree.Path, MatrixAxes | None]:
-    """The axes of each leaf of `tree` by path; None for a leaf that is no matrix."""
+    """The axes of each leaf of `tree` by path; None for a leaf that is no matrix.
+
+    A matrix with a side of 1 is a vector, so it is none either. Its projection would be
+    one random number ``p``, and the update Adam's times ``1 / |p|``. `with_vectors`
+    gives the axes of such leaves too.
+    """
     leaves = _tree.leaves_by_path(tree)
     # Optax's placeholder trees have no leaves, and a caller's callable can't take them.
     if not leaves:
         return {}
+    names = _tree.names_by_path(tree)
     if weight_dimension_numbers is None:
         numbers = {
-            path: _default_numbers(path, jnp.shape(leaf))
+            path: _default_numbers(path, names[path], jnp.shape(leaf))
             for path, leaf in leaves.items()
         }
     else:
         numbers_by_prefix = _numbers_by_prefix(weight_dimension_numbers, tree)
-        numbers = {path: _numbers_at(path, numbers_by_prefix) for path in leaves}
+        numbers = {
+            path: _numbers_at(path, names[path], numbers_by_prefix) for path in leaves
+        }
     axes: dict[_tree.Path, MatrixAxes | None] = dict.fromkeys(leaves)
     for path, leaf in leaves.items():
         given, shape = numbers[path], jnp.shape(leaf)
         # A leaf without elements is no matrix, since it has no channels to scale.
         if given is not None and 0 not in shape:
-            axes[path] = matrix_axes(path, shape, given)
+            found = matrix_axes(path, shape, given)
+            if with_vectors or found.contracted_size > 1:
+                axes[path] = found
     return axes
 
 
 def warn_if_unguessable(tree: Any) -> None:
-    """Warns of kernels of three or more axes, which the default rule gives to Adam."""
-    leaves = _tree.leaves_by_path(tree)
-    sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
-    unknown = [
-        path
-        for path, leaf in leaves.items()
-        if jnp.ndim(leaf) > 2 and _may_be_matrix(path)
-    ]
-    if not unknown:
+    """Warns of parameters that the default rule gives to Adam for want of axes.
+
+    These are kernels of three or more axes, and all parameters in one vector.
+    """
+    leaves, names = _tree.leaves_by_path(tree), _tree.names_by_path(tree)
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+    unknown = {
+        path: shape
+        for path, shape in shapes.items()
+        if _is_unguessable(path, names[path], shape)
+    }
+    root = [shape for path, shape in shapes.items() if names[path] == ()]
+    if root and len(root[0]) == 1:
+        message = _one_vector(root[0])
+    elif unknown:
+        message = _unguessable(unknown, sum(map(math.prod, shapes.values())))
+    else:
         return
-    share = sum(sizes[path] for path in unknown) / max(sum(sizes.values()), 1)
-    largest = sorted(unknown, key=lambda path: -sizes[path])[:3]
-    named = ", ".join(
-        f"'{_tree.show(path)}' {jnp.shape(leaves[path])}" for path in largest
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _one_vector(shape: tuple[int, ...]) -> str:
+    return (
+        f"the parameters are one vector of shape {shape}, which is trained with Adam "
+        "and takes Adam's memory, because APOLLO saves memory on matrices only. If "
+        "optax.flatten or ravel_pytree made the vector, give the tree of parameters "
+        "instead, without optax.flatten around this transformation."
     )
-    warnings.warn(
+
+
+def _unguessable(unknown: dict[_tree.Path, tuple[int, ...]], total: int) -> str:
+    """The warning of leaves, given by shape, among `total` parameters."""
+    sizes = {path: math.prod(shape) for path, shape in unknown.items()}
+    share = sum(sizes.values()) / max(total, 1)
+    largest = sorted(unknown, key=lambda path: -sizes[path])[:3]
+    named = ", ".join(f"'{_tree.show(path)}' {unknown[path]}" for path in largest)
+    return (
         f"{len(unknown)} leaves of three or more axes, {share:.0%} of the parameters, "
         "are trained with Adam and take Adam's memory, because it can't be guessed "
         f"which of their axes form a matrix. The largest: {named}. Name the axes with "
         "weight_dimension_numbers. For layer-stacked kernels (layers, in, out), for "
         "example, pass dimension_numbers_by_path([(r'layers/.*/kernel$', "
-        "ApolloDimensionNumbers(1, 2))]). None leaves a kernel to Adam.",
-        UserWarning,
-        stacklevel=3,
+        "ApolloDimensionNumbers(1, 2))]). None leaves a kernel to Adam."
     )

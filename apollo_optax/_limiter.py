@@ -18,9 +18,17 @@ from apollo_optax._matrix import Matrix
 # Fira's limiter (arXiv 2410.01623) adds this to the remembered norm it divides by.
 TINY_NORM = 1e-8
 
+# A norm that constants against division by zero have shrunk below this share of itself
+# is not remembered: at 1% growth per step, an update would need ten steps to make up
+# for 0.9, and hundreds of steps for the norm of a vanishing gradient.
+LEAST_SHARE = 0.9
+
 
 def limit_norm(
-    norm: jax.Array, remembered: jax.Array, norm_growth_limit: jax.typing.ArrayLike
+    norm: jax.Array,
+    remembered: jax.Array,
+    norm_growth_limit: jax.typing.ArrayLike,
+    undamped: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     r"""The limiter as a function of norms alone.
 
@@ -30,12 +38,17 @@ def limit_norm(
 
     Only norms that are finite and not zero are remembered. Nothing is limited before
     the first of them. A zero update, such as that of an expert that saw no token,
-    leaves :math:`q` as it is.
+    leaves :math:`q` as it is. So does an update that is small only because constants
+    such as Adam's :math:`\varepsilon` decide it: its norm says nothing about the norms
+    to come.
 
     Args:
       norm: :math:`|U|`, of any shape.
       remembered: :math:`q`, of the same shape; 0 before the first norm is remembered.
       norm_growth_limit: :math:`g \ge 1`.
+      undamped: what :math:`|U|` would be without these constants, of the same shape;
+        None where there are none. :math:`|U|` is remembered if it is at least
+        ``LEAST_SHARE`` of it.
 
     Returns:
       The factor to multiply the update by, and the norm to remember.
@@ -46,6 +59,8 @@ def limit_norm(
     factor = jnp.where(remembered > 0, 1 / excess, 1.0).astype(norm.dtype)
     limited = norm * factor
     is_remembered = (limited > 0) & (limited < jnp.inf)
+    if undamped is not None:
+        is_remembered &= norm >= LEAST_SHARE * undamped
     return factor, jnp.where(is_remembered, limited, remembered).astype(norm.dtype)
 
 
@@ -75,6 +90,11 @@ def limit_norm_growth(
 
     :func:`scale_by_apollo` has this limiter built in. This transformation is the same
     limiter for other pipelines. Put it after the transformation whose output it limits.
+
+    It sees norms only. An update that is tiny because Adam's `eps` exceeds the gradient
+    is remembered like any other, and holds back the updates that follow for hundreds of
+    steps. :func:`scale_by_apollo` knows such norms and does not remember them. Here,
+    start without a warm-up from zero, or with gradients well above `eps`.
 
     Args:
       norm_growth_limit: largest ratio of two successive norms, at least 1; infinity
@@ -116,7 +136,7 @@ def limit_norm_growth(
     _check.norm_growth_limit(norm_growth_limit)
 
     def leaf_axes(tree: Any) -> dict[_tree.Path, MatrixAxes]:
-        axes = resolve(weight_dimension_numbers, tree)
+        axes = resolve(weight_dimension_numbers, tree, with_vectors=True)
         for path, leaf in _tree.leaves_by_path(tree).items():
             if axes[path] is None:
                 # A leaf that is no matrix has one norm, taken over all its axes.

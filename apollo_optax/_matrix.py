@@ -88,6 +88,10 @@ class Matrix:
         return self.axes.sizes(self.axes.contracted)
 
     @property
+    def is_full_rank(self) -> bool:
+        return self.rank == self.axes.contracted_size
+
+    @property
     def moment_shape(self) -> tuple[int, ...]:
         """``(*batch, r, *channel)``, the shape of a projected gradient."""
         return (*self.batch_shape, self.rank, *self.axes.sizes(self.axes.channel))

@@ -71,11 +71,17 @@ class Drawn(Projection):
         """The projections of a leaf from one key per batch element.
 
         ``(batch size,)`` keys to ``(*batch, r, *contracted)``, sharded as the leaf is.
+        With full rank nothing is projected: ``P`` is the identity. A random square
+        ``P`` would save nothing, and scale the update by chance.
         """
         one_shape = matrix.projection_shape[len(matrix.batch_shape) :]
-        draw_all: Any = functools.partial(
-            self.draw_one, shape=one_shape, dtype=matrix.dtype
-        )
+
+        def draw_one(key: jax.Array) -> jax.Array:
+            if matrix.is_full_rank:
+                return jnp.eye(matrix.rank, dtype=matrix.dtype).reshape(one_shape)
+            return self.draw_one(key, one_shape, matrix.dtype)
+
+        draw_all: Any = draw_one
         for _ in matrix.batch_shape:
             draw_all = _keys.vmap_with_keys(draw_all, keys)
         # XLA has each device draw only the shard that it multiplies with.
@@ -178,7 +184,10 @@ class Rademacher(Drawn):
     def draw_one(self, key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         rows, columns = shape[0], math.prod(shape[1:])
         words = jax.random.bits(key, (rows, math.ceil(columns / 32)), jnp.uint32)
-        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        # The shifts have the words' number of axes, since users may forbid JAX to add
+        # axes by itself (jax_numpy_rank_promotion="raise").
+        shifts = jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+        bits = (words[:, :, None] >> shifts) & 1
         signs = 1 - 2 * bits.reshape(rows, -1)[:, :columns].astype(dtype)
         return (signs / jnp.sqrt(jnp.asarray(rows, dtype))).reshape(shape)
 

@@ -186,9 +186,12 @@ def check_leaf(
     matrix: Matrix | None,
 ) -> None:
     """Raises where a leaf's state has other shapes than its matrix asks for."""
+    shape = jnp.shape(leaf)
+    is_thin = matrix is None and len(shape) > 1 and 1 in shape
+    remedy = _check.SIDE_OF_ONE if is_thin else _check.OTHER_ARGUMENTS
     for name, stored in state.items():
-        expected = field_shape(fields[name], matrix, jnp.shape(leaf))
-        _check.state_shape(path, name, stored, expected)
+        expected = field_shape(fields[name], matrix, shape)
+        _check.state_shape(path, name, stored, expected, remedy)
 
 
 def updated(state: LeafState, **new: jax.Array | None) -> LeafState:

@@ -13,6 +13,7 @@ from apollo_optax._dimension_numbers import (
     MatrixAxes,
     WeightDimensionNumbers,
     is_embedding_or_head,
+    is_vector_by_name,
     resolve,
 )
 from apollo_optax._matrix import Matrix
@@ -93,7 +94,7 @@ def tabulate(
         rows.append((_tree.show(path), str(jnp.shape(leaf)), treatment, shapes, *costs))
     blank = ("",) * 3
     rows.append(("", *blank, "", ""))
-    totals = [_totals(owned, leaves) for owned in (ours, adamw)]
+    totals = [_totals(owned, params) for owned in (ours, adamw)]
     for kind, *costs in zip(_KINDS, *totals, strict=True):
         rows.append((kind, *blank, *costs))
     rows.append(("total", *blank, *map(sum, totals)))
@@ -116,7 +117,7 @@ def state_bytes(tx: optax.GradientTransformation, params: optax.Params) -> State
       >>> state_bytes(apollo_optax.apollo(0.01, rank=16), params)
       StateBytes(kernels=16388, embeddings_and_head=0, other=1040)
     """
-    return _totals(_state_by_parameter(tx, params), _tree.leaves_by_path(params))
+    return _totals(_state_by_parameter(tx, params), params)
 
 
 def _aligned(rows: list[tuple[Any, ...]]) -> str:
@@ -133,20 +134,21 @@ def _aligned(rows: list[tuple[Any, ...]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _totals(
-    owned: dict[_tree.Path | None, _Owned], leaves: dict[_tree.Path, Any]
-) -> StateBytes:
+def _totals(owned: dict[_tree.Path | None, _Owned], params: Any) -> StateBytes:
+    leaves, names = _tree.leaves_by_path(params), _tree.names_by_path(params)
     totals: dict[str, int] = dict.fromkeys(_KINDS, 0)
     for path, states in owned.items():
-        totals[_kind_of(path, leaves)] += _nbytes(states)
+        # The state under None belongs to no parameter.
+        kind = "other"
+        if path is not None:
+            kind = _kind_of(path, names[path], leaves[path])
+        totals[kind] += _nbytes(states)
     return StateBytes(*totals.values())
 
 
-def _kind_of(path: _tree.Path | None, leaves: dict[_tree.Path, Any]) -> str:
-    """The one of `_KINDS` that a parameter is; None is no parameter."""
-    if path is None or jnp.ndim(leaves[path]) < 2:
-        return "other"
-    if path[-1:] in (("bias",), ("scale",)):
+def _kind_of(path: _tree.Path, name: _tree.Path, leaf: Any) -> str:
+    """The one of `_KINDS` that a parameter is."""
+    if jnp.ndim(leaf) < 2 or is_vector_by_name(path, name):
         return "other"
     return "embeddings and head" if is_embedding_or_head(path) else "kernels"
 

@@ -90,7 +90,8 @@ def scale_by_apollo(
 
     Args:
       rank: rank of the projection, clipped to the contracted size of each matrix. The
-        moments of a matrix are ``2 * n * rank`` numbers.
+        moments of a matrix are ``2 * n * rank`` numbers. With ``rank >= m`` nothing is
+        projected: ``P`` is the identity, unless it is the SVD's.
       scale_type: ``"channel"`` for a scaling factor per channel, or ``"tensor"`` for
         one per matrix.
       scale: the update is multiplied by its square root. The scaling factors are about
@@ -101,7 +102,8 @@ def scale_by_apollo(
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the denominator, for matrices and for the leaves under Adam.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
-        least 1; None switches the limiter off.
+        least 1; None switches the limiter off. While `eps` or the 1e-8 decide an
+        update, as with gradients near 0, its norm is not remembered.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
         after it.
       projection: ``"random"`` for normal entries, ``"rademacher"`` for entries of
@@ -117,7 +119,8 @@ def scale_by_apollo(
         update time), such as :func:`dimension_numbers_by_path` makes. Axes named by
         neither field are batch axes. By default, the matrices are the 2-D leaves except
         ``bias``, ``scale`` and those under a known name of an embedding or output head,
-        and ``init`` warns of kernels with more axes.
+        and ``init`` warns of kernels with more axes. A matrix with a side of 1 is a
+        vector, and gets Adam.
       moment_dtype: dtype of both moments of all leaves. The default is float32, or
         float64 for float64 leaves, whatever the dtype of the gradients: in bfloat16,
         adding ``(1 - b2) * R**2`` to the second moment would be lost to rounding.
@@ -183,15 +186,17 @@ def scale_by_apollo(
             warn_if_unguessable(params)
         axes = resolve(weight_dimension_numbers, params)
         leaves = _tree.leaves_by_path(params)
-        states = {}
+        states, sizes = {}, {}
         for path, leaf in leaves.items():
             dtype, matrix = _check.accumulator_dtype(path, leaf), None
             if (matrix_axes := axes[path]) is not None:
                 matrix = Matrix.of_parameter(leaf, matrix_axes, dtype, rank)
                 kind.check(path, matrix)
+                sizes[path] = matrix_axes.contracted_size
             states[path] = _state.init_leaf(fields, leaf, matrix, dtype, moment_dtype)
             if matrix is not None and kind.is_stored:
                 states[path]["projection"] = kind.init(matrix)
+        _check.warn_of_large_scale(rank, scale, sizes)
         shardings = map(_sharding.sharding_of, leaves.values())
         on_mesh = next((s for s in shardings if s is not None), None)
         replicated = _sharding.replicated(on_mesh)
@@ -312,9 +317,15 @@ def _update_matrix(
         s = a * s
     # 6. U = U / (max(|U| / (q + 1e-8), g) / g), q = |U|, by |U|^2 = sum_j s_j^2 |G_j|^2
     if h.norm_growth_limit is not None:
-        norm = m.matrix_norms(s * m.gradient_norms(G, per))
-        norm = _sharding.reshard(norm, _sharding.sharding_of(q))
-        limit, q = limit_norm(norm, q, h.norm_growth_limit)
+        G_norms = m.gradient_norms(G, per)
+        s_undamped = _undamped_factors(m, per, mu, nu, R)
+        norm, undamped = (
+            _sharding.reshard(m.matrix_norms(x), _sharding.sharding_of(q))
+            for x in (s * G_norms, _zero_if_nan(s_undamped * G_norms))
+        )
+        if h.scale_front:
+            undamped = a * undamped
+        limit, q = limit_norm(norm, q, h.norm_growth_limit, undamped)
         s = m.per_channel(limit) * s
     # 7. U = a U here without scale_front
     if not h.scale_front:
@@ -322,3 +333,20 @@ def _update_matrix(
     # 8. update = sqrt(1 - b2^t) / (1 - b1^t) U
     s = step.correction.astype(m.dtype) * s
     return s, _state.updated(state, mu=mu, nu=nu, norm=q, projection=stored)
+
+
+def _undamped_factors(
+    m: Matrix, per: str, mu: jax.Array, nu: jax.Array, R: jax.Array
+) -> jax.Array:
+    """The factors of step 4 without `eps` and ``TINY_NORM``.
+
+    Where those decide a factor, it says nothing about the factors to come, so the
+    limiter must not remember it. A channel whose `nu` underflows has infinity.
+    """
+    N = _zero_if_nan(mu / jnp.sqrt(nu))
+    return m.place_factors(_zero_if_nan(m.norms(N, per) / m.norms(R, per)))
+
+
+def _zero_if_nan(x: jax.Array) -> jax.Array:
+    """Zero for 0 / 0 and for infinity times 0, where there is no gradient."""
+    return jnp.where(jnp.isnan(x), jnp.zeros_like(x), x)

@@ -6,7 +6,7 @@ restored. All of these have paths of strings, so whatever must agree between two
 is matched by path.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,33 @@ def leaves_by_path(tree: Any, is_leaf: Any = None) -> dict[Path, Any]:
             f"rename one of these leaves: {paths}"
         )
     return leaves
+
+
+def names_by_path(tree: Any) -> dict[Path, Path]:
+    """The name of each leaf by its path: the path without the keys of wrappers.
+
+    A wrapper is a node with exactly one child that is neither a mapping nor a sequence,
+    such as a named array or a dataclass with one field. What it holds has the name of
+    the wrapper, so the array at ``bias/0`` is called ``bias``. Paths keep all keys,
+    because random draws and checkpoints depend on them.
+    """
+    return dict(_paths_and_names(unbox(tree), (), ()))
+
+
+def _paths_and_names(node: Any, path: Path, name: Path) -> Iterator[tuple[Path, Path]]:
+    """The path and the name of each leaf under `node`, in flattening order."""
+    if jax.tree_util.all_leaves([node]):
+        yield path, name
+        return
+    children, _ = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
+    # A masked leaf counts as a child, so a mask over the tree changes no names.
+    is_wrapper = len(children) == 1 and not isinstance(node, (Mapping, Sequence))
+    for keys, child in children:
+        components = sum(map(_components, keys), ())
+        child_name = name if is_wrapper else name + components
+        yield from _paths_and_names(child, path + components, child_name)
 
 
 def rebuild(tree: Any, leaves: Mapping[Path, Any]) -> Any:

@@ -271,8 +271,8 @@ def test_rejects_eight_bit_leaves(make):
 def test_rejects_leaves_that_vary_over_a_manual_axis(make):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx, split = make(), jax.sharding.PartitionSpec("data")
-    gradient = {"layer": {"kernel": jnp.ones((8, 12))}}
-    state = tx.init({"layer": {"kernel": jnp.ones((1, 12))}})
+    gradient = {"layer": {"kernel": jnp.ones((16, 12))}}
+    state = tx.init({"layer": {"kernel": jnp.ones((2, 12))}})
 
     def step(gradient):
         return tx.update(gradient, state)[0]

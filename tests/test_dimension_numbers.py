@@ -12,7 +12,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
+import apollo_optax
 from apollo_optax import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
@@ -140,6 +142,14 @@ def test_maxtext_layers_need_rules():
         ("model/embed_tokens/weight", False),
         ("lm_head/kernel", False),
         ("head/kernel", False),
+        ("emb/weight", False),
+        ("tok_emb", False),
+        ("token_embed/kernel", False),
+        ("word_emb/weight", False),
+        ("pos_emb", False),
+        # Diffusion models project the embedding of the time step by a kernel.
+        ("time_emb_proj/kernel", True),
+        ("emb_norm/kernel", True),
     ],
 )
 def test_default_rule_by_name(path, is_matrix):
@@ -428,6 +438,99 @@ def test_rules_by_path_fall_back_to_the_default_rule():
     assert matrices(params, given) == {"a/kernel": (1,)}
     given = dimension_numbers_by_path([(r"a/.*kernel", STACKED)])
     assert matrices(params, given) == {"a/kernel": (1,), "b/kernel": (0,)}
-    message = re.escape("no rule matches 'a/kernel' of shape (3, 4, 5)")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="no rule matches 1 leaf of three or more"):
         dimension_numbers_by_path([])(params)
+
+
+def attention(number_of_layers, *shape):
+    """Unstacked layers, with kernels that no rule of the tests below matches."""
+    return {
+        f"layers_{i}": {
+            "attn": {name: {"kernel": leaf(*shape)} for name in ("q", "k")},
+            "mlp": {"kernel": leaf(4, 6), "bias": leaf(6)},
+        }
+        for i in range(number_of_layers)
+    }
+
+
+def printed_rules(error):
+    """The rules in the message of an error, as a user pastes them."""
+    lines = [line for line in str(error).splitlines() if line.startswith("    (")]
+    return eval("\n".join(["[", *lines, "]"]), dict(vars(apollo_optax)))
+
+
+def test_error_counts_the_leaves_and_prints_a_rule_per_pattern():
+    params = attention(12, 16, 4, 8)
+    given = [(r"nothing$", STACKED)]
+    with pytest.raises(ValueError, match="no rule matches 24 leaves of") as error:
+        dimension_numbers_by_path(given)(params)
+    message = str(error.value)
+    assert "placeholders -2 and -1" in message
+    assert "None instead of ApolloDimensionNumbers(...)" in message
+    assert "12 leaves, the first of shape (16, 4, 8)" in message
+    placeholder = ApolloDimensionNumbers(-2, -1)
+    rules = printed_rules(error.value)
+    # Each leaf of the twelve layers is matched by one of two patterns.
+    assert rules == [
+        (r"^layers_\d+/attn/k/kernel$", placeholder),
+        (r"^layers_\d+/attn/q/kernel$", placeholder),
+    ]
+    found = matrices(params, dimension_numbers_by_path([*given, *rules]))
+    by_default = {f"layers_{i}/mlp/kernel" for i in range(12)}
+    attention_kernels = {f"layers_{i}/attn/{x}/kernel" for i in range(12) for x in "qk"}
+    assert set(found) == by_default | attention_kernels
+
+
+def test_error_prints_at_most_three_rules():
+    params = {name: {"kernel": leaf(2, 3, 4)} for name in "abcde"}
+    with pytest.raises(ValueError, match="5 leaves") as error:
+        dimension_numbers_by_path([])(params)
+    assert "# and rules for 2 more patterns" in str(error.value)
+    assert len(printed_rules(error.value)) == 3
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "w",
+        "a.b-c (d)+",
+        "it's",
+        "a\nb",
+        "a\\d",
+        "transformer/~/conv2d",
+        "12",
+        "\u0663",
+        "",
+    ],
+)
+def test_printed_rule_matches_whatever_the_name(key):
+    params = {key: {"w": leaf(2, 3, 4)}, "other": leaf(4, 6)}
+    with pytest.raises(ValueError, match="no rule matches 1 leaf") as error:
+        dimension_numbers_by_path([])(params)
+    rules = printed_rules(error.value)
+    found = matrices(params, dimension_numbers_by_path(rules))
+    assert found == {f"{key}/w": (1,), "other": (0,)}
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, nnx.Param], ids=["array", "box"])
+def test_one_vector_of_parameters_warns(wrap):
+    params = wrap(jnp.ones(24))
+    for make in (lambda: scale_by_apollo(2), lambda: apollo_optax.apollo_mini(0.1)):
+        with pytest.warns(
+            UserWarning, match="one vector of shape.*ravel_pytree"
+        ) as caught:
+            make().init(params)
+        assert len(caught) == 1
+    # Whoever gives dimension numbers has said that it is no matrix.
+    scale_by_apollo(2, weight_dimension_numbers=lambda _: None).init(params)
+    # Vectors in a tree, as biases are, need no warning.
+    scale_by_apollo(2).init({"bias": params})
+    scale_by_apollo(2).init([params])
+
+
+def test_flattened_parameters_warn():
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+    with pytest.warns(UserWarning, match=r"one vector of shape \(30,\)"):
+        optax.flatten(scale_by_apollo(2)).init(params)
+    with pytest.warns(UserWarning, match=r"one vector of shape \(30,\)"):
+        scale_by_apollo(2).init(ravel_pytree(params)[0])

@@ -4,15 +4,18 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from apollo_optax import (
     ApolloDimensionNumbers,
     LimitNormGrowthState,
+    apollo,
     limit_norm_growth,
     scale_by_apollo,
 )
 from apollo_optax._limiter import limit_norm
+from tests.helpers import normal
 
 LIMIT = 1.01
 
@@ -116,3 +119,129 @@ def test_updates_keep_their_dtype_and_norms_are_float32(dtype):
     updates, new = tx.update(gradient, state, params=None, value=1.0)
     assert updates.dtype == dtype
     assert state.norm.dtype == new.norm.dtype == jnp.float32
+
+
+# Norms that `eps` and the 1e-8 decide, rather than the gradient, are not remembered.
+
+
+def update_norms(scales, **options):
+    """Norms of APOLLO's updates, of gradients with the given sizes: ``(runs, steps)``.
+
+    All runs have the same gradients but for their sizes. The norms are means over 16
+    matrices, and the correction for bias, which comes after the limiter, is undone.
+    """
+    tx = scale_by_apollo(
+        key=3, weight_dimension_numbers=ApolloDimensionNumbers(1, 2), **options
+    )
+    steps = jnp.arange(1, scales.shape[1] + 1)
+    corrections = jnp.sqrt(1 - 0.999**steps) / (1 - 0.9**steps)
+    gradients = normal(0, (scales.shape[1], 16, 12, 20))
+
+    def step(state, inputs):
+        update, state = tx.update(jnp.multiply(*inputs), state)
+        return state, jnp.mean(jnp.linalg.norm(update, axis=(1, 2)))
+
+    def run(scale):
+        return jax.lax.scan(step, tx.init(gradients[0]), (gradients, scale))[1]
+
+    return jax.jit(jax.vmap(run))(scales) / corrections
+
+
+every_scale_type = pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 4, "scale_type": "channel"},
+        {"rank": 1, "scale_type": "tensor", "scale": 128.0},
+        {"rank": 4, "scale_type": "tensor", "scale": 4.0, "scale_front": True},
+    ],
+    ids=["channel", "tensor", "scale_front"],
+)
+
+
+@every_scale_type
+def test_vanishing_gradients_do_not_hold_later_updates_down(options):
+    sizes, odd = jnp.array([1, 1e-3, 1e-5]), 10.0 ** jnp.arange(-12.0, 0.0)
+    at = np.array([0, 40])
+    steps = jnp.arange(51)
+    # One gradient is odd, of 12 sizes at 2 steps, where the others have 3 sizes.
+    is_odd = steps == at[:, None, None, None]
+    runs = sizes[:, None, None] * odd[:, None] ** is_odd
+    # LoRA's A starts with vanishing gradients, since B is zero. So does a kernel behind
+    # a head of zeros.
+    start = jnp.minimum(jnp.geomspace(1e-9, 1e9, steps.size), 1.0)
+    usual = sizes[:, None] * jnp.ones(steps.size)
+
+    norms = update_norms(
+        jnp.concatenate([runs.reshape(-1, steps.size), usual, start[None]]), **options
+    )
+    usual_norms = norms[-4:-1]
+    for index, step in enumerate(at):
+        after = norms[:-4].reshape(*runs.shape)[index, :, :, step + 10]
+        expected = jnp.broadcast_to(usual_norms[:, step + 10, None], after.shape)
+        np.testing.assert_allclose(after, expected, rtol=0.05)
+    assert norms[-1, -1] > 0.95 * usual_norms[0, -1]
+
+
+def test_the_limiter_limits_growth_that_eps_does_not_decide():
+    scales = jnp.ones((2, 21)).at[1, 20].set(1e3)
+    limited = update_norms(scales, rank=4)
+    assert float((limited[:, 1:] / limited[:, :-1]).max()) < 1.01001
+    free = update_norms(scales, rank=4, norm_growth_limit=None)
+    assert free[1, 20] > 2 * free[1, 19]
+
+
+def test_norms_without_a_gradient_of_their_own_do_not_count():
+    """Channels without gradient, and NaN, decide nothing about the rest of a matrix."""
+    tx = scale_by_apollo(2)
+    gradient = normal(1, (4, 6)).at[:, 2].set(0)
+    state = tx.init(gradient)
+    _, state = tx.update(gradient, state)
+    assert state.norm > 0
+    _, after_nan = tx.update(gradient.at[0, 0].set(jnp.nan), state)
+    assert after_nan.norm == state.norm
+
+
+def test_a_norm_that_was_shrunk_is_not_remembered():
+    norm, remembered = jnp.array([0.89, 0.91, 1.0]), jnp.array([5.0, 5.0, 0.0])
+    undamped = jnp.array([1.0, 1.0, jnp.inf])
+    factor, new = limit_norm(norm, remembered, LIMIT, undamped)
+    np.testing.assert_allclose(factor, 1)
+    np.testing.assert_allclose(new, [5.0, 0.91, 0.0])
+
+
+def train_behind_a_zero_head(tx, steps=300):
+    """The loss, and how far the kernel between moved, of two layers and a zero head."""
+    inputs, hidden = normal(0, (128, 16)), normal(1, (16, 24)) / 4
+    targets = jnp.tanh(inputs @ hidden) @ normal(2, (24, 4))
+    params = {
+        "first": normal(3, (16, 24)) / 4,
+        "second": normal(4, (24, 24)) / 5,
+        "lm_head": jnp.zeros((24, 4)),
+    }
+
+    def loss(params):
+        first = jnp.tanh(inputs @ params["first"])
+        outputs = jnp.tanh(first @ params["second"]) @ params["lm_head"]
+        return jnp.mean((outputs - targets) ** 2)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def train(params):
+        (new, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=steps)
+        return loss(new), jnp.linalg.norm(new["second"] - params["second"])
+
+    return train(params)
+
+
+def test_kernels_behind_a_zero_head_move_as_without_the_limiter():
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 30, 300, 1e-4)
+    loss, moved = train_behind_a_zero_head(apollo(rate, rank=4))
+    free, free_moved = train_behind_a_zero_head(
+        apollo(rate, rank=4, norm_growth_limit=None)
+    )
+    assert loss < 1.05 * free
+    assert moved > 0.9 * free_moved

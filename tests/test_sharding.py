@@ -324,6 +324,7 @@ def test_pipelines(name):
     jax.device_put(state, shardings)
 
 
+@pytest.mark.filterwarnings("ignore:the parameters are one vector")
 @pytest.mark.parametrize(
     ("shape", "spec", "moments"),
     # The key has the shape of the second one, and yet is replicated.

@@ -13,7 +13,13 @@ import optax
 import pytest
 from scipy import stats
 
-from apollo_optax import ApolloDimensionNumbers, _keys, scale_by_apollo
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    _keys,
+    apollo,
+    apollo_mini,
+    scale_by_apollo,
+)
 from tests import helpers
 from tests.helpers import normal
 
@@ -26,6 +32,10 @@ PAPER_MODELS = {
 
 
 run = functools.partial(helpers.run, jit=True)
+
+
+def sparse_projection(key, shape):
+    return jax.random.choice(key, jnp.array([-1.0, 0.0, 1.0]), shape)
 
 
 # Which tensors are matrices, and along which axes.
@@ -53,10 +63,11 @@ def test_vectors_and_leaves_of_certain_names_get_adam():
 
 def test_adam_in_float64():
     with jax.enable_x64(True):
-        gradients = [normal(seed, 6, jnp.float64) for seed in range(5)]
+        gradients = [{"bias": normal(seed, 6, jnp.float64)} for seed in range(5)]
         actual, (*_, state) = run(scale_by_apollo(2), gradients)
         expected, _ = run(optax.scale_by_adam(eps=1e-6), gradients)
-        assert state.mu.dtype == state.nu.dtype == state.norm.dtype == jnp.float64
+        for field in (state.mu, state.nu, state.norm):
+            assert field["bias"].dtype == jnp.float64
         chex.assert_trees_all_close(actual, expected, rtol=1e-7)
 
 
@@ -131,6 +142,96 @@ def test_matrices_in_a_tensor_get_their_own_updates(
 def test_rank_is_at_most_the_smaller_side():
     state = scale_by_apollo(256).init({"kernel": jnp.ones((4, 9))})
     assert state.mu["kernel"].shape == (4, 9)
+
+
+def first_update_rms(tx_of_seed, shape, seeds=40):
+    """RMS of the first update per seed of the projection. Adam's is 1."""
+    params, gradient = {"w": jnp.zeros(shape)}, {"w": normal(1, shape)}
+
+    def rms(seed):
+        tx = tx_of_seed(seed)
+        update, _ = tx.update(gradient, tx.init(params), params)
+        return jnp.sqrt(jnp.mean(jnp.square(update["w"])))
+
+    return jax.jit(jax.vmap(rms))(jnp.arange(seeds))
+
+
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (2, 64), (64, 4), (4, 4)])
+def test_no_chance_in_updates_at_full_rank(shape, scale_type):
+    def make(seed):
+        return scale_by_apollo(4, scale_type=scale_type, key=seed)
+
+    rms = first_update_rms(make, shape)
+    np.testing.assert_allclose(rms, rms[0], rtol=1e-6)
+    np.testing.assert_allclose(rms, 1, rtol=0.35)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1)])
+def test_a_matrix_with_a_side_of_one_gets_adam(shape):
+    tx, adam = scale_by_apollo(1, scale=128.0), optax.scale_by_adam(eps=1e-6)
+    params = {"w": jnp.zeros(shape)}
+    states = [tx.init(params), adam.init(params)]
+    for seed in range(3):
+        gradient = {"w": normal(seed, shape)}
+        actual, states[0] = tx.update(gradient, states[0])
+        expected, states[1] = adam.update(gradient, states[1])
+        chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
+def test_stacked_vectors_get_adam():
+    tx = scale_by_apollo(2, weight_dimension_numbers=ApolloDimensionNumbers(1, 2))
+    state = tx.init({"w": jnp.zeros((3, 1, 8)), "v": jnp.zeros((3, 2, 8))})
+    assert state.mu["w"].shape == (3, 1, 8)
+    assert state.norm["w"].shape == ()
+    assert state.norm["v"].shape == (3,)
+
+
+@pytest.mark.parametrize("projection", ["random", "rademacher", sparse_projection])
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [
+        ((3, 6, 8), ApolloDimensionNumbers(1, 2)),
+        ((2, 3, 8), ApolloDimensionNumbers((0, 1), 2)),
+    ],
+)
+def test_moments_at_full_rank_are_those_of_the_gradient(projection, shape, numbers):
+    tx = scale_by_apollo(9, projection=projection, weight_dimension_numbers=numbers)
+    gradient = normal(0, shape)
+    _, state = tx.update(gradient, tx.init(gradient))
+    expected = 0.1 * gradient.reshape(*state.mu.shape)
+    np.testing.assert_allclose(state.mu, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (1, 64)])
+def test_rejects_a_state_that_projected_a_vector(shape):
+    """As versions before 0.1 made it, where its shapes tell."""
+    tx, params = scale_by_apollo(1), {"w": jnp.zeros(shape)}
+    state = tx.init(params)
+    old = state._replace(mu={"w": jnp.zeros((1, 64))}, nu={"w": jnp.zeros((1, 64))})
+    if shape == (1, 64):
+        tx.update(params, old)  # A state of these shapes can't be told from the new.
+    else:
+        with pytest.raises(ValueError, match="'w'.*a side of 1 is a vector"):
+            tx.update(params, old)
+
+
+def test_warns_of_small_matrices_at_rank_one():
+    params = {"small": jnp.zeros((31, 64)), "large": jnp.zeros((32, 64))}
+    with pytest.warns(UserWarning, match=r"below 32.*: 'small' \(1 in all\)") as caught:
+        apollo_mini(1e-2).init(params)
+    assert len(caught) == 1
+
+
+@pytest.mark.filterwarnings("error:at rank 1")
+def test_does_not_warn_of_small_matrices_that_get_no_large_updates():
+    params = {"small": jnp.zeros((31, 64)), "vector": jnp.zeros((1, 64))}
+    apollo(1e-2, rank=4).init(params)
+    apollo_mini(1e-2, scale=31.0).init(params)
+    apollo_mini(1e-2, weight_dimension_numbers={"small": None, "vector": None}).init(
+        params
+    )
+    jax.jit(lambda scale: apollo_mini(1e-2, scale=scale).init(params))(128.0)
 
 
 def test_factors_of_stacked_and_separate_layers_have_one_distribution():

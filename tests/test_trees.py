@@ -87,6 +87,7 @@ class Pair(NamedTuple):
 Record = collections.namedtuple("Record", ["kernel", "bias"])
 
 
+@pytest.mark.filterwarnings("ignore:the parameters are one vector")
 @pytest.mark.parametrize(
     "make",
     [
