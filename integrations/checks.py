@@ -1,4 +1,4 @@
-"""What every integration checks of its losses, its optimizer state and its checkpoint."""
+"""What every integration checks: losses, the optimizer state and its checkpoint."""
 
 import math
 import pathlib
@@ -23,7 +23,9 @@ def check(holds: bool, claim: str) -> None:
 def check_losses_fall(name: str, losses: Sequence[float]) -> None:
     """Checks that the last of the `losses` is finite and smaller than the first."""
     first, last = float(losses[0]), float(losses[-1])
-    claim = f"{name}: the loss falls from {first:.3f} to {last:.3f} in {len(losses)} steps"
+    claim = (
+        f"{name}: the loss falls from {first:.3f} to {last:.3f} in {len(losses)} steps"
+    )
     check(math.isfinite(last) and last < first, claim)
 
 
@@ -70,7 +72,9 @@ def check_equal(name: str, restored: Any, saved: Any) -> None:
 
 def check_same_loss(name: str, loss: Any, expected: Any) -> None:
     """Checks the loss after a restoration, which another order of sums may round."""
-    claim = f"{name}: the next loss on the other mesh is {loss:.4f}, as on the first one"
+    claim = (
+        f"{name}: the next loss on the other mesh is {loss:.4f}, as on the first one"
+    )
     check(math.isclose(float(loss), float(expected), rel_tol=1e-2), claim)
 
 
@@ -95,7 +99,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def saved_and_restored(path: pathlib.Path, saved: Any, target: Any) -> Any:
-    """`saved` after a round trip through Orbax, placed as the abstract `target` says."""
+    """`saved` after a trip through Orbax, sharded as the abstract `target` says."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, saved)
         checkpointer.wait_until_finished()

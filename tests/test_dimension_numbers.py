@@ -375,49 +375,17 @@ class Pair:
         return self.first @ self.second
 
 
-def test_readme_rules_for_maxtext():
-    """They fit MaxText's kernels, with layers unstacked and scanned over axis 1."""
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    recipe = readme[readme.index('opt_type == "apollo_mini"') :]
-    (block,) = re.findall(r"_by_path\((\[.*?\])\)\)", recipe, re.DOTALL)[:1]
-    rules = dimension_numbers_by_path(
-        eval(block, {"ApolloDimensionNumbers": ApolloDimensionNumbers})
+def test_readme_recipe_for_maxtext_is_the_patch_that_was_run():
+    root = pathlib.Path(__file__).parents[1]
+    patch = (root / "integrations/maxtext/maxtext.patch").read_text()
+    added = "\n".join(re.findall(r"^\+(?!\+\+)(.*)$", patch, re.MULTILINE))
+    readme = (root / "README.md").read_text()
+    (recipe,) = re.findall(
+        r"```python\n(  elif config.opt_type.*?)\n```", readme, re.DOTALL
     )
-    kernels = {
-        "self_attention/query/kernel": (16, 4, 8),
-        "self_attention/out/kernel": (4, 8, 16),
-        "mlp/wi_0/kernel": (16, 24),
-        "mlp/wo/kernel": (24, 16),
-        "MoeBlock_0/gate/kernel": (16, 5),
-        "self_attention/query/bias": (4, 8),
-        "pre_self_attention_layer_norm/scale": (16,),
-    }
-    contracted = {
-        "query/kernel": {0},
-        "out/kernel": {2},
-        "wi_0/kernel": {0},
-        "wo/kernel": {1},
-    }
-    for scanned in (False, True):
-        params = {
-            "params": {
-                "decoder": {"layers": {}, "logits_dense": {"kernel": leaf(16, 99)}}
-            }
-        }
-        for name, shape in kernels.items():
-            *modules, last = name.split("/")
-            layer = params["params"]["decoder"]["layers"]
-            for module in modules:
-                layer = layer.setdefault(module, {})
-            stacked_shape = (*shape[:1], 3, *shape[1:])
-            layer[last] = leaf(*(stacked_shape if scanned else shape))
-        found = matrices(params, rules)
-        assert len(found) == len(contracted)
-        for name, axes in found.items():
-            expected = contracted["/".join(name.split("/")[-2:])]
-            assert set(axes) == {
-                axis + 1 if scanned and axis else axis for axis in expected
-            }
+    assert recipe in added
+    for name in re.findall(r'`(APOLLO\w* = "\w+")`', readme):
+        assert name in added
 
 
 def test_sides_of_equal_size_contract_the_reduction_side():

@@ -4,11 +4,12 @@ import importlib.resources
 import json
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
+from maxtext.trainers.pre_train import train
 
 from integrations import checks
-from maxtext.trainers.pre_train import train
 
 MODEL = {
     "base_emb_dim": 128,
@@ -36,11 +37,16 @@ RUN = {
     "save_checkpoint_on_completion": False,
     "checkpoint_period": 10,
 }
+WITHOUT_CHECKPOINTS = {"enable_checkpointing": False}
+EXPERTS = {"decoder_block": "mixtral", "num_experts": 4, "num_experts_per_tok": 2}
+LAYOUTS = {"scanned": {}, "unscanned": {"scan_layers": False}, "experts": EXPERTS}
 
 
-def trained(folder: pathlib.Path, opt_type: str, steps: int, **changes):
+def trained(
+    folder: pathlib.Path, opt_type: str, steps: int, **changes: Any
+) -> tuple[Any, dict[int, float]]:
     """MaxText's state after `steps` steps, and the loss of each step by its number."""
-    metrics = folder / f"metrics-{len(list(folder.glob('metrics-*')))}"
+    metrics = pathlib.Path(tempfile.mkstemp(dir=folder)[1])
     settings = MODEL | RUN | {"opt_type": opt_type, "steps": steps}
     settings |= {"base_output_directory": folder, "run_name": opt_type}
     settings |= {"metrics_file": metrics} | changes
@@ -48,24 +54,57 @@ def trained(folder: pathlib.Path, opt_type: str, steps: int, **changes):
     arguments = [f"{name}={value}" for name, value in settings.items()]
     state = train.train_loop(*train.initialize(["", str(base), *arguments]))
     lines = map(json.loads, metrics.read_text().splitlines())
-    return state, {int(line["step"]): line["learning/loss"] for line in lines}
+    losses = {int(line["step"]): float(line["learning/loss"]) for line in lines}
+    return state["optimizer"]["opt_state"], losses
+
+
+def check_placement(folder: pathlib.Path) -> None:
+    """AdamW beside APOLLO, with layers scanned and unscanned and with experts."""
+    table = {}
+    for layout, changes in LAYOUTS.items():
+        for opt_type in ("adamw", "apollo", "apollo_mini"):
+            name = f"{layout}, {opt_type}"
+            state, losses = trained(
+                folder, opt_type, 10, **WITHOUT_CHECKPOINTS, **changes
+            )
+            checks.check_losses_fall(name, list(losses.values()))
+            table[name] = checks.check_state_is_sharded(name, state)
+    for name, size in table.items():
+        print(f"{name:24s} {size:>9,} bytes of optimizer state on each device")
+
+
+def check_wrappers(folder: pathlib.Path) -> None:
+    """What MaxText wraps around the optimizer, which a plain `return` would skip."""
+    wrappers = {"skip_step_on_spikes": True, "trainable_parameters_mask": "['mlp']"}
+    state, losses = trained(
+        folder, "apollo_mini", 10, **WITHOUT_CHECKPOINTS, **wrappers
+    )
+    checks.check_losses_fall("apollo_mini, mlp alone trained", list(losses.values()))
+    paths = [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    ]
+    checks.check(any("grad_norms" in path for path in paths), "steps can be skipped")
+    frozen = not any("self_attention" in path for path in paths)
+    checks.check(frozen, "frozen parameters have no state")
+
+
+def check_resumption(folder: pathlib.Path) -> None:
+    """A checkpoint of step 10 on another mesh, beside the run that wrote it."""
+    _, straight = trained(folder, "apollo_mini", 13)
+    mesh = {"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2}
+    state, resumed = trained(folder, "apollo_mini", 13, **mesh)
+    first = min(resumed)
+    checks.check(first == 11, f"apollo_mini resumes on another mesh at step {first}")
+    checks.check_same_loss("apollo_mini", resumed[12], straight[12])
+    checks.check_state_is_sharded("apollo_mini, restored", state)
 
 
 def main() -> None:
     folder = pathlib.Path(tempfile.mkdtemp())
-    table = {}
-    for scanned in (True, False):
-        for opt_type in ("adamw", "apollo", "apollo_mini"):
-            state, losses = trained(folder, opt_type, 10, scan_layers=scanned,
-                enable_checkpointing=False)
-            name = f"{opt_type}, {'scanned' if scanned else 'unscanned'}"
-            checks.check_losses_fall(name, list(losses.values()))
-            table[name] = state["optimizer"]["opt_state"]
-    for name, state in table.items():
-        checks.check_state_is_sharded(name, state)
-    _, straight = trained(folder, "apollo_mini", 15)
-    mesh = {"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2}
-    _, resumed = trained(folder, "apollo_mini", 15, **mesh)
+    check_placement(folder)
+    check_wrappers(folder)
+    check_resumption(folder)
 
 
 if __name__ == "__main__":
