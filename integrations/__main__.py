@@ -1,8 +1,8 @@
 """Runs integrations, each in a virtual environment of its own with pinned versions.
 
 ``python -m integrations`` runs all of them, ``python -m integrations maxtext flax`` the
-named ones. Needs Python 3.11 or newer with pip, and Python 3.12 on the path (uv
-downloads one where there is none).
+named ones. Needs Python 3.11 or newer with pip, the program `patch`, and Python 3.12 on
+the path, which uv downloads if there is none.
 """
 
 import argparse
