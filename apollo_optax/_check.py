@@ -182,15 +182,20 @@ def stored_projection(is_stored: bool, projection: Any) -> None:
         )
 
 
-def warn_of_large_scale(rank: int, scale: Any, sizes: Mapping[_tree.Path, int]) -> None:
+def warn_of_large_scale(
+    rank: int, scale: Any, matrices: Mapping[_tree.Path, Any]
+) -> None:
     """Warns of matrices that rank 1 gives updates more than twice as large as Adam's.
 
-    At rank 1 the update of a matrix is about ``sqrt(scale / m)`` times Adam's. `sizes`
-    are the sizes ``m`` of the contracted sides.
+    At rank 1 the update of a matrix is about ``sqrt(scale / m)`` times Adam's.
     """
     if rank > 1 or _is_array(scale):
         return
-    small = [path for path, size in sizes.items() if scale > 4 * size]
+    small = [
+        path
+        for path, matrix in matrices.items()
+        if scale > 4 * matrix.axes.contracted_size
+    ]
     if not small:
         return
     shown = ", ".join(f"'{_tree.show(path)}'" for path in small[:5])

@@ -138,13 +138,18 @@ class Matrix:
         rank_axis = len(self.axes.batch)
         candidates = [*range(rank_axis + 1, len(names)), rank_axis]
         sizes = dict(self.sharding.mesh.shape)
-        for contracted_axis in self.axes.contracted:
-            for name in _sharding.mesh_axes(self.sharding, contracted_axis):
-                for axis in candidates:
-                    devices = math.prod(sizes[n] for n in (*names[axis], name))
-                    if self.moment_shape[axis] % devices == 0:
-                        names[axis] = (*names[axis], name)
-                        break
+        moved = [
+            name
+            for axis in self.axes.contracted
+            for name in _sharding.mesh_axes(self.sharding, axis)
+            if sizes[name] > 1
+        ]
+        for name in moved:
+            for axis in candidates:
+                devices = math.prod(sizes[n] for n in (*names[axis], name))
+                if self.moment_shape[axis] % devices == 0:
+                    names[axis] = (*names[axis], name)
+                    break
         return _sharding.named_sharding(self.sharding, names)
 
     # Algebra.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from apollo_optax import _check, _sharding, _tree
+from apollo_optax import _boxes, _check, _sharding, _tree
 from apollo_optax._dimension_numbers import WeightDimensionNumbers, resolve
 from apollo_optax._dtypes import saturating_cast
 from apollo_optax._matrix import Matrix
@@ -148,13 +148,44 @@ def field_sharding(
 
 
 def trees_of(
-    fields: Mapping[str, Field], states: Mapping[_tree.Path, LeafState], like: Any
+    fields: Mapping[str, Field],
+    states: Mapping[_tree.Path, LeafState],
+    matrices: Mapping[_tree.Path, Matrix],
+    params: Any,
 ) -> dict[str, Any]:
-    """The state of all leaves as one tree per field, of the structure of `like`."""
+    """The state of all leaves as one tree per field, of the structure of `params`.
+
+    Leaves of the state are in boxes where the parameters' boxes say how to shard them.
+    """
+    boxes, unboxed = _boxes.boxes_by_path(params), _tree.unbox(params)
+
+    def boxed(path: _tree.Path, name: str, array: jax.Array) -> Any:
+        if path not in boxes:
+            return array
+        return _boxed(fields[name], matrices.get(path), boxes[path], array)
+
     return {
-        name: _tree.rebuild(like, {path: leaf[name] for path, leaf in states.items()})
+        name: _tree.rebuild(
+            unboxed,
+            {path: boxed(path, name, leaf[name]) for path, leaf in states.items()},
+        )
         for name in fields
     }
+
+
+def _boxed(field: Field, matrix: Matrix | None, box: Any, array: jax.Array) -> Any:
+    """A field of one leaf in a box like the parameter's, or bare if it needs none."""
+    if matrix is None:
+        names = _boxes.partition_names(box, array.ndim)
+        is_boxed = field.like_parameter and names is not None
+        return _boxes.replace(box, array) if is_boxed else array
+    names = _boxes.partition_names(box, len(matrix.axes.shape))
+    # Values per matrix, such as norms, are too few to be worth sharding.
+    if names is None or array.ndim <= len(matrix.batch_shape):
+        return array
+    named = _boxes.Named(box, names, matrix.sharding)
+    sharding = field.sharding(dataclasses.replace(matrix, sharding=named.sharding))
+    return array if sharding is None else named.replace(array, sharding)
 
 
 def by_leaf(

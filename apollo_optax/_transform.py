@@ -186,24 +186,24 @@ def scale_by_apollo(
             warn_if_unguessable(params)
         axes = resolve(weight_dimension_numbers, params)
         leaves = _tree.leaves_by_path(params)
-        states, sizes = {}, {}
+        states, matrices = {}, {}
         for path, leaf in leaves.items():
             dtype, matrix = _check.accumulator_dtype(path, leaf), None
             if (matrix_axes := axes[path]) is not None:
                 matrix = Matrix.of_parameter(leaf, matrix_axes, dtype, rank)
                 kind.check(path, matrix)
-                sizes[path] = matrix_axes.contracted_size
+                matrices[path] = matrix
             states[path] = _state.init_leaf(fields, leaf, matrix, dtype, moment_dtype)
             if matrix is not None and kind.is_stored:
                 states[path]["projection"] = kind.init(matrix)
-        _check.warn_of_large_scale(rank, scale, sizes)
+        _check.warn_of_large_scale(rank, scale, matrices)
         shardings = map(_sharding.sharding_of, leaves.values())
         on_mesh = next((s for s in shardings if s is not None), None)
         replicated = _sharding.replicated(on_mesh)
         return ScaleByApolloState(
             count=jnp.zeros((), jnp.int32, device=replicated),
             key=_sharding.device_put_if_concrete(_keys.key_data(key), replicated),
-            **_state.trees_of(fields, states, _tree.unbox(params)),
+            **_state.trees_of(fields, states, matrices, params),
         )
 
     def update_fn(

@@ -61,9 +61,12 @@ def _components(entry: Any) -> tuple[str, ...]:
     return tuple(name for part in parts for name in str(part).split("/"))
 
 
-def leaves_by_path(tree: Any, is_leaf: Any = None) -> dict[Path, Any]:
+def leaves_by_path(
+    tree: Any, is_leaf: Any = None, *, keep_boxes: bool = False
+) -> dict[Path, Any]:
     """The leaves of `tree` in flattening order, keyed by path without box names."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(unbox(tree), is_leaf=is_leaf)
+    tree = tree if keep_boxes else unbox(tree)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     leaves = {sum(map(_components, path), ()): leaf for path, leaf in pairs}
     if len(leaves) != len(pairs):
         paths = [jax.tree_util.keystr(path) for path, _ in pairs]

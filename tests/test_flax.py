@@ -113,10 +113,11 @@ def test_nnx_optimizer_on_a_mesh(axis_type, projection):
         step = nnx.jit(nnx_step)
         state: Any = None
         for number in range(3):
-            # The metadata of a parameter names axes that its moments do not have.
+            # Moments are in the parameters' boxes, with the names of their own axes.
             for leaf in jax.tree.leaves(optimizer.opt_state, is_leaf=is_variable):
-                assert isinstance(leaf, nnx.OptArray)
-                assert "out_sharding" not in leaf.get_metadata()
+                names = leaf.get_metadata().get("out_sharding", ())
+                assert len(names) == (leaf.ndim if names else 0)
+                assert isinstance(leaf, nnx.OptVariable if names else nnx.OptArray)
             state = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"][0]
             assert_moments_are_sharded(state["mu"], state["nu"])
             if number < 2:
@@ -169,9 +170,10 @@ def test_linen_train_state_on_a_mesh(axis_type, projection):
 
         inner: Any = None
         for number in range(3):
-            inner = state.opt_state[0]
-            for leaf in jax.tree.leaves(inner, is_leaf=is_boxed):
-                assert isinstance(leaf, jax.Array)
+            inner = nn.meta.unbox(state.opt_state[0])
+            for leaf in jax.tree.leaves(state.opt_state[0], is_leaf=is_boxed):
+                if isinstance(leaf, nn.Partitioned):
+                    assert len(leaf.names) == leaf.value.ndim
             assert_moments_are_sharded(inner.mu, inner.nu)
             if number < 2:
                 state = step(state)

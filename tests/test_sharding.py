@@ -474,16 +474,6 @@ def test_nnx_optimizer():
         assert leaf.spec == P()
 
 
-def test_linen_boxes():
-    mesh, names = make_mesh(), ("data", "model")
-    params = {"kernel": nn.Partitioned(sharded(mesh, (8, 16), P(*names)), names)}
-    tx = scale_by_apollo(4)
-    state = tx.init(params)
-    assert isinstance(state.mu["kernel"], jax.Array)
-    shardings = state_sharding(state, params)
-    assert shardings.mu["kernel"].spec == P(None, ("model", "data"))
-
-
 def test_jitted_init_with_out_shardings():
     mesh = make_mesh()
     params = {"kernel": sharded(mesh, (8, 16), P("data", "model"))}

@@ -1,0 +1,141 @@
+"""The state in Flax's boxes, so that frameworks shard it.
+
+Frameworks such as MaxText read the sharding of an optimizer's state off the metadata of
+its boxes, and replicate what has none. Optax's transformations hand the parameters'
+boxes on to their moments. So does this library, with the names of the axes that a
+moment has. Flax is never imported: boxes are known and copied by their own methods.
+
+A name is that of a mesh axis, or a logical one, which rules translate into mesh axes.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from apollo_optax import _sharding, _tree
+
+Names = tuple[tuple[str, ...], ...]  # The names that shard each axis of an array.
+
+
+def boxes_by_path(tree: Any) -> dict[_tree.Path, Any]:
+    """The boxes in `tree` by path, which is that of the leaf if a box holds one."""
+    nodes = _tree.leaves_by_path(tree, is_leaf=_tree.is_box, keep_boxes=True)
+    return {path: node for path, node in nodes.items() if _tree.is_box(node)}
+
+
+def replace(box: Any, array: Any) -> Any:
+    """A box like `box` around another array."""
+    return box.replace(array) if _is_nnx(box) else box.replace(value=array)
+
+
+def partition_names(box: Any, ndim: int) -> Names | None:
+    """The names per axis in a box's metadata; None where it has none.
+
+    Of a name that occurs twice the first counts, since it can shard one axis only.
+    """
+    metadata = _metadata(box)
+    given = metadata.get("optimizer_sharding") or metadata.get("out_sharding")
+    given = getattr(given, "spec", given)  # NNX takes a NamedSharding too.
+    if not isinstance(given, tuple | PartitionSpec):
+        return None
+    seen: set[str] = set()
+    names = []
+    for entry in [*given, *(None,) * ndim][:ndim]:
+        parts = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        names.append(tuple(part for part in parts if part not in seen))
+        seen.update(parts)
+    return tuple(names) if seen else None
+
+
+class Named:
+    """The names in a parameter's box, as a sharding that Matrix's rules can move.
+
+    Attributes:
+      sharding: on an abstract mesh whose axes are the names. Each has as many devices
+        as the name has on the real mesh, or one where that is not known, so that it
+        stays where it is.
+    """
+
+    def __init__(self, box: Any, names: Names, on_mesh: NamedSharding | None) -> None:
+        """Reads the mesh and the rules.
+
+        Args:
+          box: the parameter's.
+          names: from :func:`partition_names`.
+          on_mesh: the sharding of the value in the box; None if it is not known.
+        """
+        self._box, self._rules = box, _rules(box)
+        self._mesh_sizes = _mesh_sizes(box, on_mesh)
+        unique = [name for part in names for name in part]
+        sizes = [math.prod(self._mesh_axes(name).values()) for name in unique]
+        mesh = AbstractMesh(tuple(sizes), tuple(unique))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self.sharding = _sharding.named_sharding(replicated, names)
+
+    def replace(self, array: Any, sharding: NamedSharding) -> Any:
+        """A box around `array`, whose sharding is in terms of the names."""
+        entries = tuple(
+            self._entry(_sharding.mesh_axes(sharding, axis))
+            for axis in range(array.ndim)
+        )
+        if not _is_nnx(self._box):
+            return self._box.replace(value=array, names=entries)
+        # NNX's optimizer prefers the second key where it is there.
+        keys = ["out_sharding"]
+        if _metadata(self._box).get("optimizer_sharding"):
+            keys.append("optimizer_sharding")
+        return self._box.replace(array, **dict.fromkeys(keys, entries))
+
+    def _entry(self, names: tuple[str, ...]) -> Any:
+        """The metadata for an axis that these names shard.
+
+        Logical names can't be merged: NNX raises, and Linen takes them for mesh axes.
+        Several names become the mesh axes that they stand for.
+        """
+        if len(names) <= 1:
+            return names[0] if names else None
+        axes = tuple(axis for name in names for axis in self._mesh_axes(name))
+        return axes[0] if len(axes) == 1 else axes or None
+
+    def _mesh_axes(self, name: str) -> dict[str, int]:
+        """The mesh axes of a name with more than one device, and their sizes."""
+        axes = self._rules.get(name, name) or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        sizes = {axis: self._mesh_sizes.get(axis, 1) for axis in axes}
+        return {axis: size for axis, size in sizes.items() if size > 1}
+
+
+def _is_nnx(box: Any) -> bool:
+    return hasattr(type(box), "get_metadata")
+
+
+def _metadata(box: Any) -> Mapping[str, Any]:
+    """A box's metadata under NNX's keys, of which Linen calls two otherwise."""
+    if _is_nnx(box):
+        return box.get_metadata()
+    keys = {"out_sharding": "names", "sharding_rules": "rules", "mesh": "mesh"}
+    return {key: getattr(box, name, None) for key, name in keys.items()}
+
+
+def _rules(box: Any) -> dict[str, Any]:
+    """The mesh axes of each logical name; of several rules for one the first counts.
+
+    The rules are the box's own and those of Flax's context, as where Flax reads boxes.
+    """
+    flax = sys.modules.get("flax.core.spmd")
+    in_context = () if flax is None else flax.get_logical_axis_rules()
+    own: Sequence[Any] = _metadata(box).get("sharding_rules") or ()
+    return dict(reversed([*own, *in_context]))
+
+
+def _mesh_sizes(box: Any, on_mesh: NamedSharding | None) -> Mapping[str, int]:
+    """Devices per mesh axis: of the box's mesh, the value's, or the one in context."""
+    mesh = _metadata(box).get("mesh")
+    if mesh is None:
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if on_mesh is None else on_mesh.mesh
+    return dict(mesh.shape)
