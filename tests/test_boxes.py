@@ -14,12 +14,13 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers, dimension_numbers_by_path
-from tests.helpers import every_axis_type, normal
+from tests.helpers import assert_close, every_axis_type, normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -89,7 +90,7 @@ def specs_of(tree, rules=None) -> Any:
     get = nnx.get_partition_spec if has_variables(tree) else nn.get_partition_spec
     specs = jax.tree.leaves(get(tree), is_leaf=lambda x: isinstance(x, P))
     if rules and not has_variables(tree):
-        specs = [nn.logical_to_mesh_axes(tuple(spec), rules) for spec in specs]
+        specs = [logical_to_mesh_axes(tuple(spec), rules) for spec in specs]
     return specs
 
 
@@ -301,9 +302,7 @@ def test_pipelines_train_as_without_boxes(make_box, pipeline):
     expected_params, expected_state = train(tx, bare)
     assert any(map(is_box, jax.tree.leaves(state, is_leaf=is_box)))
     for actual, expected in ((params, expected_params), (state, expected_state)):
-        chex.assert_trees_all_close(
-            jax.tree.leaves(actual), jax.tree.leaves(expected), rtol=1e-5
-        )
+        assert_close(jax.tree.leaves(actual), jax.tree.leaves(expected))
 
 
 def test_tabulate_and_state_bytes_see_through_the_boxes_of_the_state():
