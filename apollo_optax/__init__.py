@@ -4,6 +4,7 @@ from apollo_optax._alias import apollo, apollo_mini
 from apollo_optax._dimension_numbers import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
+    dimension_numbers_from,
 )
 from apollo_optax._hyperparams import STATIC_ARGS
 from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
@@ -33,6 +34,7 @@ __all__ = [
     "apply_updates_stochastic",
     "dequantize",
     "dimension_numbers_by_path",
+    "dimension_numbers_from",
     "layerwise_apply",
     "layerwise_step",
     "limit_norm_growth",

@@ -18,6 +18,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from apollo_optax import _sharding, _tree
 
+# Where NNX's metadata may have names. The first counts for an optimizer's state, and the
+# last is what releases before 0.12 called the second, which some trainers still set.
+_KEYS = dict.fromkeys(("optimizer_sharding", "out_sharding", "sharding_names")).keys()
+
 Names = tuple[tuple[str, ...], ...]  # The names that shard each axis of an array.
 
 
@@ -38,7 +42,7 @@ def partition_names(box: Any, ndim: int) -> Names | None:
     Of a name that occurs twice the first counts, since it can shard one axis only.
     """
     metadata = _metadata(box)
-    given = metadata.get("optimizer_sharding") or metadata.get("out_sharding")
+    given = next((metadata[key] for key in _KEYS if metadata.get(key)), None)
     given = getattr(given, "spec", given)  # NNX takes a NamedSharding too.
     if not isinstance(given, tuple | PartitionSpec):
         return None
@@ -84,10 +88,8 @@ class Named:
         )
         if not _is_nnx(self._box):
             return self._box.replace(value=array, names=entries)
-        # NNX's optimizer prefers the second key where it is there.
-        keys = ["out_sharding"]
-        if _metadata(self._box).get("optimizer_sharding"):
-            keys.append("optimizer_sharding")
+        # NNX's optimizer would take the names under the first of the keys it finds.
+        keys = {"out_sharding", *(_KEYS & _metadata(self._box).keys())}
         return self._box.replace(array, **dict.fromkeys(keys, entries))
 
     def _entry(self, names: tuple[str, ...]) -> Any:
@@ -96,10 +98,10 @@ class Named:
         Logical names can't be merged: NNX raises, and Linen takes them for mesh axes.
         Several names become the mesh axes that they stand for.
         """
-        if len(names) <= 1:
-            return names[0] if names else None
-        axes = tuple(axis for name in names for axis in self._mesh_axes(name))
-        return axes[0] if len(axes) == 1 else axes or None
+        sharding = [name for name in names if self._mesh_axes(name)]
+        if len(sharding) <= 1:
+            return next(iter((*sharding, *names)), None)
+        return tuple(axis for name in sharding for axis in self._mesh_axes(name))
 
     def _mesh_axes(self, name: str) -> dict[str, int]:
         """The mesh axes of a name with more than one device, and their sizes."""

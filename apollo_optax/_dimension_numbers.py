@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from apollo_optax import _tree
 
@@ -294,12 +295,93 @@ def _literal(pattern: str) -> str:
     return f"r'{pattern}'" if is_raw else repr(pattern)
 
 
-def _check_numbers(numbers: Any, where: str) -> None:
-    if numbers is not None and not isinstance(numbers, ApolloDimensionNumbers):
-        raise TypeError(
-            f"weight_dimension_numbers holds {numbers!r} for {where}; it must be an "
-            "ApolloDimensionNumbers, or None for Adam"
+def dimension_numbers_from(tree: Any) -> Any:
+    """Converts the dimension numbers of Optax's Muon or GaLore.
+
+    The objects are known by their fields `reduction_axis` and `output_axis`, which mean
+    the same here, so those of a framework's own Muon can be passed as well.
+
+    Args:
+      tree: what ``optax.contrib.muon`` takes as `muon_weight_dimension_numbers`, or
+        ``optax.contrib.scale_by_galore`` as `weight_dimension_numbers`. That is a
+        pytree of ``MuonDimensionNumbers`` or ``GaLoreDimensionNumbers`` in the
+        structure of the parameters or of a prefix of it, a callable from the parameters
+        to such a pytree, one such object for every leaf of two or more axes, or None
+        for every leaf of two axes. Leaves under None and ``optax.MaskedNode`` are given
+        to Adam. Flax's boxes are looked through.
+
+    Returns:
+      A value for the argument `weight_dimension_numbers`: a pytree like `tree` without
+      Flax's boxes, a callable if `tree` is a callable or one object, or None if `tree`
+      is None. None stands for the default rule of :func:`scale_by_apollo`, which unlike
+      Muon's gives embeddings and output heads to Adam.
+
+    Raises:
+      TypeError: if `tree` holds something else than such objects and None. If `tree` is
+        a callable, this is raised when the result is called.
+
+    Examples:
+      >>> import optax
+      >>> from apollo_optax import apollo, dimension_numbers_from
+      >>> heads = optax.contrib.MuonDimensionNumbers(0, (1, 2))
+      >>> numbers = dimension_numbers_from({"query": heads, "norm": None})
+      >>> numbers["query"]
+      ApolloDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+      >>> tx = apollo(0.01, weight_dimension_numbers=numbers)
+    """
+    if tree is None:
+        return None
+
+    def weight_dimension_numbers(params: Any) -> Any:
+        given = tree(params) if callable(tree) else tree
+        numbers = _converted(given)
+        if not _has_sides(given):
+            return numbers
+        return jax.tree.map(
+            lambda leaf: numbers if jnp.ndim(leaf) >= 2 else None, _tree.unbox(params)
         )
+
+    if callable(tree) or _has_sides(tree):
+        return weight_dimension_numbers
+    return _converted(tree)
+
+
+def _has_sides(numbers: Any) -> bool:
+    """Whether `numbers` are dimension numbers, of this library or of another one."""
+    return hasattr(numbers, "reduction_axis") and hasattr(numbers, "output_axis")
+
+
+def _converted(tree: Any) -> Any:
+    """`tree` without boxes, its entries converted to this library's numbers."""
+
+    def is_entry(node: Any) -> bool:
+        # Optax's MaskedNode is a pytree without leaves, so it has to be named here.
+        return node is None or _has_sides(node) or isinstance(node, optax.MaskedNode)
+
+    converted: list[ApolloDimensionNumbers | None] = []
+    for path, entry in _tree.leaves_by_path(tree, is_leaf=is_entry).items():
+        if entry is None or isinstance(entry, optax.MaskedNode):
+            converted.append(None)
+        elif _has_sides(entry):
+            numbers = ApolloDimensionNumbers(entry.reduction_axis, entry.output_axis)
+            converted.append(numbers)
+        else:
+            raise TypeError(
+                f"dimension_numbers_from got {entry!r} for '{_tree.show(path)}'; give "
+                "an object with reduction_axis and output_axis, such as "
+                "optax.contrib.MuonDimensionNumbers, or None for Adam"
+            )
+    structure = jax.tree.structure(_tree.unbox(tree), is_leaf=is_entry)
+    return jax.tree.unflatten(structure, converted)
+
+
+def _check_numbers(numbers: Any, where: str) -> None:
+    if numbers is None or isinstance(numbers, ApolloDimensionNumbers):
+        return
+    remedy = "it must be an ApolloDimensionNumbers, or None for Adam"
+    if _has_sides(numbers):
+        remedy += "; convert Muon's and GaLore's with dimension_numbers_from(tree)"
+    raise TypeError(f"weight_dimension_numbers holds {numbers!r} for {where}; {remedy}")
 
 
 def _numbers_by_prefix(
@@ -312,7 +394,7 @@ def _numbers_by_prefix(
         weight_dimension_numbers,
         # Muon's and GaLore's dimension numbers count as leaves too, so that the error
         # can name them.
-        is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"),
+        is_leaf=lambda x: x is None or _has_sides(x),
     )
     for path, numbers in numbers_by_prefix.items():
         _check_numbers(numbers, f"'{_tree.show(path)}'")

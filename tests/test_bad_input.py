@@ -178,7 +178,7 @@ def test_rejects_dimension_numbers_for_the_shape(shape, numbers, message):
         (
             optax.contrib.MuonDimensionNumbers(),
             TypeError,
-            "holds MuonDimensionNumbers.*must be an Apollo",
+            "holds MuonDimensionNumbers.*with dimension_numbers_from",
         ),
     ],
 )

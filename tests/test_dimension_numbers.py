@@ -18,6 +18,7 @@ import apollo_optax
 from apollo_optax import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
+    dimension_numbers_from,
     scale_by_apollo,
 )
 from apollo_optax._dimension_numbers import resolve
@@ -222,6 +223,108 @@ def test_matches_by_path_whatever_the_node_types():
     assert "embed/embedding" in matrices(state, boxed)
 
 
+MUON = optax.contrib.MuonDimensionNumbers
+# Optax 0.2.6 has Muon's objects only.
+GALORE = getattr(optax.contrib, "GaLoreDimensionNumbers", MUON)
+
+
+@pytest.mark.parametrize("numbers", [MUON, GALORE])
+@pytest.mark.parametrize("is_callable", [False, True])
+def test_converts_the_dimension_numbers_of_other_optimizers(numbers, is_callable):
+    given = {
+        "query": {"kernel": numbers(0, (1, 2)), "bias": None},
+        "out": {"kernel": numbers([0, 1], (-1,)), "bias": optax.MaskedNode()},
+        "mlp": numbers(-2, -1),  # This is the prefix of two kernels.
+        "norm": None,
+    }
+    params = {
+        "query": {"kernel": leaf(8, 2, 5), "bias": leaf(2, 5)},
+        "out": {"kernel": leaf(2, 5, 8), "bias": leaf(8)},
+        "mlp": {"wi": leaf(3, 8, 12), "wo": leaf(3, 12, 8)},
+        "norm": {"scale": leaf(8, 3)},
+    }
+    tree = (lambda params: given) if is_callable else given
+    converted = dimension_numbers_from(tree)
+    assert callable(converted) == is_callable
+    if not is_callable:
+        assert converted["query"]["kernel"] == ApolloDimensionNumbers(0, (1, 2))
+        assert converted["out"]["bias"] is None
+    contracted = {"query/kernel": (0,), "out/kernel": (2,)}
+    assert matrices(params, converted) == contracted | {"mlp/wi": (1,), "mlp/wo": (2,)}
+
+
+def test_converts_objects_of_other_types_and_in_boxes():
+    sharded = dataclasses.make_dataclass(
+        "Sharded", ["reduction_axis", "output_axis", "sharding"]
+    )
+    state = nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)
+
+    def numbers_of(params):
+        return jax.tree.map(
+            lambda x: sharded(0, 1, None) if x.ndim == 2 else None, params
+        )
+
+    numbers = numbers_of(state)
+    assert isinstance(numbers["lm_head"]["kernel"], nnx.Variable)
+    for converted in (
+        dimension_numbers_from(numbers),
+        dimension_numbers_from(nnx.as_pure(numbers)),
+        dimension_numbers_from(numbers_of),
+    ):
+        found = matrices(state, converted)
+        assert found["lm_head/kernel"] == found["layers/0/kernel"] == (0,)
+        assert "attention/out/kernel" not in found
+
+
+@pytest.mark.parametrize("given", [MUON(), GALORE(), lambda params: MUON()])
+def test_one_object_of_another_optimizer_is_for_leaves_of_two_axes_or_more(given):
+    params = {"embedding": leaf(9, 4), "stack": leaf(4, 6, 3), "bias": leaf(4)}
+    found = matrices(params, dimension_numbers_from(given))
+    assert found == {"embedding": (1,), "stack": (0,)}
+
+
+def test_no_dimension_numbers_of_another_optimizer_mean_the_default_rule():
+    assert dimension_numbers_from(None) is None
+
+
+def test_a_callable_of_another_optimizer_that_returns_none_leaves_all_to_adam():
+    assert not matrices({"w": leaf(4, 6)}, dimension_numbers_from(lambda params: None))
+
+
+def test_converts_the_numbers_of_a_tree_that_muon_trains():
+    """One table serves both optimizers, as it is."""
+    params = {"query": jnp.ones((8, 2, 5)), "bias": jnp.ones(5)}
+    given = {"query": MUON(0, (1, 2)), "bias": None}
+    optax.contrib.muon(0.1, muon_weight_dimension_numbers=given).init(params)
+    tx = scale_by_apollo(2, weight_dimension_numbers=dimension_numbers_from(given))
+    assert tx.init(params).mu["query"].shape == (2, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": {"kernel": "muon"}}, "'muon' for 'a/kernel'.*MuonDimensionNumbers"),
+        ({"a": (0, 1)}, "0 for 'a/0'.*or None for Adam"),
+        ({"a": jnp.ones(2)}, "for 'a'"),
+        (3, "got 3"),
+    ],
+)
+def test_rejects_a_tree_without_dimension_numbers(given, message):
+    with pytest.raises(TypeError, match=message):
+        dimension_numbers_from(given)
+    converted = dimension_numbers_from(lambda params: given)
+    with pytest.raises(TypeError, match=message):
+        scale_by_apollo(2, weight_dimension_numbers=converted).init({"a": leaf(4, 6)})
+
+
+def test_converted_numbers_that_do_not_fit_are_refused():
+    tx = scale_by_apollo(
+        2, weight_dimension_numbers=dimension_numbers_from({"w": MUON(0, 2)})
+    )
+    with pytest.raises(ValueError, match="does not fit 'w' of shape"):
+        tx.init({"w": leaf(4, 6)})
+
+
 def test_accepts_numpy_axes_and_lists():
     params = {"w": leaf(3, 4, 6)}
     for numbers in (
@@ -272,49 +375,17 @@ class Pair:
         return self.first @ self.second
 
 
-def test_readme_rules_for_maxtext():
-    """They fit MaxText's kernels, with layers unstacked and scanned over axis 1."""
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    recipe = readme[readme.index('opt_type == "apollo_mini"') :]
-    (block,) = re.findall(r"_by_path\((\[.*?\])\)\)", recipe, re.DOTALL)[:1]
-    rules = dimension_numbers_by_path(
-        eval(block, {"ApolloDimensionNumbers": ApolloDimensionNumbers})
+def test_readme_recipe_for_maxtext_is_the_patch_that_was_run():
+    root = pathlib.Path(__file__).parents[1]
+    patch = (root / "integrations/maxtext/maxtext.patch").read_text()
+    added = "\n".join(re.findall(r"^\+(?!\+\+)(.*)$", patch, re.MULTILINE))
+    readme = (root / "README.md").read_text()
+    (recipe,) = re.findall(
+        r"```python\n(  elif config.opt_type.*?)\n```", readme, re.DOTALL
     )
-    kernels = {
-        "self_attention/query/kernel": (16, 4, 8),
-        "self_attention/out/kernel": (4, 8, 16),
-        "mlp/wi_0/kernel": (16, 24),
-        "mlp/wo/kernel": (24, 16),
-        "MoeBlock_0/gate/kernel": (16, 5),
-        "self_attention/query/bias": (4, 8),
-        "pre_self_attention_layer_norm/scale": (16,),
-    }
-    contracted = {
-        "query/kernel": {0},
-        "out/kernel": {2},
-        "wi_0/kernel": {0},
-        "wo/kernel": {1},
-    }
-    for scanned in (False, True):
-        params = {
-            "params": {
-                "decoder": {"layers": {}, "logits_dense": {"kernel": leaf(16, 99)}}
-            }
-        }
-        for name, shape in kernels.items():
-            *modules, last = name.split("/")
-            layer = params["params"]["decoder"]["layers"]
-            for module in modules:
-                layer = layer.setdefault(module, {})
-            stacked_shape = (*shape[:1], 3, *shape[1:])
-            layer[last] = leaf(*(stacked_shape if scanned else shape))
-        found = matrices(params, rules)
-        assert len(found) == len(contracted)
-        for name, axes in found.items():
-            expected = contracted["/".join(name.split("/")[-2:])]
-            assert set(axes) == {
-                axis + 1 if scanned and axis else axis for axis in expected
-            }
+    assert recipe in added
+    for name in re.findall(r'`(APOLLO\w* = "\w+")`', readme):
+        assert name in added
 
 
 def test_sides_of_equal_size_contract_the_reduction_side():

@@ -1,0 +1,1 @@
+"""The optimizer inside other projects' training loops, on eight CPU devices."""
