@@ -18,9 +18,9 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from apollo_optax import _sharding, _tree
 
-# Where NNX's metadata may have names. The first counts for an optimizer's state, and the
-# last is what releases before 0.12 called the second, which some trainers still set.
-_KEYS = dict.fromkeys(("optimizer_sharding", "out_sharding", "sharding_names")).keys()
+# The keys of NNX's metadata that may have names. The first counts for the state of an
+# optimizer. The last is an older word for the second, which some trainers still set.
+_KEYS = ("optimizer_sharding", "out_sharding", "sharding_names")
 
 Names = tuple[tuple[str, ...], ...]  # The names that shard each axis of an array.
 
@@ -88,8 +88,9 @@ class Named:
         )
         if not _is_nnx(self._box):
             return self._box.replace(value=array, names=entries)
-        # NNX's optimizer would take the names under the first of the keys it finds.
-        keys = {"out_sharding", *(_KEYS & _metadata(self._box).keys())}
+        # NNX's optimizer would take the old names under another key for its own.
+        metadata = _metadata(self._box)
+        keys = [key for key in _KEYS if key == "out_sharding" or metadata.get(key)]
         return self._box.replace(array, **dict.fromkeys(keys, entries))
 
     def _entry(self, names: tuple[str, ...]) -> Any:

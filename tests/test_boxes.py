@@ -190,6 +190,12 @@ def mu_of(params, rank=8, numbers=None) -> Any:
         (("fsdp", None), (16, 31), 1, (None, None)),
         (("fsdp", "fsdp"), (16, 32), 8, (None, "fsdp")),
         (("unknown", "tensor"), (16, 32), 8, (None, "tensor")),
+        (
+            ("fsdp", "single"),
+            (16, 32),
+            8,
+            (None, "fsdp"),
+        ),  # One device counts for none.
     ],
 )
 @every_box
@@ -239,6 +245,26 @@ def test_sharding_for_the_optimizer_alone_is_moved_too():
         state = mu_of(nnx.State({"kernel": variable}))
         moment: Any = nnx.optimizer.to_opt_state(state)["kernel"]
     assert moment.get_metadata()["out_sharding"] == (None, "fsdp")
+
+
+def test_names_of_older_releases_do_not_come_back():
+    """Some trainers set both keys, and NNX's optimizer takes the older one."""
+    with jax.set_mesh(make_mesh()):
+        variable = nnx.Param(
+            jnp.ones((16, 32)), out_sharding=("fsdp", None), eager_sharding=False
+        )
+        variable._var_metadata["sharding_names"] = ("fsdp", None)
+        moment = mu_of(nnx.State({"kernel": variable}))["kernel"]
+    metadata = moment.get_metadata()
+    assert metadata["out_sharding"] == (None, "fsdp")
+    assert metadata["sharding_names"] == (None, "fsdp")
+
+
+def test_a_logical_name_that_moves_beside_one_of_a_single_device_stays_logical():
+    mesh = jax.make_mesh((8, 1), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    kernel = nn.LogicallyPartitioned(jnp.ones((16, 32)), ("embed", "mlp"), rules=RULES)
+    with jax.set_mesh(mesh):
+        assert mu_of({"kernel": kernel})["kernel"].names == (None, "embed")
 
 
 @every_box
