@@ -209,8 +209,8 @@ ROWS = [
 ]
 
 
-# How a projection is drawn does not depend on where the axes of the rows are, so each
-# projection with one shape and each shape with one projection are enough by default.
+# How a projection is made does not depend on where the axes of the rows are. So the
+# default tests take each projection with one shape, and each shape with one projection.
 @pytest.mark.parametrize(
     ("shape", "numbers", "projection"),
     [

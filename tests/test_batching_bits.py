@@ -46,7 +46,8 @@ def plain_loop(update_one, draw_one, keys, leaves):
     }
 
 
-# Eager updates compile each operation on its own, so one case is enough by default.
+# An eager update compiles each operation on its own, which takes long. One case of it
+# is enough by default, because it calls the same functions as a compiled update.
 @pytest.mark.parametrize(
     ("rank", "projection", "jit"),
     [

@@ -209,8 +209,9 @@ NEVER_CHANGE = [
 ]
 
 
-# Every case has a draw. The other two projections are slow where the axes of the mesh
-# are on the same sides of the matrix as in a case that is not.
+# Random projections take all cases by default. The others take one matrix and one stack,
+# because the shardings depend on the axes and not on how a projection is made. The
+# shardings of a stored projection are checked by test_state_sharding in every case.
 @every_axis_type
 @pytest.mark.parametrize(
     ("shape", "spec", "numbers", "projection"),
@@ -403,11 +404,11 @@ def test_memory_kind_is_that_of_the_parameter():
         (P("data"), "channel"),
         (P(None, None, "model"), "channel"),
         (P("data", None, "model"), "channel"),
-        # Its norms have no channels, so the axes of the channels add nothing.
-        (P(), "tensor"),
-        (P("data"), "tensor"),
-        pytest.param(P(None, None, "model"), "tensor", marks=pytest.mark.slow),
-        pytest.param(P("data", None, "model"), "tensor", marks=pytest.mark.slow),
+        # The norm of a tensor is a sum over the channels, which these two specs shard.
+        (P(None, None, "model"), "tensor"),
+        (P("data", None, "model"), "tensor"),
+        pytest.param(P(), "tensor", marks=pytest.mark.slow),
+        pytest.param(P("data"), "tensor", marks=pytest.mark.slow),
     ],
 )
 def test_gradients_may_be_sharded_unlike_the_parameters(spec, scale_type):
