@@ -209,9 +209,9 @@ NEVER_CHANGE = [
 ]
 
 
-# Random projections take all cases by default. The others take one matrix and one stack,
-# because the shardings depend on the axes and not on how a projection is made. The
-# shardings of a stored projection are checked by test_state_sharding in every case.
+# Random projections take all cases by default. The others take one matrix and one
+# stack, because the shardings depend on the axes and not on how a projection is made.
+# test_state_sharding checks the shardings of a stored projection in every case.
 @every_axis_type
 @pytest.mark.parametrize(
     ("shape", "spec", "numbers", "projection"),
