@@ -1,10 +1,13 @@
 """Eight CPU devices for every test, so that meshes need no hardware."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Processes that tests start inherit this. Without it, each would look for TPUs wherever
 # libtpu is installed, and only one process at a time may open libtpu.
@@ -19,17 +22,42 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("apollo")
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Turns most XLA optimisations off, for modules that mainly wait for compilations.
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs() -> Iterator[None]:
+    """Stores compiled programs on disk, so that each process compiles a program once.
 
-    The caches are cleared before and after, because a program that was compiled with
-    other settings may give other last digits.
+    Many tests compile the same small programs. The folder is empty when the tests
+    start and is removed when they end, so no run depends on an earlier one. Processes
+    don't share it, because JAX may read a file that another process is writing.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        settings = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0,
+        }
+        before = {name: jax.config.values[name] for name in settings}
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Turns most XLA optimizations off, for modules that mainly wait for compilations.
+
+    Processes that the tests start inherit this. The caches in memory are cleared before
+    and after, because a program that was compiled with other settings may give other
+    last digits.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()
 

@@ -12,6 +12,8 @@ import pytest
 
 from apollo_optax import ApolloDimensionNumbers, _batching, scale_by_apollo
 
+EAGER = (4, "random")
+
 
 def normal(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -44,15 +46,20 @@ def plain_loop(update_one, draw_one, keys, leaves):
     }
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+# An eager update compiles each operation on its own, which takes long. One case of it
+# is enough by default, because it calls the same functions as a compiled update.
 @pytest.mark.parametrize(
-    ("rank", "projection"),
+    ("rank", "projection", "jit"),
     [
-        (4, "random"),
-        (4, "rademacher"),
-        (4, "svd"),
-        (4, jax.random.uniform),
-        (1, "random"),
+        pytest.param(*case, jit, marks=[] if jit or case == EAGER else pytest.mark.slow)
+        for case in [
+            (4, "random"),
+            (4, "rademacher"),
+            (4, "svd"),
+            (4, jax.random.uniform),
+            (1, "random"),
+        ]
+        for jit in (True, False)
     ],
 )
 def test_a_plain_loop_gives_the_same_bits(

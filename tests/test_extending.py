@@ -16,6 +16,8 @@ import pytest
 
 from apollo_optax import _matrix, _projection, scale_by_apollo, state_sharding, tabulate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 

@@ -11,6 +11,8 @@ from apollo_optax._dimension_numbers import matrix_axes
 from apollo_optax._matrix import Matrix
 from apollo_optax._projection import NAMED
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def matrix_of(shape, rank=16, reduction=-2, output=-1, dtype=jnp.float32):
     numbers = ApolloDimensionNumbers(reduction, output)

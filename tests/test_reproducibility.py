@@ -20,6 +20,8 @@ from apollo_optax import ApolloDimensionNumbers, _keys, scale_by_apollo
 from tests import helpers
 from tests.helpers import normal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DRAWN = ["random", "rademacher"]
 STACKED = ApolloDimensionNumbers(1, 2)
 

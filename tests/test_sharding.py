@@ -198,17 +198,32 @@ def test_types_never_change_for_any_spec(axis_type, projection, shape, spec, num
     test_types_never_change(axis_type, projection, shape, spec, numbers)
 
 
+NEVER_CHANGE = [
+    ((8, 16), P(None, "model"), None),
+    ((8, 16), P("model"), None),
+    ((16, 8), P("data", "model"), None),
+    ((8, 43), P(("data", "model")), None),
+    ((2, 8, 16), P("data", "model"), STACKED),
+    ((8, 4, 6), P("data", "model"), ApolloDimensionNumbers(0, (1, 2))),
+]
+
+
+# Random projections take all cases by default. The others take one matrix and one
+# stack, because the shardings depend on the axes and not on how a projection is made.
+# test_state_sharding checks the shardings of a stored projection in every case.
 @every_axis_type
-@pytest.mark.parametrize("projection", ["random", "rademacher", "svd"])
 @pytest.mark.parametrize(
-    ("shape", "spec", "numbers"),
+    ("shape", "spec", "numbers", "projection"),
     [
-        ((8, 16), P(None, "model"), None),
-        ((8, 16), P("model"), None),
-        ((16, 8), P("data", "model"), None),
-        ((8, 43), P(("data", "model")), None),
-        ((2, 8, 16), P("data", "model"), STACKED),
-        ((8, 4, 6), P("data", "model"), ApolloDimensionNumbers(0, (1, 2))),
+        pytest.param(
+            *case,
+            projection,
+            marks=[]
+            if projection == "random" or case in (NEVER_CHANGE[1], NEVER_CHANGE[4])
+            else pytest.mark.slow,
+        )
+        for case in NEVER_CHANGE
+        for projection in ("random", "rademacher", "svd")
     ],
 )
 def test_types_never_change(axis_type, projection, shape, spec, numbers):
@@ -382,9 +397,19 @@ def test_memory_kind_is_that_of_the_parameter():
         assert kinds == {"pinned_host"}
 
 
-@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 @pytest.mark.parametrize(
-    "spec", [P(), P("data"), P(None, None, "model"), P("data", None, "model")]
+    ("spec", "scale_type"),
+    [
+        (P(), "channel"),
+        (P("data"), "channel"),
+        (P(None, None, "model"), "channel"),
+        (P("data", None, "model"), "channel"),
+        # The norm of a tensor is a sum over the channels, which these two specs shard.
+        (P(None, None, "model"), "tensor"),
+        (P("data", None, "model"), "tensor"),
+        pytest.param(P(), "tensor", marks=pytest.mark.slow),
+        pytest.param(P("data"), "tensor", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_may_be_sharded_unlike_the_parameters(spec, scale_type):
     """A reduce-scatter over some axes of the mesh gives such gradients."""

@@ -23,6 +23,8 @@ from apollo_optax import (
 from tests import helpers
 from tests.helpers import normal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Hidden size, intermediate size, layers and rank of the paper's models.
 PAPER_MODELS = {
     "60m": (512, 1376, 8, 128),

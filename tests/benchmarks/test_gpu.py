@@ -343,6 +343,12 @@ def rehearse(parts: list[str], only: str, tmp_path: Path) -> None:
         assert "needs cuDNN's flash attention" in done.stdout
 
 
+def test_rehearsal_of_one_part(tmp_path: Path) -> None:
+    """One row of the part that trains no model."""
+    rehearse(["step"], "^adamw, .*, unstacked", tmp_path)
+
+
+@pytest.mark.slow
 def test_rehearsal_of_short_parts(tmp_path: Path) -> None:
     """One row of each part that trains no model for long."""
     only = "stochastic|cuDNN.*64|^adamw, .*, unstacked|^int8"

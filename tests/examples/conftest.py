@@ -1,9 +1,6 @@
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from examples.llama import config, sources
 
@@ -17,25 +14,9 @@ SMALL = config.LlamaConfig(
 )
 
 
-@pytest.fixture(scope="session")
-def programs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("programs")
-
-
 @pytest.fixture(scope="module", autouse=True)
-def one_compilation(quick_compilation: None, programs_folder: Path) -> Iterator[None]:
-    """Compiles each program once, though many tests start from none."""
-    settings = {
-        "jax_compilation_cache_dir": str(programs_folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def quick_examples(quick_compilation: None) -> None:
+    """Tests of the examples compare runs that were compiled with the same settings."""
 
 
 @pytest.fixture

@@ -86,7 +86,9 @@ def train(out: Path, finished_runs: Path) -> Callable[..., None]:
     return train
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "galore"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("galore", marks=pytest.mark.slow)]
+)
 def test_pretrain_writes_its_files(
     optimizer: str, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,7 +148,14 @@ def test_training_lowers_the_loss_and_repeats_exactly(out: Path) -> None:
     assert rows[0]["sample"] == rows[1]["sample"]
 
 
-@pytest.mark.parametrize("optimizer", ["apollo", "muon", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "apollo",
+        pytest.param("muon", marks=pytest.mark.slow),
+        pytest.param("adafactor", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_cut_off_goes_on_exactly(
     optimizer: str,
     out: Path,

@@ -282,7 +282,11 @@ def test_fsdp_cuts_the_channels_that_it_divides(
 
 @pytest.mark.parametrize(
     ("mesh", "parts"),
-    [("data=2,fsdp=2,tensor=2", 2), ("fsdp=4,tensor=2", 4), ("data=2,fsdp=4", 4)],
+    [
+        ("data=2,fsdp=2,tensor=2", 2),
+        pytest.param("fsdp=4,tensor=2", 4, marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=4", 4, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_weights_are_brought_together_over_fsdp_alone(
@@ -302,7 +306,9 @@ def test_weights_are_brought_together_over_fsdp_alone(
     assert max(each.group_size for each in wholes) == parts
 
 
-@pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param("apollo", marks=pytest.mark.slow), "apollo-mini"]
+)
 def test_the_update_sends_norms_alone(optimizer: str) -> None:
     """Each device projects whole channels; what crosses is a scalar for each matrix of
     a stack.

@@ -11,7 +11,7 @@ import pytest
 
 from apollo_optax import StateBytes, state_bytes
 from examples.llama.config import LlamaConfig
-from examples.llama.model import Params, init_params
+from examples.llama.model import Execution, Params, init_params
 from examples.llama.optimizers import (
     RECIPES,
     lr_group,
@@ -191,6 +191,30 @@ def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_no_state_of_bfloat16_parameters_is_in_bfloat16(
+    name: str, small: LlamaConfig
+) -> None:
+    scaler = RECIPES[name].scaler(options_for(name), small)
+    params = init_params(small, Execution(param_dtype="bfloat16"), seed=0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+    def states(params: Params) -> Any:
+        before = scaler.init(params)
+        return before, scaler.update(params, before, params)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(states, params))
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("adamw", "apollo-mini")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in RECIPES
+    ],
+)
 def test_bfloat16_parameters_get_the_updates_of_float32_ones(
     name: str, small: LlamaConfig
 ) -> None:

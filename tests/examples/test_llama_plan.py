@@ -101,7 +101,10 @@ def rows_of(
             "accumulate": 2,
             "batch": 8,
         },
-        {"optimizer": "apollo-mini", "layerwise": True, "weights": "int8"},
+        pytest.param(
+            {"optimizer": "apollo-mini", "layerwise": True, "weights": "int8"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["ordinary", "layer-wise"],
 )

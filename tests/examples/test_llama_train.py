@@ -43,26 +43,28 @@ def stepped(
     return train_step(copied, tokens_of(config, batch), 1)
 
 
-def test_micro_batches_make_the_step_of_the_whole_batch(small: LlamaConfig) -> None:
+@pytest.mark.parametrize("accumulate", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_micro_batches_make_the_step_of_the_whole_batch(
+    accumulate: int, small: LlamaConfig
+) -> None:
     state = initial_state(small)
     whole, whole_metrics = stepped(small, state)
-    for accumulate in (2, 8):
-        parts, metrics = stepped(small, state, accumulate=accumulate)
-        np.testing.assert_allclose(metrics, whole_metrics, rtol=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(
-                a, b, atol=1e-4 * np.abs(b).max(), rtol=1e-4
-            ),
-            parts,
-            whole,
-        )
+    parts, metrics = stepped(small, state, accumulate=accumulate)
+    np.testing.assert_allclose(metrics, whole_metrics, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, atol=1e-4 * np.abs(b).max(), rtol=1e-4
+        ),
+        parts,
+        whole,
+    )
     moved = jnp.abs(
         whole.params["lm_head"]["kernel"] - state.params["lm_head"]["kernel"]
     ).max()
     assert float(moved) > 0.01
 
 
-def test_micro_batches_keep_dtypes_and_save_memory(small: LlamaConfig) -> None:
+def test_micro_batches_keep_dtypes(small: LlamaConfig) -> None:
     half = Execution(param_dtype="bfloat16", compute_dtype="bfloat16")
     state = initial_state(small, half)
     after, _ = stepped(small, state, half, accumulate=4)
@@ -70,6 +72,9 @@ def test_micro_batches_keep_dtypes_and_save_memory(small: LlamaConfig) -> None:
         lambda x: (x.shape, x.dtype), state
     )
 
+
+@pytest.mark.slow
+def test_micro_batches_save_memory(small: LlamaConfig) -> None:
     def temporaries(accumulate: int) -> int:
         train_step = jax.jit(
             make_train_step(graphdef_of(small), tx_of(), accumulate=accumulate)
