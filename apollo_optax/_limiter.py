@@ -28,7 +28,7 @@ def limit_norm(
     norm: jax.Array,
     remembered: jax.Array,
     norm_growth_limit: jax.typing.ArrayLike,
-    undamped: jax.Array | None = None,
+    share: jax.typing.ArrayLike = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     r"""The limiter as a function of norms alone.
 
@@ -46,9 +46,8 @@ def limit_norm(
       norm: :math:`|U|`, of any shape.
       remembered: :math:`q`, of the same shape; 0 before the first norm is remembered.
       norm_growth_limit: :math:`g \ge 1`.
-      undamped: what :math:`|U|` would be without these constants, of the same shape;
-        None where there are none. :math:`|U|` is remembered if it is at least
-        ``LEAST_SHARE`` of it.
+      share: the ratio of :math:`|U|` to what it would be without these constants, of
+        the same shape. Below ``LEAST_SHARE`` the norm is not remembered.
 
     Returns:
       The factor to multiply the update by, and the norm to remember.
@@ -58,9 +57,7 @@ def limit_norm(
     excess = jnp.maximum(norm / (remembered + TINY_NORM) / norm_growth_limit, 1.0)
     factor = jnp.where(remembered > 0, 1 / excess, 1.0).astype(norm.dtype)
     limited = norm * factor
-    is_remembered = (limited > 0) & (limited < jnp.inf)
-    if undamped is not None:
-        is_remembered &= norm >= LEAST_SHARE * undamped
+    is_remembered = (limited > 0) & (limited < jnp.inf) & (share >= LEAST_SHARE)
     return factor, jnp.where(is_remembered, limited, remembered).astype(norm.dtype)
 
 

@@ -311,21 +311,21 @@ def _update_matrix(
     mu, nu = _adam.update_moments(h, R, state)
     N = mu / (jnp.sqrt(nu) + h.eps)
     # 4. s_j = |N_j| / (|R_j| + 1e-8), over a channel or over the matrix
-    s = m.place_factors(m.norms(N, per) / (m.norms(R, per) + TINY_NORM))
+    N_norms, R_norms = m.norms(N, per), m.norms(R, per)
+    s = m.place_factors(N_norms / (R_norms + TINY_NORM))
     # 5. U = G diag(s), and U = a U here with scale_front
     if h.scale_front:
         s = a * s
     # 6. U = U / (max(|U| / (q + 1e-8), g) / g), q = |U|, by |U|^2 = sum_j s_j^2 |G_j|^2
     if h.norm_growth_limit is not None:
-        G_norms = m.gradient_norms(G, per)
-        s_undamped = _undamped_factors(m, per, mu, nu, R)
-        norm, undamped = (
-            _sharding.reshard(m.matrix_norms(x), _sharding.sharding_of(q))
-            for x in (s * G_norms, _zero_if_nan(s_undamped * G_norms))
+        norm = m.matrix_norms(s * m.gradient_norms(G, per))
+        share = _share(
+            m, N_norms, m.norms(_zero_if_nan(mu / jnp.sqrt(nu)), per), R_norms
         )
-        if h.scale_front:
-            undamped = a * undamped
-        limit, q = limit_norm(norm, q, h.norm_growth_limit, undamped)
+        norm, share = (
+            _sharding.reshard(x, _sharding.sharding_of(q)) for x in (norm, share)
+        )
+        limit, q = limit_norm(norm, q, h.norm_growth_limit, share)
         s = m.per_channel(limit) * s
     # 7. U = a U here without scale_front
     if not h.scale_front:
@@ -335,18 +335,20 @@ def _update_matrix(
     return s, _state.updated(state, mu=mu, nu=nu, norm=q, projection=stored)
 
 
-def _undamped_factors(
-    m: Matrix, per: str, mu: jax.Array, nu: jax.Array, R: jax.Array
+def _share(
+    m: Matrix, N_norms: jax.Array, N_undamped: jax.Array, R_norms: jax.Array
 ) -> jax.Array:
-    """The factors of step 4 without `eps` and ``TINY_NORM``.
+    """How much of a matrix's update `eps` and ``TINY_NORM`` leave, from 0 to 1.
 
-    Where those decide a factor, it says nothing about the factors to come, so the
-    limiter must not remember it. A channel whose `nu` underflows has infinity.
+    It is the share of the projected update ``R diag(s)``, whose channels have the norms
+    ``|N_j| |R_j| / (|R_j| + 1e-8)``. Unlike ``G``, it is where the moments are. Without
+    the constants the norms are those of ``N``. A channel without gradient has no part.
     """
-    N = _zero_if_nan(mu / jnp.sqrt(nu))
-    return m.place_factors(_zero_if_nan(m.norms(N, per) / m.norms(R, per)))
+    damped = m.matrix_norms(N_norms * R_norms / (R_norms + TINY_NORM))
+    undamped = jnp.where(R_norms > 0, N_undamped, jnp.zeros_like(N_undamped))
+    return damped / m.matrix_norms(undamped)
 
 
 def _zero_if_nan(x: jax.Array) -> jax.Array:
-    """Zero for 0 / 0 and for infinity times 0, where there is no gradient."""
+    """Zero for 0 / 0, where there has been no gradient."""
     return jnp.where(jnp.isnan(x), jnp.zeros_like(x), x)
