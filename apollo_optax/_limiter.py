@@ -28,7 +28,7 @@ def limit_norm(
     norm: jax.Array,
     remembered: jax.Array,
     norm_growth_limit: jax.typing.ArrayLike,
-    share: jax.typing.ArrayLike = 1.0,
+    share: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     r"""The limiter as a function of norms alone.
 
