@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -374,6 +375,45 @@ def test_checkpoints_continue_bit_for_bit(tmp_path):
         chex.assert_trees_all_equal_structs(each, state)
         continued = run(tx, gradients[2:], params, state=each)
         chex.assert_trees_all_equal(continued, expected)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(16, 32, rngs=rngs)
+
+
+def test_trains_in_nnx():
+    """An optimizer of NNX keeps the places of fields that a leaf lacks."""
+    mesh = make_mesh()
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, racs(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss = lambda model: jnp.mean(jnp.square(model.up(x) - 1))  # noqa: E731
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [step(model, optimizer, normal(0, (8, 16))) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    state = nnx.state(optimizer)
+    places = {"kernel": P("data", "model"), "bias": P("model")}
+    params = {
+        "up": {
+            name: put(mesh, getattr(model.up, name)[...], spec)
+            for name, spec in places.items()
+        }
+    }
+    shardings = nnx.to_pure_dict(state_sharding(state, params))
+    found = shardings["opt_state"][0]
+    assert found["row"]["up"]["kernel"].spec == P("data")
+    assert found["column"]["up"]["kernel"].spec == P("model")
+    assert found["mu"]["up"]["bias"].spec == P("model")
+    # Without types, the state is found by the names of its fields.
+    owners = nnx.to_pure_dict(state_owners(state, params))["opt_state"][0]
+    assert owners["norm"]["up"]["kernel"] == "up/kernel"
+    assert owners["count"] == ""
 
 
 # Meshes.
