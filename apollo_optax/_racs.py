@@ -227,8 +227,9 @@ def _update_matrix(
     """The update of one leaf, a matrix or a batch of them, and its new state.
 
     Rows lie along the contracted side, columns along the channel side. Products of a
-    matrix and a vector are sums over the axes of the leaf, which XLA computes in the
-    pass that squares the gradient, so that no squares are in memory.
+    matrix and a vector are sums over the axes of the leaf, which XLA for TPUs computes
+    in the pass that squares the gradient. XLA for CPUs keeps one array of the leaf's
+    shape in memory.
     """
     m, rows, columns = matrix, matrix.axes.contracted, matrix.axes.channel
     G = gradient.astype(m.dtype)
