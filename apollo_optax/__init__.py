@@ -1,6 +1,6 @@
 """APOLLO as Optax transformations: SGD-like memory, AdamW-level performance."""
 
-from apollo_optax._alias import apollo, apollo_mini
+from apollo_optax._alias import apollo, apollo_mini, racs
 from apollo_optax._dimension_numbers import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
@@ -15,6 +15,7 @@ from apollo_optax._quantization import (
     dequantize,
     quantize,
 )
+from apollo_optax._racs import ScaleByRacsState, scale_by_racs
 from apollo_optax._state import ScaleByApolloState, state_owners, state_sharding
 from apollo_optax._tabulate import StateBytes, state_bytes, tabulate
 from apollo_optax._transform import scale_by_apollo
@@ -28,6 +29,7 @@ __all__ = [
     "LimitNormGrowthState",
     "QuantizedArray",
     "ScaleByApolloState",
+    "ScaleByRacsState",
     "StateBytes",
     "apollo",
     "apollo_mini",
@@ -39,7 +41,9 @@ __all__ = [
     "layerwise_step",
     "limit_norm_growth",
     "quantize",
+    "racs",
     "scale_by_apollo",
+    "scale_by_racs",
     "state_bytes",
     "state_owners",
     "state_sharding",

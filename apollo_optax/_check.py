@@ -17,20 +17,26 @@ import numpy as np
 from apollo_optax import _tree
 from apollo_optax._dtypes import wide_dtype
 
-_STATIC_REMEDY = (
-    "it decides shapes or code, so it must be known when the step is compiled; with "
-    "optax.inject_hyperparams, pass static_args=apollo_optax.STATIC_ARGS"
-)
+_IN_STATIC_ARGS = "pass static_args=apollo_optax.STATIC_ARGS"
+
+
+def _static_remedy(remedy: str = _IN_STATIC_ARGS) -> str:
+    return (
+        "it decides shapes or code, so it must be known when the step is compiled; "
+        f"with optax.inject_hyperparams, {remedy}"
+    )
 
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray))
 
 
-def positive_int(name: str, value: Any) -> None:
+def positive_int(name: str, value: Any, remedy: str = _IN_STATIC_ARGS) -> None:
+    """Checks an argument that has the `remedy` under ``inject_hyperparams``."""
     if _is_array(value):
         raise TypeError(
-            f"{name} must be a Python int, got an array ({value!r}): {_STATIC_REMEDY}"
+            f"{name} must be a Python int, got an array ({value!r}): "
+            f"{_static_remedy(remedy)}"
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int of at least 1, got {value!r}")
@@ -47,7 +53,7 @@ def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> 
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f"{name} must be True or False, got {value!r}: {_STATIC_REMEDY}"
+            f"{name} must be True or False, got {value!r}: {_static_remedy()}"
         )
 
 
@@ -96,9 +102,9 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"'{_tree.show(path)}' has dtype {dtype}, but APOLLO trains real "
-            "floating-point leaves only; exclude integer and complex leaves with "
-            "optax.masked or optax.partition"
+            f"'{_tree.show(path)}' has dtype {dtype}, but only real "
+            "floating-point leaves can be trained; exclude integer and complex leaves "
+            "with optax.masked or optax.partition"
         )
     if jnp.finfo(dtype).bits < 16:
         raise ValueError(
@@ -120,9 +126,10 @@ def not_varying(path: _tree.Path, leaf: Any) -> None:
         )
 
 
-def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path, Any]:
-    """The leaves of a state's field by path; raises if they are not the updates'."""
-    stored = _tree.leaves_by_path(field)
+def same_paths(
+    leaves: Mapping[_tree.Path, Any], stored: Mapping[_tree.Path, Any]
+) -> None:
+    """Raises if the leaves of a state's field, by path, are not the updates'."""
     difference = path_difference(
         leaves,
         stored,
@@ -134,7 +141,6 @@ def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path,
             "the tree of updates has another structure than the parameters given to "
             f"init: it {difference}; call init with the parameters of these gradients"
         )
-    return stored
 
 
 def path_difference(
@@ -207,7 +213,7 @@ def warn_of_large_scale(
         "to Adam with None in weight_dimension_numbers, for example by "
         "dimension_numbers_by_path([(r'<their path>$', None)]), or use a higher rank",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,  # The caller of `init`.
     )
 
 
@@ -226,12 +232,17 @@ def state_shape(
     path: _tree.Path,
     field: str,
     array: Any,
-    expected: tuple[int, ...],
+    expected: tuple[int, ...] | None,
     remedy: str = OTHER_ARGUMENTS,
 ) -> None:
-    if jnp.shape(array) != expected:
+    """Raises for a field of another shape; None stands for no array, in either."""
+    actual = None if array is None else jnp.shape(array)
+    if actual != expected:
+        found, wanted = (
+            "no array" if shape is None else f"shape {shape}"
+            for shape in (actual, expected)
+        )
         raise ValueError(
-            f"the state's {field} for '{_tree.show(path)}' has shape "
-            f"{jnp.shape(array)}, but the rank and dimension numbers here give "
-            f"{expected}; {remedy}"
+            f"the state's {field} for '{_tree.show(path)}' has {found}, but the rank "
+            f"and dimension numbers here give {wanted.removeprefix('shape ')}; {remedy}"
         )

@@ -332,14 +332,16 @@ TPU = """
         sharding = NamedSharding(mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    rank, stacked = int(sys.argv[1]), sys.argv[2] == "stacked"
+    name, stacked = sys.argv[1], sys.argv[2] == "stacked"
     shapes = [(1024, 1024), (1024, 2752), (2752, 1024)]
     shapes = [(4, *shape) for shape in shapes] if stacked else 2 * shapes
     zeros = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
     params = {str(i): abstract(leaf) for i, leaf in enumerate(zeros)}
-    tx = apollo_optax.apollo(
-        0.1, rank, weight_dimension_numbers=apollo_optax.ApolloDimensionNumbers(-2, -1)
-    )
+    numbers = {"weight_dimension_numbers": apollo_optax.ApolloDimensionNumbers(-2, -1)}
+    if name == "racs":
+        tx = apollo_optax.racs(0.1, **numbers)
+    else:
+        tx = apollo_optax.apollo(0.1, int(name), **numbers)
 
     def step(params, state, gradients):
         updates, state = tx.update(gradients, state, params)
@@ -354,9 +356,12 @@ TPU = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["stacked", "unstacked"])
-@pytest.mark.parametrize("rank", [1, 256])
-def test_temporaries_on_a_tpu(rank, layout):
-    """No float32 copy of a bfloat16 gradient, nor any update, is in memory."""
+@pytest.mark.parametrize("name", ["1", "256", "racs"])
+def test_temporaries_on_a_tpu(name, layout):
+    """No float32 copy of a bfloat16 gradient, nor any update, is in memory.
+
+    The name is the rank of APOLLO, or that of another optimizer.
+    """
     pytest.importorskip("libtpu")
     environment = {
         "JAX_PLATFORMS": "cpu",
@@ -364,7 +369,7 @@ def test_temporaries_on_a_tpu(rank, layout):
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(TPU), str(rank), layout],
+        [sys.executable, "-c", textwrap.dedent(TPU), name, layout],
         capture_output=True,
         text=True,
         check=True,

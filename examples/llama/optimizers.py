@@ -229,11 +229,20 @@ def apollo(
     )
 
 
+def racs(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    del config
+    return apollo_optax.scale_by_racs(
+        weight_dimension_numbers=dimension_numbers(options),
+        moment_dtype=options.moment_dtype,
+    )
+
+
 class Recipe(NamedTuple):
     """An optimizer: its transformation, default learning rates and APOLLO options.
 
     The learning rates are the best of the grids in docs/results.md, with the tiny model
-    and one seed; apollo-svd has those of apollo.
+    and one seed; apollo-svd has those of apollo. The rate of racs was not searched for:
+    it is a usual one of AdamW.
     """
 
     scaler: Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
@@ -269,6 +278,7 @@ RECIPES: dict[str, Recipe] = {
         scale=128.0,
     ),
     "apollo-svd": channel_wise(svd=True),
+    "racs": Recipe(racs, lr=1e-3, lr_embeddings=3e-2),
     "galore": Recipe(
         galore,
         lr=2e-2,
