@@ -96,9 +96,9 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"'{_tree.show(path)}' has dtype {dtype}, but APOLLO trains real "
-            "floating-point leaves only; exclude integer and complex leaves with "
-            "optax.masked or optax.partition"
+            f"'{_tree.show(path)}' has dtype {dtype}, but only real "
+            "floating-point leaves can be trained; exclude integer and complex leaves "
+            "with optax.masked or optax.partition"
         )
     if jnp.finfo(dtype).bits < 16:
         raise ValueError(
@@ -120,9 +120,10 @@ def not_varying(path: _tree.Path, leaf: Any) -> None:
         )
 
 
-def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path, Any]:
-    """The leaves of a state's field by path; raises if they are not the updates'."""
-    stored = _tree.leaves_by_path(field)
+def same_paths(
+    leaves: Mapping[_tree.Path, Any], stored: Mapping[_tree.Path, Any]
+) -> None:
+    """Raises if the leaves of a state's field, by path, are not the updates'."""
     difference = path_difference(
         leaves,
         stored,
@@ -134,7 +135,6 @@ def same_paths(leaves: Mapping[_tree.Path, Any], field: Any) -> dict[_tree.Path,
             "the tree of updates has another structure than the parameters given to "
             f"init: it {difference}; call init with the parameters of these gradients"
         )
-    return stored
 
 
 def path_difference(
@@ -207,7 +207,7 @@ def warn_of_large_scale(
         "to Adam with None in weight_dimension_numbers, for example by "
         "dimension_numbers_by_path([(r'<their path>$', None)]), or use a higher rank",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,  # The caller of `init`.
     )
 
 
@@ -226,12 +226,17 @@ def state_shape(
     path: _tree.Path,
     field: str,
     array: Any,
-    expected: tuple[int, ...],
+    expected: tuple[int, ...] | None,
     remedy: str = OTHER_ARGUMENTS,
 ) -> None:
-    if jnp.shape(array) != expected:
+    """Raises for a field of another shape; None stands for no array, in either."""
+    actual = None if array is None else jnp.shape(array)
+    if actual != expected:
+        found, wanted = (
+            "no array" if shape is None else f"shape {shape}"
+            for shape in (actual, expected)
+        )
         raise ValueError(
-            f"the state's {field} for '{_tree.show(path)}' has shape "
-            f"{jnp.shape(array)}, but the rank and dimension numbers here give "
-            f"{expected}; {remedy}"
+            f"the state's {field} for '{_tree.show(path)}' has {found}, but the rank "
+            f"and dimension numbers here give {wanted.removeprefix('shape ')}; {remedy}"
         )

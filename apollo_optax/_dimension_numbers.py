@@ -75,12 +75,14 @@ class MatrixAxes:
       batch: the batch axes, in ascending order.
       contracted: the axes of the side that is projected away, in the caller's order.
       channel: the axes of the other side, in the caller's order.
+      is_input_contracted: whether the contracted side is the input side.
     """
 
     shape: tuple[int, ...]
     batch: tuple[int, ...]
     contracted: tuple[int, ...]
     channel: tuple[int, ...]
+    is_input_contracted: bool = True
 
     def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)
@@ -94,6 +96,11 @@ class MatrixAxes:
     def contracted_size(self) -> int:
         return math.prod(self.sizes(self.contracted))
 
+    @property
+    def matrix_size(self) -> int:
+        """The number of entries of one matrix."""
+        return math.prod(self.sizes((*self.contracted, *self.channel)))
+
     def without_batch_axis(self) -> "MatrixAxes":
         """The axes of one element of the first batch axis, which lacks that axis."""
         removed = self.batch[0]
@@ -101,9 +108,13 @@ class MatrixAxes:
         def renumbered(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(axis - (axis > removed) for axis in axes if axis != removed)
 
-        shape = self.shape[:removed] + self.shape[removed + 1 :]
-        sides = map(renumbered, (self.batch, self.contracted, self.channel))
-        return MatrixAxes(shape, *sides)
+        return dataclasses.replace(
+            self,
+            shape=self.shape[:removed] + self.shape[removed + 1 :],
+            batch=renumbered(self.batch),
+            contracted=renumbered(self.contracted),
+            channel=renumbered(self.channel),
+        )
 
 
 def matrix_axes(
@@ -141,13 +152,14 @@ def matrix_axes(
     output_size = math.prod(shape[axis] for axis in output)
     # The smaller side is projected away. On a tie that is the input side, so that the
     # channels are outputs.
+    is_input_contracted = reduction_size <= output_size
     contracted, channel = (
-        (reduction, output) if reduction_size <= output_size else (output, reduction)
+        (reduction, output) if is_input_contracted else (output, reduction)
     )
     batch = tuple(
         axis for axis in range(len(shape)) if axis not in {*reduction, *output}
     )
-    return MatrixAxes(shape, batch, contracted, channel)
+    return MatrixAxes(shape, batch, contracted, channel, is_input_contracted)
 
 
 def is_embedding_or_head(path: _tree.Path) -> bool:

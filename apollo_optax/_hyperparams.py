@@ -1,7 +1,8 @@
 """Hyperparameters: constants of the compiled code, or traced, as they are given."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -31,15 +32,36 @@ and dtypes as schedules. A factory that lacks some of these arguments takes
 ARRAYS = (jax.Array, np.ndarray)
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
-class Hyperparams:
-    """The hyperparameters of :func:`scale_by_apollo`, for jitted functions.
+_Class = TypeVar("_Class", bound=type[Any])
 
-    Arrays, as ``inject_hyperparams`` gives them, are traced. Python numbers stay
-    constants of the compiled code, because ``1 - b2`` loses four digits when ``b2`` is
-    a float32 array.
+
+@dataclass_transform(frozen_default=True)
+def hyperparams(cls: _Class) -> _Class:
+    """A decorator for a class of hyperparameters, for jitted functions.
+
+    It makes a frozen dataclass and a pytree of the class. Arrays, as
+    ``inject_hyperparams`` gives them, are traced. All else stays a constant of the
+    compiled code: ``1 - b2`` loses four digits when ``b2`` is a float32 array.
     """
+    made: Any = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(made)]
+
+    def flatten(h: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        values = [getattr(h, name) for name in names]
+        arrays = [value for value in values if isinstance(value, ARRAYS)]
+        return arrays, tuple(ARRAYS if isinstance(v, ARRAYS) else v for v in values)
+
+    def unflatten(constants: tuple[Any, ...], arrays: Iterable[Any]) -> Any:
+        remaining = iter(arrays)
+        return made(*(next(remaining) if c is ARRAYS else c for c in constants))
+
+    jax.tree_util.register_pytree_node(made, flatten, unflatten)
+    return made
+
+
+@hyperparams
+class Hyperparams:
+    """The hyperparameters of :func:`scale_by_apollo`."""
 
     scale_type: str
     scale: Any
@@ -49,15 +71,3 @@ class Hyperparams:
     norm_growth_limit: Any
     scale_front: bool
     projection: Projection
-
-    def tree_flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        arrays = [value for value in values if isinstance(value, ARRAYS)]
-        return arrays, tuple(ARRAYS if isinstance(v, ARRAYS) else v for v in values)
-
-    @classmethod
-    def tree_unflatten(
-        cls, constants: tuple[Any, ...], arrays: list[Any]
-    ) -> "Hyperparams":
-        remaining = iter(arrays)
-        return cls(*(next(remaining) if c is ARRAYS else c for c in constants))

@@ -163,7 +163,8 @@ def limit_norm_growth(
     ) -> tuple[optax.Updates, LimitNormGrowthState]:
         del params, extra_args
         axes, leaves = leaf_axes(updates), _tree.leaves_by_path(updates)
-        remembered = _check.same_paths(leaves, state.norm)
+        remembered = _tree.leaves_by_path(state.norm)
+        _check.same_paths(leaves, remembered)
         limited, norms = {}, {}
         for path, leaf in leaves.items():
             dtype, update = _check.accumulator_dtype(path, leaf), jnp.asarray(leaf)

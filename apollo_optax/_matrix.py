@@ -197,7 +197,7 @@ class Matrix:
             return product(projection.astype(tensor.dtype), tensor)
 
         def summed(projection: jax.Array, tensor: jax.Array) -> jax.Array:
-            row = self._spread(jnp.squeeze(projection, rank_axis), self.axes.contracted)
+            row = self.spread(jnp.squeeze(projection, rank_axis), self.axes.contracted)
             sums = self._sum(row * tensor.astype(dtype), self.axes.contracted)
             return _sharding.reshard(jnp.expand_dims(sums, rank_axis), out_sharding)
 
@@ -270,11 +270,7 @@ class Matrix:
 
     def per_channel(self, values: jax.Array) -> jax.Array:
         """Values per matrix as factors: ``(*batch,)`` to ``(*batch, 1, ...)``."""
-        values = _sharding.reshard(values, self.norm_sharding)
-        first = len(self.axes.batch)
-        return jnp.expand_dims(
-            values, tuple(range(first, first + len(self.axes.channel)))
-        )
+        return self.per_side(values, self.axes.channel)
 
     @functools.partial(jax.jit, static_argnames="self")
     def scale(self, tensor: jax.Array, factors: jax.Array) -> jax.Array:
@@ -282,27 +278,60 @@ class Matrix:
 
         Jitted by itself, so that an eager step makes no float32 copy of the gradient.
         """
-        wide = tensor.astype(self.dtype) * self._spread(factors, self.axes.channel)
+        wide = tensor.astype(self.dtype) * self.spread(factors, self.axes.channel)
         return saturating_cast(wide, tensor.dtype)
+
+    # One side of the matrix, with the axes `side`: ``axes.contracted`` or
+    # ``axes.channel``. Of no axes, it has one value per matrix.
+
+    def side_shape(self, side: tuple[int, ...]) -> tuple[int, ...]:
+        """``(*batch, *side)``."""
+        return self.axes.sizes((*self.axes.batch, *side))
+
+    def side_sharding(self, side: tuple[int, ...]) -> NamedSharding | None:
+        """Of ``(*batch, *side)``: along with the same axes of the leaf."""
+        return _sharding.sharding_of_axes(self.sharding, (*self.axes.batch, *side))
+
+    def place(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        """Shards values ``(*batch, *side)`` as the leaf is."""
+        return _sharding.reshard(values, self.side_sharding(side))
+
+    def side_sums(self, tensor: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        """Sums of a leaf over the axes of the other side, to ``(*batch, *side)``."""
+        kept = {*self.axes.batch, *side}
+        return self._sum(tensor, tuple(a for a in self.axes.order if a not in kept))
+
+    def largest(self, tensor: jax.Array) -> jax.Array:
+        """The largest magnitude per matrix of a leaf, to ``(*batch,)``."""
+        axes = (*self.axes.contracted, *self.axes.channel)
+        return jnp.max(jnp.abs(tensor), axis=axes)
+
+    def reduce(
+        self, reduction: Callable[..., jax.Array], values: jax.Array
+    ) -> jax.Array:
+        """A reduction per matrix: ``(*batch, *side)`` to ``(*batch,)``."""
+        return reduction(values, axis=tuple(range(len(self.axes.batch), values.ndim)))
+
+    def per_side(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        """``(*batch,)`` to ``(*batch, 1, ...)``, for use with ``(*batch, *side)``."""
+        values = _sharding.reshard(values, self.norm_sharding)
+        first = len(self.axes.batch)
+        return jnp.expand_dims(values, tuple(range(first, first + len(side))))
+
+    def spread(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        """``(*batch, *side)`` in the leaf's order of axes, size 1 on the other side."""
+        order = (*self.axes.batch, *side)
+        other = tuple(axis for axis in range(len(self.axes.shape)) if axis not in order)
+        return jnp.expand_dims(jnp.transpose(values, _argsort(order)), other)
 
     def _shared_axes(self, scale_type: str, first: int) -> tuple[int, ...]:
         """The shared channel axes of an array whose channel axes begin at `first`."""
         shared = SCALE_TYPES[scale_type](len(self.axes.channel))
         return tuple(first + axis for axis in shared)
 
-    def _spread(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:
-        """``(*batch, *side)`` in the leaf's order of axes, size 1 on the other side."""
-        order = (*self.axes.batch, *side)
-        other = tuple(axis for axis in range(len(self.axes.shape)) if axis not in order)
-        return jnp.expand_dims(jnp.transpose(values, _argsort(order)), other)
-
     def _sum(self, tensor: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-        """The sum of a leaf over some axes, with batch axes first and then channels."""
-        kept = (
-            axis
-            for axis in (*self.axes.batch, *self.axes.channel)
-            if axis not in reduced
-        )
+        """The sum of a leaf over some axes, with the others in the matrix's order."""
+        kept = (axis for axis in self.axes.order if axis not in reduced)
         order = _argsort(_argsort(tuple(kept)))
         return jnp.transpose(jnp.sum(tensor, axis=reduced), order)
 

@@ -29,10 +29,6 @@ class Projection(abc.ABC):
     is_stored: bool
 
     @abc.abstractmethod
-    def init(self, matrix: Matrix) -> jax.Array | None:
-        """What the state holds for a leaf before the first step; None if not stored."""
-
-    @abc.abstractmethod
     def at(
         self,
         matrix: Matrix,
@@ -88,9 +84,6 @@ class Drawn(Projection):
         draw_all = _sharding.with_auto_axes(draw_all, matrix.projection_sharding)
         return draw_all(keys.reshape(matrix.batch_shape))
 
-    def init(self, matrix: Matrix) -> None:
-        return None
-
     def at(
         self,
         matrix: Matrix,
@@ -144,11 +137,6 @@ class Stored(Projection):
 
         sharding = _sharding.sharding_of(previous)
         return _sharding.with_auto_axes(refresh_all, sharding)(gradient, previous)
-
-    def init(self, matrix: Matrix) -> jax.Array:
-        return jnp.zeros(
-            matrix.projection_shape, matrix.dtype, device=matrix.projection_sharding
-        )
 
     def at(
         self,

@@ -5,6 +5,9 @@ parameter carries a :class:`Field` in its annotation, with the rules for its sha
 sharding and dtype. Everything else here reads those rules: the zeros that ``init``
 makes, the checks of ``update``, and the owners and shardings of the leaves of any
 pipeline's state.
+
+A field may be one of matrices alone, or of all other leaves alone. Where a leaf has no
+such field, the field's tree has an ``optax.MaskedNode``, as under ``optax.masked``.
 """
 
 import dataclasses
@@ -31,18 +34,21 @@ class Field:
 
     Attributes:
       shape: of the field, for a leaf that is a matrix or a batch of them. The batch
-        axes come first, since a stack may be updated row by row.
+        axes come first, since a stack may be updated row by row. None: a matrix has no
+        such field.
       sharding: of the field, for the same.
       like_parameter: for any other leaf, whether the field has the shape and the
         sharding of the parameter; else it is a replicated scalar.
       is_moment: whether the argument `moment_dtype` is the field's dtype; else it is
         the dtype that the leaf's norms and moments are computed in.
+      only_matrices: whether all other leaves have no such field.
     """
 
-    shape: Callable[[Matrix], tuple[int, ...]]
-    sharding: Callable[[Matrix], NamedSharding | None]
+    shape: Callable[[Matrix], tuple[int, ...]] | None = None
+    sharding: Callable[[Matrix], NamedSharding | None] = lambda matrix: None
     like_parameter: bool = False
     is_moment: bool = False
+    only_matrices: bool = False
 
 
 MOMENT = Field(
@@ -55,6 +61,7 @@ NORM = Field(
     shape=lambda matrix: matrix.batch_shape,
     sharding=lambda matrix: matrix.norm_sharding,
 )
+ADAM_MOMENT = Field(like_parameter=True, is_moment=True)
 PROJECTION = Field(
     shape=lambda matrix: matrix.projection_shape,
     sharding=lambda matrix: matrix.projection_sharding,
@@ -104,8 +111,13 @@ def fields_of(kind: type[Any], *, with_optional: bool = True) -> dict[str, Field
     }
 
 
-STATES: tuple[type[Any], ...] = (ScaleByApolloState,)
-"""The classes of states that are found in any pipeline's state, by field names."""
+STATES: dict[type[Any], str] = {
+    ScaleByApolloState: "APOLLO rank {rank}, {contracted} contracted"
+}
+"""The classes of states that are found in any pipeline's state, by field names.
+
+Each has the words by which :func:`tabulate` says how it treats a matrix.
+"""
 
 
 # The state of one leaf.
@@ -120,23 +132,30 @@ def init_leaf(
 ) -> LeafState:
     """Zeros for every field of a leaf; `dtype` is what is no moment's."""
     sharding = _sharding.sharding_of(leaf)
-    return {
-        name: jnp.zeros(
-            field_shape(field, matrix, jnp.shape(leaf)),
-            moment_dtype if field.is_moment and moment_dtype is not None else dtype,
-            device=field_sharding(field, matrix, sharding),
-        )
-        for name, field in fields.items()
-    }
+    state = {}
+    for name, field in fields.items():
+        shape = field_shape(field, matrix, jnp.shape(leaf))
+        if shape is not None:
+            state[name] = jnp.zeros(
+                shape,
+                moment_dtype if field.is_moment and moment_dtype is not None else dtype,
+                device=field_sharding(field, matrix, sharding),
+            )
+    return state
 
 
 def field_shape(
     field: Field, matrix: Matrix | None, leaf_shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The shape of a field; `matrix` is None for a leaf that is no matrix."""
-    if matrix is None:
-        return leaf_shape if field.like_parameter else ()
-    return field.shape(matrix)
+) -> tuple[int, ...] | None:
+    """The shape of a field; None where a leaf has no such field.
+
+    `matrix` is None for a leaf that is no matrix.
+    """
+    if matrix is not None:
+        return None if field.shape is None else field.shape(matrix)
+    if field.only_matrices:
+        return None
+    return leaf_shape if field.like_parameter else ()
 
 
 def field_sharding(
@@ -161,16 +180,16 @@ def trees_of(
     """
     boxes, unboxed = _boxes.boxes_by_path(params), _tree.unbox(params)
 
-    def boxed(path: _tree.Path, name: str, array: jax.Array) -> Any:
+    def entry(path: _tree.Path, name: str) -> Any:
+        array = states[path].get(name)
+        if array is None:
+            return optax.MaskedNode()
         if path not in boxes:
             return array
         return _boxed(fields[name], matrices.get(path), boxes[path], array)
 
     return {
-        name: _tree.rebuild(
-            unboxed,
-            {path: boxed(path, name, leaf[name]) for path, leaf in states.items()},
-        )
+        name: _tree.rebuild(unboxed, {path: entry(path, name) for path in states})
         for name in fields
     }
 
@@ -193,9 +212,28 @@ def _boxed(field: Field, matrix: Matrix | None, box: Any, array: jax.Array) -> A
 def by_leaf(
     fields: Mapping[str, Field], state: Any, leaves: Mapping[_tree.Path, Any]
 ) -> dict[_tree.Path, LeafState]:
-    """The state by leaf and field; checks that it has the leaves of the updates."""
-    stored = {name: _check.same_paths(leaves, getattr(state, name)) for name in fields}
-    return {path: {name: stored[name][path] for name in stored} for path in leaves}
+    """The state by leaf and field; checks that it has the leaves of the updates.
+
+    A leaf lacks the fields in whose place there is an ``optax.MaskedNode``.
+    """
+    states: dict[_tree.Path, LeafState] = {path: {} for path in leaves}
+    for name in fields:
+        stored = _tree.leaves_by_path(getattr(state, name), is_leaf=_is_absent)
+        # Leaves that are masked out of the updates are masked out of the state.
+        expected = {
+            path: leaf
+            for path, leaf in stored.items()
+            if path in leaves or not _is_absent(leaf)
+        }
+        _check.same_paths(leaves, expected)
+        for path, leaf in expected.items():
+            if not _is_absent(leaf):
+                states[path][name] = leaf
+    return states
+
+
+def _is_absent(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def with_leaves(
@@ -204,7 +242,8 @@ def with_leaves(
     """`state` with new leaves, in trees of the structure it had."""
     trees = {
         name: _tree.rebuild(
-            getattr(state, name), {path: leaf[name] for path, leaf in states.items()}
+            getattr(state, name),
+            {path: leaf[name] for path, leaf in states.items() if name in leaf},
         )
         for name in fields
     }
@@ -222,9 +261,9 @@ def check_leaf(
     shape = jnp.shape(leaf)
     is_thin = matrix is None and len(shape) > 1 and 1 in shape
     remedy = _check.SIDE_OF_ONE if is_thin else _check.OTHER_ARGUMENTS
-    for name, stored in state.items():
-        expected = field_shape(fields[name], matrix, shape)
-        _check.state_shape(path, name, stored, expected, remedy)
+    for name, field in fields.items():
+        expected = field_shape(field, matrix, shape)
+        _check.state_shape(path, name, state.get(name), expected, remedy)
 
 
 def updated(state: LeafState, **new: jax.Array | None) -> LeafState:
@@ -244,8 +283,9 @@ class Owner(NamedTuple):
     """The parameter that a leaf of an optimizer's state belongs to."""
 
     parameter: _tree.Path | None  # None: it belongs to none, as a count does.
-    field: str | None  # The field's name in one of `STATES`; None: it is in none.
-    rule: Field | None  # The field's rules; None where it has none.
+    kind: type[Any] | None = None  # The one of `STATES` that it is in.
+    field: str | None = None  # The field's name in that; None: it is in none.
+    rule: Field | None = None  # The field's rules; None where it has none.
 
 
 def owners(
@@ -264,25 +304,26 @@ def owners(
 
     def owner(path: _tree.Path) -> Owner:
         for end in range(len(path) - 1, -1, -1):
-            if (fields := prefixes.get(path[:end])) is not None:
+            if (kind := prefixes.get(path[:end])) is not None:
                 field, rest = path[end], path[end + 1 :]
-                rule = fields.get(field)
+                rule = fields_of(kind).get(field)
                 is_owned = rule is not None and rest in parameters
-                return Owner(rest if is_owned else None, field, rule)
+                return Owner(rest if is_owned else None, kind, field, rule)
         if path in shared:
-            return Owner(None, None, None)
+            return Owner(None)
         ends = (path[i:] for i in range(len(path) + 1))
-        parameter = next((end for end in ends if end in parameters), None)
-        return Owner(parameter, None, None)
+        return Owner(next((end for end in ends if end in parameters), None))
 
     return {path: owner(path) for path in state}
 
 
-def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, dict[str, Field]]:
-    """The paths of the `STATES` in a flattened state, with their fields.
+def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, type[Any]]:
+    """The paths of the `STATES` in a flattened state, with their classes.
 
-    They are found by the names of all fields without a default, since NNX loses the
-    type.
+    They are found by the names of their fields, since NNX loses the type. A field
+    without leaves has no name in a flattened state. So the state of an algorithm whose
+    matrices have fields of their own is not found where there are no matrices. It then
+    has the names of Adam's state, and its leaves are found as Adam's are.
     """
     children: dict[_tree.Path, set[str]] = {}
     for path in state:
@@ -290,12 +331,15 @@ def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, dict[str, Fie
             children.setdefault(path[:end], set()).add(name)
     found = {}
     for kind in STATES:
-        required = set(kind._fields) - kind._field_defaults.keys()
         fields = fields_of(kind)
-        scalars = required - fields.keys()
+        scalars = set(kind._fields) - fields.keys()
+        # Where all leaves are matrices, fields of other leaves have no leaves.
+        may_be_empty = {name for name, field in fields.items() if field.shape is None}
+        required = set(kind._fields) - kind._field_defaults.keys() - may_be_empty
         for prefix, names in children.items():
-            if required <= names and all((*prefix, name) in state for name in scalars):
-                found[prefix] = fields
+            is_kind = required <= names <= set(kind._fields)
+            if is_kind and all((*prefix, name) in state for name in scalars):
+                found[prefix] = kind
     return found
 
 

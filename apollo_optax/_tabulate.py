@@ -165,7 +165,8 @@ def _treatment(leaf: Any, owned: _Owned, axes: MatrixAxes | None) -> str:
     if axes is None:
         return "Adam"
     rank = max(matrix.rank for matrix in matrices if matrix is not None)
-    return f"APOLLO rank {rank}, {axes.contracted_size} contracted"
+    kind: Any = fields[0][0].kind
+    return _state.STATES[kind].format(rank=rank, contracted=axes.contracted_size)
 
 
 def _shapes(owned: _Owned) -> str:

@@ -6,27 +6,26 @@ projection of each matrix's gradient. They serve to scale the channels of the gr
 itself.
 """
 
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from apollo_optax import (
     _adam,
     _batching,
     _check,
     _keys,
+    _leafwise,
     _projection,
     _sharding,
     _state,
     _tree,
 )
-from apollo_optax._dimension_numbers import (
-    WeightDimensionNumbers,
-    resolve,
-    warn_if_unguessable,
-)
+from apollo_optax._dimension_numbers import WeightDimensionNumbers
 from apollo_optax._hyperparams import Hyperparams
 from apollo_optax._limiter import limit_norm
 from apollo_optax._matrix import SCALE_TYPES, Matrix
@@ -179,101 +178,67 @@ def scale_by_apollo(
     hyperparams = Hyperparams(
         scale_type, scale, b1, b2, eps, norm_growth_limit, scale_front, kind
     )
-    fields = _state.fields_of(ScaleByApolloState, with_optional=kind.is_stored)
 
-    def init_fn(params: optax.Params) -> ScaleByApolloState:
-        if weight_dimension_numbers is None:
-            warn_if_unguessable(params)
-        axes = resolve(weight_dimension_numbers, params)
-        leaves = _tree.leaves_by_path(params)
-        states, matrices = {}, {}
-        for path, leaf in leaves.items():
-            dtype, matrix = _check.accumulator_dtype(path, leaf), None
-            if (matrix_axes := axes[path]) is not None:
-                matrix = Matrix.of_parameter(leaf, matrix_axes, dtype, rank)
-                kind.check(path, matrix)
-                matrices[path] = matrix
-            states[path] = _state.init_leaf(fields, leaf, matrix, dtype, moment_dtype)
-            if matrix is not None and kind.is_stored:
-                states[path]["projection"] = kind.init(matrix)
+    def init_shared(replicated: NamedSharding | None) -> dict[str, jax.Array]:
+        key_data = _keys.key_data(key)
+        return {"key": _sharding.device_put_if_concrete(key_data, replicated)}
+
+    def check_matrices(matrices: Mapping[_tree.Path, Matrix]) -> None:
+        for path, matrix in matrices.items():
+            kind.check(path, matrix)
         _check.warn_of_large_scale(rank, scale, matrices)
-        shardings = map(_sharding.sharding_of, leaves.values())
-        on_mesh = next((s for s in shardings if s is not None), None)
-        replicated = _sharding.replicated(on_mesh)
-        return ScaleByApolloState(
-            count=jnp.zeros((), jnp.int32, device=replicated),
-            key=_sharding.device_put_if_concrete(_keys.key_data(key), replicated),
-            **_state.trees_of(fields, states, matrices, params),
-        )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: ScaleByApolloState,
-        params: optax.Params | None = None,
-        *,
-        batch_index: jax.typing.ArrayLike = 0,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByApolloState]:
-        del params, extra_args
-        axes = resolve(weight_dimension_numbers, updates)
-        gradients = _tree.leaves_by_path(updates)
+    def check_state(state: ScaleByApolloState) -> None:
         _check.stored_projection(kind.is_stored, state.projection)
         _check.key_shape(state.key, key_shape)
-        states = _state.by_leaf(fields, state, gradients)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        step = _Step(
-            is_refresh=state.count % gap == 0,
-            correction=_adam.bias_correction(hyperparams, count),
+
+    def update_matrices(
+        step: _leafwise.Step, leaves: Mapping[_tree.Path, _leafwise.MatrixLeaf]
+    ) -> dict[_tree.Path, tuple[jax.Array, LeafState]]:
+        count, key_data = step.state.count, step.state.key
+        shared = _Step(
+            is_refresh=count % gap == 0,
+            correction=_adam.bias_correction(hyperparams, step.number),
         )
         keys = _keys.KeySource(
-            key=jax.random.wrap_key_data(state.key, impl=key_impl),
-            refresh=state.count // gap,
-            batch_index=jnp.asarray(batch_index),
+            key=jax.random.wrap_key_data(key_data, impl=key_impl),
+            refresh=count // gap,
+            batch_index=step.batch_index,
         )
-
-        new_updates, matrices = {}, {}
-        for path, leaf in gradients.items():
-            dtype, matrix = _check.accumulator_dtype(path, leaf), None
-            gradient, leaf_state = jnp.asarray(leaf), states[path]
-            if (matrix_axes := axes[path]) is not None:
-                _check.not_varying(path, leaf)
-                matrix = Matrix.of_gradient(gradient, matrix_axes, dtype, rank)
-                matrices[path] = _batching.Leaf(
-                    matrix,
-                    gradient,
-                    leaf_state,
-                    _keys.leaf_id(path),
-                    None if kind.is_stored else matrix.projection_shape,
-                    matrix.moment_shape,
-                )
-            _state.check_leaf(fields, path, leaf, leaf_state, matrix)
-            if matrix is None:
-                new_updates[path], states[path] = _adam.update_leaf(
-                    hyperparams, gradient, leaf_state, count, dtype
-                )
-
         results = _batching.update_all(
-            jax.tree_util.Partial(_update_matrix, hyperparams, step),
+            jax.tree_util.Partial(_update_matrix, hyperparams, shared),
             None if kind.is_stored else jax.tree_util.Partial(_draw, hyperparams),
             keys,
-            matrices,
+            {
+                path: _batching.Leaf(
+                    *leaf,
+                    _keys.leaf_id(path),
+                    None if kind.is_stored else leaf.matrix.projection_shape,
+                    leaf.matrix.moment_shape,
+                )
+                for path, leaf in leaves.items()
+            },
         )
-        for path, (factors, states[path]) in results.items():
+        updates = {}
+        for path, (factors, state) in results.items():
             # The product stays outside of loops over rows, so that XLA fuses it with
             # apply_updates and never materialises the update.
-            new_updates[path] = matrices[path].matrix.scale(gradients[path], factors)
-        new_state = _state.with_leaves(fields, state, states)
-        return (
-            jax.tree.unflatten(
-                jax.tree.structure(updates), [new_updates[path] for path in gradients]
-            ),
-            new_state._replace(count=count),
-        )
+            update = leaves[path].matrix.scale(leaves[path].gradient, factors)
+            updates[path] = (update, state)
+        return updates
 
-    # Optax types any state as a tree of arrays.
-    init: Any = init_fn
-    update: Any = update_fn
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _leafwise.leafwise(
+        ScaleByApolloState,
+        update_matrices,
+        adam=hyperparams,
+        rank=rank,
+        weight_dimension_numbers=weight_dimension_numbers,
+        moment_dtype=moment_dtype,
+        with_optional=kind.is_stored,
+        init_shared=init_shared,
+        check_matrices=check_matrices,
+        check_state=check_state,
+    )
 
 
 def _draw(h: Hyperparams, matrix: Matrix, keys: jax.Array) -> jax.Array:

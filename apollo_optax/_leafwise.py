@@ -1,0 +1,155 @@
+"""A transformation that updates each leaf by itself.
+
+Matrices are updated by an algorithm such as APOLLO, and all other leaves by Adam. What
+every such algorithm needs is here: dimension numbers, checks of leaves, Adam, Flax's
+boxes, the count of steps and the trees of the state. The algorithm is functions.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from apollo_optax import _adam, _check, _sharding, _state, _tree
+from apollo_optax._dimension_numbers import (
+    WeightDimensionNumbers,
+    resolve,
+    warn_if_unguessable,
+)
+from apollo_optax._matrix import Matrix
+from apollo_optax._state import LeafState
+
+
+class MatrixLeaf(NamedTuple):
+    """A leaf that is a matrix or a batch of them, with everything its update reads."""
+
+    matrix: Matrix
+    gradient: jax.Array
+    state: LeafState
+
+
+class Step(NamedTuple):
+    """The arguments of an update that belong to no leaf.
+
+    Attributes:
+      state: of the transformation, before the update.
+      number: of this step, counted from 1.
+      batch_index: the first index on the leaves' leading axis; usually 0.
+    """
+
+    state: Any
+    number: jax.Array
+    batch_index: jax.Array
+
+
+InitShared = Callable[[NamedSharding | None], Mapping[str, jax.Array]]
+CheckMatrices = Callable[[Mapping[_tree.Path, Matrix]], None]
+UpdateMatrices = Callable[
+    [Step, Mapping[_tree.Path, MatrixLeaf]],
+    Mapping[_tree.Path, tuple[jax.Array, LeafState]],
+]
+
+
+def leafwise(
+    state_class: type[Any],
+    update_matrices: UpdateMatrices,
+    *,
+    adam: _adam.Decays,
+    rank: int = 0,
+    weight_dimension_numbers: WeightDimensionNumbers,
+    moment_dtype: jax.typing.DTypeLike | None,
+    with_optional: bool = False,
+    init_shared: InitShared = lambda replicated: {},
+    check_matrices: CheckMatrices = lambda matrices: None,
+    check_state: Callable[[Any], None] = lambda state: None,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation of an algorithm for matrices.
+
+    Args:
+      state_class: a NamedTuple with a `count` of steps. Its other fields are annotated
+        with a :class:`Field`, or made by `init_shared`.
+      update_matrices: the algorithm, from the leaves that are matrices to the update
+        and the new state of each, by path.
+      adam: the hyperparameters of all other leaves.
+      rank: of the matrices.
+      weight_dimension_numbers: which axes of a leaf form a matrix.
+      moment_dtype: dtype of the fields that are moments; None for the default.
+      with_optional: whether the state has the fields with a default.
+      init_shared: the fields of the state that belong to no leaf, besides `count`,
+        placed on the mesh of the parameters as its argument says.
+      check_matrices: raises or warns, in `init`, for matrices that the algorithm can't
+        serve.
+      check_state: raises for a state that was made with other arguments, before the
+        leaves of the state are looked at.
+    """
+    fields = _state.fields_of(state_class, with_optional=with_optional)
+
+    def init_fn(params: optax.Params) -> Any:
+        if weight_dimension_numbers is None:
+            warn_if_unguessable(params)
+        axes = resolve(weight_dimension_numbers, params)
+        leaves = _tree.leaves_by_path(params)
+        states, matrices = {}, {}
+        for path, leaf in leaves.items():
+            dtype, matrix = _check.accumulator_dtype(path, leaf), None
+            if (matrix_axes := axes[path]) is not None:
+                matrix = Matrix.of_parameter(leaf, matrix_axes, dtype, rank)
+                matrices[path] = matrix
+            states[path] = _state.init_leaf(fields, leaf, matrix, dtype, moment_dtype)
+        check_matrices(matrices)
+        shardings = map(_sharding.sharding_of, leaves.values())
+        on_mesh = next((s for s in shardings if s is not None), None)
+        replicated = _sharding.replicated(on_mesh)
+        return state_class(
+            count=jnp.zeros((), jnp.int32, device=replicated),
+            **init_shared(replicated),
+            **_state.trees_of(fields, states, matrices, params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        batch_index: jax.typing.ArrayLike = 0,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        axes = resolve(weight_dimension_numbers, updates)
+        gradients = _tree.leaves_by_path(updates)
+        check_state(state)
+        states = _state.by_leaf(fields, state, gradients)
+        count = jnp.asarray(optax.safe_increment(state.count))
+
+        new_updates, matrices = {}, {}
+        for path, leaf in gradients.items():
+            dtype, matrix = _check.accumulator_dtype(path, leaf), None
+            gradient, leaf_state = jnp.asarray(leaf), states[path]
+            if (matrix_axes := axes[path]) is not None:
+                _check.not_varying(path, leaf)
+                matrix = Matrix.of_gradient(gradient, matrix_axes, dtype, rank)
+                matrices[path] = MatrixLeaf(matrix, gradient, leaf_state)
+            _state.check_leaf(fields, path, leaf, leaf_state, matrix)
+            if matrix is None:
+                new_updates[path], states[path] = _adam.update_leaf(
+                    adam, gradient, leaf_state, count, dtype
+                )
+
+        step = Step(state, count, jnp.asarray(batch_index))
+        for path, result in update_matrices(step, matrices).items():
+            new_updates[path], states[path] = result
+        new_state = _state.with_leaves(fields, state, states)
+        return (
+            jax.tree.unflatten(
+                jax.tree.structure(updates), [new_updates[path] for path in gradients]
+            ),
+            new_state._replace(count=count),
+        )
+
+    # Optax types any state as a tree of arrays.
+    init: Any = init_fn
+    update: Any = update_fn
+    return optax.GradientTransformationExtraArgs(init, update)
