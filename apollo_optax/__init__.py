@@ -1,10 +1,11 @@
 """APOLLO as Optax transformations: SGD-like memory, AdamW-level performance."""
 
-from apollo_optax._alias import apollo, apollo_mini
+from apollo_optax._alias import apollo, apollo_mini, apollo_zero
 from apollo_optax._dimension_numbers import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
 )
+from apollo_optax._flattening import scale_by_flattening
 from apollo_optax._hyperparams import STATIC_ARGS
 from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
@@ -14,7 +15,12 @@ from apollo_optax._quantization import (
     dequantize,
     quantize,
 )
-from apollo_optax._state import ScaleByApolloState, state_owners, state_sharding
+from apollo_optax._state import (
+    ScaleByApolloState,
+    ScaleByFlatteningState,
+    state_owners,
+    state_sharding,
+)
 from apollo_optax._tabulate import StateBytes, state_bytes, tabulate
 from apollo_optax._transform import scale_by_apollo
 
@@ -27,9 +33,11 @@ __all__ = [
     "LimitNormGrowthState",
     "QuantizedArray",
     "ScaleByApolloState",
+    "ScaleByFlatteningState",
     "StateBytes",
     "apollo",
     "apollo_mini",
+    "apollo_zero",
     "apply_updates_stochastic",
     "dequantize",
     "dimension_numbers_by_path",
@@ -38,6 +46,7 @@ __all__ = [
     "limit_norm_growth",
     "quantize",
     "scale_by_apollo",
+    "scale_by_flattening",
     "state_bytes",
     "state_owners",
     "state_sharding",

@@ -42,9 +42,9 @@ EIGENVALUE_FLOOR = 8
 # epsilon. Rounding errors of the Gram matrix would otherwise make it indefinite.
 CHOLESKY_SHIFT = 100
 
-# How often a basis is divided by its Cholesky factor. The first basis is multiplied by
-# X X^T, which needs it well conditioned only; the second must be orthonormal, even where
-# the rank of X is smaller than its number of columns.
+# How often a basis is divided by its Cholesky factor. The first basis only has to be
+# well conditioned. The second has to be orthonormal, even where the rank of X is
+# smaller than its number of columns.
 FIRST_PASSES, SECOND_PASSES = 1, 3
 
 # The floor of the mean square of the singular values that low rank leaves as they are,
@@ -265,9 +265,16 @@ def _on_gram(
 ) -> Callable[..., jax.Array]:
     """`function`, with its result sharded along the batch axes only."""
     axes = (*matrix.axes.batch, None, None)
+    first = len(matrix.axes.batch)
+
+    def of_whole(gram: jax.Array, *arrays: jax.Array) -> jax.Array:
+        # XLA would shard products of small matrices, and gather their factors.
+        for axis in (first, first + 1):
+            gram = _sharding.keep_axis_unsharded(gram, axis, gram)
+        return function(gram, *arrays, *constants)
+
     return _sharding.with_auto_axes(
-        lambda *arrays: function(*arrays, *constants),
-        _sharding.sharding_of_axes(matrix.sharding, axes),
+        of_whole, _sharding.sharding_of_axes(matrix.sharding, axes)
     )
 
 

@@ -86,9 +86,10 @@ def tabulate(
     ours = _state_by_parameter(tx, params)
     adamw = _state_by_parameter(optax.adamw(1e-3), params)
 
+    stateless = _stateless(ours[None])
     rows = []
     for path, leaf in leaves.items():
-        treatment = _treatment(leaf, ours[path], axes[path])
+        treatment = _treatment(leaf, ours[path], axes[path], stateless)
         costs = _nbytes(ours[path]), _nbytes(adamw[path])
         shapes = _shapes(ours[path])
         rows.append((_tree.show(path), str(jnp.shape(leaf)), treatment, shapes, *costs))
@@ -153,13 +154,30 @@ def _kind_of(path: _tree.Path, name: _tree.Path, leaf: Any) -> str:
     return "embeddings and head" if is_embedding_or_head(path) else "kernels"
 
 
-def _treatment(leaf: Any, owned: _Owned, axes: MatrixAxes | None) -> str:
+def _stateless(shared: _Owned) -> str:
+    """How an optimizer treats matrices that have no state.
+
+    `shared` is its state that belongs to no parameter, which shows what states it has.
+    """
+    for owner, _ in shared:
+        if owner.kind is not None:
+            fields = _state.fields_of(owner.kind).values()
+            if all(field.shape is None for field in fields):
+                return _state.STATES[owner.kind]
+    return "no state"
+
+
+def _treatment(
+    leaf: Any, owned: _Owned, axes: MatrixAxes | None, stateless: str
+) -> str:
     """How an optimizer treats a parameter, as the shapes of its state show."""
+    if not owned:
+        return "no state" if axes is None else stateless
     shape = jnp.shape(leaf)
     fields = [(owner, state) for owner, state in owned if owner.rule is not None]
     if not fields:
         shapes = [state.shape for _, state in owned if state.shape or not shape]
-        return "Adam" if shapes == [shape, shape] else "other" if owned else "no state"
+        return "Adam" if shapes == [shape, shape] else "other"
     matrix = None if axes is None else Matrix.of_parameter(leaf, axes, jnp.float32)
     matrices = [_state.owned_matrix(*field, leaf, matrix) for field in fields]
     if axes is None:
