@@ -217,7 +217,7 @@ def apollo_zero(
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
-    power: float = 0.5,
+    power: jax.typing.ArrayLike = 0.5,
     method: Literal["low_rank", "newton_schulz", "exact"] = "low_rank",
     rank: int | None = None,
     key: jax.typing.ArrayLike = 0,

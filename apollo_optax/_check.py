@@ -66,16 +66,6 @@ def decay(name: str, value: Any) -> None:
     _number_in_range(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
-def power(value: Any) -> None:
-    if _is_array(value):
-        raise TypeError(
-            f"power must be a Python float, got an array ({value!r}): it decides code, "
-            "so it must be known when the step is compiled; with "
-            "optax.inject_hyperparams, add 'power' to static_args"
-        )
-    _number_in_range("power", value, lambda x: 0 <= x < 1, "in [0, 1)")
-
-
 def rank_of_method(rank: Any, method: str) -> None:
     if method != "low_rank":
         raise ValueError(

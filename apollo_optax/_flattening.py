@@ -26,7 +26,7 @@ from apollo_optax import (
 )
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
 from apollo_optax._dtypes import saturating_cast
-from apollo_optax._hyperparams import hyperparams
+from apollo_optax._hyperparams import ARRAYS, hyperparams
 from apollo_optax._matrix import Matrix
 from apollo_optax._state import LeafState, ScaleByFlatteningState
 
@@ -38,7 +38,7 @@ SIDE_PER_RANK = 8
 
 @hyperparams
 class _Hyperparams:
-    power: float
+    power: Any
     method: str
     b1: Any
     b2: Any
@@ -46,7 +46,7 @@ class _Hyperparams:
 
 
 def scale_by_flattening(
-    power: float = 0.5,
+    power: jax.typing.ArrayLike = 0.5,
     *,
     method: Literal["low_rank", "newton_schulz", "exact"] = "low_rank",
     rank: int | None = None,
@@ -99,10 +99,9 @@ def scale_by_flattening(
     gradients.
 
     Args:
-      power: the power :math:`p` of the singular values, in [0, 1). A float, never an
-        array. 1 would leave the spectrum as it is, and 0 makes all singular values
-        equal, except that ``"low_rank"`` makes the largest ones equal to the level of
-        the others.
+      power: the power :math:`p` of the singular values, in [0, 1). 1 would
+        leave the spectrum as it is, and 0 makes all singular values equal, except that
+        ``"low_rank"`` makes the largest ones equal to the level of the others.
       method: ``"low_rank"``, which takes about ``10 * m * n * rank`` operations;
         ``"newton_schulz"``, a polynomial of :math:`X_t X_t^\top` with errors of a few
         percent (see below); or ``"exact"``, an eigendecomposition of
@@ -127,12 +126,10 @@ def scale_by_flattening(
     ``power=0.5`` and at most 17% at ``power=0``.
 
     On a mesh, ``"low_rank"`` sends ``n * rank`` numbers per matrix twice where the
-    smaller side is sharded, and ``m * rank`` numbers twice where the other one is, never
-    the gradient. The other methods send one Gram matrix of the smaller side where the
-    mesh shards the other side. Where it shards the smaller one, they gather the
-    gradient.
-
-    With ``optax.inject_hyperparams``, add ``"power"`` to its `static_args`.
+    smaller side is sharded, and ``m * rank`` numbers twice where the other one is. It
+    never sends the gradient. The other methods send one Gram matrix of the smaller side
+    where the mesh shards the other side. Where it shards the smaller one, they gather
+    the gradient.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with
@@ -172,7 +169,7 @@ def scale_by_flattening(
       constructing approximate matrix decompositions
       <https://arxiv.org/abs/0909.4061>`_, 2009
     """
-    _check.power(power)
+    _check.decay("power", power)
     _check.one_of("method", method, METHODS)
     if rank is not None:
         _check.positive_int("rank", rank)
@@ -183,7 +180,7 @@ def scale_by_flattening(
     _check.moment_dtype(moment_dtype)
     key_impl = _keys.key_impl(key)
     key_shape = _keys.key_data_shape(key_impl)
-    h = _Hyperparams(float(power), method, b1, b2, eps)
+    h = _Hyperparams(power, method, b1, b2, eps)
 
     def init_shared(replicated: NamedSharding | None) -> dict[str, jax.Array]:
         key_data = _keys.key_data(key)
@@ -268,13 +265,14 @@ def _update_matrix(
     if gradient.dtype == jnp.bfloat16:
         X = X.astype(jnp.bfloat16)
     # 2. F(X) = (X X^T)^((p - 1) / 2) X
+    p = jnp.asarray(h.power, matrix.dtype) if isinstance(h.power, ARRAYS) else h.power
     if h.method == "exact":
-        F = _spectrum.exact(matrix, X, h.power)
+        F = _spectrum.exact(matrix, X, p)
     elif h.method == "newton_schulz":
-        F = _spectrum.newton_schulz(matrix, X, h.power)
+        F = _spectrum.newton_schulz(matrix, X, p)
     else:
         assert omega is not None
-        F = _spectrum.low_rank(matrix, X, h.power, omega)
+        F = _spectrum.low_rank(matrix, X, p, omega)
     # 3. The root mean square over live rows is 1.
     U = _spectrum.rms_one(F, X, rows, columns)
     return _batch_axes_first(matrix, saturating_cast(U, gradient.dtype)), state

@@ -30,6 +30,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 MUON_STEP = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 6
 
+# The degree of the weights of the iterates as a polynomial of the power. With a lower
+# one, their errors exceed those of the iterates themselves.
+WEIGHT_DEGREE = 8
+
 # The smallest singular value, relative to the largest, that the weights of the
 # Newton-Schulz iterates are fitted for.
 SMALLEST_FITTED = 1e-3
@@ -97,12 +101,12 @@ def rms_one(tensor: jax.Array, like: jax.Array, rows: Axes, columns: Axes) -> ja
 # The methods.
 
 
-def exact(matrix: Matrix, X: jax.Array, power: float) -> jax.Array:
+def exact(matrix: Matrix, X: jax.Array, power: Any) -> jax.Array:
     """``F(X)`` by the eigenvectors of ``X X^T``, in the dtype of the matrix."""
     return _times_function_of_gram(matrix, X, _eigen_power, power)
 
 
-def newton_schulz(matrix: Matrix, X: jax.Array, power: float) -> jax.Array:
+def newton_schulz(matrix: Matrix, X: jax.Array, power: Any) -> jax.Array:
     """``F(X)`` times a constant, by products alone, in the dtype of the matrix.
 
     It is a weighted sum of Muon's Newton-Schulz iterates. Each iterate brings smaller
@@ -117,7 +121,7 @@ def newton_schulz(matrix: Matrix, X: jax.Array, power: float) -> jax.Array:
     return _times_function_of_gram(matrix, X, _polynomial_power, power)
 
 
-def low_rank(matrix: Matrix, X: jax.Array, power: float, omega: jax.Array) -> jax.Array:
+def low_rank(matrix: Matrix, X: jax.Array, power: Any, omega: jax.Array) -> jax.Array:
     """The largest singular values of ``X`` flattened, the others left as they are.
 
     A random projection finds the ``r`` directions ``Q`` of the largest singular values.
@@ -166,7 +170,7 @@ def uses_exact(matrix: Matrix) -> bool:
 
 
 def _times_function_of_gram(
-    matrix: Matrix, X: jax.Array, function: Callable[..., jax.Array], power: float
+    matrix: Matrix, X: jax.Array, function: Callable[..., jax.Array], power: Any
 ) -> jax.Array:
     """``f(X X^T) X`` for a function of Gram matrices ``(*batch, m, m)``."""
     axes, ndim = matrix.axes, len(matrix.axes.shape)
@@ -293,7 +297,7 @@ def _inverse_of_factor(gram: jax.Array) -> jax.Array:
     return scale[..., :, None] * jnp.swapaxes(inverse, -2, -1)
 
 
-def _eigen_power(gram: jax.Array, power: float) -> jax.Array:
+def _eigen_power(gram: jax.Array, power: Any) -> jax.Array:
     """``gram^((p - 1) / 2)`` by its eigenvectors."""
     values, vectors = jnp.linalg.eigh(gram)
     floor = EIGENVALUE_FLOOR * jnp.finfo(gram.dtype).eps * values[..., -1:]
@@ -303,10 +307,10 @@ def _eigen_power(gram: jax.Array, power: float) -> jax.Array:
     return jnp.matmul(scaled, jnp.swapaxes(vectors, -2, -1), precision=HIGHEST)
 
 
-def _polynomial_power(gram: jax.Array, power: float) -> jax.Array:
+def _polynomial_power(gram: jax.Array, power: Any) -> jax.Array:
     """``gram^((p - 1) / 2)`` by products, for eigenvalues not far below the largest."""
     a, b, c = MUON_STEP
-    weights = newton_schulz_weights(power, NEWTON_SCHULZ_STEPS)
+    weights = newton_schulz_weights(power)
     dot = functools.partial(jnp.matmul, precision=HIGHEST)
     norm = jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1), keepdims=True))
     norm = jnp.where(norm == 0, 1, norm)
@@ -320,27 +324,47 @@ def _polynomial_power(gram: jax.Array, power: float) -> jax.Array:
     return total * norm ** ((power - 1) / 2)
 
 
-@functools.lru_cache
-def newton_schulz_weights(power: float, steps: int) -> tuple[float, ...]:
-    """The weights of the iterates whose sum is nearest to ``s^p``.
+def newton_schulz_weights(power: Any) -> Any:
+    """The weights of the iterates whose sum is near ``s^p``, one after the other.
 
-    They minimise the mean square of the relative error over the logarithm of ``s``,
-    from `SMALLEST_FITTED` to 1. Rounded, so that all hosts of a mesh compile the same
-    program.
+    An array if `power` is one.
+    """
+    weights: Any = 0.0
+    for coefficients in _weight_coefficients()[::-1]:
+        weights = weights * power + coefficients
+    return weights
+
+
+@functools.cache
+def _weight_coefficients() -> np.ndarray:
+    """The weights as a polynomial of the power, ``(degree + 1, iterates)``.
+
+    At each of some powers, least squares give the weights with the smallest relative
+    errors over the logarithm of ``s``, from `SMALLEST_FITTED` to 1. The polynomial
+    interpolates them, so that the power may be traced. It is rounded, so that all hosts
+    of a mesh compile the same program.
     """
     a, b, c = MUON_STEP
     s = np.geomspace(SMALLEST_FITTED, 1, 400)
     iterates = [s]
-    for _ in range(steps):
-        s = a * s + b * s**3 + c * s**5
-        iterates.append(s)
-    relative = np.stack(iterates, axis=1) / iterates[0][:, None] ** power
-    weights = np.linalg.lstsq(relative, np.ones(len(s)), rcond=None)[0]
-    return tuple(float(weight) for weight in np.round(weights, 6))
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        s = iterates[-1]
+        iterates.append(a * s + b * s**3 + c * s**5)
+    powers = np.polynomial.chebyshev.chebpts1(WEIGHT_DEGREE + 1) / 2 + 0.5
+    weights = [
+        np.linalg.lstsq(
+            np.stack(iterates, axis=1) / iterates[0][:, None] ** power,
+            np.ones(len(s)),
+            rcond=None,
+        )[0]
+        for power in powers
+    ]
+    fit = np.polynomial.polynomial.polyfit(powers, np.stack(weights), WEIGHT_DEGREE)
+    return np.round(fit, 6)
 
 
 def _factors_less_one(
-    gram: jax.Array, square: jax.Array, power: float, others: int
+    gram: jax.Array, square: jax.Array, power: Any, others: int
 ) -> jax.Array:
     """``W diag(c - 1) W^T`` for ``c = (lambda / t^2)^((p - 1) / 2)``.
 
