@@ -86,7 +86,7 @@ def tabulate(
     ours = _state_by_parameter(tx, params)
     adamw = _state_by_parameter(optax.adamw(1e-3), params)
 
-    stateless = _stateless(ours[None])
+    stateless = _stateless(tx, params)
     rows = []
     for path, leaf in leaves.items():
         treatment = _treatment(leaf, ours[path], axes[path], stateless)
@@ -154,17 +154,21 @@ def _kind_of(path: _tree.Path, name: _tree.Path, leaf: Any) -> str:
     return "embeddings and head" if is_embedding_or_head(path) else "kernels"
 
 
-def _stateless(shared: _Owned) -> str:
-    """How an optimizer treats matrices that have no state.
+def _stateless(tx: optax.GradientTransformation, params: Any) -> str:
+    """How an optimizer treats a matrix that has no state.
 
-    `shared` is its state that belongs to no parameter, which shows what states it has.
+    The class of the optimizer's state says so, for nothing of the matrix is in it.
     """
-    for owner, _ in shared:
-        if owner.kind is not None:
-            fields = _state.fields_of(owner.kind).values()
-            if all(field.shape is None for field in fields):
-                return _state.STATES[owner.kind]
-    return "no state"
+    kinds = tuple(
+        kind
+        for kind in _state.STATES
+        if all(field.shape is None for field in _state.fields_of(kind).values())
+    )
+    nodes = jax.tree.leaves(
+        jax.eval_shape(tx.init, params), is_leaf=lambda node: isinstance(node, kinds)
+    )
+    found = (type(node) for node in nodes if isinstance(node, kinds))
+    return next((_state.STATES[kind] for kind in found), "no state")
 
 
 def _treatment(
