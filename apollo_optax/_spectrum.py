@@ -271,11 +271,14 @@ def _on_gram(
     axes = (*matrix.axes.batch, None, None)
     first = len(matrix.axes.batch)
 
-    def of_whole(gram: jax.Array, *arrays: jax.Array) -> jax.Array:
-        # XLA would shard products of small matrices, and gather their factors.
+    # XLA would shard the products of small matrices, and gather their factors.
+    def whole(gram: jax.Array) -> jax.Array:
         for axis in (first, first + 1):
             gram = _sharding.keep_axis_unsharded(gram, axis, gram)
-        return function(gram, *arrays, *constants)
+        return gram
+
+    def of_whole(gram: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return whole(function(whole(gram), *arrays, *constants))
 
     return _sharding.with_auto_axes(
         of_whole, _sharding.sharding_of_axes(matrix.sharding, axes)
