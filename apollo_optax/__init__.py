@@ -1,6 +1,6 @@
 """APOLLO as Optax transformations: SGD-like memory, AdamW-level performance."""
 
-from apollo_optax._alias import apollo, apollo_mini, apollo_zero
+from apollo_optax._alias import apollo, apollo_mini, apollo_zero, racs
 from apollo_optax._dimension_numbers import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
@@ -15,6 +15,7 @@ from apollo_optax._quantization import (
     dequantize,
     quantize,
 )
+from apollo_optax._racs import ScaleByRacsState, scale_by_racs
 from apollo_optax._state import (
     ScaleByApolloState,
     ScaleByFlatteningState,
@@ -34,6 +35,7 @@ __all__ = [
     "QuantizedArray",
     "ScaleByApolloState",
     "ScaleByFlatteningState",
+    "ScaleByRacsState",
     "StateBytes",
     "apollo",
     "apollo_mini",
@@ -45,8 +47,10 @@ __all__ = [
     "layerwise_step",
     "limit_norm_growth",
     "quantize",
+    "racs",
     "scale_by_apollo",
     "scale_by_flattening",
+    "scale_by_racs",
     "state_bytes",
     "state_owners",
     "state_sharding",

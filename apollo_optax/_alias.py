@@ -1,4 +1,4 @@
-"""Complete optimizers: APOLLO with decoupled weight decay and a learning rate."""
+"""Complete optimizers, with decoupled weight decay and a learning rate."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import optax
 from apollo_optax import _projection
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
 from apollo_optax._flattening import scale_by_flattening
+from apollo_optax._racs import scale_by_racs
 from apollo_optax._transform import scale_by_apollo
 
 
@@ -209,6 +210,89 @@ def apollo_mini(
         key=key,
         weight_dimension_numbers=weight_dimension_numbers,
         moment_dtype=moment_dtype,
+    )
+
+
+def racs(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    b: jax.typing.ArrayLike = 0.9,
+    iterations: int = 5,
+    norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moment_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""RACS: row and column scaled SGD, at the memory of SGD.
+
+    The state of a matrix of sizes :math:`m` and :math:`n` is :math:`m + n + 1` numbers,
+    against :math:`2mn` for AdamW. There is no projection and no momentum. See
+    :func:`scale_by_racs` for the algorithm.
+
+    Args:
+      learning_rate: a fixed value or a schedule. Start near AdamW's rate, 1e-3, not at
+        APOLLO's.
+      weight_decay: strength of the decoupled weight decay, which is multiplied by the
+        learning rate; a fixed value or a schedule.
+      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
+        or a callable that returns one for the parameters.
+      b: decay rate of the averages of a matrix's factors.
+      iterations: rounds in which the factors of rows and columns are computed of each
+        other.
+      norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
+        least 1; None switches the limiter off.
+      b1: decay rate of the first moment of leaves under Adam.
+      b2: decay rate of the second moment of leaves under Adam.
+      eps: added to the denominator of leaves under Adam.
+      weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other
+        than 2-D kernels.
+      moment_dtype: dtype of both moments of leaves under Adam. The default is float32,
+        or float64 for float64 leaves.
+
+    The arguments that :func:`scale_by_racs` shares are described in full there.
+
+    Returns:
+      The corresponding ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as for :func:`scale_by_racs`.
+
+    Examples:
+      >>> import apollo_optax, jax, jax.numpy as jnp
+      >>> tx = apollo_optax.racs(1e-3, weight_decay=0.1)
+      >>> state = tx.init({"kernel": jnp.ones((512, 1376))})
+      >>> state[0].row["kernel"].shape, state[0].column["kernel"].shape
+      ((512,), (1376,))
+
+      With ``inject_hyperparams``, which must not make an array of `iterations`:
+
+      >>> tx = optax.inject_hyperparams(
+      ...     apollo_optax.racs, static_args="iterations", hyperparam_dtype=jnp.float32
+      ... )(learning_rate=optax.cosine_decay_schedule(1e-3, 1000))
+
+    References:
+      Gong et al., `Towards Efficient Optimizer Design for LLM via Structured Fisher
+      Approximation with a Low-Rank Extension <https://arxiv.org/abs/2502.07752>`_, 2025
+
+    .. seealso:: :func:`apollo_mini`, :func:`optax.adafactor`
+    """
+    return optax.chain(
+        scale_by_racs(
+            b,
+            iterations=iterations,
+            norm_growth_limit=norm_growth_limit,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_dimension_numbers=weight_dimension_numbers,
+            moment_dtype=moment_dtype,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 

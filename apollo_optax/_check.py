@@ -17,20 +17,26 @@ import numpy as np
 from apollo_optax import _tree
 from apollo_optax._dtypes import wide_dtype
 
-_STATIC_REMEDY = (
-    "it decides shapes or code, so it must be known when the step is compiled; with "
-    "optax.inject_hyperparams, pass static_args=apollo_optax.STATIC_ARGS"
-)
+_IN_STATIC_ARGS = "pass static_args=apollo_optax.STATIC_ARGS"
+
+
+def _static_remedy(remedy: str = _IN_STATIC_ARGS) -> str:
+    return (
+        "it decides shapes or code, so it must be known when the step is compiled; "
+        f"with optax.inject_hyperparams, {remedy}"
+    )
 
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray))
 
 
-def positive_int(name: str, value: Any) -> None:
+def positive_int(name: str, value: Any, remedy: str = _IN_STATIC_ARGS) -> None:
+    """Checks an argument that has the `remedy` under ``inject_hyperparams``."""
     if _is_array(value):
         raise TypeError(
-            f"{name} must be a Python int, got an array ({value!r}): {_STATIC_REMEDY}"
+            f"{name} must be a Python int, got an array ({value!r}): "
+            f"{_static_remedy(remedy)}"
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int of at least 1, got {value!r}")
@@ -47,7 +53,7 @@ def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> 
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f"{name} must be True or False, got {value!r}: {_STATIC_REMEDY}"
+            f"{name} must be True or False, got {value!r}: {_static_remedy()}"
         )
 
 

@@ -341,9 +341,9 @@ def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, type[Any]]:
     """The paths of the `STATES` in a flattened state, with their classes.
 
     They are found by the names of their fields, since NNX loses the type. A field
-    without leaves has no name in a flattened state. So the state of an algorithm whose
-    matrices have fields of their own is not found where there are no matrices. It then
-    has the names of Adam's state, and its leaves are found as Adam's are.
+    without leaves has no name in a flattened state, so a state without matrices may
+    have the same names as Optax's Adam. It is left out, because then its leaves have
+    the owners and the shapes that Adam's have.
     """
     children: dict[_tree.Path, set[str]] = {}
     for path in state:
@@ -357,7 +357,8 @@ def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, type[Any]]:
         may_be_empty = {name for name, field in fields.items() if field.shape is None}
         required = set(kind._fields) - kind._field_defaults.keys() - may_be_empty
         for prefix, names in children.items():
-            is_kind = required <= names <= set(kind._fields)
+            is_adam = names <= set(optax.ScaleByAdamState._fields)
+            is_kind = required <= names <= set(kind._fields) and not is_adam
             if is_kind and all((*prefix, name) in state for name in scalars):
                 found[prefix] = kind
     return found

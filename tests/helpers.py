@@ -22,6 +22,7 @@ OPTIMIZERS: dict[str, Any] = {
     "apollo_mini": functools.partial(apollo_optax.apollo_mini, update_proj_gap=2),
     "svd": functools.partial(small_apollo, projection="svd"),
     "apollo_zero": apollo_optax.apollo_zero,
+    "racs": apollo_optax.racs,
 }
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

@@ -46,6 +46,7 @@ OPTIMIZERS: dict[str, Any] = {
     "svd": functools.partial(apollo_optax.apollo, rank=8, projection="svd"),
     "apollo_mini": apollo_optax.apollo_mini,
     "apollo_zero": apollo_optax.apollo_zero,
+    "racs": apollo_optax.racs,
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 every_box = pytest.mark.parametrize("make_box", ["linen", "nnx"])

@@ -24,6 +24,7 @@ from apollo_optax import (
     apollo,
     apollo_mini,
     apollo_zero,
+    racs,
     scale_by_apollo,
     state_sharding,
 )
@@ -36,6 +37,7 @@ OPTIMIZERS = {
     "apollo": functools.partial(apollo, 0.01, 8, update_proj_gap=5),
     "apollo-mini": functools.partial(apollo_mini, 0.002, update_proj_gap=5),
     "apollo-zero": functools.partial(apollo_zero, 0.002),
+    "racs": functools.partial(racs, 0.003),
 }
 
 

@@ -12,9 +12,19 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from apollo_optax import _matrix, _projection, scale_by_apollo, state_sharding, tabulate
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    _matrix,
+    _projection,
+    _state,
+    scale_by_apollo,
+    state_owners,
+    state_sharding,
+    tabulate,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -35,7 +45,8 @@ def run(text):
 @pytest.fixture(autouse=True)
 def tables():
     """Restores the tables that snippets add to."""
-    restored: Any = [(t, dict(t)) for t in (_matrix.SCALE_TYPES, _projection.NAMED)]
+    tables = (_matrix.SCALE_TYPES, _projection.NAMED, _state.STATES)
+    restored: Any = [(table, dict(table)) for table in tables]
     yield
     for table, before in restored:
         table.clear()
@@ -47,7 +58,7 @@ def normal(shape, seed=0):
 
 
 def test_every_snippet_is_run_here():
-    assert len(snippets("python")) == 5
+    assert len(snippets("python")) == 6
     assert len(snippets("diff")) == 1
 
 
@@ -165,3 +176,25 @@ def test_a_stored_projection_is_a_class():
     on_mesh = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=place)}
     shardings = state_sharding(jax.eval_shape(tx.init, on_mesh), on_mesh)
     assert tuple(shardings.projection["kernel"].spec) == (None, "x")
+
+
+def test_an_algorithm_is_one_file():
+    make = run("class NormalizedRowsState(")["scale_by_normalized_rows"]
+    numbers = {"stack": ApolloDimensionNumbers(2, 1), "bias": None}
+    tx = make(numbers)
+    params = {"stack": normal((3, 16, 8)), "bias": normal((16,))}
+    updates, state = jax.jit(tx.update)(params, tx.init(params))
+    rows = np.sqrt(np.mean(np.square(updates["stack"]), axis=1))
+    np.testing.assert_allclose(rows, np.ones((3, 8)), rtol=1e-5)
+    assert len(jax.tree.leaves(state)) == 3
+    assert state_owners(state, params).mu["bias"] == "bias"
+    mesh = jax.make_mesh((8,), ("x",))
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P(None)))
+    shardings = state_sharding(state, params, weight_dimension_numbers=numbers)
+    assert shardings.mu["bias"].is_fully_replicated
+    # Optax's Adam has the same names.
+    adam = optax.adam(0.1).init(params)
+    shardings = state_sharding(adam, params, weight_dimension_numbers=numbers)
+    assert shardings[0].mu["stack"].is_fully_replicated
+    # Where there are no such leaves, the state is a count.
+    assert "no state" in tabulate(make(), {"kernel": normal((8, 16))})

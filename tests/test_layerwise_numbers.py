@@ -67,6 +67,7 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "partition": lambda: optax.partition(
         {"matrices": apollo(0.1, projection="svd"), "rest": optax.adam(0.2)}, labels
     ),
+    "racs": lambda: apollo_optax.racs(0.1, weight_dimension_numbers=NUMBERS),
     # The bits of rbg depend on how many keys a single call draws with.
     "rbg": lambda: apollo(0.1, key=jax.random.key(1, impl="rbg")),
     "zero": lambda: apollo_optax.apollo_zero(0.1, weight_dimension_numbers=NUMBERS),

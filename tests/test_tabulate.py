@@ -13,6 +13,7 @@ from apollo_optax import (
     apollo_mini,
     apollo_zero,
     limit_norm_growth,
+    racs,
     tabulate,
 )
 
@@ -69,7 +70,7 @@ def test_table_has_each_tensor_and_the_totals():
 
 
 @pytest.mark.parametrize(
-    "make", [apollo, apollo_mini, optax.adamw, optax.sgd, optax.lion]
+    "make", [apollo, apollo_mini, racs, optax.adamw, optax.sgd, optax.lion]
 )
 def test_totals_are_the_bytes_of_the_whole_state(make):
     is_ours = not make.__module__.startswith("optax")
@@ -95,6 +96,7 @@ def test_totals_are_the_bytes_of_the_whole_state(make):
         (apollo(0.1, rank=64), "APOLLO rank 4, 4 contracted"),
         (apollo(0.1, rank=2, projection="svd"), "APOLLO rank 2, 4 contracted"),
         (apollo_zero(0.1), "flattened"),
+        (racs(0.1), "RACS"),
     ],
 )
 def test_table_names_the_treatment(tx, treatment):

@@ -229,6 +229,14 @@ def apollo(
     )
 
 
+def racs(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    del config
+    return apollo_optax.scale_by_racs(
+        weight_dimension_numbers=dimension_numbers(options),
+        moment_dtype=options.moment_dtype,
+    )
+
+
 def apollo_zero(
     options: RunOptions, config: LlamaConfig
 ) -> optax.GradientTransformation:
@@ -245,8 +253,8 @@ class Recipe(NamedTuple):
     """An optimizer: its transformation, default learning rates and APOLLO options.
 
     The learning rates are the best of the grids in docs/results.md, with the tiny model
-    and one seed; apollo-svd has those of apollo, and apollo-zero's have been tried in
-    short runs only.
+    and one seed; apollo-svd has those of apollo. The rates of racs and
+    apollo-zero were not searched for: they are usual ones of AdamW.
     """
 
     scaler: Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
@@ -289,6 +297,7 @@ RECIPES: dict[str, Recipe] = {
     "apollo-zero": Recipe(
         apollo_zero, lr=2e-3, lr_embeddings=3e-2, rank_of=eighth_of_width
     ),
+    "racs": Recipe(racs, lr=1e-3, lr_embeddings=3e-2),
     "galore": Recipe(
         galore,
         lr=2e-2,

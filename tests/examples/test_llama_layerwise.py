@@ -30,7 +30,7 @@ from examples.llama.train import (
 )
 
 STEPS = 20
-OPTIMIZERS = ["apollo", "apollo-mini", "apollo-svd", "adamw", "lion", "muon"]
+OPTIMIZERS = ["apollo", "apollo-mini", "apollo-svd", "racs", "adamw", "lion", "muon"]
 # Less than 20: projections are drawn anew at steps 1, 8 and 15.
 GAP = 7
 # XLA for CPU leaves sums and products to a library, which takes them in an order that
