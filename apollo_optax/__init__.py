@@ -1,11 +1,12 @@
 """APOLLO as Optax transformations: SGD-like memory, AdamW-level performance."""
 
-from apollo_optax._alias import apollo, apollo_mini, racs
+from apollo_optax._alias import apollo, apollo_mini, apollo_zero, racs
 from apollo_optax._dimension_numbers import (
     ApolloDimensionNumbers,
     dimension_numbers_by_path,
     dimension_numbers_from,
 )
+from apollo_optax._flattening import scale_by_flattening
 from apollo_optax._hyperparams import STATIC_ARGS
 from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
@@ -16,7 +17,12 @@ from apollo_optax._quantization import (
     quantize,
 )
 from apollo_optax._racs import ScaleByRacsState, scale_by_racs
-from apollo_optax._state import ScaleByApolloState, state_owners, state_sharding
+from apollo_optax._state import (
+    ScaleByApolloState,
+    ScaleByFlatteningState,
+    state_owners,
+    state_sharding,
+)
 from apollo_optax._tabulate import StateBytes, state_bytes, tabulate
 from apollo_optax._transform import scale_by_apollo
 
@@ -29,10 +35,12 @@ __all__ = [
     "LimitNormGrowthState",
     "QuantizedArray",
     "ScaleByApolloState",
+    "ScaleByFlatteningState",
     "ScaleByRacsState",
     "StateBytes",
     "apollo",
     "apollo_mini",
+    "apollo_zero",
     "apply_updates_stochastic",
     "dequantize",
     "dimension_numbers_by_path",
@@ -43,6 +51,7 @@ __all__ = [
     "quantize",
     "racs",
     "scale_by_apollo",
+    "scale_by_flattening",
     "scale_by_racs",
     "state_bytes",
     "state_owners",

@@ -8,6 +8,7 @@ import optax
 
 from apollo_optax import _projection
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
+from apollo_optax._flattening import scale_by_flattening
 from apollo_optax._racs import scale_by_racs
 from apollo_optax._transform import scale_by_apollo
 
@@ -284,6 +285,80 @@ def racs(
             b,
             iterations=iterations,
             norm_growth_limit=norm_growth_limit,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_dimension_numbers=weight_dimension_numbers,
+            moment_dtype=moment_dtype,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def apollo_zero(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    power: jax.typing.ArrayLike = 0.5,
+    method: Literal["low_rank", "newton_schulz", "exact"] = "low_rank",
+    rank: int | None = None,
+    key: jax.typing.ArrayLike = 0,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moment_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""APOLLO-Zero: no state for matrices.
+
+    A matrix's update is its gradient with rows and columns evened out and its spectrum
+    flattened. See :func:`scale_by_flattening` for the algorithm.
+
+    Args:
+      learning_rate: a fixed value or a schedule. Start near AdamW's rate, 1e-3 to 2e-3
+        for pre-training.
+      weight_decay: strength of the decoupled weight decay, which is multiplied by the
+        learning rate; a fixed value or a schedule.
+      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
+        or a callable that returns one for the parameters.
+      power: the power of the singular values, in [0, 1).
+      method: ``"low_rank"``, ``"newton_schulz"`` or ``"exact"``.
+      rank: the rank of the random projection of ``"low_rank"``; an eighth of the
+        smaller side of each matrix by default.
+      key: an int seed or a JAX key, for the random projections.
+      b1: decay rate of the first moment of the leaves under Adam.
+      b2: decay rate of their second moment.
+      eps: added to their denominator.
+      weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other
+        than 2-D kernels.
+      moment_dtype: dtype of both moments of the leaves under Adam. The default is
+        float32, or float64 for float64 leaves.
+
+    The arguments that :func:`scale_by_flattening` shares are described in full there.
+
+    Returns:
+      The corresponding ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as for :func:`scale_by_flattening`.
+
+    Examples:
+      >>> import apollo_optax, jax, jax.numpy as jnp
+      >>> tx = apollo_optax.apollo_zero(1e-3, weight_decay=0.1)
+      >>> params = {"kernel": jnp.ones((512, 1376))}
+      >>> apollo_optax.state_bytes(tx, params).kernels
+      0
+
+    .. seealso:: :func:`apollo`, :func:`optax.contrib.muon`
+    """
+    return optax.chain(
+        scale_by_flattening(
+            power,
+            method=method,
+            rank=rank,
+            key=key,
             b1=b1,
             b2=b2,
             eps=eps,

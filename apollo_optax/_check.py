@@ -72,6 +72,14 @@ def decay(name: str, value: Any) -> None:
     _number_in_range(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
+def rank_of_method(rank: Any, method: str) -> None:
+    if method != "low_rank":
+        raise ValueError(
+            f'method="{method}" has no rank, got rank={rank!r}; leave it out, or use '
+            'method="low_rank"'
+        )
+
+
 def non_negative(name: str, value: Any) -> None:
     _number_in_range(
         name, value, lambda x: 0 <= x < float("inf"), "finite and at least 0"
@@ -174,6 +182,17 @@ def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
             f"the state's key has shape {jnp.shape(stored)}, but the generator of the "
             f"argument key takes {expected}; the state was made with other arguments: "
             "use the same kind of key as then, or call init again"
+        )
+
+
+def state_class(state: Any, expected: type[Any]) -> None:
+    """Raises for a state that lacks a field of the class `expected`."""
+    lacking = [name for name in expected._fields if not hasattr(state, name)]
+    if lacking:
+        raise ValueError(
+            f"the state is a {type(state).__name__} without {', '.join(lacking)}, and "
+            f"this transformation's is a {expected.__name__}; the state was made by "
+            "another one: call init again"
         )
 
 

@@ -97,6 +97,25 @@ class ScaleByApolloState(NamedTuple):
     projection: Annotated[optax.Updates | None, PROJECTION] = None
 
 
+class ScaleByFlatteningState(NamedTuple):
+    """State of :func:`scale_by_flattening`, the same for all its methods.
+
+    Matrices have no state. In their place there is an ``optax.MaskedNode``. Other
+    arrays are in a Flax box if the parameter's box says how to shard the parameter.
+
+    Attributes:
+      count: steps taken; an int32 scalar.
+      key: raw key data, uint32; of shape ``(2,)`` for an int seed.
+      mu: first moments of the leaves under Adam, of the leaves' shapes.
+      nu: second moments, of the same shapes.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    key: jax.Array
+    mu: Annotated[optax.Updates, ADAM_MOMENT]
+    nu: Annotated[optax.Updates, ADAM_MOMENT]
+
+
 def fields_of(kind: type[Any], *, with_optional: bool = True) -> dict[str, Field]:
     """The fields of a class of states that hold a leaf per parameter, by name.
 
@@ -112,7 +131,8 @@ def fields_of(kind: type[Any], *, with_optional: bool = True) -> dict[str, Field
 
 
 STATES: dict[type[Any], str] = {
-    ScaleByApolloState: "APOLLO rank {rank}, {contracted} contracted"
+    ScaleByApolloState: "APOLLO rank {rank}, {contracted} contracted",
+    ScaleByFlatteningState: "flattened",
 }
 """The classes of states that are found in any pipeline's state, by field names.
 

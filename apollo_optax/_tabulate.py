@@ -86,9 +86,10 @@ def tabulate(
     ours = _state_by_parameter(tx, params)
     adamw = _state_by_parameter(optax.adamw(1e-3), params)
 
+    stateless = _stateless(tx, params)
     rows = []
     for path, leaf in leaves.items():
-        treatment = _treatment(leaf, ours[path], axes[path])
+        treatment = _treatment(leaf, ours[path], axes[path], stateless)
         costs = _nbytes(ours[path]), _nbytes(adamw[path])
         shapes = _shapes(ours[path])
         rows.append((_tree.show(path), str(jnp.shape(leaf)), treatment, shapes, *costs))
@@ -153,13 +154,34 @@ def _kind_of(path: _tree.Path, name: _tree.Path, leaf: Any) -> str:
     return "embeddings and head" if is_embedding_or_head(path) else "kernels"
 
 
-def _treatment(leaf: Any, owned: _Owned, axes: MatrixAxes | None) -> str:
+def _stateless(tx: optax.GradientTransformation, params: Any) -> str:
+    """How an optimizer treats a matrix that has no state.
+
+    The class of the optimizer's state says so, for nothing of the matrix is in it.
+    """
+    kinds = tuple(
+        kind
+        for kind in _state.STATES
+        if all(field.shape is None for field in _state.fields_of(kind).values())
+    )
+    nodes = jax.tree.leaves(
+        jax.eval_shape(tx.init, params), is_leaf=lambda node: isinstance(node, kinds)
+    )
+    found = (type(node) for node in nodes if isinstance(node, kinds))
+    return next((_state.STATES[kind] for kind in found), "no state")
+
+
+def _treatment(
+    leaf: Any, owned: _Owned, axes: MatrixAxes | None, stateless: str
+) -> str:
     """How an optimizer treats a parameter, as the shapes of its state show."""
+    if not owned:
+        return "no state" if axes is None else stateless
     shape = jnp.shape(leaf)
     fields = [(owner, state) for owner, state in owned if owner.rule is not None]
     if not fields:
         shapes = [state.shape for _, state in owned if state.shape or not shape]
-        return "Adam" if shapes == [shape, shape] else "other" if owned else "no state"
+        return "Adam" if shapes == [shape, shape] else "other"
     matrix = None if axes is None else Matrix.of_parameter(leaf, axes, jnp.float32)
     matrices = [_state.owned_matrix(*field, leaf, matrix) for field in fields]
     if axes is None:

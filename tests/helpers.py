@@ -21,6 +21,7 @@ OPTIMIZERS: dict[str, Any] = {
     "apollo": small_apollo,
     "apollo_mini": functools.partial(apollo_optax.apollo_mini, update_proj_gap=2),
     "svd": functools.partial(small_apollo, projection="svd"),
+    "apollo_zero": apollo_optax.apollo_zero,
     "racs": apollo_optax.racs,
 }
 

@@ -45,6 +45,7 @@ OPTIMIZERS: dict[str, Any] = {
     "apollo": functools.partial(apollo_optax.apollo, rank=8),
     "svd": functools.partial(apollo_optax.apollo, rank=8, projection="svd"),
     "apollo_mini": apollo_optax.apollo_mini,
+    "apollo_zero": apollo_optax.apollo_zero,
     "racs": apollo_optax.racs,
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

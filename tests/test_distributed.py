@@ -20,7 +20,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from apollo_optax import apollo, apollo_mini, racs, scale_by_apollo, state_sharding
+from apollo_optax import (
+    apollo,
+    apollo_mini,
+    apollo_zero,
+    racs,
+    scale_by_apollo,
+    state_sharding,
+)
 from tests.helpers import every_axis_type, normal
 
 AXES = ("data", "fsdp", "tensor")
@@ -29,6 +36,7 @@ SPECS = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp"), "bias": P("tens
 OPTIMIZERS = {
     "apollo": functools.partial(apollo, 0.01, 8, update_proj_gap=5),
     "apollo-mini": functools.partial(apollo_mini, 0.002, update_proj_gap=5),
+    "apollo-zero": functools.partial(apollo_zero, 0.002),
     "racs": functools.partial(racs, 0.003),
 }
 

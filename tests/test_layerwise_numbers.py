@@ -70,6 +70,7 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "racs": lambda: apollo_optax.racs(0.1, weight_dimension_numbers=NUMBERS),
     # The bits of rbg depend on how many keys a single call draws with.
     "rbg": lambda: apollo(0.1, key=jax.random.key(1, impl="rbg")),
+    "zero": lambda: apollo_optax.apollo_zero(0.1, weight_dimension_numbers=NUMBERS),
     "limiter": lambda: optax.chain(
         optax.trace(0.9, nesterov=True),
         optax.masked(limit_norm_growth(weight_dimension_numbers=NUMBERS), is_matrix),

@@ -11,6 +11,7 @@ from apollo_optax import (
     ApolloDimensionNumbers,
     apollo,
     apollo_mini,
+    apollo_zero,
     limit_norm_growth,
     racs,
     tabulate,
@@ -94,6 +95,7 @@ def test_totals_are_the_bytes_of_the_whole_state(make):
         (optax.masked(apollo(0.1), {"kernel": False}), "no state"),
         (apollo(0.1, rank=64), "APOLLO rank 4, 4 contracted"),
         (apollo(0.1, rank=2, projection="svd"), "APOLLO rank 2, 4 contracted"),
+        (apollo_zero(0.1), "flattened"),
         (racs(0.1), "RACS"),
     ],
 )

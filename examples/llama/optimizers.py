@@ -237,12 +237,24 @@ def racs(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformati
     )
 
 
+def apollo_zero(
+    options: RunOptions, config: LlamaConfig
+) -> optax.GradientTransformation:
+    del config
+    return apollo_optax.scale_by_flattening(
+        rank=options.rank,
+        key=options.seed,
+        weight_dimension_numbers=dimension_numbers(options),
+        moment_dtype=options.moment_dtype,
+    )
+
+
 class Recipe(NamedTuple):
     """An optimizer: its transformation, default learning rates and APOLLO options.
 
     The learning rates are the best of the grids in docs/results.md, with the tiny model
-    and one seed; apollo-svd has those of apollo. The rate of racs was not searched for:
-    it is a usual one of AdamW.
+    and one seed; apollo-svd has those of apollo. The rates of racs and
+    apollo-zero were not searched for: they are usual ones of AdamW.
     """
 
     scaler: Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
@@ -255,6 +267,10 @@ class Recipe(NamedTuple):
 
 def quarter_of_width(config: LlamaConfig) -> int:
     return config.hidden_size // 4
+
+
+def eighth_of_width(config: LlamaConfig) -> int:
+    return config.hidden_size // 8
 
 
 def channel_wise(*, svd: bool = False) -> Recipe:
@@ -278,6 +294,9 @@ RECIPES: dict[str, Recipe] = {
         scale=128.0,
     ),
     "apollo-svd": channel_wise(svd=True),
+    "apollo-zero": Recipe(
+        apollo_zero, lr=2e-3, lr_embeddings=3e-2, rank_of=eighth_of_width
+    ),
     "racs": Recipe(racs, lr=1e-3, lr_embeddings=3e-2),
     "galore": Recipe(
         galore,

@@ -131,8 +131,8 @@ class TrainingOptions(TextOptions):
     attention: str = "auto"
     """xla, cudnn, or auto: cudnn on a GPU in bfloat16."""
     rank: int | None = None
-    """APOLLO's and GaLore's rank; by default 1 for apollo-mini, else a quarter of the
-    hidden size."""
+    """APOLLO's and GaLore's rank; by default 1 for apollo-mini, an eighth of the hidden
+    size for apollo-zero, else a quarter of it."""
     scale: float | None = None
     """APOLLO's scale, by default 128 for apollo-mini, else 1; GaLore's, by default
     0.25."""
@@ -322,8 +322,8 @@ class RunOptions(ProcessOptions, TrainingOptions):
     """One run: a model trained with one optimizer at one pair of learning rates."""
 
     optimizer: str = "apollo-mini"
-    """adamw, apollo, apollo-mini, apollo-svd, racs, galore, muon, adafactor, lion or
-    sgd."""
+    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, racs, galore, muon,
+    adafactor, lion or sgd."""
     lr: float | None = None
     """Peak learning rate of the layers' kernels; by default the optimizer's own."""
     lr_embeddings: float | None = None

@@ -1,0 +1,288 @@
+"""APOLLO-Zero: a gradient with an evened-out spectrum, and no state for matrices.
+
+A matrix's gradient has a few directions that are far larger than the others. AdamW and
+Muon even them out by moments as large as the matrix. Here it is done by linear algebra
+on the gradient of one step (see :mod:`apollo_optax._spectrum`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from apollo_optax import (
+    _batching,
+    _check,
+    _keys,
+    _leafwise,
+    _projection,
+    _sharding,
+    _spectrum,
+    _tree,
+)
+from apollo_optax._dimension_numbers import WeightDimensionNumbers
+from apollo_optax._dtypes import saturating_cast
+from apollo_optax._hyperparams import ARRAYS, hyperparams
+from apollo_optax._matrix import Matrix
+from apollo_optax._state import LeafState, ScaleByFlatteningState
+
+METHODS = ("low_rank", "newton_schulz", "exact")
+
+# The rank of the random projection by default, as a share of a matrix's smaller side.
+SIDE_PER_RANK = 8
+
+
+@hyperparams
+class _Hyperparams:
+    power: Any
+    method: str
+    b1: Any
+    b2: Any
+    eps: Any
+
+
+def scale_by_flattening(
+    power: jax.typing.ArrayLike = 0.5,
+    *,
+    method: Literal["low_rank", "newton_schulz", "exact"] = "low_rank",
+    rank: int | None = None,
+    key: jax.typing.ArrayLike = 0,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moment_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescale updates by flattening the spectrum of each matrix's gradient.
+
+    Let :math:`G_t` be the gradient of a matrix, with a row per input and a column per
+    output. With the power :math:`p`:
+
+    .. math::
+
+      \begin{align*}
+        X_t &= G_t \text{ with each row, then each column, divided by its root mean
+          square} \\
+        F_t &= (X_t X_t^\top)^{(p-1)/2}\, X_t
+          = \textstyle\sum_i \sigma_i^p\, u_i v_i^\top
+          \quad \text{for } X_t = \textstyle\sum_i \sigma_i\, u_i v_i^\top \\
+        \text{update} &= F_t \text{ scaled to a root mean square of 1 over the rows that
+          are not zero}
+      \end{align*}
+
+    With ``method="low_rank"``, a random projection :math:`\Omega_t` of rank :math:`r`
+    finds the largest singular values, and only those are flattened, to the level
+    :math:`\tau` of the :math:`m - r` others. With :math:`m` the size of the smaller
+    side, which is that of the rows of :math:`X_t` here, transposed if need be:
+
+    .. math::
+
+      \begin{align*}
+        Q_t &= \mathrm{orth}(X_t X_t^\top \mathrm{orth}(X_t \Omega_t)), \quad
+        B_t = Q_t^\top X_t, \quad
+        \tau_t^2 = (\|X_t\|^2 - \|B_t\|^2) / (m - r) \\
+        F_t &= X_t + Q_t \big((B_t B_t^\top / \tau_t^2)^{(p-1)/2} - I\big) B_t
+      \end{align*}
+
+    There is no momentum, and a matrix has no state: nothing is remembered but the count
+    of steps and the key of :math:`\Omega_t`, which is drawn anew in every step. The
+    update of a matrix has the same size in every step, as Adam's has about, so that
+    learning rates are near Adam's. A gradient of zero gives an update of zero.
+
+    All other leaves (vectors, scalars, embeddings, the output head) get the update of
+    :func:`optax.scale_by_adam`. This transformation is a drop-in replacement for
+    ``scale_by_adam``: it applies no learning rate, and its updates have the sign of the
+    gradients.
+
+    Args:
+      power: the power :math:`p` of the singular values, in [0, 1). 1 would
+        leave the spectrum as it is, and 0 makes all singular values equal, except that
+        ``"low_rank"`` makes the largest ones equal to the level of the others.
+      method: ``"low_rank"``, which takes about ``10 * m * n * rank`` operations;
+        ``"newton_schulz"``, a polynomial of :math:`X_t X_t^\top` with errors of a few
+        percent (see below); or ``"exact"``, an eigendecomposition of
+        :math:`X_t X_t^\top`, which is slow on accelerators.
+      rank: the rank of ``"low_rank"``, for no other method. The default is an eighth of
+        the smaller side of each matrix, at least 1. A rank of half of that side or more
+        would cost more than ``"exact"``, which is used there.
+      key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or
+        raw.
+      b1: decay rate of the first moment of the leaves under Adam, in [0, 1).
+      b2: decay rate of their second moment, in [0, 1).
+      eps: added to their denominator.
+      weight_dimension_numbers: which axes of a leaf form a matrix, as for
+        :func:`scale_by_apollo`. Rows are the elements of `reduction_axis`, columns
+        those of `output_axis`. A matrix with a side of 1 is a vector, and gets Adam.
+      moment_dtype: dtype of both moments of the leaves under Adam. The default is
+        float32, or float64 for float64 leaves.
+
+    ``"newton_schulz"`` is a weighted sum of the six iterates of Muon's Newton-Schulz
+    steps, with weights that are fitted to :math:`\sigma^p`. For singular values of at
+    least a thousandth of the norm of the spectrum its error is at most 6% at
+    ``power=0.5`` and at most 17% at ``power=0``.
+
+    On a mesh, ``"low_rank"`` sends ``n * rank`` numbers per matrix twice where the
+    smaller side is sharded, and ``m * rank`` numbers twice where the other one is. It
+    never sends the gradient. The other methods send one Gram matrix of the smaller side
+    where the mesh shards the other side. Where it shards the smaller one, they gather
+    the gradient.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with
+      :class:`ScaleByFlatteningState`. Updates keep the gradients' dtypes. The
+      ``update`` function takes an extra argument, the integer `batch_index`, as that of
+      :func:`scale_by_apollo` does.
+
+    Raises:
+      TypeError: for an argument of the wrong type, such as an array where the value
+        must be static.
+      ValueError: for an argument out of range, an unknown method, or a rank for a
+        method that has none. From ``init`` and ``update``, for a leaf that is not real
+        floating-point, dimension numbers that do not fit, updates of another structure
+        than the parameters, a state of another transformation, or, inside
+        ``shard_map``, a matrix that varies over a manual axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from apollo_optax import scale_by_flattening
+      >>> tx = optax.chain(scale_by_flattening(), optax.scale_by_learning_rate(1e-3))
+      >>> params = {"kernel": jnp.ones((8, 16)), "bias": jnp.zeros(16)}
+      >>> state = tx.init(params)
+      >>> jax.tree.map(jnp.shape, state[0].mu)
+      {'bias': (16,), 'kernel': MaskedNode()}
+      >>> grads = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      Ma et al., `SWAN: SGD with Normalization and Whitening Enables Stateless LLM
+      Training <https://arxiv.org/abs/2412.13148>`_, 2024
+
+      Jordan et al., `Muon: An optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024
+
+      Halko et al., `Finding structure with randomness: Probabilistic algorithms for
+      constructing approximate matrix decompositions
+      <https://arxiv.org/abs/0909.4061>`_, 2009
+    """
+    _check.decay("power", power)
+    _check.one_of("method", method, METHODS)
+    if rank is not None:
+        _check.positive_int("rank", rank)
+        _check.rank_of_method(rank, method)
+    _check.decay("b1", b1)
+    _check.decay("b2", b2)
+    _check.non_negative("eps", eps)
+    _check.moment_dtype(moment_dtype)
+    key_impl = _keys.key_impl(key)
+    key_shape = _keys.key_data_shape(key_impl)
+    h = _Hyperparams(power, method, b1, b2, eps)
+
+    def init_shared(replicated: NamedSharding | None) -> dict[str, jax.Array]:
+        key_data = _keys.key_data(key)
+        return {"key": _sharding.device_put_if_concrete(key_data, replicated)}
+
+    def check_state(state: Any) -> None:
+        _check.state_class(state, ScaleByFlatteningState)
+        _check.key_shape(state.key, key_shape)
+
+    def update_matrices(
+        step: _leafwise.Step, leaves: Mapping[_tree.Path, _leafwise.MatrixLeaf]
+    ) -> dict[_tree.Path, tuple[jax.Array, LeafState]]:
+        keys = _keys.KeySource(
+            key=jax.random.wrap_key_data(step.state.key, impl=key_impl),
+            refresh=step.state.count,
+            batch_index=step.batch_index,
+        )
+        is_random = method == "low_rank"
+        results = _batching.update_all(
+            jax.tree_util.Partial(_update_matrix, h),
+            jax.tree_util.Partial(_draw) if is_random else None,
+            keys,
+            {path: _leaf(path, leaf, rank, is_random) for path, leaf in leaves.items()},
+        )
+        return {
+            path: (_batch_axes_back(leaves[path].matrix, update), state)
+            for path, (update, state) in results.items()
+        }
+
+    return _leafwise.leafwise(
+        ScaleByFlatteningState,
+        update_matrices,
+        adam=h,
+        weight_dimension_numbers=weight_dimension_numbers,
+        moment_dtype=moment_dtype,
+        init_shared=init_shared,
+        check_state=check_state,
+    )
+
+
+def _leaf(
+    path: _tree.Path, leaf: _leafwise.MatrixLeaf, rank: int | None, is_random: bool
+) -> _batching.Leaf:
+    """A leaf with the rank of its projection and the shapes of what is computed."""
+    m = leaf.matrix.axes.contracted_size
+    own_rank = max(1, m // SIDE_PER_RANK) if rank is None else min(rank, m)
+    matrix = dataclasses.replace(leaf.matrix, rank=own_rank)
+    draws = is_random and not _spectrum.uses_exact(matrix)
+    return _batching.Leaf(
+        matrix,
+        leaf.gradient,
+        leaf.state,
+        _keys.leaf_id(path),
+        matrix.moment_shape if draws else None,
+        matrix.axes.shape,
+    )
+
+
+def _draw(matrix: Matrix, keys: jax.Array) -> jax.Array:
+    """``Omega``, ``(*batch, r, *channel)``, from one key per batch element."""
+    axes = matrix.axes
+    transposed = dataclasses.replace(
+        axes, contracted=axes.channel, channel=axes.contracted
+    )
+    other_side = dataclasses.replace(matrix, axes=transposed)
+    return _projection.Normal().draw(other_side, keys)
+
+
+def _update_matrix(
+    h: _Hyperparams,
+    matrix: Matrix,
+    gradient: jax.Array,
+    state: LeafState,
+    omega: jax.Array | None,
+) -> tuple[jax.Array, LeafState]:
+    """The update of one leaf, a matrix or a batch of them, with batch axes in front."""
+    rows, columns = matrix.axes.contracted, matrix.axes.channel
+    if not matrix.axes.is_input_contracted:
+        rows, columns = columns, rows
+    # 1. X, rounded to bfloat16 where the gradient is, for products in it.
+    X = _spectrum.normalize(gradient.astype(matrix.dtype), rows, columns)
+    if gradient.dtype == jnp.bfloat16:
+        X = X.astype(jnp.bfloat16)
+    # 2. F(X) = (X X^T)^((p - 1) / 2) X
+    p = jnp.asarray(h.power, matrix.dtype) if isinstance(h.power, ARRAYS) else h.power
+    if h.method == "exact":
+        F = _spectrum.exact(matrix, X, p)
+    elif h.method == "newton_schulz":
+        F = _spectrum.newton_schulz(matrix, X, p)
+    else:
+        assert omega is not None
+        F = _spectrum.low_rank(matrix, X, p, omega)
+    # 3. The root mean square over live rows is 1.
+    U = _spectrum.rms_one(F, X, rows, columns)
+    return _batch_axes_first(matrix, saturating_cast(U, gradient.dtype)), state
+
+
+def _batch_axes_first(matrix: Matrix, tensor: jax.Array) -> jax.Array:
+    batch = matrix.axes.batch
+    return jnp.moveaxis(tensor, batch, range(len(batch)))
+
+
+def _batch_axes_back(matrix: Matrix, tensor: jax.Array) -> jax.Array:
+    batch = matrix.axes.batch
+    return jnp.moveaxis(tensor, range(len(batch)), batch)

@@ -1,0 +1,386 @@
+"""A gradient's singular values brought closer to each other; no state.
+
+``X`` is a leaf as matrices ``(m, n)``, the contracted side first, which is the smaller
+one. Flattening its spectrum to the power ``p`` is ``F(X) = (X X^T)^((p - 1) / 2) X``:
+the singular values ``s`` become ``s^p``, and the singular vectors stay.
+
+The functions take the leaf with its axes in any order, since a reshape that merges a
+sharded axis with another would make XLA gather the leaf. Only Gram matrices are merged.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apollo_optax import _sharding
+from apollo_optax._matrix import Matrix
+
+Axes = tuple[int, ...]
+
+# The default precision is bfloat16 products on TPUs and TF32 on GPUs.
+HIGHEST = jax.lax.Precision.HIGHEST
+
+# The coefficients of Muon's Newton-Schulz step, s -> a s + b s^3 + c s^5. Six steps
+# take singular values of a thousandth near 1.
+MUON_STEP = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 6
+
+# The degree of the weights of the iterates as a polynomial of the power. With a lower
+# one, their errors exceed those of the iterates themselves.
+WEIGHT_DEGREE = 8
+
+# The smallest singular value, relative to the largest, that the weights of the
+# Newton-Schulz iterates are fitted for.
+SMALLEST_FITTED = 1e-3
+
+# The floor of a Gram matrix's eigenvalues relative to the largest one, in units of the
+# dtype's epsilon. Rounding errors decide smaller eigenvalues.
+EIGENVALUE_FLOOR = 8
+
+# What a Cholesky decomposition adds to ones on the diagonal, in units of the dtype's
+# epsilon. Rounding errors of the Gram matrix would otherwise make it indefinite.
+CHOLESKY_SHIFT = 100
+
+# How often a basis is divided by its Cholesky factor. The first basis only has to be
+# well conditioned. The second has to be orthonormal, even where the rank of X is
+# smaller than its number of columns.
+FIRST_PASSES, SECOND_PASSES = 1, 3
+
+# The floor of the mean square of the singular values that low rank leaves as they are,
+# relative to the mean square of all. Rounding errors decide it where X has low rank.
+SMALLEST_LEVEL = 1e-6
+
+
+# Rows and columns.
+
+
+def normalize(tensor: jax.Array, rows: Axes, columns: Axes) -> jax.Array:
+    """Divides each row by its root mean square, then each column by its own, once.
+
+    Zero rows and columns stay zero.
+
+    Args:
+      tensor: a leaf of any magnitude.
+      rows: the axes of the input side, whose elements are rows.
+      columns: the axes of the output side, whose elements are columns.
+    """
+    return _unit_rms(_unit_rms(tensor, columns), rows)
+
+
+def _unit_rms(tensor: jax.Array, axes: Axes) -> jax.Array:
+    # Division by the largest magnitude comes first, so that no square overflows or
+    # underflows.
+    largest = jnp.max(jnp.abs(tensor), axis=axes, keepdims=True)
+    scaled = tensor / jnp.where(largest == 0, 1, largest)
+    rms = jnp.sqrt(jnp.mean(jnp.square(scaled), axis=axes, keepdims=True))
+    return scaled / jnp.where(largest == 0, 1, rms)
+
+
+def rms_one(tensor: jax.Array, like: jax.Array, rows: Axes, columns: Axes) -> jax.Array:
+    """Scales matrices to a root mean square of 1 over the rows that are not zero.
+
+    Args:
+      tensor: a leaf of moderate magnitude.
+      like: the leaf whose zero rows do not count. `tensor` is zero there, except for
+        rounding errors.
+      rows: the axes of the input side, whose elements are rows.
+      columns: the axes of the output side, whose elements are columns.
+    """
+    is_alive = jnp.any(like != 0, axis=columns, keepdims=True)
+    alive = jnp.sum(is_alive, axis=rows, keepdims=True, dtype=tensor.dtype)
+    count = alive * math.prod(tensor.shape[axis] for axis in columns)
+    square = jnp.sum(jnp.square(tensor), axis=(*rows, *columns), keepdims=True)
+    return tensor * jnp.sqrt(count / jnp.where(square == 0, 1, square))
+
+
+# The methods.
+
+
+def exact(matrix: Matrix, X: jax.Array, power: Any) -> jax.Array:
+    """``F(X)`` by the eigenvectors of ``X X^T``, in the dtype of the matrix."""
+    return _times_function_of_gram(matrix, X, _eigen_power, power)
+
+
+def newton_schulz(matrix: Matrix, X: jax.Array, power: Any) -> jax.Array:
+    """``F(X)`` times a constant, by products alone, in the dtype of the matrix.
+
+    It is a weighted sum of Muon's Newton-Schulz iterates. Each iterate brings smaller
+    singular values near 1 than the one before does, and the weights make ``s^p`` of
+    them. Where a singular value is at least a thousandth of the norm of the spectrum,
+    the error is at most 6% for ``p = 1/2`` and 17% for ``p = 0``. A smaller one is only
+    multiplied by a constant.
+
+    The steps are taken on ``X X^T``. They need fewer products than steps on ``X`` where
+    ``n`` is larger than ``m``, and one sum over the devices of a mesh.
+    """
+    return _times_function_of_gram(matrix, X, _polynomial_power, power)
+
+
+def low_rank(matrix: Matrix, X: jax.Array, power: Any, omega: jax.Array) -> jax.Array:
+    """The largest singular values of ``X`` flattened, the others left as they are.
+
+    A random projection finds the ``r`` directions ``Q`` of the largest singular values.
+    They are multiplied by ``c = (s / t)^(p - 1)`` with the root mean square ``t`` of
+    the others, so that the result is near ``t^(1 - p) F(X)``. A rank of half of ``m``
+    or more would cost more than :func:`exact`, which is used there.
+
+    Args:
+      matrix: the leaf's axes, and the rank ``r``.
+      X: a leaf.
+      power: the power ``p``.
+      omega: random numbers of mean 0, of shape ``(*batch, r, *channel)``.
+
+    Returns:
+      An array like `X` in the dtype of the matrix.
+    """
+    m, axes, r = matrix, matrix.axes, len(matrix.axes.shape)
+    if uses_exact(m):
+        return exact(m, X, power)
+    leaf = tuple(range(r))
+    left = (*axes.batch, *axes.contracted, r)  # Q is (m, r).
+    right = (*axes.batch, *axes.channel, r)  # X^T Q is (n, r).
+
+    Y = _product(m, X.dtype, X, leaf, omega, (*axes.batch, r, *axes.channel), left)
+    Y = _orthonormal(m, Y, left, FIRST_PASSES)
+    Z = _product(m, X.dtype, X, leaf, Y, left, right)
+    Q = _product(m, X.dtype, X, leaf, Z, right, left)
+    Q = _orthonormal(m, Q, left, SECOND_PASSES)
+    B = _product(m, X.dtype, X, leaf, Q, left, right)  # The transpose of Q^T X.
+    square = jnp.square(m.tensor_norms(X.astype(m.dtype)))
+    others = axes.contracted_size - m.rank
+    factors = _on_gram(m, _factors_less_one, power, others)(_gram(m, B, right), square)
+    change = _product(
+        m, m.dtype, B, right, factors, (*axes.batch, r, r + 1), (*right[:-1], r + 1)
+    )
+    # The difference of X and almost the same in its largest directions needs more
+    # digits than bfloat16 has.
+    precision = jax.lax.Precision.HIGH if X.dtype == jnp.bfloat16 else HIGHEST
+    difference = _product(m, m.dtype, Q, left, change, right, leaf, precision)
+    return X.astype(m.dtype) + difference
+
+
+def uses_exact(matrix: Matrix) -> bool:
+    """Whether :func:`low_rank` is :func:`exact` for a matrix of this size and rank."""
+    return 2 * matrix.rank >= matrix.axes.contracted_size
+
+
+def _times_function_of_gram(
+    matrix: Matrix, X: jax.Array, function: Callable[..., jax.Array], power: Any
+) -> jax.Array:
+    """``f(X X^T) X`` for a function of Gram matrices ``(*batch, m, m)``."""
+    axes, ndim = matrix.axes, len(matrix.axes.shape)
+    leaf = tuple(range(ndim))
+    # A Gram matrix has the contracted side twice, each time under numbers of its own.
+    one, two = (
+        tuple(axis + new if axis in axes.contracted else axis for axis in leaf)
+        for new in (ndim, 2 * ndim)
+    )
+    side_one, side_two = (
+        tuple(numbers[axis] for axis in axes.contracted) for numbers in (one, two)
+    )
+    channel = (None if axis in axes.contracted else axis for axis in leaf)
+    X = _sharding.reshard(X, _sharding.sharding_of_axes(matrix.sharding, channel))
+    gram = _product(
+        matrix, X.dtype, X, one, X, two, (*axes.batch, *side_one, *side_two)
+    )
+    merged = (*matrix.batch_shape, axes.contracted_size, axes.contracted_size)
+    power_of_gram = _on_gram(matrix, function, power)(gram.reshape(merged))
+    factor = power_of_gram.reshape(gram.shape)
+    factor_axes = (*axes.batch, *axes.contracted, *side_two)
+    return _product(matrix, X.dtype, factor, factor_axes, X, two, leaf)
+
+
+# Products of tensors.
+
+
+def _product(
+    matrix: Matrix,
+    dtype: Any,
+    a: jax.Array,
+    a_axes: Axes,
+    b: jax.Array,
+    b_axes: Axes,
+    out_axes: Axes,
+    precision: jax.lax.Precision = HIGHEST,
+) -> jax.Array:
+    """The product of two tensors, summed over the axes that the result does not have.
+
+    Axes have the numbers of the leaf's axes, and are sharded as those are. Other axes
+    have larger numbers, and are not sharded.
+
+    With a `dtype` of bfloat16 both are rounded to it. Products are exact then, and sums
+    are in float32. CPUs multiply in float32, because they are no faster in bfloat16.
+    """
+    axes = (axis if axis < len(matrix.axes.shape) else None for axis in out_axes)
+    out_sharding = _sharding.sharding_of_axes(matrix.sharding, axes)
+
+    def product(a: jax.Array, b: jax.Array, *, dtype: Any) -> jax.Array:
+        return jnp.einsum(
+            a.astype(dtype),
+            a_axes,
+            b.astype(dtype),
+            b_axes,
+            out_axes,
+            precision=precision,
+            preferred_element_type=matrix.dtype,
+            out_sharding=out_sharding,
+        )
+
+    wide = functools.partial(product, dtype=matrix.dtype)
+    if dtype != jnp.bfloat16:
+        return wide(a, b)
+    narrow = functools.partial(product, dtype=dtype)
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
+
+
+def _gram(matrix: Matrix, V: jax.Array, axes: Axes) -> jax.Array:
+    """``V^T V``, ``(*batch, r, r)``, of a tensor with the rank axis last."""
+    r, batch = axes[-1], matrix.axes.batch
+    other = (*axes[:-1], r + 1)
+    return _product(matrix, matrix.dtype, V, axes, V, other, (*batch, r, r + 1))
+
+
+def _orthonormal(matrix: Matrix, V: jax.Array, axes: Axes, passes: int) -> jax.Array:
+    """An orthonormal basis of the columns of a tensor with the rank axis last.
+
+    Each pass divides by the Cholesky factor of the Gram matrix. Where columns are
+    almost dependent, one pass leaves a basis that is better conditioned, but not
+    orthonormal yet.
+    """
+    r, batch = axes[-1], matrix.axes.batch
+    for _ in range(passes):
+        inverse = _on_gram(matrix, _inverse_of_factor)(_gram(matrix, V, axes))
+        new_axes = (*axes[:-1], r + 1)
+        inverse_axes = (*batch, r, r + 1)
+        V = _product(matrix, matrix.dtype, V, axes, inverse, inverse_axes, new_axes)
+    return V
+
+
+# Functions of Gram matrices, (*batch, r, r).
+
+
+def _on_gram(
+    matrix: Matrix, function: Callable[..., jax.Array], *constants: Any
+) -> Callable[..., jax.Array]:
+    """`function`, with its result sharded along the batch axes only."""
+    axes = (*matrix.axes.batch, None, None)
+    first = len(matrix.axes.batch)
+
+    # XLA would shard the products of small matrices, and gather their factors.
+    def whole(gram: jax.Array) -> jax.Array:
+        for axis in (first, first + 1):
+            gram = _sharding.keep_axis_unsharded(gram, axis, gram)
+        return gram
+
+    def of_whole(gram: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return whole(function(whole(gram), *arrays, *constants))
+
+    return _sharding.with_auto_axes(
+        of_whole, _sharding.sharding_of_axes(matrix.sharding, axes)
+    )
+
+
+def _inverse_of_factor(gram: jax.Array) -> jax.Array:
+    """``C^-1`` for the Cholesky decomposition ``gram = C^T C``, up to the shift."""
+    # The shift is relative to columns of length 1.
+    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    scale = jnp.where(squares > 0, jax.lax.rsqrt(squares), 1)
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    shift = CHOLESKY_SHIFT * jnp.finfo(gram.dtype).eps
+    scaled = scale[..., :, None] * gram * scale[..., None, :]
+    lower = jnp.linalg.cholesky(scaled + shift * identity)
+    inverse = jax.lax.linalg.triangular_solve(
+        lower, jnp.broadcast_to(identity, gram.shape), left_side=True, lower=True
+    )
+    return scale[..., :, None] * jnp.swapaxes(inverse, -2, -1)
+
+
+def _eigen_power(gram: jax.Array, power: Any) -> jax.Array:
+    """``gram^((p - 1) / 2)`` by its eigenvectors."""
+    values, vectors = jnp.linalg.eigh(gram)
+    floor = EIGENVALUE_FLOOR * jnp.finfo(gram.dtype).eps * values[..., -1:]
+    values = jnp.maximum(values, floor)
+    factors = jnp.where(values == 0, 1, values) ** ((power - 1) / 2)
+    scaled = vectors * factors[..., None, :]
+    return jnp.matmul(scaled, jnp.swapaxes(vectors, -2, -1), precision=HIGHEST)
+
+
+def _polynomial_power(gram: jax.Array, power: Any) -> jax.Array:
+    """``gram^((p - 1) / 2)`` by products, for eigenvalues not far below the largest."""
+    a, b, c = MUON_STEP
+    weights = newton_schulz_weights(power)
+    dot = functools.partial(jnp.matmul, precision=HIGHEST)
+    norm = jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1), keepdims=True))
+    norm = jnp.where(norm == 0, 1, norm)
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    # The iterate is K X, and A is its Gram matrix K X X^T K.
+    A, K, total = gram / norm, identity, weights[0] * identity
+    for weight in weights[1:]:
+        step = a * identity + b * A + c * dot(A, A)
+        A, K = dot(dot(step, A), step), dot(step, K)
+        total += weight * K
+    return total * norm ** ((power - 1) / 2)
+
+
+def newton_schulz_weights(power: Any) -> Any:
+    """The weights of the iterates whose sum is near ``s^p``, one after the other.
+
+    An array if `power` is one.
+    """
+    weights: Any = 0.0
+    for coefficients in _weight_coefficients()[::-1]:
+        weights = weights * power + coefficients
+    return weights
+
+
+@functools.cache
+def _weight_coefficients() -> np.ndarray:
+    """The weights as a polynomial of the power, ``(degree + 1, iterates)``.
+
+    At each of some powers, least squares give the weights with the smallest relative
+    errors over the logarithm of ``s``, from `SMALLEST_FITTED` to 1. The polynomial
+    interpolates them, so that the power may be traced. It is rounded, so that all hosts
+    of a mesh compile the same program.
+    """
+    a, b, c = MUON_STEP
+    s = np.geomspace(SMALLEST_FITTED, 1, 400)
+    iterates = [s]
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        s = iterates[-1]
+        iterates.append(a * s + b * s**3 + c * s**5)
+    powers = np.polynomial.chebyshev.chebpts1(WEIGHT_DEGREE + 1) / 2 + 0.5
+    weights = [
+        np.linalg.lstsq(
+            np.stack(iterates, axis=1) / iterates[0][:, None] ** power,
+            np.ones(len(s)),
+            rcond=None,
+        )[0]
+        for power in powers
+    ]
+    fit = np.polynomial.polynomial.polyfit(powers, np.stack(weights), WEIGHT_DEGREE)
+    return np.round(fit, 6)
+
+
+def _factors_less_one(
+    gram: jax.Array, square: jax.Array, power: Any, others: int
+) -> jax.Array:
+    """``W diag(c - 1) W^T`` for ``c = (lambda / t^2)^((p - 1) / 2)``.
+
+    Args:
+      gram: with the eigenvalues ``lambda`` and the eigenvectors ``W``.
+      square: the sum of the squares of all singular values, ``(*batch,)``.
+      power: the power ``p``.
+      others: how many singular values are not in `gram`; ``t^2`` is their mean square.
+    """
+    r = gram.shape[-1]
+    floor = SMALLEST_LEVEL / (others + r) * square
+    mean = (square - jnp.trace(gram, axis1=-2, axis2=-1)) / others
+    level = jnp.maximum(mean, floor)
+    level = jnp.where(level == 0, 1, level)[..., None, None]
+    identity = jnp.eye(r, dtype=gram.dtype)
+    return _polynomial_power(gram / level, power) - identity
