@@ -7,6 +7,7 @@ of one update of all kernels, and their share of those of forward and backward p
 import argparse
 import collections
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def kernel_shapes(config: LlamaConfig) -> collections.Counter[tuple[int, int]]:
 
 
 @functools.cache
-def update_flops(shape: tuple[int, int], method: str, rank: int | None) -> float:
+def update_flops(shape: tuple[int, int], method: Any, rank: int | None) -> float:
     """The flops of the compiled update of one kernel, as XLA counts them.
 
     XLA does not count what decompositions take: `r^3 / 3` flops for a Cholesky factor
@@ -37,8 +38,8 @@ def update_flops(shape: tuple[int, int], method: str, rank: int | None) -> float
     tx = apollo_optax.scale_by_flattening(method=method, rank=rank)
     gradient = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(tx.init, gradient)
-    compiled = jax.jit(tx.update).lower(gradient, state).compile()
-    return float(compiled.cost_analysis()["flops"])
+    cost: Any = jax.jit(tx.update).lower(gradient, state).compile().cost_analysis()
+    return float(cost["flops"])
 
 
 def row(name: str, method: str, part: int | None) -> tuple[str, ...]:
