@@ -5,6 +5,7 @@ part of the optimizer state that belongs to the parameters at hand, and splits t
 of a stack by layer. It rejects transformations whose state shows that they mix layers.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class PartialOptimizer:
         shared = _state.shared_state(tx.init, self.params_tree({}))
         owners = _state.owners(self.state, self.params, shared)
         self._owner = {path: owner.parameter for path, owner in owners.items()}
+        self._in_leafwise = {path for path, owner in owners.items() if owner.rule}
         quantized = [path for path, leaf in self.params.items() if is_quantized(leaf)]
         if quantized and key is None:
             raise ValueError(
@@ -171,26 +173,36 @@ class PartialOptimizer:
         Raises:
           ValueError: if the state of a single layer is not a row of the state of all.
         """
-        row = {
-            path: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
-            for path, leaf in stack.items()
-        }
-        row_state = jax.eval_shape(self._tx.init, self.params_tree(row))
+        row, row_state = self._abstract(stack, 1)
         self._check_shared(row, row_state)
-        row_shapes = {
-            path: jnp.shape(leaf)
-            for path, leaf in _tree.leaves_by_path(row_state).items()
-        }
+        row_shapes = _shapes(row_state)
+        # A stack of vectors that is taken for a matrix may have the state of as many
+        # vectors. It has not where there are more layers than elements in each.
+        many = 1 + max(math.prod(leaf.shape[1:]) for leaf in stack.values())
+        shapes_of_many = _shapes(self._abstract(stack, many)[1])
         stacked = {}
         for path, leaf in self.state_of(stack).items():
             shape, row_shape = jnp.shape(leaf), row_shapes.get(path)
             has_rows = self._owner[path] is not None and shape[:1] == (depth,)
+            of_many = (many, *shape[1:])
+            is_mixed = path in self._in_leafwise and shapes_of_many[path] != of_many
             if has_rows and row_shape == (1, *shape[1:]):
+                if is_mixed:
+                    reason = f"has shape {shapes_of_many[path]} for {many} layers"
+                    raise self._mixes_layers(path, reason)
                 stacked[path] = leaf
             elif row_shape != shape:
                 reason = f"has shape {shape}, and for one layer {row_shape}"
                 raise self._mixes_layers(path, reason)
         return stacked
+
+    def _abstract(self, stack: Leaves, depth: int) -> tuple[Leaves, Any]:
+        """The shapes of a stack of `depth` layers and of its state."""
+        params = {
+            path: jax.ShapeDtypeStruct((depth, *leaf.shape[1:]), leaf.dtype)
+            for path, leaf in stack.items()
+        }
+        return params, jax.eval_shape(self._tx.init, self.params_tree(params))
 
     def _check_shared(self, params: Leaves, state: Any) -> None:
         """Raises if a leaf that no parameter owns depends on a layer's gradient."""
@@ -260,3 +272,7 @@ def _depends_on(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
         written = zip(eqn.outvars, outputs, strict=True)
         reached.update(id(var) for var, is_reached in written if is_reached)
     return [id(var) in reached for var in jaxpr.outvars]
+
+
+def _shapes(tree: Any) -> dict[_tree.Path, tuple[int, ...]]:
+    return {path: jnp.shape(leaf) for path, leaf in _tree.leaves_by_path(tree).items()}
