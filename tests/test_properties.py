@@ -18,7 +18,7 @@ from apollo_optax._limiter import limit_norm
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Few shapes, because each one is compiled anew.
-SHAPES = st.sampled_from([(4, 4), (4, 9), (9, 4), (1, 5), (5, 1)])
+SHAPES = st.sampled_from([(4, 4), (4, 9), (9, 4), (2, 5), (5, 2)])
 SEEDS = st.integers(0, 2**31 - 1)
 # XLA flushes subnormal numbers to zero, and no norm is subnormal in practice.
 NORMS = st.floats(0, 2.0**100, width=32, allow_subnormal=False)
