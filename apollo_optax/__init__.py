@@ -6,7 +6,7 @@ from apollo_optax._dimension_numbers import (
     dimension_numbers_by_path,
     dimension_numbers_from,
 )
-from apollo_optax._flattening import scale_by_flattening
+from apollo_optax._flattening import ScaleByFlatteningState, scale_by_flattening
 from apollo_optax._hyperparams import STATIC_ARGS
 from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
@@ -17,12 +17,7 @@ from apollo_optax._quantization import (
     quantize,
 )
 from apollo_optax._racs import ScaleByRacsState, scale_by_racs
-from apollo_optax._state import (
-    ScaleByApolloState,
-    ScaleByFlatteningState,
-    state_owners,
-    state_sharding,
-)
+from apollo_optax._state import ScaleByApolloState, state_owners, state_sharding
 from apollo_optax._tabulate import StateBytes, state_bytes, tabulate
 from apollo_optax._transform import scale_by_apollo
 

@@ -241,8 +241,8 @@ def racs(
       mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
         or a callable that returns one for the parameters.
       b: decay rate of the averages of a matrix's factors.
-      iterations: rounds in which the factors of rows and columns are computed of each
-        other.
+      iterations: rounds in which the factors of rows and columns are computed from
+        each other.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
         least 1; None switches the limiter off.
       b1: decay rate of the first moment of leaves under Adam.

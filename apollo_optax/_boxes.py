@@ -39,7 +39,7 @@ def replace(box: Any, array: Any) -> Any:
 def partition_names(box: Any, ndim: int) -> Names | None:
     """The names per axis in a box's metadata; None where it has none.
 
-    Of a name that occurs twice the first counts, since it can shard one axis only.
+    A name can shard one axis only, so a name that occurs twice counts for the first.
     """
     metadata = _metadata(box)
     given = next((metadata[key] for key in _KEYS if metadata.get(key)), None)
@@ -125,9 +125,9 @@ def _metadata(box: Any) -> Mapping[str, Any]:
 
 
 def _rules(box: Any) -> dict[str, Any]:
-    """The mesh axes of each logical name; of several rules for one the first counts.
+    """The mesh axes of each logical name, by the first rule for it.
 
-    The rules are the box's own and those of Flax's context, as where Flax reads boxes.
+    Flax reads a box by the box's own rules and by those of its context. So do we.
     """
     flax = sys.modules.get("flax.core.spmd")
     in_context = () if flax is None else flax.get_logical_axis_rules()

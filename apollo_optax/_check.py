@@ -225,14 +225,14 @@ def warn_of_large_scale(
         return
     shown = ", ".join(f"'{_tree.show(path)}'" for path in small[:5])
     warnings.warn(
-        f"at rank 1 with scale={scale}, as of APOLLO-Mini, matrices whose smaller side "
+        f"at rank 1 with scale={scale}, as in APOLLO-Mini, matrices whose smaller side "
         f"is below {math.ceil(scale / 4)} get updates of more than twice Adam's size, "
         f"and of a size that depends on chance: {shown}"
         f"{' and others' if len(small) > 5 else ''} ({len(small)} in all). Give them "
         "to Adam with None in weight_dimension_numbers, for example by "
         "dimension_numbers_by_path([(r'<their path>$', None)]), or use a higher rank",
         UserWarning,
-        stacklevel=4,  # The caller of `init`.
+        stacklevel=4,  # The warning shows the line that calls `init`.
     )
 
 

@@ -7,12 +7,11 @@ on the gradient of one step (see :mod:`apollo_optax._spectrum`).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from apollo_optax import (
     _batching,
@@ -20,15 +19,15 @@ from apollo_optax import (
     _keys,
     _leafwise,
     _projection,
-    _sharding,
     _spectrum,
+    _state,
     _tree,
 )
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
 from apollo_optax._dtypes import saturating_cast
 from apollo_optax._hyperparams import ARRAYS, hyperparams
 from apollo_optax._matrix import Matrix
-from apollo_optax._state import LeafState, ScaleByFlatteningState
+from apollo_optax._state import LeafState
 
 METHODS = ("low_rank", "newton_schulz", "exact")
 
@@ -36,8 +35,32 @@ METHODS = ("low_rank", "newton_schulz", "exact")
 SIDE_PER_RANK = 8
 
 
+class ScaleByFlatteningState(NamedTuple):
+    """State of :func:`scale_by_flattening`, the same for all its methods.
+
+    Matrices have no state. In their place there is an ``optax.MaskedNode``. Other
+    arrays are in a Flax box if the parameter's box says how to shard the parameter.
+
+    Attributes:
+      count: steps taken; an int32 scalar.
+      key: raw key data, uint32; of shape ``(2,)`` for an int seed.
+      mu: first moments of the leaves under Adam, of the leaves' shapes.
+      nu: second moments, of the same shapes.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    key: jax.Array
+    mu: Annotated[optax.Updates, _state.ADAM_MOMENT]
+    nu: Annotated[optax.Updates, _state.ADAM_MOMENT]
+
+
+_state.STATES[ScaleByFlatteningState] = "flattened"
+
+
 @hyperparams
 class _Hyperparams:
+    """The hyperparameters of :func:`scale_by_flattening`, for jitted functions."""
+
     power: Any
     method: str
     b1: Any
@@ -178,26 +201,18 @@ def scale_by_flattening(
     _check.decay("b2", b2)
     _check.non_negative("eps", eps)
     _check.moment_dtype(moment_dtype)
-    key_impl = _keys.key_impl(key)
-    key_shape = _keys.key_data_shape(key_impl)
+    state_key = _keys.StateKey(key)
     h = _Hyperparams(power, method, b1, b2, eps)
-
-    def init_shared(replicated: NamedSharding | None) -> dict[str, jax.Array]:
-        key_data = _keys.key_data(key)
-        return {"key": _sharding.device_put_if_concrete(key_data, replicated)}
 
     def check_state(state: Any) -> None:
         _check.state_class(state, ScaleByFlatteningState)
-        _check.key_shape(state.key, key_shape)
+        state_key.check(state.key)
 
     def update_matrices(
         step: _leafwise.Step, leaves: Mapping[_tree.Path, _leafwise.MatrixLeaf]
     ) -> dict[_tree.Path, tuple[jax.Array, LeafState]]:
-        keys = _keys.KeySource(
-            key=jax.random.wrap_key_data(step.state.key, impl=key_impl),
-            refresh=step.state.count,
-            batch_index=step.batch_index,
-        )
+        # Omega is drawn anew in every step, so the count is the number of the draw.
+        keys = state_key.source(step.state.key, step.state.count, step.batch_index)
         is_random = method == "low_rank"
         results = _batching.update_all(
             jax.tree_util.Partial(_update_matrix, h),
@@ -216,7 +231,7 @@ def scale_by_flattening(
         adam=h,
         weight_dimension_numbers=weight_dimension_numbers,
         moment_dtype=moment_dtype,
-        init_shared=init_shared,
+        init_shared=state_key.init,
         check_state=check_state,
     )
 

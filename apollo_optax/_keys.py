@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from apollo_optax import _tree
+from apollo_optax import _check, _sharding, _tree
 
 SEED_IMPL = "threefry2x32"  # A seed gives the same run under any default generator.
 
@@ -65,6 +66,29 @@ def key_data(key: Any) -> jax.Array:
         key = jax.random.key_data(jax.random.key(key, impl=SEED_IMPL))
     # A step that donates the state would otherwise delete the caller's key.
     return jnp.array(key, copy=True)
+
+
+class StateKey:
+    """The argument `key` of a transformation, and the state's key that it makes."""
+
+    def __init__(self, key: Any) -> None:
+        self._key, self._impl = key, key_impl(key)
+
+    def init(self, replicated: NamedSharding | None) -> dict[str, jax.Array]:
+        """The state's field `key`."""
+        data = key_data(self._key)
+        return {"key": _sharding.device_put_if_concrete(data, replicated)}
+
+    def check(self, stored: Any) -> None:
+        """Raises if the state's key is one of another generator."""
+        _check.key_shape(stored, key_data_shape(self._impl))
+
+    def source(
+        self, stored: jax.Array, refresh: jax.Array, batch_index: jax.Array
+    ) -> "KeySource":
+        """What the keys of a step are made from, given the state's key."""
+        key = jax.random.wrap_key_data(stored, impl=self._impl)
+        return KeySource(key, refresh, batch_index)
 
 
 def leaf_id(path: _tree.Path) -> np.uint32:

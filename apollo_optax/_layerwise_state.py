@@ -174,21 +174,25 @@ class PartialOptimizer:
           ValueError: if the state of a single layer is not a row of the state of all.
         """
         row, row_state = self._abstract(stack, 1)
-        self._check_shared(row, row_state)
         row_shapes = _shapes(row_state)
-        # A stack of vectors that is taken for a matrix may have the state of as many
-        # vectors. It has not where there are more layers than elements in each.
+        for path in row_shapes:
+            if path not in self.state:
+                reason = "is there for one layer alone, but not for all layers"
+                raise self._mixes_layers(path, reason)
+        self._check_shared(row, row_state)
+        # A stack of vectors that is taken for a matrix has moments of the shape of its
+        # smaller side. With this many layers that is not the side of the layers, so the
+        # moments can't be mistaken for a row per layer.
         many = 1 + max(math.prod(leaf.shape[1:]) for leaf in stack.values())
         shapes_of_many = _shapes(self._abstract(stack, many)[1])
         stacked = {}
         for path, leaf in self.state_of(stack).items():
             shape, row_shape = jnp.shape(leaf), row_shapes.get(path)
             has_rows = self._owner[path] is not None and shape[:1] == (depth,)
-            of_many = (many, *shape[1:])
-            is_mixed = path in self._in_leafwise and shapes_of_many[path] != of_many
             if has_rows and row_shape == (1, *shape[1:]):
-                if is_mixed:
-                    reason = f"has shape {shapes_of_many[path]} for {many} layers"
+                is_mixed = shapes_of_many.get(path) != (many, *shape[1:])
+                if depth > 1 and path in self._in_leafwise and is_mixed:
+                    reason = "has the shape of a matrix over the layers"
                     raise self._mixes_layers(path, reason)
                 stacked[path] = leaf
             elif row_shape != shape:

@@ -249,12 +249,7 @@ class Matrix:
 
     def matrix_norms(self, factors: jax.Array) -> jax.Array:
         """Norms of values per channel: ``(*batch, *channel)`` to ``(*batch,)``."""
-        return jnp.sqrt(
-            jnp.sum(
-                jnp.square(factors),
-                axis=tuple(range(len(self.axes.batch), factors.ndim)),
-            )
-        )
+        return jnp.sqrt(self.reduce(jnp.sum, jnp.square(factors)))
 
     def place_factors(self, factors: jax.Array) -> jax.Array:
         """Shards factors ``(*batch, *channel)``, or of size 1 there, as the leaf is."""
@@ -281,15 +276,15 @@ class Matrix:
         wide = tensor.astype(self.dtype) * self.spread(factors, self.axes.channel)
         return saturating_cast(wide, tensor.dtype)
 
-    # One side of the matrix, with the axes `side`: ``axes.contracted`` or
-    # ``axes.channel``. Of no axes, it has one value per matrix.
+    # The methods below are for values along one side of the matrix. The argument `side`
+    # is ``axes.contracted`` or ``axes.channel``, or ``()`` for one value per matrix.
 
     def side_shape(self, side: tuple[int, ...]) -> tuple[int, ...]:
         """``(*batch, *side)``."""
         return self.axes.sizes((*self.axes.batch, *side))
 
     def side_sharding(self, side: tuple[int, ...]) -> NamedSharding | None:
-        """Of ``(*batch, *side)``: along with the same axes of the leaf."""
+        """The sharding of ``(*batch, *side)``, that of the same axes of the leaf."""
         return _sharding.sharding_of_axes(self.sharding, (*self.axes.batch, *side))
 
     def place(self, values: jax.Array, side: tuple[int, ...]) -> jax.Array:

@@ -147,7 +147,7 @@ def scale_by_racs(
 
     Args:
       b: decay rate of the averages of `q` and `s`, in [0, 1).
-      iterations: how often `s` and `q` are computed of each other, at least 1. Each
+      iterations: how often `s` and `q` are computed from each other, at least 1. Each
         time reads the gradient twice. ``optax.inject_hyperparams`` must have it in its
         `static_args`.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at

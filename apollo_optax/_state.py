@@ -34,8 +34,8 @@ class Field:
 
     Attributes:
       shape: of the field, for a leaf that is a matrix or a batch of them. The batch
-        axes come first, since a stack may be updated row by row. None: a matrix has no
-        such field.
+        axes come first, since a stack may be updated row by row. It is None if a matrix
+        has no such field.
       sharding: of the field, for the same.
       like_parameter: for any other leaf, whether the field has the shape and the
         sharding of the parameter; else it is a replicated scalar.
@@ -97,25 +97,6 @@ class ScaleByApolloState(NamedTuple):
     projection: Annotated[optax.Updates | None, PROJECTION] = None
 
 
-class ScaleByFlatteningState(NamedTuple):
-    """State of :func:`scale_by_flattening`, the same for all its methods.
-
-    Matrices have no state. In their place there is an ``optax.MaskedNode``. Other
-    arrays are in a Flax box if the parameter's box says how to shard the parameter.
-
-    Attributes:
-      count: steps taken; an int32 scalar.
-      key: raw key data, uint32; of shape ``(2,)`` for an int seed.
-      mu: first moments of the leaves under Adam, of the leaves' shapes.
-      nu: second moments, of the same shapes.
-    """
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    key: jax.Array
-    mu: Annotated[optax.Updates, ADAM_MOMENT]
-    nu: Annotated[optax.Updates, ADAM_MOMENT]
-
-
 def fields_of(kind: type[Any], *, with_optional: bool = True) -> dict[str, Field]:
     """The fields of a class of states that hold a leaf per parameter, by name.
 
@@ -131,8 +112,7 @@ def fields_of(kind: type[Any], *, with_optional: bool = True) -> dict[str, Field
 
 
 STATES: dict[type[Any], str] = {
-    ScaleByApolloState: "APOLLO rank {rank}, {contracted} contracted",
-    ScaleByFlatteningState: "flattened",
+    ScaleByApolloState: "APOLLO rank {rank}, {contracted} contracted"
 }
 """The classes of states that are found in any pipeline's state, by field names.
 
@@ -353,7 +333,7 @@ def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, type[Any]]:
     for kind in STATES:
         fields = fields_of(kind)
         scalars = set(kind._fields) - fields.keys()
-        # Where all leaves are matrices, fields of other leaves have no leaves.
+        # Fields of other leaves have no leaves if all leaves are matrices.
         may_be_empty = {name for name, field in fields.items() if field.shape is None}
         required = set(kind._fields) - kind._field_defaults.keys() - may_be_empty
         for prefix, names in children.items():

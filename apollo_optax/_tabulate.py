@@ -60,7 +60,8 @@ def tabulate(
       A line per parameter with its path, its shape, its treatment, the shapes and bytes
       of its state, and the bytes that ``optax.adamw`` would keep. Below them are the
       totals for kernels, for embeddings and output heads, and for the rest, as in
-      :class:`StateBytes`.
+      :class:`StateBytes`. Under :func:`scale_by_flattening`, a matrix has no state, so
+      one that ``optax.masked`` leaves out is shown as "flattened" too.
 
     Raises:
       ValueError: if the state's shapes do not follow from `weight_dimension_numbers`.

@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from apollo_optax import (
     _adam,
@@ -171,17 +170,12 @@ def scale_by_apollo(
     _check.boolean("scale_front", scale_front)
     kind = _projection.resolve(projection)
     _check.moment_dtype(moment_dtype)
-    key_impl = _keys.key_impl(key)
-    key_shape = _keys.key_data_shape(key_impl)
+    state_key = _keys.StateKey(key)
     # A longer gap is never reached, and has to fit an int32 beside the count.
     gap = min(int(update_proj_gap), jnp.iinfo(jnp.int32).max)
     hyperparams = Hyperparams(
         scale_type, scale, b1, b2, eps, norm_growth_limit, scale_front, kind
     )
-
-    def init_shared(replicated: NamedSharding | None) -> dict[str, jax.Array]:
-        key_data = _keys.key_data(key)
-        return {"key": _sharding.device_put_if_concrete(key_data, replicated)}
 
     def check_matrices(matrices: Mapping[_tree.Path, Matrix]) -> None:
         for path, matrix in matrices.items():
@@ -190,21 +184,17 @@ def scale_by_apollo(
 
     def check_state(state: ScaleByApolloState) -> None:
         _check.stored_projection(kind.is_stored, state.projection)
-        _check.key_shape(state.key, key_shape)
+        state_key.check(state.key)
 
     def update_matrices(
         step: _leafwise.Step, leaves: Mapping[_tree.Path, _leafwise.MatrixLeaf]
     ) -> dict[_tree.Path, tuple[jax.Array, LeafState]]:
-        count, key_data = step.state.count, step.state.key
+        count = step.state.count
         shared = _Step(
             is_refresh=count % gap == 0,
             correction=_adam.bias_correction(hyperparams, step.number),
         )
-        keys = _keys.KeySource(
-            key=jax.random.wrap_key_data(key_data, impl=key_impl),
-            refresh=count // gap,
-            batch_index=step.batch_index,
-        )
+        keys = state_key.source(step.state.key, count // gap, step.batch_index)
         results = _batching.update_all(
             jax.tree_util.Partial(_update_matrix, hyperparams, shared),
             None if kind.is_stored else jax.tree_util.Partial(_draw, hyperparams),
@@ -235,7 +225,7 @@ def scale_by_apollo(
         weight_dimension_numbers=weight_dimension_numbers,
         moment_dtype=moment_dtype,
         with_optional=kind.is_stored,
-        init_shared=init_shared,
+        init_shared=state_key.init,
         check_matrices=check_matrices,
         check_state=check_state,
     )

@@ -144,8 +144,8 @@ def test_projections_are_those_of_one_device_bit_for_bit(name, sizes, axis_type)
     assert len(np.unique(expected)) == values
     actual = projection(sizes, axis_type, name)
     differences = np.abs(actual.astype(np.int64) - expected.astype(np.int64))
-    # From 0.12 on, XLA for CPUs rounds the function that makes random bits normal
-    # otherwise in shards of some shapes.
+    # XLA for CPUs has rounded normal draws in shards of some shapes otherwise since
+    # jax 0.12.
     rounds_otherwise = name == "random" and JAX_VERSION >= (0, 12)
     assert differences.max() <= (4 if rounds_otherwise else 0)
 

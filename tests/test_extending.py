@@ -198,5 +198,5 @@ def test_an_algorithm_is_one_file():
     adam = optax.adam(0.1).init(params)
     shardings = state_sharding(adam, params, weight_dimension_numbers=numbers)
     assert shardings[0].mu["stack"].is_fully_replicated
-    # Where there are no such leaves, the state is a count, but its class has a name.
+    # A state without such leaves is a count, but its class has a name.
     assert "normalized rows" in tabulate(make(), {"kernel": normal((8, 16))})

@@ -17,6 +17,8 @@ from apollo_optax import (
     limit_norm_growth,
     quantize,
     scale_by_apollo,
+    scale_by_flattening,
+    scale_by_racs,
 )
 from tests.layerwise_models import (
     KEY,
@@ -143,6 +145,23 @@ def test_rejects_stacked_vectors_taken_for_a_matrix(depth, rank, limit):
         rank, norm_growth_limit=limit, weight_dimension_numbers=NUMBERS
     )
     assert_rejected(model, tx, "layers/weight'")
+
+
+@pytest.mark.parametrize("depth", [2, 4, 6])
+@pytest.mark.parametrize("make", [scale_by_racs, scale_by_flattening])
+def test_no_algorithm_takes_stacked_vectors_for_a_matrix(make, depth):
+    model = toy(depth)
+    model.params["layers"]["weight"] = model.params["layers"]["scale"]
+    assert_rejected(model, make(weight_dimension_numbers=NUMBERS), "layers/weight'")
+
+
+@pytest.mark.parametrize("make", [scale_by_apollo, scale_by_racs, scale_by_flattening])
+def test_takes_a_stack_of_one_vector(make):
+    """It is a vector to the ordinary step as well, since one of its sides is 1."""
+    model = toy(1)
+    model.params["layers"]["weight"] = model.params["layers"]["scale"]
+    tx = make(weight_dimension_numbers=NUMBERS)
+    model.step(tx)(model.params, tx.init(model.params), batches()[0])
 
 
 class Remembered(NamedTuple):
