@@ -60,7 +60,7 @@ class Options:
     """float32 or bfloat16, of weights and gradients."""
     optimizers: tuple[str, ...] = OPTIMIZERS
     """What to time beside adamw, to which ratios are: sgd, adamw, adafactor, lion,
-    galore, muon, apollo, apollo-mini."""
+    galore, muon, apollo, apollo-mini, racs, apollo-zero."""
     rounds: int = 7
     """How often each has a turn."""
     seconds: float = 0.5

@@ -81,6 +81,14 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         help="multiples of the default rates",
     )
     quality.add_argument(
+        "--lr-embeddings",
+        nargs="+",
+        type=float,
+        default=[None],
+        help="rates of embeddings, head and norms",
+    )
+    quality.add_argument("--batch", type=int, help="sequences a step, by default 512")
+    quality.add_argument(
         "--optimizers", nargs="+", help="by default those of the table"
     )
     quality.add_argument("--steps", type=int, help="by default as many as fit")
@@ -103,8 +111,16 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         re.compile(given.only)
     except re.error as error:
         parser.error(f"--only {given.only!r} is no regular expression ({error})")
-    if given.steps is not None and given.steps < 1:
-        parser.error(f"--steps {given.steps} is out of range; give 1 or more")
+    for flag, value in (("--steps", given.steps), ("--batch", given.batch)):
+        if value is not None and value < 1:
+            parser.error(f"{flag} {value} is out of range; give 1 or more")
+    for flag, rates in (
+        ("--lr-factors", given.lr_factors),
+        ("--lr-embeddings", given.lr_embeddings),
+    ):
+        for rate in rates:
+            if rate is not None and not rate > 0:
+                parser.error(f"{flag} {rate} is out of range; give a number above 0")
     return given
 
 
@@ -135,6 +151,8 @@ def runners(given: argparse.Namespace) -> dict[str, Callable[..., None]]:
             or (train.REHEARSED if given.rehearse else train.OPTIMIZERS)
         ),
         steps=given.steps,
+        lr_embeddings=tuple(given.lr_embeddings),
+        batch=given.batch,
     )
     return {
         "check": check.run,

@@ -6,6 +6,7 @@ tokens. The largest batch is where a line through the memory of two compiled bat
 meets it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -82,13 +83,41 @@ def largest_batch(line: tuple[float, float], limit: float) -> int:
     return int((limit - base) // slope)
 
 
-def line_of(bench: Bench, run: RunOptions) -> tuple[float, float] | Failed:
-    notice(f"throughput: planning {run.optimizer}{', layer-wise' * run.layerwise}")
+class Step(NamedTuple):
+    """What a line depends on."""
+
+    optimizer: str
+    layerwise: bool
+
+
+def step_of_run(run: RunOptions) -> Step:
+    return Step(run.optimizer, run.layerwise)
+
+
+def planned_lines(
+    bench: Bench, cases: list[Case]
+) -> dict[Step, tuple[float, float] | Failed]:
+    """Returns the line of each step that gets a part of the memory."""
+    runs = {
+        step_of_run(case.run): case.run
+        for case in cases
+        if case.limit_bytes is not None
+    }
+    notice(f"throughput: planning {len(runs)} steps")
     # Programs that are not run need not be tuned.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     variables = {"XLA_FLAGS": flags} if bench.on_gpu else bench.quick()
-    with Worker(line, run, bench.device.platform, variables=variables) as worker:
-        return worker.prepared(bench.deadline)
+    with contextlib.ExitStack() as stack:
+        # All of them compile at the same time.
+        workers = {
+            step: stack.enter_context(
+                Worker(line, run, bench.device.platform, variables=variables)
+            )
+            for step, run in runs.items()
+        }
+        return {
+            step: worker.prepared(bench.deadline) for step, worker in workers.items()
+        }
 
 
 def measured(
@@ -134,15 +163,16 @@ def run(bench: Bench) -> None:
         "for int8); GB of 1e9 bytes"
     )
     table = bench.report.table(title, HEAD, numbers_from=2)
-    lines: dict[tuple[str, bool], tuple[float, float] | Failed] = {}
     adamw: dict[int | None, float] = {}  # Tokens a second by the memory.
-    for case in cases(model, seq, limits)[: 2 if bench.rehearse else None]:
-        if not bench.wants(f"{case.name}, {case.memory}"):
-            continue
-        kind = (case.run.optimizer, case.run.layerwise)
-        if case.limit_bytes is not None and kind not in lines:
-            lines[kind] = line_of(bench, case.run)
-        batch, found = measured(bench, case, lines.get(kind))
+    wanted = [
+        case
+        for case in cases(model, seq, limits)[: 2 if bench.rehearse else None]
+        if bench.wants(f"{case.name}, {case.memory}")
+    ]
+    lines = planned_lines(bench, wanted)
+    for case in wanted:
+        planned = lines.get(step_of_run(case.run))
+        batch, found = measured(bench, case, planned)
         name = f"{case.name}, {case.memory}"
         if isinstance(found, Failed):
             table.put(name, [case.memory, case.name, found.reason])
@@ -160,6 +190,4 @@ def run(bench: Bench) -> None:
             f"{flops / peak:.1%}" if peak else "",
             f"{found.peak_bytes / 1e9:.2f}" if found.peak_bytes else "",
         ]
-        table.put(
-            name, cells, {"batch": batch, "line": lines.get(kind), **found._asdict()}
-        )
+        table.put(name, cells, {"batch": batch, "line": planned, **found._asdict()})

@@ -38,7 +38,9 @@ from examples.llama.usage import notice
 from examples.llama.windows import Windows, token_count, validation_batches
 
 UTILISATION_SECONDS = 75.0  # At most, of a part's time.
-OPTIMIZERS = ("adamw", "apollo-mini", "muon", "apollo", "adafactor")
+OPTIMIZERS = (
+    *("adamw", "apollo-mini", "muon", "apollo-zero", "racs", "apollo", "adafactor"),
+)
 # What a wave of runs takes to compile, for the plan of the time.
 PREPARE_SECONDS = 25.0
 RUN_SECONDS = 4.0  # What a run takes beside its steps: initial weights, evaluations.
@@ -87,7 +89,8 @@ def bfloat16_run(model: str, optimizer: str, **options: Any) -> RunOptions:
     return run
 
 
-def sizes(rehearse: bool) -> Sizes:
+def sizes(rehearse: bool, batch: int | None = None) -> Sizes:
+    """Returns what is trained, with `batch` sequences a step in the quality runs."""
     # Weights in float32 and products in bfloat16: AdamW at its best.
     mixed = {
         "weights": "float32",
@@ -95,9 +98,9 @@ def sizes(rehearse: bool) -> Sizes:
         "moment_dtype": "float32",
     }
     if rehearse:
-        quality = bfloat16_run("tiny", "adamw", batch=4, seq=32, **mixed)
+        quality = bfloat16_run("tiny", "adamw", batch=batch or 4, seq=32, **mixed)
         return Sizes(quality, (quality,), 100_000)
-    quality = bfloat16_run("60m", "adamw", batch=512, seq=256, **mixed)
+    quality = bfloat16_run("60m", "adamw", batch=batch or 512, seq=256, **mixed)
     large = functools.partial(bfloat16_run, seq=1024, remat="dots")
     utilisation = (
         quality,
@@ -156,8 +159,13 @@ def quality_run(
         count=EVALUATION_WINDOWS,
         batch=min(128, run.batch),
     )
-    # The same order for every optimizer and seed of weights.
+    # The same order for every optimizer.
     order = np.random.default_rng(run.seed).permutation(len(windows))
+    # All batches are read beforehand, so that the disk is not timed.
+    batches = [
+        np.stack([windows[int(index)] for index in chosen])
+        for chosen in np.resize(order, (run.steps, run.batch))
+    ]
     tx, _ = make_optimizer(run, config)
     step: Any = compiled
     state = build.initial_state(run, config, tx, mesh)
@@ -171,11 +179,7 @@ def quality_run(
         {round(run.steps * (k + 1) / EVALUATIONS) for k in range(EVALUATIONS)} - {0}
     )
     start = time.perf_counter()
-    for number in range(1, run.steps + 1):
-        chosen = order[
-            np.arange((number - 1) * run.batch, number * run.batch) % len(order)
-        ]
-        tokens = np.stack([windows[int(index)] for index in chosen])
+    for number, tokens in enumerate(batches, start=1):
         placed = jax.device_put(
             (tokens, np.int32(number)), (over_data(mesh), build.on_every_device(mesh))
         )
@@ -208,6 +212,8 @@ class QualityOptions:
     seeds: tuple[int, ...] = (0,)
     lr_factors: tuple[float, ...] = (1.0,)
     optimizers: tuple[str, ...] = OPTIMIZERS
+    lr_embeddings: tuple[float | None, ...] = (None,)  # None: the default.
+    batch: int | None = None  # None: 131,072 tokens.
     steps: int | None = None  # None: those of the runs in OUT, else as many as fit.
 
 
@@ -279,14 +285,23 @@ def quality_jobs(
     bench: Bench, sizes: Sizes, options: QualityOptions, steps: int
 ) -> list[Job]:
     jobs, base = [], sizes.quality
-    grid = itertools.product(options.seeds, options.lr_factors, options.optimizers)
+    grid = itertools.product(
+        *(options.seeds, options.lr_embeddings, options.lr_factors, options.optimizers)
+    )
     fields = ("batch", "seq", "weights", "compute_dtype", "moment_dtype")
-    for seed, factor, optimizer in grid:
+    for seed, lr_embeddings, factor, optimizer in grid:
         given = {name: getattr(base, name) for name in fields}
         run = bfloat16_run(str(base.model), optimizer, steps=steps, seed=seed, **given)
         assert run.lr is not None
-        run = dataclasses.replace(run, lr=float(f"{factor * run.lr:.6g}"))
-        name = f"{optimizer}, lr {run.lr:g}, seed {seed}, {steps} steps"
+        run = dataclasses.replace(
+            run,
+            lr=float(f"{factor * run.lr:.6g}"),
+            lr_embeddings=lr_embeddings or run.lr_embeddings,
+        )
+        name = (
+            f"{optimizer}, lr {run.lr:g}, lr emb {run.lr_embeddings:g}, "
+            f"seed {seed}, {steps} steps"
+        )
         jobs.append(
             Job(
                 name,
@@ -302,18 +317,26 @@ def quality(
     sizes: Sizes,
     options: QualityOptions,
     text: Text,
-    rate: float,
+    rate: float | None,
     kept: dict[str, dict[str, Any]],
 ) -> None:
     """Fills the second table, earlier calls' runs first, and draws the curves."""
     base = sizes.quality
-    count = len(options.seeds) * len(options.lr_factors) * len(options.optimizers)
+    rates = len(options.lr_factors) * len(options.lr_embeddings)
+    count = len(options.seeds) * rates * len(options.optimizers)
     steps = options.steps or next(
         (row["values"]["steps"] for row in kept.values()), None
     )
-    steps = steps or steps_that_fit(bench, base, text, rate, count)
+    if steps is None and rate is not None:
+        steps = steps_that_fit(bench, base, text, rate, count)
     if bench.rehearse:
         steps = 4
+    if steps is None:
+        bench.report.note(
+            "Quality: the rate of AdamW, which decides the number of steps, is not "
+            "known; give --steps."
+        )
+        return
     tokens = base.batch * base.seq
     title = (
         f"Quality: {base.model}, {steps:,} steps of {tokens:,} tokens of `--data "
@@ -377,7 +400,7 @@ def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
 
 def run(bench: Bench, options: QualityOptions) -> None:
     kept = kept_runs(json_of(bench))  # The first row of this call replaces the file.
-    planned = sizes(bench.rehearse)
+    planned = sizes(bench.rehearse, options.batch)
     base = planned.quality
     config = build.model_config(base)
     # The CPU makes the tokens while the GPU is measured.
@@ -391,12 +414,7 @@ def run(bench: Bench, options: QualityOptions) -> None:
         notice(f"{bench.report.part}: waiting for the text")
         text = worker.prepared(bench.deadline)
     rate = rates.get(f"{base.model}, {base.optimizer}")
-    if isinstance(text, Failed) or rate is None:
-        reason = (
-            text.reason
-            if isinstance(text, Failed)
-            else "the rate of AdamW is not known"
-        )
-        bench.report.note(f"Quality: {reason}.")
+    if isinstance(text, Failed):
+        bench.report.note(f"Quality: {text.reason}.")
         return
     quality(bench, planned, options, text, rate, kept)

@@ -384,7 +384,10 @@ def test_a_second_call_adds_to_the_runs_of_the_first(
         )
         return list(train.kept_runs(train.json_of(bench)))
 
-    first = ["adamw, lr 0.002, seed 0, 4 steps", "muon, lr 0.007, seed 0, 4 steps"]
+    first = [
+        f"{rate}, lr emb 0.03, seed 0, 4 steps"
+        for rate in ("adamw, lr 0.002", "muon, lr 0.007")
+    ]
     assert call(0) == first
     assert call(0, 1) == [*first, *(name.replace("seed 0", "seed 1") for name in first)]
     assert len(measured) == 4  # None of the first again.
