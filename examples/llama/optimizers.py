@@ -249,12 +249,76 @@ def apollo_zero(
     )
 
 
+def sinkgd(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    """SinkGD (https://arxiv.org/abs/2502.06742): rows, then columns, of RMS 1."""
+
+    def rule(gradient: jax.Array) -> jax.Array:
+        for _ in range(5):
+            gradient = over_rms(over_rms(gradient, axis=1), axis=0)
+        return gradient
+
+    return with_adam_for_the_rest(by_matrix(rule), options, config)
+
+
+def scale_hidden(
+    options: RunOptions, config: LlamaConfig
+) -> optax.GradientTransformation:
+    """The rule of SCALE (https://arxiv.org/abs/2506.16659) for the layers' kernels.
+
+    The gradients of an output have an RMS of 1 over the inputs.
+    """
+    scaler = by_matrix(functools.partial(over_rms, axis=0))
+    return with_adam_for_the_rest(scaler, options, config)
+
+
+def swan(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
+    """SWAN (https://arxiv.org/abs/2412.13148): standardized, then orthogonalized.
+
+    The orthogonalization is Muon's, by five Newton-Schulz steps.
+    """
+    # Without momentum, what Optax calls the state of Muon need not be kept.
+    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
+
+    def rule(gradient: jax.Array) -> jax.Array:
+        centred = gradient - jnp.mean(gradient, axis=0, keepdims=True)
+        standardized = over_rms(centred, axis=0)
+        orthogonal, _ = muon.update(standardized, muon.init(standardized))
+        orthogonal = jnp.asarray(orthogonal)
+        # The update is as large as what was orthogonalized.
+        norm = jnp.linalg.norm(orthogonal)
+        return orthogonal * jnp.where(
+            norm > 0, jnp.linalg.norm(standardized) / norm, 0.0
+        )
+
+    return with_adam_for_the_rest(by_matrix(rule), options, config)
+
+
+def by_matrix(
+    rule: Callable[[jax.Array], jax.Array],
+) -> optax.GradientTransformation:
+    """Returns the stateless transformation that applies `rule` to each matrix.
+
+    Args:
+        rule: a function of the gradient of one kernel, (in, out).
+    """
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(jax.vmap(rule), updates)
+    )
+
+
+def over_rms(x: jax.Array, axis: int) -> jax.Array:
+    """Returns `x` divided by its RMS over an axis; where that is 0, zeros."""
+    rms = jnp.sqrt(jnp.mean(jnp.square(x), axis, keepdims=True))
+    return x / jnp.where(rms > 0, rms, 1)
+
+
 class Recipe(NamedTuple):
     """An optimizer: its transformation, default learning rates and APOLLO options.
 
     The learning rates are the best of the grids in docs/results.md, with the tiny model
-    and one seed; apollo-svd has those of apollo. The rates of racs and
-    apollo-zero were not searched for: they are usual ones of AdamW.
+    and one seed; apollo-svd has those of apollo. The rates of racs, sinkgd,
+    scale-hidden and swan are those of their papers, and that of apollo-zero is a usual
+    one of AdamW.
     """
 
     scaler: Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
@@ -298,6 +362,9 @@ RECIPES: dict[str, Recipe] = {
         apollo_zero, lr=2e-3, lr_embeddings=3e-2, rank_of=eighth_of_width
     ),
     "racs": Recipe(racs, lr=1e-3, lr_embeddings=3e-2),
+    "sinkgd": Recipe(sinkgd, lr=1e-3, lr_embeddings=3e-2),
+    "scale-hidden": Recipe(scale_hidden, lr=1e-3, lr_embeddings=3e-2),
+    "swan": Recipe(swan, lr=1e-3, lr_embeddings=3e-2),
     "galore": Recipe(
         galore,
         lr=2e-2,

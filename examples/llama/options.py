@@ -322,8 +322,8 @@ class RunOptions(ProcessOptions, TrainingOptions):
     """One run: a model trained with one optimizer at one pair of learning rates."""
 
     optimizer: str = "apollo-mini"
-    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, racs, galore, muon,
-    adafactor, lion or sgd."""
+    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, racs, sinkgd,
+    scale-hidden, swan, galore, muon, adafactor, lion or sgd."""
     lr: float | None = None
     """Peak learning rate of the layers' kernels; by default the optimizer's own."""
     lr_embeddings: float | None = None

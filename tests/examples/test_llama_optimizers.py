@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,63 @@ def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(
                 grads_LxDxF[layer], layer_states[layer], kernel[layer]
             )
             np.testing.assert_allclose(ours_LxDxF[layer], -theirs, rtol=1e-3, atol=1e-5)
+
+
+def rms(x: np.ndarray, axis: int) -> np.ndarray:
+    return np.sqrt(np.mean(np.square(x), axis, keepdims=True))
+
+
+def sinkgd(gradient: np.ndarray) -> np.ndarray:
+    for _ in range(5):
+        gradient = gradient / rms(gradient, 1)
+        gradient = gradient / rms(gradient, 0)
+    return gradient
+
+
+def swan(gradient: np.ndarray) -> np.ndarray:
+    standardized = (gradient - gradient.mean(0)) / gradient.std(0)
+    left, _, right = np.linalg.svd(standardized, full_matrices=False)
+    return left @ right * np.linalg.norm(standardized) / np.sqrt(min(gradient.shape))
+
+
+# What the papers say of the gradient of a kernel, (in, out), and the largest error.
+STATELESS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    "sinkgd": (sinkgd, 1e-5),
+    "scale-hidden": (lambda gradient: gradient / rms(gradient, 0), 1e-5),
+    # Five of Muon's steps bring singular values to within 0.7 and 1.2.
+    "swan": (swan, 0.35),
+}
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_kernels_get_the_rules_of_papers_without_state(
+    name: str, small: LlamaConfig, params: Params
+) -> None:
+    scaler = RECIPES[name].scaler(options_for(name), small)
+    grads = gradients(params, 0)
+    state = scaler.init(params)
+    kernels = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 3]
+    assert not kernels
+    updates, _ = jax.jit(scaler.update)(grads, state, params)
+    rule, error = STATELESS[name]
+    for matrix in ("up_proj", "down_proj"):
+        ours_LxIxO = np.asarray(updates["layers"]["mlp"][matrix]["kernel"])
+        for ours, gradient in zip(
+            ours_LxIxO, grads["layers"]["mlp"][matrix]["kernel"], strict=True
+        ):
+            expected = rule(np.asarray(gradient, np.float64))
+            difference = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+            assert difference < error
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_a_kernel_without_gradient_gets_no_update_from_a_rule_without_state(
+    name: str, small: LlamaConfig, params: Params
+) -> None:
+    scaler = RECIPES[name].scaler(options_for(name), small)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(scaler.update)(zeros, scaler.init(params), params)
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize("name", RECIPES)
