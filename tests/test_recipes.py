@@ -1,0 +1,144 @@
+"""The Python of README and docs/recipes.md runs, and does what the pages say of it."""
+
+import inspect
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import apollo_optax
+from apollo_optax import STATIC_ARGS, apollo_mini, racs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOT_RUN = "elif config.opt_type"  # A part of MaxText's source, in the patch of it.
+
+
+def snippets(page: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if NOT_RUN not in block]
+
+
+def run(page: str, text: str, **names: Any) -> dict[str, Any]:
+    """Runs the snippet that contains `text`; returns its names."""
+    (code,) = (each for each in snippets(page) if text in each)
+    modules = {"apollo_optax": apollo_optax, "jax": jax, "jnp": jnp, "optax": optax}
+    names = modules | names
+    exec(compile(code, page, "exec"), names)
+    return names
+
+
+def params_and_grads() -> tuple[Any, Any]:
+    params = {
+        "embed": jnp.ones((6, 8)),
+        "layers": {"kernel": jnp.ones((8, 16)), "bias": jnp.zeros(16)},
+    }
+    return params, jax.tree.map(jnp.ones_like, params)
+
+
+def test_every_snippet_is_run_here() -> None:
+    assert len(snippets("README.md")) == 1
+    assert len(snippets("docs/recipes.md")) == 5
+
+
+def test_readmes_first_snippet_trains_and_prints_the_state(capsys: Any) -> None:
+    before, grads = params_and_grads()
+    after = run("README.md", "optax.adamw", params=before, grads=grads)["params"]
+    assert (after["layers"]["kernel"] < before["layers"]["kernel"]).all()
+    assert "layers/kernel" in capsys.readouterr().out
+
+
+def test_rules_choose_the_axes_that_their_comments_name() -> None:
+    tx = run("docs/recipes.md", "dimension_numbers_by_path")["tx"]
+    params = {
+        "router": {"kernel": jnp.ones((8, 4))},
+        "layers": {
+            "query": {"kernel": jnp.ones((3, 8, 2, 6))},
+            "up": {"kernel": jnp.ones((3, 8, 16))},
+        },
+        "lm_head": {"kernel": jnp.ones((8, 20))},
+    }
+    mu = tx.init(params)[0].mu
+    assert jax.tree.map(jnp.shape, mu) == {
+        "router": {"kernel": (8, 4)},
+        "layers": {
+            "query": {"kernel": (3, 1, 2, 6)},
+            "up": {"kernel": (3, 1, 16)},
+        },
+        "lm_head": {"kernel": (1, 20)},
+    }
+
+
+def test_embeddings_have_a_learning_rate_of_their_own() -> None:
+    params, grads = params_and_grads()
+    tx = run("docs/recipes.md", "def group")["tx"]
+    updates, _ = tx.update(grads, tx.init(params), params)
+    # Adam's first update is 1 in size.
+    assert jnp.allclose(updates["embed"], -0.001, rtol=1e-3)
+    assert jnp.allclose(updates["layers"]["bias"], -0.01, rtol=1e-3)
+
+
+def test_the_state_is_created_where_its_shardings_say() -> None:
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    spec = jax.sharding.NamedSharding(mesh, jax.P(None, "fsdp"))
+    params = {"kernel": jax.device_put(jnp.ones((8, 16)), spec)}
+    names = run(
+        "docs/recipes.md", "state_sharding", tx=apollo_mini(0.01), params=params
+    )
+    assert names["state"][0].mu["kernel"].sharding.spec == spec.spec
+
+
+def test_hyperparameters_change_while_training() -> None:
+    params, _ = params_and_grads()
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    tx = run("docs/recipes.md", "inject_hyperparams", schedule=schedule)["tx"]
+    state = tx.init(params)
+    assert state.hyperparams["learning_rate"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "static"),
+    [(apollo_mini, STATIC_ARGS), (racs, STATIC_ARGS | {"iterations"})],
+)
+def test_static_arguments_are_those_of_the_page(optimizer: Any, static: Any) -> None:
+    names = static & inspect.signature(optimizer).parameters.keys()
+    injected = optax.inject_hyperparams(optimizer, static_args=names)
+    params, grads = params_and_grads()
+    tx = injected(learning_rate=0.01)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert jax.tree.all(jax.tree.map(lambda u: jnp.isfinite(u).all(), updates))
+
+
+def test_a_model_is_trained_a_layer_at_a_time() -> None:
+    params = {
+        "embed": jnp.ones((6, 8)),
+        "layers": {"kernel": jnp.full((3, 8, 8), 0.1)},
+    }
+
+    def head(params: Any, x: jax.Array, batch: jax.Array) -> jax.Array:
+        return jnp.mean((x - params["embed"].mean()) ** 2)
+
+    run(
+        "docs/recipes.md",
+        "layerwise_step",
+        tx=apollo_mini(
+            0.01,
+            weight_dimension_numbers={
+                "embed": None,
+                "layers": {"kernel": apollo_optax.ApolloDimensionNumbers(1, 2)},
+            },
+        ),
+        params=params,
+        batch=jnp.zeros(4, jnp.int32),
+        embed=lambda params, batch: params["embed"][batch],
+        layer=lambda layer, x, batch, constants: jnp.tanh(x @ layer["kernel"]),
+        head=head,
+        key=jax.random.key(0),
+        number=1,
+    )
