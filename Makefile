@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch tpu lint format bench bench-step bench-memory bench-collectives integrations clean
+.PHONY: help train test test-slow torch tpu lint format bench bench-step bench-memory bench-collectives bench-quality integrations clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -72,6 +72,9 @@ bench-memory: $(VENV)/.tpu  ## the tables of docs/memory.md; an hour, and goes o
 
 bench-collectives: $(VENV)/.tpu  ## the table of docs/distributed.md; an hour
 	$(BIN)/python -m benchmarks.collectives
+
+bench-quality: $(VENV)/.test  ## each optimizer at its best rates, with three seeds; a day, and goes on where it was cut off
+	$(BIN)/python -m benchmarks.rate_search --parts 1k 8k 6m long
 
 integrations: | $(BIN)/python  ## the optimizer inside MaxText, Flax, Tunix, Equinox and Haliax; minutes each, see integrations/README.md
 	$(BIN)/python -m integrations

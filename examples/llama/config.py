@@ -66,10 +66,11 @@ class LlamaConfig:
 
 
 # 60m to 7b are the shapes of the GaLore and APOLLO papers, 13b is LLaMA-13B, and the
-# others are Meta's Llama 2 and 3. `tiny` is for CPUs: two optimizers train for a few
-# hundred steps in a few minutes on two cores.
+# others are Meta's Llama 2 and 3. `tiny` and `6m` are for CPUs: two optimizers train
+# `tiny` for a few hundred steps in a few minutes on two cores.
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(2048, 128, 344, 4, 4),
+    "6m": LlamaConfig(2048, 256, 688, 4, 6),
     "60m": LlamaConfig(32000, 512, 1376, 8, 8),
     "130m": LlamaConfig(32000, 768, 2048, 12, 12),
     "350m": LlamaConfig(32000, 1024, 2736, 16, 24),
