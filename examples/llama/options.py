@@ -75,8 +75,8 @@ class TrainingOptions(TextOptions):
     out: Path
     """Folder for the results; must not hold another run."""
     model: str | None = None
-    """tiny (the default), 6m, 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b or
-    llama-3-8b."""
+    """tiny (the default), 6m, 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b
+    or llama-3-8b."""
     init_from: Path | None = None
     """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to
     start from, instead of --model and random weights."""
