@@ -1,9 +1,9 @@
 """Optimizers at their best rates: a search per optimizer, then several seeds.
 
-Run it with `python -m benchmarks.rate_search --parts 1k 8k`. For each optimizer, the learning
-rate of the kernels is searched in factors of 2 until the rates on both sides of the
-best are known to be worse, then that of embeddings, head and norms in the same way.
-The best pair runs with the other seeds. Optimizers are searched side by side, one
+Run it with `python -m benchmarks.rate_search --parts 1k 8k`. For each optimizer, the
+learning rate of the kernels is searched in factors of 2 until the rates on both sides
+of the best are known to be worse, then that of embeddings, head and norms in the same
+way. The best pair runs with the other seeds. Optimizers are searched side by side, one
 process per core. Runs that have ended are not run again, and one that was cut off goes
 on, so the same command continues an interrupted search.
 """
