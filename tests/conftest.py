@@ -88,6 +88,20 @@ def quick_compilation() -> Iterator[None]:
 
 
 @pytest.fixture
+def fusion_emitters(
+    quick_compilation: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Takes ``QUICK_OPTIONS`` back, for a test that compares bits of two programs.
+
+    Without the emitters, XLA rounds one expression differently in two programs.
+    """
+    jax.clear_caches()
+    monkeypatch.setitem(QUICK_OPTIONS, "xla_cpu_use_fusion_emitters", True)
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
 def x64():
     with jax.enable_x64(True):
         yield
