@@ -1,12 +1,20 @@
 """Eight CPU devices for every test, so that meshes need no hardware."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
+
+# The matrices of the tests are so small that OpenBLAS's threads mostly wait for each
+# other, and they keep the cores busy while they wait. NumPy reads this when it is
+# imported, and processes that tests start inherit it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
 # Processes that tests start inherit this. Without it, each would look for TPUs wherever
@@ -14,6 +22,10 @@ from jax.experimental.compilation_cache import compilation_cache
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Traces and compiled programs are many objects that live long. By default, Python
+# searches for cycles after every 700 new ones, which takes a tenth of the tests' time.
+gc.set_threshold(100_000, 20, 20)
 
 # The same examples in every run, and no time limit while an example compiles.
 hypothesis.settings.register_profile(
@@ -44,21 +56,48 @@ def compiled_programs() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+# XLA's fusion emitters go through several dialects of MLIR, which takes more than half
+# of the time to compile a small program for CPUs.
+QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+
+
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     """Turns most XLA optimizations off, for modules that mainly wait for compilations.
 
-    Processes that the tests start inherit this. The caches in memory are cleared before
-    and after, because a program that was compiled with other settings may give other
-    last digits.
+    Processes that the tests start inherit this, except for ``QUICK_OPTIONS``. The
+    caches in memory are cleared before and after, because a program that was compiled
+    with other settings may give other last digits.
     """
+    get_compile_options = compiler.get_compile_options
+
+    def quick_options(*args: Any, env_options_overrides: Any = None, **kwargs: Any):
+        overrides = QUICK_OPTIONS | dict(env_options_overrides or {})
+        return get_compile_options(*args, env_options_overrides=overrides, **kwargs)
+
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        # JAX has no public setting for compiler options of all programs.
+        patch.setattr(compiler, "get_compile_options", quick_options)
         yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
+@pytest.fixture
+def fusion_emitters(
+    quick_compilation: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Takes ``QUICK_OPTIONS`` back, for a test that compares bits of two programs.
+
+    Without the emitters, XLA rounds one expression differently in two programs.
+    """
+    jax.clear_caches()
+    monkeypatch.setitem(QUICK_OPTIONS, "xla_cpu_use_fusion_emitters", True)
+    yield
     jax.clear_caches()
 
 

@@ -1,7 +1,8 @@
 """What several test modules share: arrays, meshes, optimizers and a loop of updates."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import chex
@@ -27,9 +28,29 @@ OPTIMIZERS: dict[str, Any] = {
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 every_projection = pytest.mark.parametrize("projection", ["random", "svd"])
-every_axis_type = pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=str
-)
+AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
+every_axis_type = pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=str)
+
+
+def combinations_of(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by all combinations of the values, and marks most as slow.
+
+    The default tests run one in ``k`` combinations, where ``k`` is the size of the
+    smallest axis. With two axes they have every value, and with three every pair.
+
+    Args:
+      names: The names of the parameters, separated by commas.
+      *axes: The values of each axis. A value is one parameter, or a tuple of several.
+    """
+    lists = [list(axis) for axis in axes]
+    smallest = min(map(len, lists))
+    params = []
+    for indexed in itertools.product(*map(enumerate, lists)):
+        values = [v if isinstance(v, tuple) else (v,) for _, v in indexed]
+        is_default = sum(index for index, _ in indexed) % smallest == 0
+        marks = () if is_default else pytest.mark.slow
+        params.append(pytest.param(*itertools.chain(*values), marks=marks))
+    return pytest.mark.parametrize(names, params)
 
 
 def normal(seed: int, shape: int | tuple[int, ...], dtype: Any = jnp.float32) -> Any:

@@ -1,4 +1,4 @@
-"""Runs on any mesh give the numbers of one device, also in two processes.
+"""Runs on any mesh give the losses of one device.
 
 As a script, with the index of a process and a port, this file trains in one of two
 processes of four devices each, and prints the losses and a projection as JSON.
@@ -6,9 +6,6 @@ processes of four devices each, and prints the losses and a projection as JSON.
 
 import functools
 import json
-import os
-import socket
-import subprocess
 import sys
 from typing import Any
 
@@ -28,7 +25,9 @@ from apollo_optax import (
     scale_by_apollo,
     state_sharding,
 )
-from tests.helpers import every_axis_type, normal
+from tests.helpers import AXIS_TYPES, combinations_of, normal
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 AXES = ("data", "fsdp", "tensor")
 STEPS, BATCH, WIDTH, HIDDEN = 20, 16, 32, 64
@@ -112,8 +111,8 @@ def projection(sizes: tuple[int, ...], axis_type: AxisType, name: str) -> np.nda
     return moment[:, :WIDTH].view(np.uint32)
 
 
-JAX_VERSION = tuple(map(int, jax.__version__.split(".")[:2]))
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+# Each is the one parameter of a tuple, because its sizes are a tuple too.
+MESHES = [((8, 1, 1),), ((1, 8, 1),), ((1, 1, 8),), ((2, 2, 2),)]
 
 
 @functools.cache
@@ -121,60 +120,11 @@ def losses_on_one_device(name: str) -> list[float]:
     return train(name, (1, 1, 1), AxisType.Auto)
 
 
-@functools.cache
-def projection_on_one_device(name: str) -> np.ndarray:
-    return projection((1, 1, 1), AxisType.Auto, name)
-
-
-@every_axis_type
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@combinations_of("name, sizes, axis_type", OPTIMIZERS, MESHES, AXIS_TYPES)
 def test_losses_are_those_of_one_device(name, sizes, axis_type):
     expected = losses_on_one_device(name)
     assert expected[-1] < 0.9 * expected[0]
     np.testing.assert_allclose(train(name, sizes, axis_type), expected, rtol=1e-5)
-
-
-@every_axis_type
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("name", ["random", "rademacher"])
-def test_projections_are_those_of_one_device_bit_for_bit(name, sizes, axis_type):
-    expected = projection_on_one_device(name)
-    values = 2 if name == "rademacher" else expected.size
-    assert len(np.unique(expected)) == values
-    actual = projection(sizes, axis_type, name)
-    differences = np.abs(actual.astype(np.int64) - expected.astype(np.int64))
-    # XLA for CPUs has rounded normal draws in shards of some shapes otherwise since
-    # jax 0.12.
-    rounds_otherwise = name == "random" and JAX_VERSION >= (0, 12)
-    assert differences.max() <= (4 if rounds_otherwise else 0)
-
-
-def test_two_processes_compute_the_numbers_of_one_device():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    environment = os.environ | {"PYTHONPATH": path}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(number), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    for printed, _ in outputs:
-        answer = json.loads(printed.splitlines()[-1])
-        expected = losses_on_one_device("apollo")
-        np.testing.assert_allclose(answer["losses"], expected, rtol=1e-5)
-        expected = projection_on_one_device("random")
-        np.testing.assert_array_equal(answer["projection"], expected)
 
 
 def answer_as_process(number: int, port: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from apollo_optax import (
 )
 from benchmarks.hlo import collectives, drawn_words
 from tests import layerwise_models
-from tests.helpers import every_axis_type, make_mesh, normal, put, run
+from tests.helpers import AXIS_TYPES, combinations_of, make_mesh, normal, put, run
 from tests.test_spectrum import error, flattened
 from tests.test_traffic import CASES, matrix_axes
 
@@ -75,8 +75,7 @@ def test_input_and_output_axes_are_those_of_the_dimension_numbers(method):
     np.testing.assert_allclose(split.reshape(16, 24), expected, atol=1e-5)
 
 
-@every_method
-@pytest.mark.parametrize("batch_axis", [0, 1, 2])
+@combinations_of("method, batch_axis", METHODS, [0, 1, 2])
 def test_batch_elements_are_matrices_of_their_own(method, batch_axis):
     sizes = np.insert([16, 24], batch_axis, 3)
     sides = [axis for axis in range(3) if axis != batch_axis]
@@ -153,8 +152,9 @@ def test_zero_and_nan_stay_in_their_leaf(method):
     np.testing.assert_allclose(updates["other"], alone["other"], atol=1e-6)
 
 
-@every_method
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@combinations_of(
+    "method, dtype", METHODS, ["float16", "bfloat16", "float32", "float64"]
+)
 def test_dtypes(method, dtype):
     with jax.enable_x64(dtype == "float64"):
         gradient = normal(0, (16, 24), dtype)
@@ -166,9 +166,9 @@ def test_dtypes(method, dtype):
         assert error(actual, update(tx, wide)) < 2e-2
 
 
-@every_method
-@pytest.mark.parametrize("magnitude", [1e-30, 1e15])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@combinations_of(
+    "method, magnitude, dtype", METHODS, [1e-30, 1e15], [jnp.float32, jnp.bfloat16]
+)
 def test_any_magnitude(method, magnitude, dtype):
     gradient = normal(0, (16, 24), dtype)
     tx = scale_by_flattening(method=method)
@@ -352,8 +352,7 @@ def compiled(case, mesh, method):
     return jax.jit(tx.update).lower(gradient, state).compile()
 
 
-@every_axis_type
-@pytest.mark.parametrize("name", CASES)
+@combinations_of("name, axis_type", CASES, AXIS_TYPES)
 def test_low_rank_never_sends_a_gradient(name, axis_type):
     case, mesh = CASES[name], make_mesh(axis_type)
     program = compiled(case, mesh, "low_rank").as_text()
@@ -374,8 +373,7 @@ def test_low_rank_never_sends_a_gradient(name, axis_type):
     assert drawn_words(program) <= max(contracted * drawn, 2 * 16)
 
 
-@every_axis_type
-@pytest.mark.parametrize("method", ["exact", "newton_schulz"])
+@combinations_of("method, axis_type", ["exact", "newton_schulz"], AXIS_TYPES)
 def test_other_methods_send_a_gram_matrix_where_channels_are_sharded(method, axis_type):
     case, mesh = CASES["channels"], make_mesh(axis_type)
     found = collectives(compiled(case, mesh, method).as_text())
@@ -393,9 +391,7 @@ SMALL = [
 ]
 
 
-@every_method
-@every_axis_type
-@pytest.mark.parametrize(("shape", "spec", "numbers"), SMALL)
+@combinations_of("shape, spec, numbers, method, axis_type", SMALL, METHODS, AXIS_TYPES)
 def test_eight_devices_compute_what_one_does(shape, spec, numbers, method, axis_type):
     gradient, mesh = normal(0, shape), make_mesh(axis_type)
     tx = scale_by_flattening(method=method, weight_dimension_numbers=numbers)

@@ -17,6 +17,8 @@ from apollo_optax import (
 from apollo_optax._limiter import limit_norm
 from tests.helpers import normal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LIMIT = 1.01
 
 

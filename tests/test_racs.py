@@ -28,7 +28,9 @@ from apollo_optax._dimension_numbers import matrix_axes
 from apollo_optax._racs import LEAST_SHARE
 from benchmarks.hlo import collectives
 from tests.helpers import (
+    AXIS_TYPES,
     assert_close,
+    combinations_of,
     every_axis_type,
     make_mesh,
     normal,
@@ -429,8 +431,7 @@ CASES: dict[str, tuple[tuple[int, ...], P, Any]] = {
 }
 
 
-@every_axis_type
-@pytest.mark.parametrize("name", CASES)
+@combinations_of("name, axis_type", CASES, AXIS_TYPES)
 def test_devices_exchange_vectors_only(name, axis_type):
     shape, spec, numbers = CASES[name]
     mesh = make_mesh(axis_type)

@@ -21,7 +21,7 @@ from apollo_optax import (
     scale_by_apollo,
 )
 from tests import helpers
-from tests.helpers import normal
+from tests.helpers import combinations_of, normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -73,8 +73,8 @@ def test_adam_in_float64():
         chex.assert_trees_all_close(actual, expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("shape", "numbers", "moment_shape"),
+@combinations_of(
+    "shape, numbers, moment_shape, scale_type",
     [
         ((6, 10), ApolloDimensionNumbers(), (2, 10)),
         ((10, 6), ApolloDimensionNumbers(), (2, 10)),
@@ -91,8 +91,8 @@ def test_adam_in_float64():
         ((5, 6, 4, 3), ApolloDimensionNumbers(1, (2, 3)), (5, 2, 4, 3)),
         ((5, 4, 3, 6), ApolloDimensionNumbers((2, 1), 3), (5, 2, 3, 4)),
     ],
+    ["channel", "tensor"],
 )
-@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 def test_matrices_in_a_tensor_get_their_own_updates(
     shape, numbers, moment_shape, scale_type
 ):
@@ -308,15 +308,15 @@ def test_state_stores_the_projections_of_an_svd():
 # Gradients of any magnitude.
 
 
-@pytest.mark.parametrize("projection", ["random", "rademacher", "svd"])
-@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
-@pytest.mark.parametrize(
-    ("dtype", "magnitudes"),
+@combinations_of(
+    "dtype, magnitudes, scale_type, projection",
     [
         ("float32", [1e-30, 1e15, 1e-15, 1.0, 1e15, 1e-30, 0.0, 1e15]),
         ("bfloat16", [1e-30, 1e15, 1e-15, 1.0, 1e15, 1e-30, 0.0, 1e15]),
         ("float16", [6e-8, 15000.0, 1e-4, 0.0, 15000.0, 6e-8]),
     ],
+    ["channel", "tensor"],
+    ["random", "rademacher", "svd"],
 )
 def test_extreme_gradients_give_finite_updates_and_state(
     dtype, magnitudes, scale_type, projection

@@ -115,6 +115,7 @@ def test_a_step_that_is_not_finite_is_skipped_whole(small: LlamaConfig) -> None:
     assert np.isnan(ruined.params["lm_head"]["kernel"]).any()
 
 
+@pytest.mark.usefixtures("fusion_emitters")
 def test_skipping_changes_no_step_that_is_finite(small: LlamaConfig) -> None:
     state = initial_state(small)
     for a, b in zip(

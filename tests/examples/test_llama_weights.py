@@ -143,7 +143,7 @@ def stepped(options: RunOptions, config: LlamaConfig, tx: Any, steps: int = 4) -
     ],
     ids=["float32", "bfloat16", "int8"],
 )
-@pytest.mark.usefixtures("tiny_is_small")
+@pytest.mark.usefixtures("tiny_is_small", "fusion_emitters")
 def test_what_is_in_host_memory_computes_the_same(settings: dict[str, Any]) -> None:
     """The CPU has that kind of memory too, though a run refuses to use it there."""
     (there, there_losses), (here, here_losses) = (
