@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from examples.llama.cache import cache_folder, publish
 from examples.llama.hub import HubSource
-from examples.llama.readers import Document
+from examples.llama.rows import FIELD, Document
 from examples.llama.shards import ShardWriter, read_shards, write_tokens
 from examples.llama.sources import Source, open_source
 from examples.llama.split import TRAIN, VALIDATION, Labelled, split
@@ -60,6 +60,7 @@ def load_corpus(
     vocab: int | None = None,
     max_tokens: int | None = None,
     validation: str | None = None,
+    text_field: str = FIELD,
 ) -> Corpus:
     """Returns the corpus that `--data` names, which is tokenized at its first use.
 
@@ -75,13 +76,14 @@ def load_corpus(
         validation: held-out text, named as `data` is. By default, and of a data set of
             the hub, the split `validation` where there is one; else one document in
             twenty, chosen by a hash.
+        text_field: the field with the text, of both texts' rows.
 
     Raises:
         UsageError: for any of these that makes no corpus, or a cache that cannot be
             written.
     """
     check_sizes(vocab_size, tokenizer, vocab, max_tokens)
-    source = open_source("--data", data)
+    source = open_source("--data", data, text_field)
     if (
         data == "python"
         and not tokenizer
@@ -89,7 +91,14 @@ def load_corpus(
         and vocab_size >= PYTHON_VOCAB
     ):
         tokenizer = str(PYTHON_TOKENIZER)
-    held_out = open_source("--validation", validation) if validation else None
+    held_out = (
+        open_source("--validation", validation, text_field) if validation else None
+    )
+    if text_field != FIELD and not any(s.has_rows() for s in (source, held_out) if s):
+        raise UsageError(
+            f"--text-field {text_field!r} is for rows, and the files of --data "
+            f"{data!r} have none; leave it out"
+        )
     encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
     vocab = vocab or vocab_size
     try:
@@ -188,6 +197,8 @@ def build(
         tokenise(
             training(source, validation, data), validation, encoder, writers, max_tokens
         )
+        for read in (source, validation_source):
+            read.say_skipped()
         encoder.tokenizer.save(str(built / TOKENIZER_FILE))
         digests = b"".join(writer.digest.digest() for writer in writers.values())
         manifest = {

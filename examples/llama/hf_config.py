@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.decoding import DocumentError, decode, parse_json
 from examples.llama.usage import UsageError
 
 CONFIG = "config.json"
@@ -176,8 +177,9 @@ def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | No
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object that a file holds; raises `UsageError` where it holds none."""
+    again = "download it again"
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = parse_json(decode(path.read_bytes()), str(path), again)
     except FileNotFoundError:
         raise UsageError(
             f"{path} is not there; give a folder that save_pretrained wrote"
@@ -186,10 +188,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"cannot read {path}: {error.strerror}; give a file that can be read"
         ) from error
-    except ValueError as error:  # UnicodeDecodeError is a ValueError too.
-        raise UsageError(f"{path} is not JSON: {error}; download it again") from error
+    except DocumentError as error:
+        raise UsageError(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not JSON ({error}); {again}") from error
     if not isinstance(value, dict):
-        raise UsageError(f"{path} holds no JSON object; download it again")
+        raise UsageError(f"{path} holds no JSON object; {again}")
     return value
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from examples.llama.mesh import row_cuts
 from examples.llama.model import REMAT_POLICIES
+from examples.llama.rows import FIELD
 from examples.llama.usage import UsageError, unknown_name
 
 CHOICES = {
@@ -54,10 +55,13 @@ class TextOptions:
     data: str = "stdlib"
     """stdlib: the source of Python's standard library, which needs no network. python:
     that and the source of all installed packages. Or a file, a folder or a quoted glob
-    of text, .jsonl or .parquet (field `text`), or hf:OWNER/NAME[/CONFIG] from the
-    hub."""
+    of text, .jsonl, .json, .parquet, .csv or .tsv, or hf:OWNER/NAME[/CONFIG] from the
+    hub. Of a folder with rows, such as .jsonl, other files are left out."""
     validation: str | None = None
     """The same for held-out text; by default one document in twenty of --data."""
+    text_field: str = FIELD
+    """The field, or column, with the text, in the rows of --data and --validation. Rows
+    without text are skipped."""
     data_tokens: int | None = None
     """Stop reading --data after this many tokens; by default a run on hf: takes as many
     as it needs, and otherwise all are read."""
@@ -66,6 +70,12 @@ class TextOptions:
     --init-from, else a BPE trained on --data at its first use."""
     vocab: int | None = None
     """Tokens of that BPE; by default the model's vocabulary."""
+
+    def __post_init__(self) -> None:
+        if self.text_field == "":
+            raise UsageError(
+                "--text-field is empty; give the name of a field, or leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +158,7 @@ class TrainingOptions(TextOptions):
     (random signs)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag, value in self.numbers().items():
             if value is not None:
                 check_positive(flag, value)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from examples.llama import cache, corpus, shards, sources, tokenizer
-from examples.llama.readers import Document
+from examples.llama.rows import Document
 from examples.llama.split import TRAIN, VALIDATION, in_validation, split
 from examples.llama.usage import UsageError
 
