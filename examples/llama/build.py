@@ -134,6 +134,7 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
         max_tokens=max_tokens,
         validation=options.validation,
         text_field=options.text_field,
+        bos=options.bos,
     )
 
 

@@ -47,6 +47,7 @@ class Corpus(NamedTuple):
 
     tokenizer: tokenizers.Tokenizer
     end_id: int
+    prefix: tuple[int, ...]  # Before each document: BOS, where the tokenizer adds one.
     train: list[np.ndarray]  # Shards, 1-D and memory-mapped.
     validation: list[np.ndarray]
     key: str  # Changes when the tokens do.
@@ -61,6 +62,7 @@ def load_corpus(
     max_tokens: int | None = None,
     validation: str | None = None,
     text_field: str = FIELD,
+    bos: str = "auto",
 ) -> Corpus:
     """Returns the corpus that `--data` names, which is tokenized at its first use.
 
@@ -77,6 +79,8 @@ def load_corpus(
             the hub, the split `validation` where there is one; else one document in
             twenty, chosen by a hash.
         text_field: the field with the text, of both texts' rows.
+        bos: "auto" puts before each document what `tokenizer` puts before a text;
+            "never" puts nothing there.
 
     Raises:
         UsageError: for any of these that makes no corpus, or a cache that cannot be
@@ -100,11 +104,13 @@ def load_corpus(
             f"{data!r} have none; leave it out"
         )
     encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
+    if encoder and bos == "never":
+        encoder = encoder._replace(prefix=())
     vocab = vocab or vocab_size
     try:
         content = (
             *(CACHE_FORMAT, tokenizers.__version__, max_tokens),
-            (encoder.tokenizer.to_str(), encoder.end_id) if encoder else vocab,
+            encoder.identity() if encoder else vocab,
             *(source.fingerprint(), held_out and held_out.fingerprint()),
         )
         key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
@@ -149,6 +155,7 @@ def read_corpus(folder: Path) -> Corpus:
     return Corpus(
         read_tokenizer(folder / TOKENIZER_FILE),
         manifest["end_id"],
+        tuple(manifest.get("prefix", ())),  # Caches that are older have none.
         read_shards(folder, TRAIN),
         read_shards(folder, VALIDATION),
         manifest["key"],
@@ -206,6 +213,7 @@ def build(
             "documents": {label: writer.documents for label, writer in writers.items()},
             "tokens": {label: writer.tokens for label, writer in writers.items()},
             "end_id": encoder.end_id,
+            "prefix": encoder.prefix,
             "key": hashlib.sha256(digests).hexdigest()[:16],
             "versions": {"format": CACHE_FORMAT, "tokenizers": tokenizers.__version__},
         }

@@ -23,6 +23,7 @@ CHOICES = {
     "--projection": ("random", "rademacher"),
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
+    "--bos": ("auto", "never"),
 }
 
 # These options may change when a run is resumed. The results stay the same, up to
@@ -44,6 +45,7 @@ CHANGEABLE = frozenset(
 )
 OFFLOADABLE = ("weights", "activations")
 LARGEST_SEED = 2**32 - 1  # The largest seed of Grain's shuffle.
+BOS_BEFORE_CHOICE = "never"  # The --bos of runs that began without the option.
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
 
@@ -70,12 +72,18 @@ class TextOptions:
     --init-from, else a BPE trained on --data at its first use."""
     vocab: int | None = None
     """Tokens of that BPE; by default the model's vocabulary."""
+    bos: str = "auto"
+    """auto: put BOS before each document if the tokenizer puts it before a text, as
+    those of Llama 2 and 3 do. never: put none. A run that is resumed goes on as it
+    began."""
 
     def __post_init__(self) -> None:
         if self.text_field == "":
             raise UsageError(
                 "--text-field is empty; give the name of a field, or leave it out"
             )
+        if self.bos not in CHOICES["--bos"]:
+            raise unknown_name("--bos", self.bos, CHOICES["--bos"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -378,7 +386,8 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     than the field, has the field's default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
-    defaults["rounding"] = "nearest"  # Before there was a choice.
+    # Before there was a choice.
+    defaults |= {"rounding": "nearest", "bos": BOS_BEFORE_CHOICE}
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):
         # The text of the same corpus may have moved.

@@ -7,6 +7,7 @@ output folder.
 """
 
 import contextlib
+import dataclasses
 import functools
 import signal
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from examples.llama.run_log import (
     NoLog,
     Row,
     RunLog,
+    bos_of_run,
     check_free,
     check_same_run,
     only_run_in,
@@ -100,6 +102,9 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
     """
     distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
     resume = options.resume == "auto"
+    if resume and options.bos == "auto":
+        began_with = distributed.from_first(lambda: bos_of_run(options.out))
+        options = dataclasses.replace(options, bos=began_with or options.bos)
     with distributed.together():
         config = build.model_config(options)
         options = with_defaults(options, config)
@@ -211,7 +216,12 @@ def make_evaluation(
     """Returns a function from parameters and step to an evaluation's metrics."""
     validation_loss = make_evaluator(pieces, held_out)
     sample = make_sampler(
-        pieces, text.tokenizer, text.end_id, seed=options.seed, mesh=mesh
+        pieces,
+        text.tokenizer,
+        text.end_id,
+        start_id=text.prefix[-1] if text.prefix else text.end_id,
+        seed=options.seed,
+        mesh=mesh,
     )
 
     def evaluate(params: Params, step: int) -> Row:

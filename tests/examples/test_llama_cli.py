@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from examples.llama import (
+    build,
     checkpoint,
     compare,
     corpus,
@@ -22,6 +24,7 @@ from examples.llama import (
     recorder,
     run_log,
     tokenise,
+    tokenizer,
 )
 from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
@@ -394,6 +397,54 @@ def test_fields_that_are_newer_than_a_run_have_their_defaults(
     pretrain.main(["--out", str(out), *SHORT, "--resume", "auto"])
     args = ["--out", str(out), *SHORT, "--resume", "auto", "--accumulate", "2"]
     assert "(accumulate: 1 -> 2)" in exits_with_message(pretrain.main, args, capsys)
+
+
+def write_bos_tokenizer(folder: Path) -> Path:
+    """Writes a tokenizer that puts <s> before a text; returns its folder."""
+    given = tokenizer.train_tokenizer(["def f(x):\n    return x + 1\n"], 300).tokenizer
+    given.add_special_tokens(["<s>"])
+    given.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", given.token_to_id("<s>"))]
+    )
+    folder.mkdir()
+    given.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+class BeginsError(Exception):
+    """A run has passed all checks and written its first files."""
+
+
+@pytest.fixture
+def only_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: Any) -> None:
+        raise BeginsError
+
+    monkeypatch.setattr(build, "initial_state", begin)
+
+
+@pytest.mark.usefixtures("only_begins")
+def test_a_run_from_before_bos_goes_on_without(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_bos_tokenizer(tmp_path / "given")
+    args = ["--out", str(out), "--tokenizer", str(folder), *SHORT, "--resume", "auto"]
+    with pytest.raises(BeginsError):
+        pretrain.main([*args, "--bos", "never"])
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("bos") == "never"
+    (out / "config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        with pytest.raises(BeginsError):
+            pretrain.main(args)
+        resumed = json.loads((out / "config.json").read_text())
+        assert resumed["bos"] == "never"
+        assert resumed["corpus"] == config["corpus"]
+    # A run of now has BOS.
+    config["bos"] = "auto"
+    (out / "config.json").write_text(json.dumps(config))
+    error = exits_with_message(pretrain.main, args, capsys)
+    assert f"--out {out} holds another run (corpus: " in error
 
 
 def test_two_runs_in_one_folder_are_one_too_many(
