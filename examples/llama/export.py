@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from apollo_optax import dequantize
-from examples.llama import hf
+from examples.llama import hf, pretrained
 from examples.llama.build import abstract_params
 from examples.llama.checkpoint import restore_params
 from examples.llama.config import LlamaConfig, RopeScaling
@@ -22,6 +22,7 @@ from examples.llama.usage import (
     UsageError,
     exit_on_usage_error,
     first_line,
+    notice,
     unknown_name,
 )
 from examples.llama.weights import Storage
@@ -85,7 +86,29 @@ def export(options: ExportOptions) -> None:
         dtype=options.dtype,
         tokenizer=tokenizer,
         end_token=run["end_token"],
+        passed_on=passed_on(options.run, run),
     )
+
+
+def passed_on(folder: Path, run: dict[str, Any]) -> pretrained.Files:
+    """Returns the files to pass on that a run has kept.
+
+    A run from before runs kept them has those that are where it began from, if they are
+    still there.
+    """
+    if files := pretrained.kept_files(folder):
+        return files
+    init_from = run.get("init_from")
+    try:
+        return pretrained.find_files(
+            run.get("tokenizer"), Path(init_from) if init_from else None
+        )
+    except UsageError as error:
+        notice(
+            f"the chat template and the special tokens of what {folder} began from are "
+            f"not exported ({error})"
+        )
+        return {}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -15,7 +15,12 @@ from examples.llama.rows import FIELD, Document, Row, Tally, row_texts
 from examples.llama.usage import UsageError, first_line
 
 PREFIX = "hf:"
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+# What a model's folder has of its tokenizer; the last is a pattern.
+TOKENIZER_FILES = (
+    *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +178,9 @@ def tokenizer_folder(name: str) -> Path:
 
     def download(*, local_files_only: bool) -> Path:
         folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=TOKENIZER_FILES, local_files_only=local_files_only
+            name,
+            allow_patterns=list(TOKENIZER_FILES),
+            local_files_only=local_files_only,
         )
         return Path(folder)
 
@@ -182,7 +189,7 @@ def tokenizer_folder(name: str) -> Path:
         # and need no network.
         with contextlib.suppress(LocalEntryNotFoundError):
             folder = download(local_files_only=True)
-            if (folder / TOKENIZER_FILES[0]).exists():
+            if (folder / TOKENIZER).exists():
                 return folder
         return download(local_files_only=False)
     except (OSError, ValueError) as error:

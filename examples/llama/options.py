@@ -97,7 +97,8 @@ class TrainingOptions(TextOptions):
     llama-3-8b."""
     init_from: Path | None = None
     """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to
-    start from, instead of --model and random weights."""
+    start from, instead of --model and random weights. An export passes its tokenizer's
+    files on, the chat template too."""
     mesh: str = "data=1"
     """The devices, as data=2,fsdp=2,tensor=2: data and fsdp cut each batch, fsdp every
     matrix of weights, tensor their heads and columns. The sizes must multiply to the

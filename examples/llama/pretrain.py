@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from examples.llama import build, data, distributed, plots
+from examples.llama import build, data, distributed, plots, pretrained
 from examples.llama.checkpoint import Checkpoints
 from examples.llama.corpus import Corpus
 from examples.llama.evaluate import make_evaluator, perplexity
@@ -126,6 +126,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         held_out = validation_batches(
             text.validation, seq=options.seq, count=options.eval_windows
         )
+        given = pretrained.find_files(options.tokenizer, options.init_from)
         description = build.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
@@ -142,6 +143,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
                 # Another run may have begun meanwhile.
                 check_free(options.out, resume=resume)
                 write_config(options.out, description, text.tokenizer.to_str())
+                pretrained.keep(given, options.out)
         checkpoints = stack.enter_context(
             Checkpoints(options.out, keep=options.keep_checkpoints, config=description)
         )

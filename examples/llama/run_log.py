@@ -18,7 +18,8 @@ from examples.llama.usage import UsageError, notice
 
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.jsonl", "curves.png", ".lock"
 TENSORBOARD, TOKENIZER, CHECKPOINTS = "tensorboard", "tokenizer.json", "checkpoints"
-OF_A_RUN = (CONFIG, METRICS, CURVES, TENSORBOARD, TOKENIZER, CHECKPOINTS)
+PRETRAINED = "pretrained"  # What the model or tokenizer to begin from has beside it.
+OF_A_RUN = (CONFIG, METRICS, CURVES, TENSORBOARD, TOKENIZER, CHECKPOINTS, PRETRAINED)
 
 Row = dict[str, Any]  # One step: numbers by name, and at evaluations the sampled text.
 

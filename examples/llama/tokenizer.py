@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ import numpy as np
 import tokenizers
 
 from examples.llama.decoding import DocumentError, decode, parse_json
-from examples.llama.hub import TOKENIZER_FILES, tokenizer_folder
+from examples.llama.hub import TOKENIZER as TOKENIZER_FILE
+from examples.llama.hub import TOKENIZER_CONFIG, tokenizer_folder
 from examples.llama.usage import UsageError, first_line
 
 # It follows every document, so that no window mistakes one for its successor.
@@ -18,7 +19,6 @@ END = "<|end|>"
 # What other tokenizers call it where no tokenizer_config.json says.
 KNOWN_ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 SMALLEST_VOCAB = 256 + 1  # A token for each byte, and `END`.
-TOKENIZER_FILE, CONFIG_FILE = TOKENIZER_FILES
 # A BPE of 32,000 tokens for `--data python`, so that no GPU waits for its training.
 PYTHON_TOKENIZER = Path(__file__).parent / "tokenizers" / "python-32k.json"
 PYTHON_VOCAB = 32_000
@@ -107,7 +107,7 @@ def load_tokenizer(name: str, vocab_size: int) -> Encoder:
             f"--tokenizer {name!r}: {path} is no tokenizer ({first_line(error)}); "
             f"give a {TOKENIZER_FILE} in the format of Hugging Face's tokenizers"
         ) from error
-    end_id = find_end(name, tokenizer, path.parent / CONFIG_FILE)
+    end_id = find_end(name, tokenizer, path.parent / TOKENIZER_CONFIG)
     encoder = Encoder(tokenizer, end_id, find_prefix(tokenizer, end_id))
     if encoder.vocab_size > vocab_size:
         raise UsageError(
@@ -175,14 +175,18 @@ def eos_token(name: str, config: Path) -> str | None:
         return None
     try:
         fields: Any = parse_json(decode(config.read_bytes()), str(config), "mend it")
-        token = fields.get("eos_token")
-        # The token is an AddedToken or a string.
-        token = token["content"] if isinstance(token, dict) else token
-        if token is not None and not isinstance(token, str):
-            raise ValueError(f"its eos_token is {token!r}")
+        token = special_token(fields, "eos_token")
+        if fields.get("eos_token") is not None and not isinstance(token, str):
+            raise ValueError(f"its eos_token is {fields['eos_token']!r}")
         return token
-    except (OSError, ValueError, DocumentError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, DocumentError, AttributeError) as error:
         raise UsageError(
             f"--tokenizer {name!r}: {config} holds no JSON object of a tokenizer "
             f"({type(error).__name__}: {first_line(error)}); get it again, or remove it"
         ) from error
+
+
+def special_token(fields: Mapping[str, Any], name: str) -> Any:
+    """Returns a token of a tokenizer_config.json, whether a string or an AddedToken."""
+    token = fields.get(name)
+    return token.get("content") if isinstance(token, dict) else token

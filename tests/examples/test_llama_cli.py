@@ -447,6 +447,41 @@ def test_a_run_from_before_bos_goes_on_without(
     assert f"--out {out} holds another run (corpus: " in error
 
 
+@pytest.mark.usefixtures("only_begins")
+def test_a_run_keeps_what_its_tokenizer_has_beside_it(
+    out: Path, tmp_path: Path
+) -> None:
+    folder = write_bos_tokenizer(tmp_path / "given")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    args = ["--out", str(out), "--tokenizer", str(folder), *SHORT, "--resume", "auto"]
+    for template in ("{{ messages }}", "another"):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(BeginsError):
+            pretrain.main(args)
+        kept = {path.name: path.read_text() for path in (out / "pretrained").iterdir()}
+        # A run that is resumed has those that it began with.
+        assert kept == {
+            "chat_template.jinja": "{{ messages }}",
+            "tokenizer.json": (folder / "tokenizer.json").read_text(),
+        }
+    # A run from before runs kept them has those that are there.
+    shutil.rmtree(out / "pretrained")
+    files = export.passed_on(out, json.loads((out / "config.json").read_text()))
+    assert files["chat_template.jinja"].read_text() == "another"
+
+
+def test_an_export_says_what_it_has_not_got(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"init_from": str(tmp_path / "gone" / "it" / "is"), "tokenizer": None}
+    assert export.passed_on(tmp_path, run) == {}
+    error = capsys.readouterr().err
+    assert error.startswith("the chat template and the special tokens of what ")
+    assert "does not exist" in error
+    assert export.passed_on(tmp_path, {"init_from": None}) == {}
+    assert capsys.readouterr().err == ""
+
+
 def test_two_runs_in_one_folder_are_one_too_many(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -617,7 +652,15 @@ def test_exported_weights_are_those_of_the_checkpoint(
     loss = make_evaluator(pieces_of(small), held_out(out))(earlier)
     assert loss == pytest.approx(run_log.read_metrics(out)[1]["val_loss"], abs=1e-6)
     tuned = tmp_path / "tuned"
+    tokenizer_config = json.loads((exported / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"chat_template": "{{ messages }}", "pad_token": "<|end|>"}
+    (exported / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     pretrain.main(["--out", str(tuned), "--init-from", str(exported), *SHORT])
+    # What the model had beside its weights outlives it.
+    shutil.rmtree(exported)
+    export.main(["--run", str(tuned), "--to", str(tmp_path / "chat")])
+    found = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
+    assert found == tokenizer_config
     assert (
         run_log.read_metrics(tuned)[0]["loss"]
         < run_log.read_metrics(out)[0]["loss"] - 0.1
