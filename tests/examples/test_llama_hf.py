@@ -551,6 +551,48 @@ def test_fields_that_early_versions_did_not_write(
     assert hf.read_config(folder) == UNTIED
 
 
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [
+        ({"architectures": ["LLaMAForCausalLM"]}, {}),
+        ({"architectures": None, "model_type": None}, {}),
+        ({"attention_bias": None, "mlp_bias": None}, {}),
+        ({"hidden_act": "swish"}, {}),
+        ({"hidden_act": None}, {}),
+        ({"tie_word_embeddings": None}, {}),
+        ({"rope_scaling": {"rope_type": None}}, {}),
+        ({"rope_scaling": {"type": None}}, {}),
+        ({"rms_norm_eps": ...}, {"rms_norm_eps": 1e-6}),
+        ({"rms_norm_eps": None}, {"rms_norm_eps": 1e-6}),
+        ({"max_position_embeddings": ...}, {"max_seq_len": 2048}),
+        ({"initializer_range": ...}, {"initializer_range": 0.02}),
+        ({"rope_theta": None}, {"rope_theta": 10_000.0}),
+    ],
+)
+def test_fields_that_transformers_has_a_default_or_another_word_for(
+    changes: dict[str, Any], read: dict[str, Any], exported: Callable[..., Path]
+) -> None:
+    config = dataclasses.replace(UNTIED, rms_norm_eps=1e-3, rope_theta=10_000.0)
+    folder = exported(config)
+    edit_json(folder / hf.CONFIG, **changes)
+    assert hf.read_config(folder) == dataclasses.replace(config, **read)
+
+
+def test_defaults_are_those_of_transformers(
+    transformers: Any, exported: Callable[..., Path]
+) -> None:
+    folder = exported(UNTIED)
+    missing = ("rms_norm_eps", "max_position_embeddings", "initializer_range")
+    edit_json(folder / hf.CONFIG, **dict.fromkeys(missing, ...))
+    ours, theirs = (
+        hf.read_config(folder),
+        transformers.AutoConfig.from_pretrained(folder),
+    )
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert ours.initializer_range == theirs.initializer_range
+
+
 def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> None:
     folder = exported(TIED)
     embedding = random_params(TIED)["embed"]["embedding"]
@@ -584,8 +626,13 @@ def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> Non
         ({"intermediate_size": ...}, "lacks intermediate_size"),
         ({"num_hidden_layers": ...}, "lacks num_hidden_layers"),
         ({"num_attention_heads": ...}, "lacks num_attention_heads"),
-        ({"max_position_embeddings": ...}, "lacks max_position_embeddings"),
-        ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            r"architectures \['LlamaForSequenceClassification'\] is not supported",
+        ),
+        ({"architectures": []}, r"architectures \[\] is not supported"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0; give a whole"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; give a number above 0"),
         ({"hidden_size": "16"}, "hidden_size is '16'; give a whole number above 0"),
         ({"hidden_size": 16.0}, "hidden_size is 16.0; give a whole number above 0"),
         (
@@ -652,6 +699,8 @@ def test_unusable_config(
         (b"{", "is not JSON"),
         (b"\xff", "is not JSON"),
         (b"[]", "holds no JSON object"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "is JSON with a number of more than 4300 dig"),
+        (b"[" * 100_000, "is JSON with brackets nested too deep"),
     ],
 )
 def test_unreadable_config(content: bytes | None, message: str, tmp_path: Path) -> None:
