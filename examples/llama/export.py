@@ -14,6 +14,7 @@ from examples.llama import hf, pretrained
 from examples.llama.build import abstract_params
 from examples.llama.checkpoint import restore_params
 from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.decoding import decode
 from examples.llama.mesh import make_mesh
 from examples.llama.model import Execution
 from examples.llama.options import CHOICES, parse
@@ -68,7 +69,7 @@ def export(options: ExportOptions) -> None:
     config, run = config_of_run(options.run)
     path = options.run / TOKENIZER
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_str(decode(path.read_bytes()))
     except Exception as error:  # The library raises nothing more specific.
         raise UsageError(
             f"{path} cannot be read ({first_line(error)}); put it back"

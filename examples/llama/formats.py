@@ -5,6 +5,7 @@ A suffix counts in either case. What holds text may be compressed.
 
 import bz2
 import contextlib
+import enum
 import gzip
 import io
 import lzma
@@ -26,26 +27,35 @@ from examples.llama.readers import (
 )
 from examples.llama.rows import Document, Row, row_texts
 
-# The names of what a folder may hold, in the order in which one sort leaves out those
-# after it: a folder of Parquet files has a README.md that is none of its text.
-DATA_SET, TABLE, TEXT, METADATA = range(4)
+
+class Sort(enum.IntEnum):
+    """What files of a format are in a folder, of which only the first sort is read.
+
+    A README.md beside Parquet files is none of the text, nor is a file of JSON. In a
+    folder of text files it is.
+    """
+
+    DATA_SET = 0
+    TABLE = 1
+    TEXT = 2
+    METADATA = 3
 
 
 class Format(NamedTuple):
     """A format of files: how it is read, or what to do about it instead."""
 
     noun: str
-    sort: int  # One of `DATA_SET`, `TABLE`, `TEXT` and `METADATA`.
+    sort: Sort
     read_rows: Callable[[Path, io.BufferedReader, str], Iterator[Row]] | None = None
     remedy: str | None = None  # Given where there is no reader.
     compressible: bool = True
 
 
-PLAIN_TEXT = Format("plain text", TEXT)
-JSON_LINES = Format("JSON lines", DATA_SET, read_json)
-JSON = Format("JSON", TABLE, read_json)
-PARQUET = Format("Parquet", DATA_SET, read_parquet, compressible=False)
-HUB_METADATA = Format("metadata of a data set", METADATA, read_json)
+PLAIN_TEXT = Format("plain text", Sort.TEXT)
+JSON_LINES = Format("JSON lines", Sort.DATA_SET, read_json)
+JSON = Format("JSON", Sort.TABLE, read_json)
+PARQUET = Format("Parquet", Sort.DATA_SET, read_parquet, compressible=False)
+HUB_METADATA = Format("metadata of a data set", Sort.METADATA, read_json)
 
 TO_TEXT = "convert it to plain text"
 TO_ROWS = "write it as Parquet or JSON lines"
@@ -53,7 +63,7 @@ UNPACK = "unpack it"
 DECOMPRESS = "decompress it, or compress it with gzip, bzip2, xz or zstd"
 
 
-def refused(noun: str, remedy: str, *suffixes: str, sort: int) -> dict[str, Format]:
+def refused(noun: str, remedy: str, *suffixes: str, sort: Sort) -> dict[str, Format]:
     return dict.fromkeys(suffixes, Format(noun, sort, remedy=remedy))
 
 
@@ -61,51 +71,51 @@ FORMATS: dict[str, Format] = {
     ".jsonl": JSON_LINES,
     ".ndjson": JSON_LINES,
     ".json": JSON,
-    ".csv": Format("CSV", TABLE, read_csv),
-    ".tsv": Format("TSV", TABLE, read_tsv),
+    ".csv": Format("CSV", Sort.TABLE, read_csv),
+    ".tsv": Format("TSV", Sort.TABLE, read_tsv),
     ".parquet": PARQUET,
     ".parq": PARQUET,
     ".pq": PARQUET,
-    **refused("a PDF", f"{TO_TEXT}, as with pdftotext", ".pdf", sort=TEXT),
+    **refused("a PDF", f"{TO_TEXT}, as with pdftotext", ".pdf", sort=Sort.TEXT),
     **refused(
         "a document of a word processor",
         TO_TEXT,
         *(".doc", ".docx", ".odt", ".rtf", ".pptx", ".ppt", ".odp"),
-        sort=TEXT,
+        sort=Sort.TEXT,
     ),
-    **refused("an e-book", TO_TEXT, ".epub", ".mobi", ".azw3", ".djvu", sort=TEXT),
-    **refused("a PostScript file", TO_TEXT, ".ps", ".eps", sort=TEXT),
+    **refused("an e-book", TO_TEXT, ".epub", ".mobi", ".azw3", ".djvu", sort=Sort.TEXT),
+    **refused("a PostScript file", TO_TEXT, ".ps", ".eps", sort=Sort.TEXT),
     **refused(
         "a Jupyter notebook",
         f"{TO_TEXT}, as with jupyter nbconvert --to script",
         ".ipynb",
-        sort=TEXT,
+        sort=Sort.TEXT,
     ),
-    **refused("a spreadsheet", TO_ROWS, ".xls", ".xlsx", ".ods", sort=TABLE),
+    **refused("a spreadsheet", TO_ROWS, ".xls", ".xlsx", ".ods", sort=Sort.TABLE),
     **refused(
         "an Arrow file",
         f"{TO_ROWS}, as with datasets.load_from_disk(FOLDER).to_parquet(FILE)",
         *(".arrow", ".feather", ".ipc"),
-        sort=TABLE,
+        sort=Sort.TABLE,
     ),
-    **refused("a table", TO_ROWS, ".orc", ".avro", ".lance", sort=TABLE),
+    **refused("a table", TO_ROWS, ".orc", ".avro", ".lance", sort=Sort.TABLE),
     **refused(
-        "a database", TO_ROWS, ".db", ".sqlite", ".sqlite3", ".duckdb", sort=TABLE
+        "a database", TO_ROWS, ".db", ".sqlite", ".sqlite3", ".duckdb", sort=Sort.TABLE
     ),
     **refused(
         "a file of arrays or objects",
         TO_ROWS,
         *(".h5", ".hdf5", ".npy", ".npz", ".pkl", ".pickle", ".pt", ".pth"),
         *(".safetensors", ".msgpack", ".tfrecord"),
-        sort=TABLE,
+        sort=Sort.TABLE,
     ),
-    **refused("an archive", UNPACK, ".zip", ".7z", ".rar", ".tgz", sort=TABLE),
-    **refused("an archive", UNPACK, ".tar", ".tbz2", ".txz", ".tzst", sort=TABLE),
+    **refused("an archive", UNPACK, ".zip", ".7z", ".rar", ".tgz", sort=Sort.TABLE),
+    **refused("an archive", UNPACK, ".tar", ".tbz2", ".txz", ".tzst", sort=Sort.TABLE),
     **refused(
         "compressed in a way",
         DECOMPRESS,
         *(".lz4", ".z", ".br", ".snappy", ".lzo", ".lz"),
-        sort=TABLE,
+        sort=Sort.TABLE,
     ),
 }
 # Suffixes of rows that are text, so that some programs add .txt to them.

@@ -29,7 +29,7 @@ from examples.llama.hf_config import read_config as read_config
 from examples.llama.hub import TOKENIZER as TOKENIZER
 from examples.llama.hub import TOKENIZER_CONFIG as TOKENIZER_CONFIG
 from examples.llama.model import Params, init_params
-from examples.llama.pretrained import Files, pass_on, token_ids
+from examples.llama.pretrained import Files, pass_on, with_token_ids
 from examples.llama.usage import UsageError, first_line, unknown_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -164,8 +164,8 @@ def save_pretrained(
             built = Path(temporary) / folder.name
             built.mkdir()
             stored = dtype or leaves["embed/embedding"].dtype.name
-            ids = token_ids(passed_on, tokenizer, end_id)
-            write_json(built / CONFIG, hf_config(config, stored, ids))
+            fields = hf_config(config, stored, end_id)
+            write_json(built / CONFIG, with_token_ids(fields, passed_on, tokenizer))
             write_weights(built, leaves, tensors_of(config), dtype, max_shard_bytes)
             if tokenizer:
                 write_tokenizer(built, tokenizer, end_token, config)

@@ -76,16 +76,8 @@ def read_config(folder: Path) -> LlamaConfig:
         raise UsageError(f"{fields.path}: {error}; correct it") from error
 
 
-def hf_config(
-    config: LlamaConfig, dtype: str, token_ids: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Returns the fields of config.json, as transformers 4 and 5 both read them.
-
-    Args:
-        config: the model's shape.
-        dtype: of its weights.
-        token_ids: the fields that are ids of special tokens.
-    """
+def hf_config(config: LlamaConfig, dtype: str, end_id: int | None) -> dict[str, Any]:
+    """Returns the fields of config.json, as transformers 4 and 5 both read them."""
     scaling = config.rope_scaling
     return {
         **FIXED,
@@ -110,7 +102,10 @@ def hf_config(
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tied_head,
         "torch_dtype": dtype,
-        **(token_ids or {}),
+        # The field is written even if empty. Otherwise transformers takes tokens 1 and
+        # 2.
+        "bos_token_id": None,
+        "eos_token_id": end_id,
     }
 
 

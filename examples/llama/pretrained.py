@@ -98,27 +98,33 @@ def pass_on(folder: Path, files: Files, end_token: str | None) -> None:
         write_json(configs[0], {**read_json(configs[0]), EOS: end_token})
 
 
-def token_ids(
-    files: Files, tokenizer: tokenizers.Tokenizer | None, end_id: int | None
+def with_token_ids(
+    config: dict[str, Any], files: Files, tokenizer: tokenizers.Tokenizer | None
 ) -> dict[str, Any]:
-    """Returns the fields of config.json that are ids of special tokens.
+    """Returns an export's config.json with the ids of special tokens to pass on.
 
     They are those of the model that the training began from; without one, those of the
-    tokens that tokenizer_config.json names. `end_id` ends the text trained on, so it is
-    the model's end even where its configuration has another.
+    tokens that tokenizer_config.json names. The end of the text trained on stays, even
+    where that model's configuration has another.
+
+    Args:
+        config: the fields, with the id of the text's end.
+        files: those to pass on.
+        tokenizer: of the export.
     """
     if CONFIG in files:
         fields = read_json(files[CONFIG])
-        # What transformers takes for a field that is not there stays as it was.
+        # A field that is not there stays so, and has transformers' default.
         ids = {field: fields[field] for field in TOKEN_IDS.values() if field in fields}
         ends = fields.get(EOS_ID)
-        known = end_id in (ends if isinstance(ends, list) else [ends])
-        return ids | {EOS_ID: ends if known else end_id}
-    # BOS is written even if there is none. Otherwise transformers takes token 1.
-    ids = {"bos_token_id": None, EOS_ID: end_id}
+        if config[EOS_ID] in (ends if isinstance(ends, list) else [ends]):
+            ids[EOS_ID] = ends
+        others = {key: x for key, x in config.items() if key not in TOKEN_IDS.values()}
+        return others | ids
+    ids = {}
     if tokenizer and TOKENIZER_CONFIG in files:
         fields = read_json(files[TOKENIZER_CONFIG])
         for name, field in TOKEN_IDS.items():
             if isinstance(token := special_token(fields, name), str):
                 ids[field] = tokenizer.token_to_id(token)
-    return ids
+    return config | ids

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from examples.llama.decoding import DocumentError, decode
 from examples.llama.digests import content_digest, unreadable
-from examples.llama.formats import TEXT, check_format, format_of, has_rows, read_file
+from examples.llama.formats import Sort, check_format, format_of, has_rows, read_file
 from examples.llama.hub import PREFIX, HubSource
 from examples.llama.rows import FIELD, Document, Tally
 from examples.llama.usage import UsageError, notice, unknown_name
@@ -310,17 +310,18 @@ def chosen(flag: str, data: str, files: dict[str, Path]) -> dict[str, Path]:
         except DocumentError as error:
             raise UsageError(f"{flag} {data!r}: {error}") from error
     left_out = [name for name in files if name not in kept]
+    texts = [name for name in kept if sorts[name] is Sort.TEXT]
+    rows = {name: path for name, path in kept.items() if has_rows(path)}
     if left_out:
         notice(
-            f"{flag} {data!r}: {len(kept)} of {len(files)} files are read, those of "
-            f"{formats_of(kept)}; left out are {listed(left_out)}; to read others, "
+            f"{flag} {data!r}: files that are read: {len(kept)} of {len(files)}, those "
+            f"of {formats_of(kept)}; left out: {listed(left_out)}; to read others, "
             f"give a glob, such as {str(Path(data) / '**')!r}"
         )
-    elif len(set(sorts.values())) > 1:
-        texts = [name for name in files if sorts[name] == TEXT]
+    elif texts and rows:
         notice(
-            f"{flag} {data!r}: rows are read from {len(files) - len(texts)} files, of "
-            f"{formats_of(files)}; {listed(texts)} are read as plain text"
+            f"{flag} {data!r}: files that are read as rows: {len(rows)}, of "
+            f"{formats_of(rows)}; as plain text: {listed(texts)}"
         )
     return kept
 

@@ -427,7 +427,7 @@ def test_a_clone_of_a_data_set_gives_its_rows_alone(
     write("clone/paper.pdf", "%PDF-")
     assert texts("clone") == ["one", "two"]
     assert capsys.readouterr().err == (
-        "--data 'clone': 1 of 5 files are read, those of Parquet; left out are "
+        "--data 'clone': files that are read: 1 of 5, those of Parquet; left out: "
         "LICENSE, README.md, dataset_infos.json, paper.pdf; to read others, give a "
         "glob, such as 'clone/**'\n"
     )
@@ -458,8 +458,8 @@ def test_a_glob_reads_what_it_matches_and_says_how(
     write("clone/a.jsonl", '{"text": "one"}\n')
     assert texts("clone/**") == ["A card.\n", "one"]
     assert capsys.readouterr().err == (
-        "--data 'clone/**': rows are read from 1 files, of JSON lines, plain text; "
-        "README.md are read as plain text\n"
+        "--data 'clone/**': files that are read as rows: 1, of JSON lines; as plain "
+        "text: README.md\n"
     )
 
 

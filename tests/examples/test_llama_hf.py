@@ -340,7 +340,8 @@ def test_transformers_finds_what_is_passed_on(
 def test_ids_of_special_tokens(chat: Path, tmp_path: Path) -> None:
     given = chat_tokenizer()
     end_id = given.token_to_id(END)
-    ids = functools.partial(pretrained.token_ids, tokenizer=given, end_id=end_id)
+    fields = {"bos_token_id": None, "eos_token_id": end_id}
+    ids = functools.partial(pretrained.with_token_ids, fields, tokenizer=given)
     # A field that is missing stays so, and the text's own end is one of the model's.
     edit_json(chat / hf.CONFIG, bos_token_id=..., pad_token_id=None, eos_token_id=5)
     files = pretrained.find_files(None, chat)
@@ -357,7 +358,7 @@ def test_ids_of_special_tokens(chat: Path, tmp_path: Path) -> None:
         "pad_token_id": given.token_to_id("<pad>"),
         "eos_token_id": end_id,
     }
-    assert ids({}) == {"bos_token_id": None, "eos_token_id": end_id}
+    assert ids({}) == fields
 
 
 def test_an_end_that_no_file_names_is_written(chat: Path, tmp_path: Path) -> None:
