@@ -133,6 +133,8 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
         vocab=options.vocab,
         max_tokens=max_tokens,
         validation=options.validation,
+        text_field=options.text_field,
+        bos=options.bos,
     )
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from examples.llama.cache import cache_folder, publish
 from examples.llama.hub import HubSource
-from examples.llama.readers import Document
+from examples.llama.rows import FIELD, Document
 from examples.llama.shards import ShardWriter, read_shards, write_tokens
 from examples.llama.sources import Source, open_source
 from examples.llama.split import TRAIN, VALIDATION, Labelled, split
@@ -47,6 +47,7 @@ class Corpus(NamedTuple):
 
     tokenizer: tokenizers.Tokenizer
     end_id: int
+    prefix: tuple[int, ...]  # Before each document: BOS, where the tokenizer adds one.
     train: list[np.ndarray]  # Shards, 1-D and memory-mapped.
     validation: list[np.ndarray]
     key: str  # Changes when the tokens do.
@@ -60,6 +61,8 @@ def load_corpus(
     vocab: int | None = None,
     max_tokens: int | None = None,
     validation: str | None = None,
+    text_field: str = FIELD,
+    bos: str = "auto",
 ) -> Corpus:
     """Returns the corpus that `--data` names, which is tokenized at its first use.
 
@@ -75,13 +78,16 @@ def load_corpus(
         validation: held-out text, named as `data` is. By default, and of a data set of
             the hub, the split `validation` where there is one; else one document in
             twenty, chosen by a hash.
+        text_field: the field with the text, of both texts' rows.
+        bos: "auto" puts before each document what `tokenizer` puts before a text;
+            "never" puts nothing there.
 
     Raises:
         UsageError: for any of these that makes no corpus, or a cache that cannot be
             written.
     """
     check_sizes(vocab_size, tokenizer, vocab, max_tokens)
-    source = open_source("--data", data)
+    source = open_source("--data", data, text_field)
     if (
         data == "python"
         and not tokenizer
@@ -89,13 +95,22 @@ def load_corpus(
         and vocab_size >= PYTHON_VOCAB
     ):
         tokenizer = str(PYTHON_TOKENIZER)
-    held_out = open_source("--validation", validation) if validation else None
+    held_out = (
+        open_source("--validation", validation, text_field) if validation else None
+    )
+    if text_field != FIELD and not any(s.has_rows() for s in (source, held_out) if s):
+        raise UsageError(
+            f"--text-field {text_field!r} is for rows, and the files of --data "
+            f"{data!r} have none; leave it out"
+        )
     encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
+    if encoder and bos == "never":
+        encoder = encoder._replace(prefix=())
     vocab = vocab or vocab_size
     try:
         content = (
             *(CACHE_FORMAT, tokenizers.__version__, max_tokens),
-            (encoder.tokenizer.to_str(), encoder.end_id) if encoder else vocab,
+            encoder.identity() if encoder else vocab,
             *(source.fingerprint(), held_out and held_out.fingerprint()),
         )
         key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
@@ -140,6 +155,7 @@ def read_corpus(folder: Path) -> Corpus:
     return Corpus(
         read_tokenizer(folder / TOKENIZER_FILE),
         manifest["end_id"],
+        tuple(manifest.get("prefix", ())),  # Caches that are older have none.
         read_shards(folder, TRAIN),
         read_shards(folder, VALIDATION),
         manifest["key"],
@@ -188,6 +204,8 @@ def build(
         tokenise(
             training(source, validation, data), validation, encoder, writers, max_tokens
         )
+        for read in (source, validation_source):
+            read.say_skipped()
         encoder.tokenizer.save(str(built / TOKENIZER_FILE))
         digests = b"".join(writer.digest.digest() for writer in writers.values())
         manifest = {
@@ -195,6 +213,7 @@ def build(
             "documents": {label: writer.documents for label, writer in writers.items()},
             "tokens": {label: writer.tokens for label, writer in writers.items()},
             "end_id": encoder.end_id,
+            "prefix": encoder.prefix,
             "key": hashlib.sha256(digests).hexdigest()[:16],
             "versions": {"format": CACHE_FORMAT, "tokenizers": tokenizers.__version__},
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from examples.llama.cache import cache_folder, write_whole
-from examples.llama.readers import DocumentError
+from examples.llama.decoding import DocumentError
 from examples.llama.usage import first_line
 
 

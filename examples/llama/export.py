@@ -10,10 +10,11 @@ from typing import Any
 import tokenizers
 
 from apollo_optax import dequantize
-from examples.llama import hf
+from examples.llama import hf, pretrained
 from examples.llama.build import abstract_params
 from examples.llama.checkpoint import restore_params
 from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.decoding import decode
 from examples.llama.mesh import make_mesh
 from examples.llama.model import Execution
 from examples.llama.options import CHOICES, parse
@@ -22,6 +23,7 @@ from examples.llama.usage import (
     UsageError,
     exit_on_usage_error,
     first_line,
+    notice,
     unknown_name,
 )
 from examples.llama.weights import Storage
@@ -67,7 +69,7 @@ def export(options: ExportOptions) -> None:
     config, run = config_of_run(options.run)
     path = options.run / TOKENIZER
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_str(decode(path.read_bytes()))
     except Exception as error:  # The library raises nothing more specific.
         raise UsageError(
             f"{path} cannot be read ({first_line(error)}); put it back"
@@ -85,7 +87,29 @@ def export(options: ExportOptions) -> None:
         dtype=options.dtype,
         tokenizer=tokenizer,
         end_token=run["end_token"],
+        passed_on=passed_on(options.run, run),
     )
+
+
+def passed_on(folder: Path, run: dict[str, Any]) -> pretrained.Files:
+    """Returns the files to pass on that a run has kept.
+
+    A run from before runs kept them has those that are where it began from, if they are
+    still there.
+    """
+    if files := pretrained.kept_files(folder):
+        return files
+    init_from = run.get("init_from")
+    try:
+        return pretrained.find_files(
+            run.get("tokenizer"), Path(init_from) if init_from else None
+        )
+    except UsageError as error:
+        notice(
+            f"the chat template and the special tokens of what {folder} began from are "
+            f"not exported ({error})"
+        )
+        return {}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +26,13 @@ from safetensors.numpy import save_file
 from examples.llama.config import LlamaConfig
 from examples.llama.hf_config import CONFIG, hf_config, read_json, write_json
 from examples.llama.hf_config import read_config as read_config
-from examples.llama.hub import TOKENIZER_FILES
+from examples.llama.hub import TOKENIZER as TOKENIZER
+from examples.llama.hub import TOKENIZER_CONFIG as TOKENIZER_CONFIG
 from examples.llama.model import Params, init_params
+from examples.llama.pretrained import Files, pass_on, with_token_ids
 from examples.llama.usage import UsageError, first_line, unknown_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER, TOKENIZER_CONFIG = TOKENIZER_FILES
 DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -119,6 +121,7 @@ def save_pretrained(
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: tokenizers.Tokenizer | None = None,
     end_token: str | None = None,
+    passed_on: Files = MappingProxyType({}),
 ) -> None:
     """Writes a folder that transformers loads as a LlamaForCausalLM and its tokenizer.
 
@@ -135,6 +138,8 @@ def save_pretrained(
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
         tokenizer: written too where given.
         end_token: the token that ends a text; transformers calls it `eos_token`.
+        passed_on: files of the model that the training began from, by name; see
+            `pretrained.find_files`. Those of its tokenizer are written as they are.
 
     Raises:
         UsageError: for an argument other than described, before anything is written,
@@ -158,15 +163,13 @@ def save_pretrained(
         ) as temporary:
             built = Path(temporary) / folder.name
             built.mkdir()
-            write_json(
-                built / CONFIG,
-                hf_config(
-                    config, dtype or leaves["embed/embedding"].dtype.name, end_id
-                ),
-            )
+            stored = dtype or leaves["embed/embedding"].dtype.name
+            fields = hf_config(config, stored, end_id)
+            write_json(built / CONFIG, with_token_ids(fields, passed_on, tokenizer))
             write_weights(built, leaves, tensors_of(config), dtype, max_shard_bytes)
             if tokenizer:
                 write_tokenizer(built, tokenizer, end_token, config)
+            pass_on(built, passed_on, end_token)
             built.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UsageError(

@@ -4,9 +4,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.decoding import DocumentError, decode, parse_json
 from examples.llama.usage import UsageError
 
 CONFIG = "config.json"
@@ -19,6 +21,10 @@ FIXED = {
     "mlp_bias": False,
 }
 
+# Other words for the same: the class in the first conversions of LLaMA, and a name of
+# silu that transformers knows too.
+SYNONYMS = {"architectures": ["LLaMAForCausalLM"], "hidden_act": "swish"}
+
 Number = TypeVar("Number", int, float)
 
 
@@ -26,7 +32,8 @@ def read_config(folder: Path) -> LlamaConfig:
     """Returns the shape that `folder/config.json` describes.
 
     Rotary embeddings are read as transformers 5 writes them, `rope_parameters`, and as
-    earlier versions do, `rope_theta` beside `rope_scaling`.
+    earlier versions do, `rope_theta` beside `rope_scaling`. A field that is missing or
+    null has transformers' default, but for those that every model sets: its sizes.
 
     Raises:
         UsageError: where the file or a field of it is missing or unusable, or the model
@@ -39,13 +46,13 @@ def read_config(folder: Path) -> LlamaConfig:
             f"python -m examples.llama.export --run {folder} --to ..."
         )
     for name, supported in FIXED.items():
-        if fields.values.get(name, supported) != supported:
+        if fields.values.get(name) not in (None, supported, SYNONYMS.get(name)):
             raise fields.unsupported(name, supported)
     num_heads = fields.number("num_attention_heads", int)
-    max_seq_len = fields.number("max_position_embeddings", int)
+    max_seq_len = fields.number("max_position_embeddings", int, default=2048)
     rope_theta, rope_scaling = read_rope(fields, max_seq_len)
-    tied_head = fields.values.get("tie_word_embeddings", False)
-    if not isinstance(tied_head, bool):
+    tied_head = fields.values.get("tie_word_embeddings")
+    if not isinstance(tied_head, bool | NoneType):
         raise UsageError(
             f"{fields.path}: tie_word_embeddings is {tied_head!r}; give true or false"
         )
@@ -61,9 +68,9 @@ def read_config(folder: Path) -> LlamaConfig:
             max_seq_len=max_seq_len,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            rms_norm_eps=fields.number("rms_norm_eps", float),
+            rms_norm_eps=fields.number("rms_norm_eps", float, default=1e-6),
             initializer_range=fields.number("initializer_range", float, default=0.02),
-            tied_head=tied_head,
+            tied_head=bool(tied_head),
         )
     except ValueError as error:
         raise UsageError(f"{fields.path}: {error}; correct it") from error
@@ -154,7 +161,7 @@ def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | No
         default=fields.number("rope_theta", float, default=10_000.0),
     )
     key = "rope_type" if "rope_type" in values else "type"
-    if values.get(key, "default") == "default":
+    if values.get(key) in (None, "default"):
         return theta, None
     if values[key] != "llama3":
         raise rope.unsupported(key, "default", "llama3")
@@ -176,8 +183,9 @@ def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | No
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object that a file holds; raises `UsageError` where it holds none."""
+    again = "download it again"
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = parse_json(decode(path.read_bytes()), str(path), again)
     except FileNotFoundError:
         raise UsageError(
             f"{path} is not there; give a folder that save_pretrained wrote"
@@ -186,10 +194,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"cannot read {path}: {error.strerror}; give a file that can be read"
         ) from error
-    except ValueError as error:  # UnicodeDecodeError is a ValueError too.
-        raise UsageError(f"{path} is not JSON: {error}; download it again") from error
+    except DocumentError as error:
+        raise UsageError(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not JSON ({error}); {again}") from error
     if not isinstance(value, dict):
-        raise UsageError(f"{path} holds no JSON object; download it again")
+        raise UsageError(f"{path} holds no JSON object; {again}")
     return value
 
 

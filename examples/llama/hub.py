@@ -8,12 +8,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from examples.llama.decoding import DocumentError
 from examples.llama.digests import content_digest
-from examples.llama.readers import Document, DocumentError, named_by_text, row_text
+from examples.llama.readers import named_by_text
+from examples.llama.rows import FIELD, Document, Row, Tally, row_texts
 from examples.llama.usage import UsageError, first_line
 
 PREFIX = "hf:"
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+# What a model's folder has of its tokenizer; the last is a pattern.
+TOKENIZER_FILES = (
+    *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +32,19 @@ class HubSource:
     path: str  # OWNER/NAME, or a folder.
     config: str | None
     revision: str | None = None
+    field: str = FIELD  # The field of rows that has their text.
+    tallies: dict[str, Tally] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
-    def parse(cls, flag: str, data: str) -> "HubSource":
+    def parse(cls, flag: str, data: str, field: str = FIELD) -> "HubSource":
         """Returns the source that `data` names.
 
         The name is `hf:OWNER/NAME[/CONFIG][@REVISION]` or `hf:/FOLDER[/CONFIG]`.
         """
         name = data.removeprefix(PREFIX)
         if name.startswith(("/", "./", "../", "~")):
-            return cls(flag, data, *local_parts(Path(name).expanduser().absolute()))
+            path, config = local_parts(Path(name).expanduser().absolute())
+            return cls(flag, data, path, config, field=field)
         name, _, revision = name.partition("@")
         owner, *rest = name.split("/")
         if not owner or not all(rest) or len(rest) not in (1, 2):
@@ -48,6 +58,7 @@ class HubSource:
             f"{owner}/{rest[0]}",
             rest[1] if len(rest) == 2 else None,
             revision or None,
+            field,
         )
 
     def __iter__(self) -> Iterator[Document]:
@@ -80,9 +91,18 @@ class HubSource:
                 self.revision,
                 content_digest(self.data, files),
             ]
+            if self.field != FIELD:
+                content.append(self.field)
         except DocumentError as error:
             raise UsageError(f"{self.flag} {self.data!r}: {error}") from error
         return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def has_rows(self) -> bool:
+        return True
+
+    def say_skipped(self) -> None:
+        for tally in self.tallies.values():
+            tally.say()
 
     @functools.cached_property
     def _splits(self) -> "dict[str, Iterable[Any]]":
@@ -101,12 +121,17 @@ class HubSource:
 
     def _read(self, split: str) -> Iterator[Document]:
         empty = True
+        rows = (
+            Row(f"row {number} of split {split!r}", row)
+            for number, row in enumerate(self._splits[split], 1)
+        )
+        documents = map(named_by_text, row_texts(rows, self.field))
+        tally = self.tallies.setdefault(split, Tally())
+        source = f"{self.flag} {self.data!r}, split {split!r}"
         with self._one_line_errors():
-            for number, row in enumerate(self._splits[split], 1):
-                text = row_text(row, f"row {number} of split {split!r}")
-                if text.strip():
-                    empty = False
-                    yield named_by_text(text)
+            for document in tally.with_text(documents, source):
+                empty = False
+                yield document
         if empty:
             raise UsageError(
                 f"{self.flag} {self.data!r} has no text in its split {split!r}; "
@@ -153,7 +178,9 @@ def tokenizer_folder(name: str) -> Path:
 
     def download(*, local_files_only: bool) -> Path:
         folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=TOKENIZER_FILES, local_files_only=local_files_only
+            name,
+            allow_patterns=list(TOKENIZER_FILES),
+            local_files_only=local_files_only,
         )
         return Path(folder)
 
@@ -162,7 +189,7 @@ def tokenizer_folder(name: str) -> Path:
         # and need no network.
         with contextlib.suppress(LocalEntryNotFoundError):
             folder = download(local_files_only=True)
-            if (folder / TOKENIZER_FILES[0]).exists():
+            if (folder / TOKENIZER).exists():
                 return folder
         return download(local_files_only=False)
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from examples.llama.mesh import row_cuts
 from examples.llama.model import REMAT_POLICIES
+from examples.llama.rows import FIELD
 from examples.llama.usage import UsageError, unknown_name
 
 CHOICES = {
@@ -22,6 +23,7 @@ CHOICES = {
     "--projection": ("random", "rademacher"),
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
+    "--bos": ("auto", "never"),
 }
 
 # These options may change when a run is resumed. The results stay the same, up to
@@ -43,6 +45,7 @@ CHANGEABLE = frozenset(
 )
 OFFLOADABLE = ("weights", "activations")
 LARGEST_SEED = 2**32 - 1  # The largest seed of Grain's shuffle.
+BOS_BEFORE_CHOICE = "never"  # The --bos of runs that began without the option.
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
 
@@ -54,10 +57,13 @@ class TextOptions:
     data: str = "stdlib"
     """stdlib: the source of Python's standard library, which needs no network. python:
     that and the source of all installed packages. Or a file, a folder or a quoted glob
-    of text, .jsonl or .parquet (field `text`), or hf:OWNER/NAME[/CONFIG] from the
-    hub."""
+    of text, .jsonl, .json, .parquet, .csv or .tsv, or hf:OWNER/NAME[/CONFIG] from the
+    hub. Of a folder with rows, such as .jsonl, other files are left out."""
     validation: str | None = None
     """The same for held-out text; by default one document in twenty of --data."""
+    text_field: str = FIELD
+    """The field, or column, with the text, in the rows of --data and --validation. Rows
+    without text are skipped."""
     data_tokens: int | None = None
     """Stop reading --data after this many tokens; by default a run on hf: takes as many
     as it needs, and otherwise all are read."""
@@ -66,6 +72,18 @@ class TextOptions:
     --init-from, else a BPE trained on --data at its first use."""
     vocab: int | None = None
     """Tokens of that BPE; by default the model's vocabulary."""
+    bos: str = "auto"
+    """auto: put BOS before each document if the tokenizer puts it before a text, as
+    those of Llama 2 and 3 do. never: put none. A run that is resumed goes on as it
+    began."""
+
+    def __post_init__(self) -> None:
+        if self.text_field == "":
+            raise UsageError(
+                "--text-field is empty; give the name of a field, or leave it out"
+            )
+        if self.bos not in CHOICES["--bos"]:
+            raise unknown_name("--bos", self.bos, CHOICES["--bos"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +97,8 @@ class TrainingOptions(TextOptions):
     or llama-3-8b."""
     init_from: Path | None = None
     """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to
-    start from, instead of --model and random weights."""
+    start from, instead of --model and random weights. An export passes its tokenizer's
+    files on, the chat template too."""
     mesh: str = "data=1"
     """The devices, as data=2,fsdp=2,tensor=2: data and fsdp cut each batch, fsdp every
     matrix of weights, tensor their heads and columns. The sizes must multiply to the
@@ -148,6 +167,7 @@ class TrainingOptions(TextOptions):
     (random signs)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag, value in self.numbers().items():
             if value is not None:
                 check_positive(flag, value)
@@ -367,7 +387,8 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     than the field, has the field's default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
-    defaults["rounding"] = "nearest"  # Before there was a choice.
+    # Before there was a choice.
+    defaults |= {"rounding": "nearest", "bos": BOS_BEFORE_CHOICE}
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):
         # The text of the same corpus may have moved.

@@ -7,6 +7,7 @@ output folder.
 """
 
 import contextlib
+import dataclasses
 import functools
 import signal
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from examples.llama import build, data, distributed, plots
+from examples.llama import build, data, distributed, plots, pretrained
 from examples.llama.checkpoint import Checkpoints
 from examples.llama.corpus import Corpus
 from examples.llama.evaluate import make_evaluator, perplexity
@@ -32,6 +33,7 @@ from examples.llama.run_log import (
     NoLog,
     Row,
     RunLog,
+    bos_of_run,
     check_free,
     check_same_run,
     only_run_in,
@@ -100,6 +102,9 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
     """
     distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
     resume = options.resume == "auto"
+    if resume and options.bos == "auto":
+        began_with = distributed.from_first(lambda: bos_of_run(options.out))
+        options = dataclasses.replace(options, bos=began_with or options.bos)
     with distributed.together():
         config = build.model_config(options)
         options = with_defaults(options, config)
@@ -121,6 +126,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         held_out = validation_batches(
             text.validation, seq=options.seq, count=options.eval_windows
         )
+        given = pretrained.find_files(options.tokenizer, options.init_from)
         description = build.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
@@ -137,6 +143,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
                 # Another run may have begun meanwhile.
                 check_free(options.out, resume=resume)
                 write_config(options.out, description, text.tokenizer.to_str())
+                pretrained.keep(given, options.out)
         checkpoints = stack.enter_context(
             Checkpoints(options.out, keep=options.keep_checkpoints, config=description)
         )
@@ -211,7 +218,12 @@ def make_evaluation(
     """Returns a function from parameters and step to an evaluation's metrics."""
     validation_loss = make_evaluator(pieces, held_out)
     sample = make_sampler(
-        pieces, text.tokenizer, text.end_id, seed=options.seed, mesh=mesh
+        pieces,
+        text.tokenizer,
+        text.end_id,
+        start_id=text.prefix[-1] if text.prefix else text.end_id,
+        seed=options.seed,
+        mesh=mesh,
     )
 
     def evaluate(params: Params, step: int) -> Row:

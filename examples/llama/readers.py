@@ -1,35 +1,28 @@
-"""Documents in files: plain text, JSON lines and Parquet, each read as a stream."""
+"""Readers of plain text, JSON, CSV and Parquet, each as a stream.
 
-import gzip
+`formats.py` says which reader a file has.
+"""
+
+import csv
 import hashlib
-import json
-import zlib
-from collections.abc import Iterator
+import io
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-# The field with the text in a JSON line, a Parquet file or a hub data set, as in C4,
-# FineWeb and the Pile.
-FIELD = "text"
+from examples.llama.decoding import (
+    DocumentError,
+    decode_line,
+    parse_json,
+    utf8_lines,
+)
+from examples.llama.rows import Document, Row
+
 LONG_FILE_BYTES = 2**16
 PIECE_BYTES = 2**14
 PARQUET_ROWS = 1024  # The rows that are read at once.
-
-
-class Document(NamedTuple):
-    """A text, with the name by which it falls into training or validation.
-
-    The name is a file's path relative to the source, or a digest of the text for what
-    has no file of its own: documents that are added, removed or reordered move no
-    others.
-    """
-
-    name: str
-    text: str
-
-
-class DocumentError(Exception):
-    """Documents that cannot be read; the message names the place and the remedy."""
+# The csv module's own limit, 128 KiB, is less than a long document.
+csv.field_size_limit(2**31 - 1)
 
 
 def named_by_text(text: str) -> Document:
@@ -38,26 +31,23 @@ def named_by_text(text: str) -> Document:
     return Document(hashlib.sha256(encoded).hexdigest(), encoded.decode())
 
 
-def read_file(name: str, path: Path) -> Iterator[Document]:
-    """Yields the documents of a file that have text, by the format its suffix says.
-
-    Raises:
-        DocumentError: where the file is not in that format, naming the line or row.
-        OSError: where it cannot be read.
-    """
-    if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
-        documents = (named_by_text(text) for text in read_json_lines(path))
-    elif path.suffix == ".parquet":
-        documents = (named_by_text(text) for text in read_parquet(path))
-    elif path.stat().st_size > LONG_FILE_BYTES:
-        documents = (named_by_text(text) for text in read_pieces(path))
-    else:
-        documents = iter([Document(name, "".join(map(decode, text_lines(path))))])
-    return (document for document in documents if document.text.strip())
+def read_text(name: str, path: Path, stream: io.BufferedReader) -> Iterator[Document]:
+    """Yields a text file as one document, or as several if it is long."""
+    lines = text_lines(path, stream)
+    start: list[bytes] = []
+    size = 0
+    for line in lines:
+        start.append(line)
+        size += len(line)
+        if size > LONG_FILE_BYTES:
+            for piece in pieces(itertools.chain(start, lines)):
+                yield named_by_text(piece)
+            return
+    yield Document(name, decode_line(b"".join(start)))
 
 
-def read_pieces(path: Path) -> Iterator[str]:
-    """Cuts a text file after blank lines into pieces of at least `PIECE_BYTES`.
+def pieces(lines: Iterable[bytes]) -> Iterator[str]:
+    """Cuts text after blank lines into pieces of at least `PIECE_BYTES`.
 
     So that a book, or a corpus in one file, can be split by document.
     """
@@ -65,100 +55,108 @@ def read_pieces(path: Path) -> Iterator[str]:
     last: list[bytes] = []
     piece: list[bytes] = []
     size = 0
-    for line in text_lines(path):
+    for line in lines:
         piece.append(line)
         size += len(line)
         if size >= PIECE_BYTES and not line.strip():
             if last:
-                yield decode(b"".join(last))
+                yield decode_line(b"".join(last))
             last, piece, size = piece, [], 0
     if size >= PIECE_BYTES and last:
-        yield decode(b"".join(last))
+        yield decode_line(b"".join(last))
         last = []
-    yield decode(b"".join([*last, *piece]))
+    yield decode_line(b"".join([*last, *piece]))
 
 
-def text_lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        for line in file:
-            if b"\0" in line:
-                raise DocumentError(
-                    f"{path} is binary, not text (it has NUL bytes); leave it out, as "
-                    f"with a glob such as {str(path.parent / '*.txt')!r}"
-                )
-            yield line
-
-
-def decode(text: bytes) -> str:
-    """Returns UTF-8 as text.
-
-    In other encodings, a replacement character does little harm.
-    """
-    return text.decode(errors="replace").replace("\r\n", "\n")
-
-
-def read_json_lines(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                place = f"{path}:{number}"
-                if line.strip():
-                    yield row_text(parse_json(line, place), place)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+def text_lines(path: Path, stream: io.BufferedReader) -> Iterator[bytes]:
+    for line in utf8_lines(stream):
+        if b"\0" in line:
             raise DocumentError(
-                f"{path} is not a whole gzip file ({error}); make or get it again"
-            ) from error
+                f"{path} is binary, not text (it has NUL bytes); leave it out, as with "
+                f"a glob such as {str(path.parent / '*.txt')!r}, or save it as UTF-8 "
+                "if it is text"
+            )
+        yield line
 
 
-def parse_json(line: bytes, place: str) -> object:
+def read_json(path: Path, stream: io.BufferedReader, field: str) -> Iterator[Row]:
+    """Yields the objects of a JSON file: one per line, or those of an array.
+
+    An array is held in memory whole, and so is a single object of several lines.
+    """
+    lines = utf8_lines(stream)
+    numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
+    first = next(numbered, None)
+    if first is None:
+        return
+    number, line = first
+    if line.lstrip().startswith(b"[") or line.strip() == b"{":
+        # The blank lines keep the line numbers of errors right.
+        text = decode_line(b"".join([b"\n" * (number - 1), line, *lines]))
+        value = parse_json(text, str(path), "mend it, or give one JSON object a line")
+        items = value if isinstance(value, list) else [value]
+        yield from (Row(f"{path} item {n}", item) for n, item in enumerate(items, 1))
+        return
+    for number, line in itertools.chain([first], numbered):
+        place = f"{path}:{number}"
+        value = parse_json(decode_line(line), place, "give one JSON object a line")
+        yield Row(place, value)
+
+
+def read_csv(
+    path: Path, stream: io.BufferedReader, field: str, delimiter: str = ","
+) -> Iterator[Row]:
+    """Yields the rows of a table whose first line names the columns."""
+    lines = map(decode_line, utf8_lines(stream))
+    table = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        return json.loads(decode(line))
-    except json.JSONDecodeError as error:
+        header = next(table, [])
+        for row in table:
+            place = f"{path}:{table.line_num}"
+            if len(row) > len(header):
+                raise DocumentError(
+                    f"{place} ends a row of {len(row)} cells, and the header has "
+                    f"{len(header)}; put cells that hold the delimiter in quotes"
+                )
+            if row:
+                yield Row(place, dict(zip(header, row, strict=False)))
+    except csv.Error as error:
         raise DocumentError(
-            f"{place} is not JSON ({error}); give one JSON object a line"
+            f"{path}:{table.line_num} is not CSV ({error}); put the text in quotes, "
+            "with each quote in it doubled, or write the table as JSON lines"
         ) from error
 
 
-def row_text(row: object, place: str) -> str:
-    """Returns a row's text; `place` is where the row is, for errors."""
-    if not isinstance(row, dict):
-        raise DocumentError(
-            f"{place} is a {type(row).__name__}; give JSON objects with a field "
-            f"{FIELD!r}"
-        )
-    text = row.get(FIELD)
-    if not isinstance(text, str):
-        fields = ", ".join(
-            f"{name} ({type(value).__name__})" for name, value in row.items()
-        )
-        raise DocumentError(
-            f"{place} has no string called {FIELD!r}; its fields are: "
-            f"{fields or 'none'}; name the one with the text {FIELD!r}"
-        )
-    return text
+def read_tsv(path: Path, stream: io.BufferedReader, field: str) -> Iterator[Row]:
+    return read_csv(path, stream, field, delimiter="\t")
 
 
-def read_parquet(path: Path) -> Iterator[str]:
+def read_parquet(path: Path, stream: io.BufferedReader, field: str) -> Iterator[Row]:
     try:
         import pyarrow  # The import is here since it is slow and few need it.
         from pyarrow import parquet
     except ImportError as error:
-        raise DocumentError(
-            f"{path} needs pyarrow to be read; run pip install 'apollo-optax[examples]'"
-        ) from error
+        raise needs_pyarrow(path) from error
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            if FIELD not in columns:
+            if field not in columns:
                 raise DocumentError(
-                    f"{path} has no column {FIELD!r}; its columns are: "
-                    f"{', '.join(columns)}; name the one with the text {FIELD!r}"
+                    f"{path} has no column {field!r}; its columns are: "
+                    f"{', '.join(columns)}; name the one with the text with "
+                    "--text-field"
                 )
-            batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=[FIELD])
+            batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=[field])
             texts = (text for batch in batches for text in batch.column(0).to_pylist())
             for number, text in enumerate(texts, 1):
-                yield row_text({FIELD: text}, f"{path} row {number}")
+                yield Row(f"{path} row {number}", {field: text})
     except pyarrow.ArrowException as error:
         raise DocumentError(
             f"{path} is not a readable Parquet file ({error}); make or get it again"
         ) from error
+
+
+def needs_pyarrow(path: Path) -> DocumentError:
+    return DocumentError(
+        f"{path} needs pyarrow to be read; run pip install 'apollo-optax[examples]'"
+    )

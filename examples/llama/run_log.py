@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from examples.llama.options import differing_fields
+from examples.llama.decoding import decode
+from examples.llama.options import BOS_BEFORE_CHOICE, differing_fields
 from examples.llama.tensorboard import TensorBoard
 from examples.llama.usage import UsageError, notice
 
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.jsonl", "curves.png", ".lock"
 TENSORBOARD, TOKENIZER, CHECKPOINTS = "tensorboard", "tokenizer.json", "checkpoints"
-OF_A_RUN = (CONFIG, METRICS, CURVES, TENSORBOARD, TOKENIZER, CHECKPOINTS)
+PRETRAINED = "pretrained"  # What the model or tokenizer to begin from has beside it.
+OF_A_RUN = (CONFIG, METRICS, CURVES, TENSORBOARD, TOKENIZER, CHECKPOINTS, PRETRAINED)
 
 Row = dict[str, Any]  # One step: numbers by name, and at evaluations the sampled text.
 
@@ -82,7 +84,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(decode(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read ({error}); put it back, or give another folder"
@@ -90,6 +92,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "optimizer" not in config:
         raise UsageError(f"{path} is no run's configuration; give another folder")
     return config
+
+
+def bos_of_run(folder: Path) -> str | None:
+    """Returns the --bos that the run in `folder` began with; None without a run."""
+    if not (folder / CONFIG).exists():
+        return None
+    return read_config(folder).get("bos", BOS_BEFORE_CHOICE)
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer: str) -> None:

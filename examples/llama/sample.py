@@ -21,6 +21,7 @@ def make_sampler(
     tokenizer: tokenizers.Tokenizer,
     end_id: int,
     *,
+    start_id: int,
     seed: int,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[Params, int], str]:
@@ -49,9 +50,9 @@ def make_sampler(
             )
             return tokens_1xT.at[0, position + 1].set(token)
 
-        return jax.lax.fori_loop(0, LENGTH, extend, jnp.full((1, LENGTH + 1), end_id))[
-            0, 1:
-        ]
+        return jax.lax.fori_loop(
+            0, LENGTH, extend, jnp.full((1, LENGTH + 1), start_id)
+        )[0, 1:]
 
     def sample(params: Params, step: int) -> str:
         tokens_T = np.asarray(sampled_tokens(params, jnp.asarray(step)))

@@ -3,16 +3,23 @@
 import dataclasses
 import glob
 import hashlib
+import io
 import itertools
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from examples.llama.decoding import DocumentError, decode
 from examples.llama.digests import content_digest, unreadable
+from examples.llama.formats import Sort, check_format, format_of, has_rows, read_file
 from examples.llama.hub import PREFIX, HubSource
-from examples.llama.readers import Document, DocumentError, read_file
-from examples.llama.usage import UsageError, unknown_name
+from examples.llama.rows import FIELD, Document, Tally
+from examples.llama.usage import UsageError, notice, unknown_name
+
+# Part of the cache key of files: raise it when the same files make other documents.
+READING = 3
+MOST_NAMES = 5  # The files that a notice names before it counts the rest.
 
 # Installed packages differ between machines. Tests and tables are copies of one
 # another. pydoc_data is one English text so long that its split would be mostly about
@@ -44,6 +51,17 @@ class Source(Protocol):
         """Returns a string that changes with the documents, or else with their name."""
         ...
 
+    def has_rows(self) -> bool:
+        """Whether documents are rows with fields, of which one is the text."""
+        ...
+
+    def say_skipped(self) -> None:
+        """Writes how many of the documents read had no text, unless it has been said.
+
+        A reading that comes to its end says so by itself.
+        """
+        ...
+
     def held_out(self) -> Iterable[Document] | None:
         """Returns the validation documents that come with the source, if any do."""
         ...
@@ -56,32 +74,46 @@ class FileSource:
     flag: str
     data: str
     files: dict[str, Path]  # The paths by document name, in reading order.
-    read: Callable[[str, Path], Iterable[Document]]
+    read: Callable[[str, Path, str], Iterable[Document]]
+    field: str = FIELD  # The field with the text, in files that have rows.
+    tally: Tally = dataclasses.field(default_factory=Tally, compare=False)
 
     def __iter__(self) -> Iterator[Document]:
         empty = True
-        for name, path in self.files.items():
-            try:
-                for document in self.read(name, path):
-                    empty = False
-                    yield document
-            except DocumentError as error:
-                raise self._error(error) from error
-            except OSError as error:
-                raise self._error(unreadable(path, error)) from error
+        for document in self.tally.with_text(
+            self._read(), f"{self.flag} {self.data!r}"
+        ):
+            empty = False
+            yield document
         if empty:
             raise UsageError(
                 f"{self.flag} {self.data!r} has no text in its {len(self.files)} "
                 "files; give files with text"
             )
 
+    def _read(self) -> Iterator[Document]:
+        for name, path in self.files.items():
+            try:
+                yield from self.read(name, path, self.field)
+            except DocumentError as error:
+                raise self._error(error) from error
+            except OSError as error:
+                raise self._error(unreadable(path, error)) from error
+
     def fingerprint(self) -> str:
         try:
-            # The reader is part of the digest, since the same files may make other
-            # documents: modules of the standard library stay whole.
-            return f"{self.read.__name__} {content_digest(self.data, self.files)}"
+            digest = content_digest(self.data, self.files)
         except DocumentError as error:
             raise self._error(error) from error
+        # The reader is part of it, since the same files may make other documents:
+        # modules of the standard library stay whole.
+        return f"{self.read.__name__} {READING} {self.field!r} {digest}"
+
+    def has_rows(self) -> bool:
+        return any(map(has_rows, self.files.values()))
+
+    def say_skipped(self) -> None:
+        self.tally.say()
 
     def held_out(self) -> None:
         return None
@@ -90,7 +122,7 @@ class FileSource:
         return UsageError(f"{self.flag} {self.data!r}: {error}")
 
 
-def open_source(flag: str, data: str) -> Source:
+def open_source(flag: str, data: str, field: str = FIELD) -> Source:
     """Returns the documents that `data`, a value of `flag`, names.
 
     It is one of
@@ -98,12 +130,20 @@ def open_source(flag: str, data: str) -> Source:
     * `stdlib`: the `.py` files of the running Python's standard library;
     * `python`: those, and the `.py` files of all packages installed beside it;
     * a file, a folder (with the folders in it, hidden ones aside) or a glob such as
-      `corpus/**/*.txt`. A row of a `.jsonl`, `.jsonl.gz`, `.json.gz` or `.parquet` file
-      is a document, its text in the field `text`. Any other file is a document of text
-      in UTF-8; one of more than 64 KiB is split after blank lines into documents of at
-      least 16 KiB;
+      `corpus/**/*.txt`. A row of JSON, Parquet, CSV or TSV is a document, its text in
+      `field`. A file of any other name is text in UTF-8 or UTF-16; one of more than
+      64 KiB is split after blank lines into documents of at least 16 KiB.
+      `formats.FORMATS` says what is read how, and what is refused. Of a folder that
+      has rows, files of other formats are left out, and a line says which;
     * `hf:OWNER/NAME[/CONFIG][@REVISION]`: a data set of Hugging Face's hub, its split
       `train`, read as it downloads; or `hf:/FOLDER[/CONFIG]`, a copy of one on disk.
+
+    Documents without text are skipped.
+
+    Args:
+        flag: the option, for errors.
+        data: its value.
+        field: the field of rows that has their text.
 
     Raises:
         UsageError: where there is no such source; while reading, where it holds no
@@ -114,10 +154,10 @@ def open_source(flag: str, data: str) -> Source:
     if data == "python":
         return installed_python(flag)
     if data.startswith(PREFIX):
-        return HubSource.parse(flag, data)
+        return HubSource.parse(flag, data, field)
     files = find_files(data)
     if files:
-        return FileSource(flag, data, files, read_file)
+        return FileSource(flag, data, chosen(flag, data, files), read_file, field)
     if Path(data).expanduser().is_dir():
         raise UsageError(
             f"{flag} {data!r} is a folder without files; give one with text"
@@ -147,10 +187,11 @@ def stdlib(flag: str = "--data") -> FileSource:
     )
 
 
-def read_module(name: str, path: Path) -> list[Document]:
+def read_module(name: str, path: Path, field: str) -> list[Document]:
     # A few files declare another encoding. A replacement character in a comment does no
     # harm.
-    return [Document(name, path.read_text("utf-8", errors="replace"))]
+    text = decode(path.read_bytes(), errors="replace")
+    return [Document(name, io.StringIO(text, newline=None).read())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +224,12 @@ class WithoutRepeats:
 
     def held_out(self) -> None:
         return None
+
+    def has_rows(self) -> bool:
+        return False
+
+    def say_skipped(self) -> None:
+        self.source.say_skipped()
 
 
 def split_opening_comment(text: str) -> tuple[str, str]:
@@ -240,6 +287,54 @@ def find_files(data: str) -> dict[str, Path]:
         found_path.relative_to(root) for found_path in found if found_path.is_file()
     )
     return {name.as_posix(): root / name for name in names}
+
+
+def chosen(flag: str, data: str, files: dict[str, Path]) -> dict[str, Path]:
+    """Returns the files to read, and says what is left out or read in several ways.
+
+    Of a folder, they are those of the first sort that it holds, as `formats` orders
+    them: the rows of a data set, but not its README.md. Of a glob, which the user can
+    narrow, they are all.
+
+    Raises:
+        UsageError: where one of them is of a format that is not read.
+    """
+    sorts = {name: format_of(path)[0].sort for name, path in files.items()}
+    kept = files
+    if Path(data).expanduser().is_dir():
+        first = min(sorts.values())
+        kept = {name: path for name, path in files.items() if sorts[name] == first}
+    for path in kept.values():
+        try:
+            check_format(path)
+        except DocumentError as error:
+            raise UsageError(f"{flag} {data!r}: {error}") from error
+    left_out = [name for name in files if name not in kept]
+    texts = [name for name in kept if sorts[name] is Sort.TEXT]
+    rows = {name: path for name, path in kept.items() if has_rows(path)}
+    if left_out:
+        notice(
+            f"{flag} {data!r}: files that are read: {len(kept)} of {len(files)}, those "
+            f"of {formats_of(kept)}; left out: {listed(left_out)}; to read others, "
+            f"give a glob, such as {str(Path(data) / '**')!r}"
+        )
+    elif texts and rows:
+        notice(
+            f"{flag} {data!r}: files that are read as rows: {len(rows)}, of "
+            f"{formats_of(rows)}; as plain text: {listed(texts)}"
+        )
+    return kept
+
+
+def formats_of(files: Mapping[str, Path]) -> str:
+    """Returns the names of the formats of files, in words."""
+    return ", ".join(sorted({format_of(path)[0].noun for path in files.values()}))
+
+
+def listed(names: Sequence[str]) -> str:
+    rest = len(names) - MOST_NAMES
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def glob_root(pattern: Path) -> Path:

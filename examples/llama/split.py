@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from examples.llama.readers import Document
+from examples.llama.rows import Document
 from examples.llama.usage import UsageError
 
 TRAIN, VALIDATION = "train", "validation"

@@ -37,6 +37,8 @@ def main(args: list[str] | None = None) -> None:
             vocab=options.vocab,
             max_tokens=options.data_tokens,
             validation=options.validation,
+            text_field=options.text_field,
+            bos=options.bos,
         )
         if options.save_tokenizer:
             options.save_tokenizer.parent.mkdir(parents=True, exist_ok=True)

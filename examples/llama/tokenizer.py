@@ -1,15 +1,17 @@
 """Tokenizers: a byte-level BPE trained on the corpus, or one that is given."""
 
-import json
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
-from examples.llama.hub import TOKENIZER_FILES, tokenizer_folder
+from examples.llama.decoding import DocumentError, decode, parse_json
+from examples.llama.hub import TOKENIZER as TOKENIZER_FILE
+from examples.llama.hub import TOKENIZER_CONFIG, tokenizer_folder
 from examples.llama.usage import UsageError, first_line
 
 # It follows every document, so that no window mistakes one for its successor.
@@ -17,17 +19,25 @@ END = "<|end|>"
 # What other tokenizers call it where no tokenizer_config.json says.
 KNOWN_ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 SMALLEST_VOCAB = 256 + 1  # A token for each byte, and `END`.
-TOKENIZER_FILE, CONFIG_FILE = TOKENIZER_FILES
 # A BPE of 32,000 tokens for `--data python`, so that no GPU waits for its training.
 PYTHON_TOKENIZER = Path(__file__).parent / "tokenizers" / "python-32k.json"
 PYTHON_VOCAB = 32_000
 
 
 class Encoder(NamedTuple):
-    """A tokenizer and the id of the token that follows every document."""
+    """A tokenizer, and the ids of the tokens around every document."""
 
     tokenizer: tokenizers.Tokenizer
     end_id: int
+    prefix: tuple[int, ...] = ()
+    """What precedes a document: BOS, where the tokenizer itself puts one there."""
+
+    def identity(self) -> tuple[Any, ...]:
+        """Returns what decides the tokens of a text."""
+        # Without a prefix it is what it was before there were prefixes, so that caches
+        # from then are found.
+        ids = (self.end_id, self.prefix) if self.prefix else (self.end_id,)
+        return (self.tokenizer.to_str(), *ids)
 
     @property
     def vocab_size(self) -> int:
@@ -35,10 +45,11 @@ class Encoder(NamedTuple):
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns each text's token ids (uint32, 1-D), the last of them `end_id`."""
+        """Returns each text's token ids (uint32, 1-D), from `prefix` to `end_id`."""
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [
-            np.array([*encoding.ids, self.end_id], np.uint32) for encoding in encodings
+            np.array([*self.prefix, *encoding.ids, self.end_id], np.uint32)
+            for encoding in encodings
         ]
 
 
@@ -48,7 +59,7 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     Raises:
         Exception: what the Rust library raises for a file that is no tokenizer.
     """
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer = tokenizers.Tokenizer.from_str(decode(path.read_bytes()))
     # Some files ask for these, which suit a batch for inference.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -96,7 +107,8 @@ def load_tokenizer(name: str, vocab_size: int) -> Encoder:
             f"--tokenizer {name!r}: {path} is no tokenizer ({first_line(error)}); "
             f"give a {TOKENIZER_FILE} in the format of Hugging Face's tokenizers"
         ) from error
-    encoder = Encoder(tokenizer, find_end(name, tokenizer, path.parent / CONFIG_FILE))
+    end_id = find_end(name, tokenizer, path.parent / TOKENIZER_CONFIG)
+    encoder = Encoder(tokenizer, end_id, find_prefix(tokenizer, end_id))
     if encoder.vocab_size > vocab_size:
         raise UsageError(
             f"--tokenizer {name!r} has {encoder.vocab_size} tokens and the model's "
@@ -144,16 +156,37 @@ def find_end(name: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
     )
 
 
+def find_prefix(tokenizer: tokenizers.Tokenizer, end_id: int) -> tuple[int, ...]:
+    """Returns the ids that the tokenizer itself puts before a text: BOS, if any.
+
+    Its post-processor decides, as it does in transformers, which from version 5 on does
+    not read `add_bos_token` of tokenizer_config.json beside a tokenizer.json.
+    """
+    encoding = tokenizer.encode("a")
+    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    prefix = (token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs))
+    # Where BOS is the end token too, there is one between two documents already.
+    return tuple(token for token in prefix if token != end_id)
+
+
 def eos_token(name: str, config: Path) -> str | None:
     """Returns the end-of-text token that a tokenizer_config.json names, if any."""
     if not config.exists():
         return None
     try:
-        token = json.loads(config.read_text("utf-8")).get("eos_token")
-        # The token is an AddedToken or a string.
-        return token["content"] if isinstance(token, dict) else token
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+        fields: Any = parse_json(decode(config.read_bytes()), str(config), "mend it")
+        token = special_token(fields, "eos_token")
+        if fields.get("eos_token") is not None and not isinstance(token, str):
+            raise ValueError(f"its eos_token is {fields['eos_token']!r}")
+        return token
+    except (OSError, ValueError, DocumentError, AttributeError) as error:
         raise UsageError(
             f"--tokenizer {name!r}: {config} holds no JSON object of a tokenizer "
             f"({type(error).__name__}: {first_line(error)}); get it again, or remove it"
         ) from error
+
+
+def special_token(fields: Mapping[str, Any], name: str) -> Any:
+    """Returns a token of a tokenizer_config.json, whether a string or an AddedToken."""
+    token = fields.get(name)
+    return token.get("content") if isinstance(token, dict) else token

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from examples.llama import (
+    build,
     checkpoint,
     compare,
     corpus,
@@ -22,6 +24,7 @@ from examples.llama import (
     recorder,
     run_log,
     tokenise,
+    tokenizer,
 )
 from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
@@ -396,6 +399,89 @@ def test_fields_that_are_newer_than_a_run_have_their_defaults(
     assert "(accumulate: 1 -> 2)" in exits_with_message(pretrain.main, args, capsys)
 
 
+def write_bos_tokenizer(folder: Path) -> Path:
+    """Writes a tokenizer that puts <s> before a text; returns its folder."""
+    given = tokenizer.train_tokenizer(["def f(x):\n    return x + 1\n"], 300).tokenizer
+    given.add_special_tokens(["<s>"])
+    given.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", given.token_to_id("<s>"))]
+    )
+    folder.mkdir()
+    given.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+class BeginsError(Exception):
+    """A run has passed all checks and written its first files."""
+
+
+@pytest.fixture
+def only_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: Any) -> None:
+        raise BeginsError
+
+    monkeypatch.setattr(build, "initial_state", begin)
+
+
+@pytest.mark.usefixtures("only_begins")
+def test_a_run_from_before_bos_goes_on_without(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_bos_tokenizer(tmp_path / "given")
+    args = ["--out", str(out), "--tokenizer", str(folder), *SHORT, "--resume", "auto"]
+    with pytest.raises(BeginsError):
+        pretrain.main([*args, "--bos", "never"])
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("bos") == "never"
+    (out / "config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        with pytest.raises(BeginsError):
+            pretrain.main(args)
+        resumed = json.loads((out / "config.json").read_text())
+        assert resumed["bos"] == "never"
+        assert resumed["corpus"] == config["corpus"]
+    # A run of now has BOS.
+    config["bos"] = "auto"
+    (out / "config.json").write_text(json.dumps(config))
+    error = exits_with_message(pretrain.main, args, capsys)
+    assert f"--out {out} holds another run (corpus: " in error
+
+
+@pytest.mark.usefixtures("only_begins")
+def test_a_run_keeps_what_its_tokenizer_has_beside_it(
+    out: Path, tmp_path: Path
+) -> None:
+    folder = write_bos_tokenizer(tmp_path / "given")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    args = ["--out", str(out), "--tokenizer", str(folder), *SHORT, "--resume", "auto"]
+    for template in ("{{ messages }}", "another"):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(BeginsError):
+            pretrain.main(args)
+        kept = {path.name: path.read_text() for path in (out / "pretrained").iterdir()}
+        # A run that is resumed has those that it began with.
+        assert kept == {
+            "chat_template.jinja": "{{ messages }}",
+            "tokenizer.json": (folder / "tokenizer.json").read_text(),
+        }
+    # A run from before runs kept them has those that are there.
+    shutil.rmtree(out / "pretrained")
+    files = export.passed_on(out, json.loads((out / "config.json").read_text()))
+    assert files["chat_template.jinja"].read_text() == "another"
+
+
+def test_an_export_says_what_it_has_not_got(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"init_from": str(tmp_path / "gone" / "it" / "is"), "tokenizer": None}
+    assert export.passed_on(tmp_path, run) == {}
+    error = capsys.readouterr().err
+    assert error.startswith("the chat template and the special tokens of what ")
+    assert "does not exist" in error
+    assert export.passed_on(tmp_path, {"init_from": None}) == {}
+    assert capsys.readouterr().err == ""
+
+
 def test_two_runs_in_one_folder_are_one_too_many(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -566,7 +652,15 @@ def test_exported_weights_are_those_of_the_checkpoint(
     loss = make_evaluator(pieces_of(small), held_out(out))(earlier)
     assert loss == pytest.approx(run_log.read_metrics(out)[1]["val_loss"], abs=1e-6)
     tuned = tmp_path / "tuned"
+    tokenizer_config = json.loads((exported / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"chat_template": "{{ messages }}", "pad_token": "<|end|>"}
+    (exported / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     pretrain.main(["--out", str(tuned), "--init-from", str(exported), *SHORT])
+    # What the model had beside its weights outlives it.
+    shutil.rmtree(exported)
+    export.main(["--run", str(tuned), "--to", str(tmp_path / "chat")])
+    found = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
+    assert found == tokenizer_config
     assert (
         run_log.read_metrics(tuned)[0]["loss"]
         < run_log.read_metrics(out)[0]["loss"] - 0.1

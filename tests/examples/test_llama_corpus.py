@@ -7,9 +7,10 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+import tokenizers
 
 from examples.llama import cache, corpus, shards, sources, tokenizer
-from examples.llama.readers import Document
+from examples.llama.rows import Document
 from examples.llama.split import TRAIN, VALIDATION, in_validation, split
 from examples.llama.usage import UsageError
 
@@ -325,6 +326,48 @@ def test_sizes_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         load(**settings)
+
+
+def write_chat_tokenizer() -> tokenizers.Tokenizer:
+    """Writes a tokenizer that puts <s> before a text, as a model for chats has it."""
+    given = load(vocab=300).tokenizer
+    given.add_special_tokens(["<s>"])
+    given.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", given.token_to_id("<s>"))]
+    )
+    given.save("tokenizer.json")
+    return given
+
+
+def test_bos_precedes_each_document_once() -> None:
+    bos = write_chat_tokenizer().token_to_id("<s>")
+    built = load(tokenizer="tokenizer.json")
+    for rows in (built.train, built.validation):
+        tokens = np.concatenate(rows)
+        starts = np.flatnonzero(tokens == bos)
+        ends = np.flatnonzero(tokens == built.end_id)
+        assert starts.tolist() == [0, *(ends[:-1] + 1)]
+    assert built.prefix == (bos,)
+    # The cache gives the same.
+    assert load(tokenizer="tokenizer.json").prefix == (bos,)
+
+
+def test_bos_never_is_a_corpus_of_its_own() -> None:
+    bos = write_chat_tokenizer().token_to_id("<s>")
+    built = [load(tokenizer="tokenizer.json", bos=bos) for bos in ("auto", "never")]
+    assert built[1].prefix == ()
+    assert bos not in np.concatenate(built[1].train)
+    assert built[0].key != built[1].key
+    # A cache from before there was a choice is found, as it has the same tokens.
+    folders = built_folders()
+    for manifest in Path("cache").rglob("manifest.json"):
+        fields = json.loads(manifest.read_text())
+        if not fields["prefix"]:
+            del fields["prefix"]
+        manifest.write_text(json.dumps(fields))
+    again = load(tokenizer="tokenizer.json", bos="never")
+    assert (again.key, again.prefix) == (built[1].key, ())
+    assert built_folders() == folders
 
 
 # The cache.

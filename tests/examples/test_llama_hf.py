@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from examples.llama import hf
+from examples.llama import hf, pretrained
 from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.model import Params, graphdef_of, init_params
 from examples.llama.usage import UsageError
@@ -250,6 +250,135 @@ def test_their_tokenizer_encodes_as_ours(
     assert transformers.AutoConfig.from_pretrained(folder).eos_token_id == end_id
 
 
+# What a model has beside its weights.
+
+CHAT = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": {"__type": "AddedToken", "content": END, "special": True},
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "chat_template": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "model_max_length": 77,
+}
+CHAT_CONFIG = dataclasses.replace(UNTIED, vocab_size=320)
+
+
+def chat_tokenizer() -> tokenizers.Tokenizer:
+    given = byte_level_tokenizer("spam and eggs", 300)
+    given.add_special_tokens(["<s>", "<pad>", "<|eot|>"])
+    return given
+
+
+@pytest.fixture
+def chat(tmp_path: Path, exported: Callable[..., Path]) -> Path:
+    """A folder of a model with the files of one for chats."""
+    given = chat_tokenizer()
+    folder = exported(CHAT_CONFIG, tokenizer=given, end_token=END)
+    folder = folder.rename(tmp_path / "chat")
+    given.enable_truncation(5)
+    given.save(str(folder / hf.TOKENIZER))
+    hf.write_json(folder / hf.TOKENIZER_CONFIG, CHAT)
+    (folder / "chat_template.jinja").write_text("{{ messages }}\n")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
+    (folder / "tokenizer.model").write_bytes(b"\x0a\xff\x00")
+    ids = {
+        token: given.token_to_id(token) for token in (END, "<s>", "<pad>", "<|eot|>")
+    }
+    edit_json(
+        folder / hf.CONFIG,
+        bos_token_id=ids["<s>"],
+        pad_token_id=ids["<pad>"],
+        eos_token_id=[ids[END], ids["<|eot|>"]],
+    )
+    return folder
+
+
+def export_of(tmp_path: Path, files: pretrained.Files) -> Path:
+    params = random_params(CHAT_CONFIG)
+    given = chat_tokenizer()
+    folder = tmp_path / "tuned"
+    hf.save_pretrained(
+        params, CHAT_CONFIG, folder, tokenizer=given, end_token=END, passed_on=files
+    )
+    return folder
+
+
+def test_files_beside_the_weights_are_passed_on(chat: Path, tmp_path: Path) -> None:
+    folder = export_of(tmp_path, pretrained.find_files(None, chat))
+    names = {path.name for path in chat.rglob("*") if path.is_file()}
+    assert names == {path.name for path in folder.rglob("*") if path.is_file()}
+    for path in chat.rglob("*"):
+        if path.is_file() and path.name not in (hf.WEIGHTS, hf.CONFIG):
+            passed = folder / path.relative_to(chat)
+            assert passed.read_bytes() == path.read_bytes(), path.name
+    before, after = (json.loads((f / hf.CONFIG).read_text()) for f in (chat, folder))
+    assert after == before
+
+
+def test_transformers_finds_what_is_passed_on(
+    transformers: Any, chat: Path, tmp_path: Path
+) -> None:
+    (chat / "chat_template.jinja").unlink()
+    (chat / "additional_chat_templates" / "tools.jinja").unlink()
+    folder = export_of(tmp_path, pretrained.find_files(None, chat))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (theirs.bos_token, theirs.pad_token, theirs.eos_token) == (
+        "<s>",
+        "<pad>",
+        END,
+    )
+    messages = [{"role": "user", "content": "spam"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == "<s>spam"
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert config.pad_token_id == theirs.pad_token_id
+    assert config.bos_token_id == theirs.bos_token_id
+
+
+def test_ids_of_special_tokens(chat: Path, tmp_path: Path) -> None:
+    given = chat_tokenizer()
+    end_id = given.token_to_id(END)
+    fields = {"bos_token_id": None, "eos_token_id": end_id}
+    ids = functools.partial(pretrained.with_token_ids, fields, tokenizer=given)
+    # A field that is missing stays so, and the text's own end is one of the model's.
+    edit_json(chat / hf.CONFIG, bos_token_id=..., pad_token_id=None, eos_token_id=5)
+    files = pretrained.find_files(None, chat)
+    assert ids(files) == {"pad_token_id": None, "eos_token_id": end_id}
+    # Those of another tokenizer's model mean nothing.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / hf.TOKENIZER).write_text(given.to_str())
+    hf.write_json(other / hf.TOKENIZER_CONFIG, CHAT)
+    files = pretrained.find_files(str(other), chat)
+    assert set(files) == {hf.TOKENIZER, hf.TOKENIZER_CONFIG}
+    assert ids(files) == {
+        "bos_token_id": given.token_to_id("<s>"),
+        "pad_token_id": given.token_to_id("<pad>"),
+        "eos_token_id": end_id,
+    }
+    assert ids({}) == fields
+
+
+def test_an_end_that_no_file_names_is_written(chat: Path, tmp_path: Path) -> None:
+    fields = {name: value for name, value in CHAT.items() if name != "eos_token"}
+    hf.write_json(chat / hf.TOKENIZER_CONFIG, fields)
+    folder = export_of(tmp_path, pretrained.find_files(None, chat))
+    found = json.loads((folder / hf.TOKENIZER_CONFIG).read_text())
+    assert found == fields | {"eos_token": END}
+
+
+def test_a_byte_order_mark_is_not_passed_on(
+    transformers: Any, chat: Path, tmp_path: Path
+) -> None:
+    for name in (hf.TOKENIZER, hf.TOKENIZER_CONFIG):
+        text = (chat / name).read_text()
+        (chat / name).write_text(text, encoding="utf-8-sig")
+    folder = export_of(tmp_path, pretrained.find_files(None, chat))
+    assert transformers.AutoTokenizer.from_pretrained(folder).bos_token == "<s>"
+
+
 # There and back.
 
 
@@ -423,6 +552,48 @@ def test_fields_that_early_versions_did_not_write(
     assert hf.read_config(folder) == UNTIED
 
 
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [
+        ({"architectures": ["LLaMAForCausalLM"]}, {}),
+        ({"architectures": None, "model_type": None}, {}),
+        ({"attention_bias": None, "mlp_bias": None}, {}),
+        ({"hidden_act": "swish"}, {}),
+        ({"hidden_act": None}, {}),
+        ({"tie_word_embeddings": None}, {}),
+        ({"rope_scaling": {"rope_type": None}}, {}),
+        ({"rope_scaling": {"type": None}}, {}),
+        ({"rms_norm_eps": ...}, {"rms_norm_eps": 1e-6}),
+        ({"rms_norm_eps": None}, {"rms_norm_eps": 1e-6}),
+        ({"max_position_embeddings": ...}, {"max_seq_len": 2048}),
+        ({"initializer_range": ...}, {"initializer_range": 0.02}),
+        ({"rope_theta": None}, {"rope_theta": 10_000.0}),
+    ],
+)
+def test_fields_that_transformers_has_a_default_or_another_word_for(
+    changes: dict[str, Any], read: dict[str, Any], exported: Callable[..., Path]
+) -> None:
+    config = dataclasses.replace(UNTIED, rms_norm_eps=1e-3, rope_theta=10_000.0)
+    folder = exported(config)
+    edit_json(folder / hf.CONFIG, **changes)
+    assert hf.read_config(folder) == dataclasses.replace(config, **read)
+
+
+def test_defaults_are_those_of_transformers(
+    transformers: Any, exported: Callable[..., Path]
+) -> None:
+    folder = exported(UNTIED)
+    missing = ("rms_norm_eps", "max_position_embeddings", "initializer_range")
+    edit_json(folder / hf.CONFIG, **dict.fromkeys(missing, ...))
+    ours, theirs = (
+        hf.read_config(folder),
+        transformers.AutoConfig.from_pretrained(folder),
+    )
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert ours.initializer_range == theirs.initializer_range
+
+
 def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> None:
     folder = exported(TIED)
     embedding = random_params(TIED)["embed"]["embedding"]
@@ -456,8 +627,13 @@ def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> Non
         ({"intermediate_size": ...}, "lacks intermediate_size"),
         ({"num_hidden_layers": ...}, "lacks num_hidden_layers"),
         ({"num_attention_heads": ...}, "lacks num_attention_heads"),
-        ({"max_position_embeddings": ...}, "lacks max_position_embeddings"),
-        ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            r"architectures \['LlamaForSequenceClassification'\] is not supported",
+        ),
+        ({"architectures": []}, r"architectures \[\] is not supported"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0; give a whole"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; give a number above 0"),
         ({"hidden_size": "16"}, "hidden_size is '16'; give a whole number above 0"),
         ({"hidden_size": 16.0}, "hidden_size is 16.0; give a whole number above 0"),
         (
@@ -524,6 +700,8 @@ def test_unusable_config(
         (b"{", "is not JSON"),
         (b"\xff", "is not JSON"),
         (b"[]", "holds no JSON object"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "is JSON with a number of more than 4300 dig"),
+        (b"[" * 100_000, "is JSON with brackets nested too deep"),
     ],
 )
 def test_unreadable_config(content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def write_tokenizer(folder: Path, *specials: str, **config: object) -> Path:
 
 
 def test_trained_tokenizer_spells_any_text() -> None:
-    trained, end_id = tokenizer.train_tokenizer(TEXTS, 300)
+    encoder = tokenizer.train_tokenizer(TEXTS, 300)
+    trained, end_id = encoder.tokenizer, encoder.end_id
     text = "def spam(x):\n\treturn 'grüße 🚀' + x  # two  spaces\r\n"
     assert trained.decode(trained.encode(text).ids) == text
     assert trained.get_vocab_size() <= 300
@@ -51,7 +52,7 @@ def test_encoded_texts_end_with_the_end_token_and_only_there() -> None:
     assert [encoder.tokenizer.decode(row[:-1].tolist()) for row in rows] == texts
 
 
-def test_given_tokenizer_encodes_whole_texts_and_adds_nothing(tmp_path: Path) -> None:
+def test_given_tokenizer_encodes_whole_texts_and_adds_bos_alone(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, SPECIAL, "<s>")
     raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = f"spam{SPECIAL} " * 20
@@ -64,8 +65,9 @@ def test_given_tokenizer_encodes_whole_texts_and_adds_nothing(tmp_path: Path) ->
     raw.save(str(folder / "tokenizer.json"))
     encoder = tokenizer.load_tokenizer(str(folder), 400)
     (row,) = encoder.encode([text])
+    assert row[0] == raw.token_to_id("<s>")
     assert (
-        encoder.tokenizer.decode(row[:-1].tolist(), skip_special_tokens=False) == text
+        encoder.tokenizer.decode(row[1:-1].tolist(), skip_special_tokens=False) == text
     )
     assert row.tolist().count(encoder.end_id) == 1
 
@@ -191,10 +193,81 @@ def test_bad_end_tokens_are_refused(tmp_path: Path) -> None:
         match="has no token '</s>', the eos_token of .*; correct one of them",
     ):
         tokenizer.load_tokenizer(str(folder), 400)
-    for content in ("{", "[]", '{"eos_token": {}}'):
+    for content in ("{", "[]", '{"eos_token": {}}', '{"eos_token": 2}'):
         config.write_text(content)
         with pytest.raises(
             UsageError,
             match="tokenizer_config.json holds no JSON object of a tokenizer",
         ):
             tokenizer.load_tokenizer(str(folder), 400)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    folder = write_tokenizer(tmp_path, "</s>", "<fin>", eos_token="<fin>")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (folder / name).read_text()
+        (folder / name).write_text(content, encoding)
+    encoder = tokenizer.load_tokenizer(str(folder), 400)
+    assert encoder.tokenizer.id_to_token(encoder.end_id) == "<fin>"
+    (folder / "tokenizer_config.json").write_text('{"n": ' + "1" * 5000 + "}")
+    with pytest.raises(UsageError, match="a number of more than 4300 digits"):
+        tokenizer.load_tokenizer(str(folder), 400)
+
+
+# What precedes a document.
+
+
+def with_post_processor(folder: Path, single: str, *tokens: str) -> None:
+    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template = tokenizers.processors.TemplateProcessing(
+        single=single, special_tokens=[(name, raw.token_to_id(name)) for name in tokens]
+    )
+    # As Llama 3's tokenizer.json has it.
+    byte_level = tokenizers.processors.ByteLevel(trim_offsets=False)
+    raw.post_processor = tokenizers.processors.Sequence([byte_level, template])
+    raw.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("single", "prefix"),
+    [
+        ("<s> $A", ["<s>"]),
+        ("<s> $A </s>", ["<s>"]),
+        ("$A </s>", []),
+        ("$A", []),
+        ("<a> <s> $A", ["<a>", "<s>"]),
+        # One token that begins and ends texts stands once between two.
+        ("</s> $A", []),
+    ],
+)
+def test_what_the_tokenizer_puts_before_a_text_precedes_documents(
+    tmp_path: Path, single: str, prefix: list[str]
+) -> None:
+    folder = write_tokenizer(tmp_path, "<s>", "</s>", "<a>", eos_token="</s>")
+    names = [name for name in ("<s>", "</s>", "<a>") if name in single]
+    with_post_processor(folder, single, *names)
+    encoder = tokenizer.load_tokenizer(str(folder), 400)
+    assert [encoder.tokenizer.id_to_token(token) for token in encoder.prefix] == prefix
+    plain = encoder.tokenizer.encode("spam", add_special_tokens=False).ids
+    expected = [*encoder.prefix, *plain, encoder.end_id]
+    assert [row.tolist() for row in encoder.encode(["spam"] * 2)] == [expected] * 2
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "$A"])
+@pytest.mark.parametrize("add_bos", [True, False, None])
+def test_bos_is_where_transformers_puts_it(
+    tmp_path: Path, single: str, add_bos: bool | None
+) -> None:
+    pytest.importorskip("transformers", reason="needs transformers, to compare with")
+    from transformers import AutoTokenizer
+
+    fields: dict[str, object] = {"eos_token": "</s>", "bos_token": "<s>"}
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if add_bos is not None:
+        fields["add_bos_token"] = add_bos
+    folder = write_tokenizer(tmp_path, "<s>", "</s>", **fields)
+    with_post_processor(folder, single, *["<s>"] * ("<s>" in single))
+    encoder = tokenizer.load_tokenizer(str(folder), 400)
+    theirs = AutoTokenizer.from_pretrained(folder)("spam")["input_ids"]
+    assert encoder.encode(["spam"])[0].tolist() == [*theirs, encoder.end_id]

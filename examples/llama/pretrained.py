@@ -1,0 +1,130 @@
+"""What the model or tokenizer that a run begins from has beside its weights.
+
+An export passes it on: the tokenizer's files unchanged, with the chat template, and the
+ids of special tokens. A run keeps copies, since the model may be gone by then.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from examples.llama.decoding import decode, mark_and_encoding
+from examples.llama.hf_config import CONFIG, read_json, write_json
+from examples.llama.hub import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
+from examples.llama.run_log import PRETRAINED
+from examples.llama.tokenizer import special_token, tokenizer_path
+
+GENERATION_CONFIG = "generation_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+EOS, EOS_ID = "eos_token", "eos_token_id"
+TOKEN_IDS = {"bos_token": "bos_token_id", "pad_token": "pad_token_id"}
+
+Files = Mapping[str, Path]  # By name in the model's folder.
+
+
+def find_files(tokenizer: str | None, init_from: Path | None) -> dict[str, Path]:
+    """Returns the files to pass on.
+
+    Args:
+        tokenizer: the value of --tokenizer.
+        init_from: that of --init-from. The ids in its configuration are those of its
+            own tokenizer, so they count only where `tokenizer` is the same.
+
+    Raises:
+        UsageError: where there is no such tokenizer.
+    """
+    name = tokenizer or (str(init_from) if init_from else None)
+    if name is None:
+        return {}
+    path = tokenizer_path(name)
+    found = {
+        file.relative_to(path.parent).as_posix(): file
+        for pattern in TOKENIZER_FILES
+        for file in sorted(path.parent.glob(pattern))
+    }
+    found[TOKENIZER] = path  # Which may have another name.
+    if init_from and is_tokenizer_of(path, init_from):
+        model = {name: init_from / name for name in (CONFIG, GENERATION_CONFIG)}
+        found |= {name: file for name, file in model.items() if file.exists()}
+    return found
+
+
+def is_tokenizer_of(path: Path, model: Path) -> bool:
+    own = model / TOKENIZER
+    return own.exists() and own.read_bytes() == path.read_bytes()
+
+
+def keep(files: Files, run_folder: Path) -> None:
+    """Copies the files to a run's folder, all or none, unless it has them already."""
+    if not files or (run_folder / PRETRAINED).exists():
+        return
+    with tempfile.TemporaryDirectory(
+        dir=run_folder, prefix=f".{PRETRAINED}."
+    ) as temporary:
+        copied = Path(temporary) / PRETRAINED
+        copy(files, copied)
+        copied.rename(run_folder / PRETRAINED)
+
+
+def kept_files(run_folder: Path) -> dict[str, Path]:
+    """Returns the files that a run has kept; none where it began before runs did."""
+    folder = run_folder / PRETRAINED
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def copy(files: Files, folder: Path) -> None:
+    for name, path in files.items():
+        content = path.read_bytes()
+        # A byte-order mark is more than transformers can read.
+        if mark_and_encoding(content)[0]:
+            content = decode(content).encode()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def pass_on(folder: Path, files: Files, end_token: str | None) -> None:
+    """Writes the files into an export as they are, but for its own config.json.
+
+    Where they do not say which token ends a text, `end_token` is written there too.
+    """
+    copy({name: path for name, path in files.items() if name != CONFIG}, folder)
+    configs = [folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS]
+    found = [read_json(path) for path in configs if path.exists()]
+    if end_token and files and not any(fields.get(EOS) for fields in found):
+        write_json(configs[0], {**read_json(configs[0]), EOS: end_token})
+
+
+def with_token_ids(
+    config: dict[str, Any], files: Files, tokenizer: tokenizers.Tokenizer | None
+) -> dict[str, Any]:
+    """Returns an export's config.json with the ids of special tokens to pass on.
+
+    They are those of the model that the training began from; without one, those of the
+    tokens that tokenizer_config.json names. The end of the text trained on stays, even
+    where that model's configuration has another.
+
+    Args:
+        config: the fields, with the id of the text's end.
+        files: those to pass on.
+        tokenizer: of the export.
+    """
+    if CONFIG in files:
+        fields = read_json(files[CONFIG])
+        # A field that is not there stays so, and has transformers' default.
+        ids = {field: fields[field] for field in TOKEN_IDS.values() if field in fields}
+        ends = fields.get(EOS_ID)
+        if config[EOS_ID] in (ends if isinstance(ends, list) else [ends]):
+            ids[EOS_ID] = ends
+        others = {key: x for key, x in config.items() if key not in TOKEN_IDS.values()}
+        return others | ids
+    ids = {}
+    if tokenizer and TOKENIZER_CONFIG in files:
+        fields = read_json(files[TOKENIZER_CONFIG])
+        for name, field in TOKEN_IDS.items():
+            if isinstance(token := special_token(fields, name), str):
+                ids[field] = tokenizer.token_to_id(token)
+    return config | ids

@@ -1,0 +1,126 @@
+"""The text of a row, and the count of documents that have none."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from examples.llama.decoding import DocumentError
+from examples.llama.usage import notice
+
+# The field with the text in C4, FineWeb and the Pile, and so the default.
+FIELD = "text"
+# Rows that are read before a field that none of them has is taken for a wrong name. A
+# stream may have no end to wait for.
+ROWS_WITHOUT_FIELD = 1000
+
+
+class Row(NamedTuple):
+    place: str  # Where the row is, for errors.
+    value: object
+
+
+class Document(NamedTuple):
+    """A text, with the name by which it falls into training or validation.
+
+    The name is a file's path relative to the source, or a digest of the text for what
+    has no file of its own: documents that are added, removed or reordered move no
+    others.
+    """
+
+    name: str
+    text: str
+
+
+def row_texts(rows: Iterable[Row], field: str) -> Iterator[str]:
+    """Yields the text of each row; a null, or a row without the field, is "".
+
+    Args:
+        rows: those of one file, or of one split.
+        field: the name of the field with the text.
+
+    Raises:
+        DocumentError: for a row that is no object, a text that is no string, and where
+            no row has the field.
+    """
+    rows = iter(rows)
+    lacking: list[Row] = []
+    for row in itertools.islice(rows, ROWS_WITHOUT_FIELD):
+        if field in fields_of(row, field):
+            rows = itertools.chain(lacking, [row], rows)
+            break
+        lacking.append(row)
+    else:
+        if lacking:
+            raise no_text(lacking[0], field)
+    for row in rows:
+        yield row_text(row, field)
+
+
+def fields_of(row: Row, field: str) -> Mapping[str, object]:
+    if not isinstance(row.value, Mapping):
+        raise DocumentError(
+            f"{row.place} is a {type(row.value).__name__}; give JSON objects with a "
+            f"field {field!r}"
+        )
+    return row.value
+
+
+def row_text(row: Row, field: str) -> str:
+    text = fields_of(row, field).get(field)
+    # Pandas writes a missing text as NaN, which is the one value that differs from
+    # itself.
+    if text is None or text != text:
+        return ""
+    if not isinstance(text, str):
+        raise no_text(row, field)
+    return text
+
+
+def no_text(row: Row, field: str) -> DocumentError:
+    fields = ", ".join(
+        f"{name} ({type(value).__name__})"
+        for name, value in fields_of(row, field).items()
+    )
+    return DocumentError(
+        f"{row.place} has no string called {field!r}; its fields are: "
+        f"{fields or 'none'}; name the one with the text with --text-field"
+    )
+
+
+class Tally:
+    """Skips documents without text, and says how many they were."""
+
+    def __init__(self) -> None:
+        self._source = ""
+        self._read = self._skipped = 0
+        self._said = ""
+
+    def with_text(
+        self, documents: Iterable[Document], source: str
+    ) -> Iterator[Document]:
+        """Yields the documents that have text; `source` is what they are from."""
+        self._source = source
+        self._read = self._skipped = 0
+        for document in documents:
+            self._read += 1
+            if document.text.strip():
+                yield document
+            else:
+                self._skipped += 1
+        self.say()
+
+    def say(self) -> None:
+        """Writes how many of the documents read had no text.
+
+        Nothing is written where all had, where none had (which is an error of its own),
+        or where the same has been said, as after a second reading.
+        """
+        if not 0 < self._skipped < self._read:
+            return
+        line = (
+            f"{self._source}: skipped {self._skipped:,} of {self._read:,} documents, "
+            "which have no text (an empty or null text, or no field for it)"
+        )
+        if line != self._said:
+            notice(line)
+            self._said = line
