@@ -108,7 +108,7 @@ def test_each_job_is_put_and_a_failure_costs_its_row_only(
 def test_a_row_that_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
     jobs = [Job("hang", failing, ("hang",)), Job("fine", counting, ("a",))]
     found = {}
-    make_bench(tmp_path, deadline=deadline(20)).measure(
+    make_bench(tmp_path, deadline=deadline(14)).measure(
         jobs, lambda job, known, result: found.update({job.name: result})
     )
     assert found == {"hang": Failed("ran out of time"), "fine": "a 1"}

@@ -160,7 +160,8 @@ def assert_same_training(
     ("name", "remat", "tied_head"),
     [
         ("apollo", "dots", True),
-        ("apollo-mini", "dots", False),
+        # test_in_float32 has apollo-mini, too.
+        pytest.param("apollo-mini", "dots", False, marks=pytest.mark.slow),
         pytest.param("apollo-svd", "dots", False, marks=pytest.mark.slow),
         ("adamw", "none", False),
         ("lion", "full", False),
@@ -183,6 +184,7 @@ def test_the_tiny_model(name: str, dtype: str, highest: float) -> None:
     assert_same_training(name, PRESETS["tiny"], dtype, highest)
 
 
+@pytest.mark.usefixtures("fusion_emitters")
 def test_in_float32(small: LlamaConfig) -> None:
     with jax.enable_x64(False):
         assert_same_training("apollo-mini", small, "float32", 1e-4)

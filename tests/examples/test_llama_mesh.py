@@ -98,7 +98,7 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        INT8,  # Layer-wise, too.
+        pytest.param(INT8, marks=pytest.mark.slow),  # Layer-wise, too.
         pytest.param({"layerwise": True, "optimizer": "muon"}, marks=pytest.mark.slow),
         {"optimizer": "lion", "accumulate": 2, "batch": 16},
     ],
