@@ -172,7 +172,7 @@ def transformers_on_torch(
 
 
 def timed(trainers: dict[str, RunSteps], options: Options) -> dict[str, list[float]]:
-    """Returns tokens a second by trainer and block."""
+    """Returns tokens per second by trainer and block."""
     guessing = math.log(preset(options.model).vocab_size)
     for name, run_steps in trainers.items():
         loss = run_steps(1)

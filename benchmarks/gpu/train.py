@@ -218,7 +218,7 @@ class QualityOptions:
 
 
 def utilisation(bench: Bench, planned: tuple[RunOptions, ...]) -> dict[str, float]:
-    """Fills the first table; returns tokens a second by model and optimizer."""
+    """Fills the first table; returns tokens per second by model and optimizer."""
     title = (
         "Model-flops utilisation; 60m with float32 weights and bfloat16 products, the "
         "others all in bfloat16, remat dots"

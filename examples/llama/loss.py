@@ -34,7 +34,7 @@ def chunked_cross_entropy(
         head_DxV: the output head, used in the dtype of `x`; products are summed in
             float32, and in float64 for float64.
         targets_BxT: the tokens to predict.
-        chunks: the number of pieces the sequence is cut into; T need not be a multiple.
+        chunks: the number of chunks of the sequence; T need not be a multiple.
 
     Returns:
         A scalar. Differentiable once, in `x` and `head`, in reverse mode.

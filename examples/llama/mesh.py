@@ -45,8 +45,8 @@ def device_count(text: str) -> int:
     return math.prod(axis_sizes(text).values())
 
 
-def row_cuts(text: str) -> int:
-    """Returns into how many parts `--mesh` cuts the sequences of a batch."""
+def batch_shards(text: str) -> int:
+    """Returns how many shards the sequences of a batch have on `--mesh`."""
     return math.prod(axis_sizes(text)[axis] for axis in ROWS)
 
 
@@ -100,35 +100,37 @@ def over_data(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.P(ROWS))
 
 
-def ways(mesh: jax.sharding.Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """Returns into how many parts these axes of the mesh cut."""
+def shard_count(mesh: jax.sharding.Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Returns how many shards these axes of the mesh make."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
 def constrained(
-    x: jax.Array, mesh: jax.sharding.Mesh, *cuts: str | tuple[str, ...] | None
+    x: jax.Array, mesh: jax.sharding.Mesh, *spec: str | tuple[str, ...] | None
 ) -> jax.Array:
-    """Tells the compiler over which mesh axes each axis of `x` is cut.
+    """Shards each axis of `x` over the mesh axes that `spec` names for it.
 
-    An axis that its devices do not divide stays whole, as the one row of a sample does.
+    An axis whose size the devices do not divide is replicated, as a single row is.
     """
     if mesh.size == 1:
         return x
-    spec = jax.P(
+    dividing = jax.P(
         *(
-            None if size % ways(mesh, cut) else cut
-            for size, cut in zip(x.shape, cuts, strict=True)
+            None if size % shard_count(mesh, axes) else axes
+            for size, axes in zip(x.shape, spec, strict=True)
         )
     )
-    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(
+        x, jax.sharding.NamedSharding(mesh, dividing)
+    )
 
 
 def batch_share(mesh: jax.sharding.Mesh, batch: int) -> tuple[int, int]:
     """Returns the shard of a batch's rows on this process, and the number of shards.
 
-    Processes whose devices differ along `tensor` alone hold the same part. Where parts
-    overlap, every process has the whole batch.
+    Processes whose devices differ along `tensor` only have the same shard. If shards
+    overlap otherwise, every process has the whole batch.
     """
     held: dict[int, set[int]] = {}
     for device, (rows, _) in over_data(mesh).devices_indices_map((batch, 1)).items():

@@ -17,7 +17,7 @@ from flax import nnx
 
 from examples.llama.config import LlamaConfig
 from examples.llama.loss import chunked_cross_entropy, num_chunks
-from examples.llama.mesh import ROWS, constrained, ways
+from examples.llama.mesh import ROWS, constrained, shard_count
 
 # Parameters are nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
 Params = dict[str, Any]
@@ -44,15 +44,15 @@ class Execution:
     """xla, cudnn, or auto: cudnn where its flash attention takes the dtype, the heads
     and the GPU."""
     mesh: jax.sharding.Mesh | None = None
-    """What activations are cut over; None leaves that to the compiler."""
+    """The mesh that activations are sharded over; None leaves it to the compiler."""
 
-    def cut(self, x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-        """Cuts an activation over the mesh, an entry for each of its axes."""
+    def shard(self, x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+        """Shards an activation over the mesh, by an entry for each of its axes."""
         return x if self.mesh is None else constrained(x, self.mesh, *axes)
 
     def on_a_device(self, size: int, axes: str | tuple[str, ...]) -> int:
-        """Returns the part of an axis that a device has of one that is cut so."""
-        return size if self.mesh is None else -(-size // ways(self.mesh, axes))
+        """Returns the size per device of an axis that is sharded over `axes`."""
+        return size if self.mesh is None else -(-size // shard_count(self.mesh, axes))
 
     def attention_implementation(self, head_size: int) -> Any:
         if self.attention != "auto":
@@ -160,7 +160,7 @@ class Attention(nnx.Module):
 
         def heads(y_BxTxE: jax.Array) -> jax.Array:
             y_BxTxNxH = y_BxTxE.reshape(B, T, -1, self.config.head_size)
-            return self.execution.cut(y_BxTxNxH, ROWS, None, "tensor", None)
+            return self.execution.shard(y_BxTxNxH, ROWS, None, "tensor", None)
 
         q_BxTxNxH = rotary(heads(self.q_proj(x_BxTxD)), position_T, frequency_h)
         k_BxTxKxH = rotary(heads(self.k_proj(x_BxTxD)), position_T, frequency_h)
@@ -191,7 +191,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         hidden_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD)
-        return self.down_proj(self.execution.cut(hidden_BxTxF, ROWS, None, "tensor"))
+        return self.down_proj(self.execution.shard(hidden_BxTxF, ROWS, None, "tensor"))
 
 
 class Block(nnx.Module):
@@ -208,11 +208,11 @@ class Block(nnx.Module):
 
     def attend(self, x_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
-        return self.execution.cut(x_BxTxD, ROWS, None, None)
+        return self.execution.shard(x_BxTxD, ROWS, None, None)
 
     def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
-        return self.execution.cut(x_BxTxD, ROWS, None, None)
+        return self.execution.shard(x_BxTxD, ROWS, None, None)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         return self.feed_forward(self.attend(x_BxTxD))
@@ -276,11 +276,11 @@ class Llama(nnx.Module):
         """Returns the input of the first layer: (B, T, D) in the compute dtype."""
         # Only the hidden axis of the table is gathered. Its rows are looked up on the
         # devices that store them.
-        table_VxD = self.execution.cut(self.embed.embedding[...], "tensor", None)
+        table_VxD = self.execution.shard(self.embed.embedding[...], "tensor", None)
         x_BxTxD = jnp.take(
             table_VxD.astype(self.execution.compute_dtype), tokens_BxT, axis=0
         )
-        return self.execution.cut(x_BxTxD, ROWS, None, None)
+        return self.execution.shard(x_BxTxD, ROWS, None, None)
 
     def head(self) -> jax.Array:
         """Returns the output head: (D, V) in the parameters' dtype."""
@@ -384,8 +384,8 @@ def cross_entropy(
         T,
         execution.on_a_device(head_DxV.shape[1], "tensor"),
     )
-    x_BxTxD = execution.cut(x_BxTxD, ROWS, None, None)
-    head_DxV = execution.cut(head_DxV, None, "tensor")
+    x_BxTxD = execution.shard(x_BxTxD, ROWS, None, None)
+    head_DxV = execution.shard(head_DxV, None, "tensor")
     return chunked_cross_entropy(x_BxTxD, head_DxV, tokens_BxS[:, 1:], chunks)
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-from examples.llama.mesh import row_cuts
+from examples.llama.mesh import batch_shards
 from examples.llama.model import REMAT_POLICIES
 from examples.llama.rows import FIELD
 from examples.llama.usage import UsageError, unknown_name
@@ -100,15 +100,15 @@ class TrainingOptions(TextOptions):
     start from, instead of --model and random weights. An export passes its tokenizer's
     files on, the chat template too."""
     mesh: str = "data=1"
-    """The devices, as data=2,fsdp=2,tensor=2: data and fsdp cut each batch, fsdp every
-    matrix of weights, tensor their heads and columns. The sizes must multiply to the
-    number of devices; those left out are 1."""
+    """The devices, as data=2,fsdp=2,tensor=2: data and fsdp shard each batch, fsdp
+    every matrix of weights, tensor their heads and columns. The sizes must multiply to
+    the number of devices; those left out are 1."""
     steps: int = 800
     """Training steps; the first tenth warms the learning rates up."""
     batch: int = 8
     """Sequences a step."""
     accumulate: int = 1
-    """Micro-batches that --batch is cut into, to save memory; must divide it."""
+    """Micro-batches that --batch is split into, to save memory; must divide it."""
     seq: int = 128
     """Tokens a sequence."""
     seed: int = 0
@@ -188,12 +188,12 @@ class TrainingOptions(TextOptions):
                 f"--batch {self.batch} is not a multiple of --accumulate "
                 f"{self.accumulate}; change one"
             )
-        rows, cuts = self.batch // self.accumulate, row_cuts(self.mesh)
-        if rows % cuts:
+        rows, shards = self.batch // self.accumulate, batch_shards(self.mesh)
+        if rows % shards:
             raise UsageError(
                 f"--batch {self.batch} in --accumulate {self.accumulate} micro-batches "
-                f"is {rows} sequences, not a multiple of the {cuts} that data and fsdp "
-                f"of --mesh {self.mesh} make; change one"
+                f"is {rows} sequences, not a multiple of the {shards} shards that data "
+                f"and fsdp of --mesh {self.mesh} make; change one"
             )
         if self.model and self.init_from:
             raise UsageError(

@@ -1,12 +1,13 @@
 """How parameters are sharded over the axes of the mesh, by one table of rules.
 
-`tensor` cuts attention by heads, the MLP by columns and the vocabulary, as Megatron-LM
-does (https://arxiv.org/abs/1909.08053): what comes back to the hidden size is summed
-over the devices, once after attention and once after the MLP. `fsdp` cuts every matrix
-along the hidden size: a device keeps its part, and is sent the rest when a layer is
-computed. Without `tensor` that can be any side, and is that of APOLLO's channels where
-it divides: then each device projects whole channels of a layer's matrices, and sends
-norms alone. `data` cuts no parameter. Activations are cut in `model.py`.
+`tensor` shards attention by heads, the MLP by columns, and the vocabulary, as
+Megatron-LM does (https://arxiv.org/abs/1909.08053). Results of the hidden size are
+summed over the devices, once after attention and once after the MLP. `fsdp` shards
+every matrix along the hidden size: a device stores its shard, and the others are
+gathered when a layer is computed. Without `tensor`, `fsdp` may shard either side. It
+takes that of APOLLO's channels if their number divides, so that each device projects
+whole channels and sends norms only. `data` shards no parameter. `model.py` shards the
+activations.
 """
 
 import math
@@ -18,7 +19,7 @@ import optax
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
-from examples.llama.mesh import axis_sizes, ways
+from examples.llama.mesh import axis_sizes, shard_count
 from examples.llama.optimizers import KERNELS, dimension_numbers, path_name
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.usage import UsageError
@@ -48,14 +49,14 @@ def spec_of(
     mesh: jax.sharding.Mesh,
     parts: tuple[int, ...] | None = None,
 ) -> jax.P:
-    """Returns how a parameter is cut: by `PARTITION_RULES`, or along APOLLO's channels.
+    """Returns a parameter's spec, by `PARTITION_RULES` or along APOLLO's channels.
 
     Args:
         name: its path.
         shape: its shape.
         mesh: the devices.
-        parts: how many parts an axis has that stay whole, such as groups of numbers
-            with one scale; by default `shape`.
+        parts: the number of indivisible parts per axis, such as groups of numbers with
+            one scale; by default `shape`.
     """
     spec = next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
     # If `fsdp` and `tensor` shared a side, XLA would gather the shards of `tensor` too,
@@ -71,7 +72,7 @@ def spec_of(
     return jax.P(layers, columns, rows)
 
 
-def cut_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
+def sharded_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
     """Returns the sizes that each axis of the mesh has to divide, by what they are."""
     return {
         "fsdp": {"hidden size": config.hidden_size},
@@ -92,12 +93,12 @@ def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
         else f"--model {options.model}"
     )
     for axis, parts in axis_sizes(options.mesh).items():
-        cut = cut_sizes(config).get(axis, {})
-        most = math.gcd(*cut.values())
-        for what, size in cut.items():
+        sizes = sharded_sizes(config).get(axis, {})
+        most = math.gcd(*sizes.values())
+        for what, size in sizes.items():
             if size % parts:
                 raise UsageError(
-                    f"--mesh {options.mesh} cuts the {what} of {model}, {size}, over "
+                    f"--mesh {options.mesh} shards the {what} of {model}, {size}, over "
                     f"{axis}={parts}, which does not divide it; give {axis}={most}"
                     + (" or a divisor of it" if most > 1 else "")
                 )
@@ -117,9 +118,9 @@ def parameter_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
 def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> Any:
     """Returns the sharding of every leaf of the state of any optimizer.
 
-    They are those of `apollo_optax.state_sharding`. What that leaves whole though it is
-    a matrix or more of a parameter that is cut, as GaLore's moments and projections
-    are, is cut along its last axis.
+    They are those of `apollo_optax.state_sharding`. That replicates state of other
+    shapes than the parameter's, such as GaLore's moments and projections. If the
+    parameter is sharded, such state of two or more axes is sharded along its last axis.
 
     Args:
         options: of the run, which say what is a matrix.
@@ -142,22 +143,22 @@ def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> 
             parameter is None
             or leaf.ndim < 2
             or leaf.shape == parameter.shape
-            or cuts(sharding)
+            or sharded_over(sharding)
         ):
             return sharding
-        mesh, axes = parameter.sharding.mesh, cuts(parameter.sharding)
-        for cut in (axes, *((axis,) for axis in axes)):
-            if leaf.shape[-1] % ways(mesh, cut) == 0:
+        mesh, axes = parameter.sharding.mesh, sharded_over(parameter.sharding)
+        for over in (axes, *((axis,) for axis in axes)):
+            if leaf.shape[-1] % shard_count(mesh, over) == 0:
                 return jax.sharding.NamedSharding(
-                    mesh, jax.P(*[None] * (leaf.ndim - 1), cut)
+                    mesh, jax.P(*[None] * (leaf.ndim - 1), over)
                 )
         return sharding
 
     return jax.tree.map(place, state, shardings, owners)
 
 
-def cuts(sharding: jax.sharding.NamedSharding) -> tuple[str, ...]:
-    """Returns the axes of the mesh that cut an array."""
+def sharded_over(sharding: jax.sharding.NamedSharding) -> tuple[str, ...]:
+    """Returns the axes of the mesh that an array is sharded over."""
     names = [
         name
         for entry in sharding.spec

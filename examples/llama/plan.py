@@ -26,7 +26,7 @@ from rich.table import Table
 
 from examples.llama.build import model_config
 from examples.llama.config import LlamaConfig, param_count
-from examples.llama.mesh import device_count, row_cuts
+from examples.llama.mesh import batch_shards, device_count
 from examples.llama.optimizers import RECIPES, unused, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.target import LOCAL, Compiler, CompilerError, Memory, check_target
@@ -123,7 +123,7 @@ def bytes_in(flag: str, text: str) -> int:
 
 def smallest_batch(options: RunOptions) -> int:
     """Returns of what the batch must be a multiple."""
-    return row_cuts(options.mesh) * max(1, options.accumulate)
+    return batch_shards(options.mesh) * max(1, options.accumulate)
 
 
 class Row(NamedTuple):

@@ -63,7 +63,7 @@ def draw_curves(axes: Axes, runs: Mapping[str, Path]) -> None:
         )
     axes.set(
         xlabel="step",
-        ylabel="loss (nats a token)",
+        ylabel="loss (nats per token)",
         title="training: thin; validation: dots",
     )
     axes.legend()

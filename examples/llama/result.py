@@ -11,7 +11,7 @@ class RunResult(NamedTuple):
     """What a comparison shows of a run; `options` have their defaults filled in."""
 
     options: RunOptions
-    val_loss: float  # The best of its evaluations, in nats a token.
+    val_loss: float  # The best of its evaluations, in nats per token.
     # The median over the steps, which leaves out compilation and evaluations.
     tokens_per_s: float
 

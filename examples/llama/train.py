@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     """What a step tells; scalars on the device."""
 
-    loss: jax.Array  # Mean over the batch, in nats a token, before the step.
+    loss: jax.Array  # Mean over the batch, in nats per token, before the step.
     # The Euclidean norm over all parameters. It is not finite if any gradient is not.
     grad_norm: jax.Array
 
@@ -58,7 +58,7 @@ def make_train_step(
     Args:
         graphdef: the model's structure.
         tx: the optimizer.
-        accumulate: into how many micro-batches the batch is cut, one after the other;
+        accumulate: the number of micro-batches that the batch is split into;
             must divide B.
         skip_nonfinite: leave the state as it is where the loss or a gradient is not
             finite.

@@ -16,7 +16,7 @@ import numpy as np
 
 import apollo_optax
 from apollo_optax import QuantizedArray
-from examples.llama.mesh import ways
+from examples.llama.mesh import shard_count
 from examples.llama.model import Params
 from examples.llama.optimizers import KERNELS, path_name
 from examples.llama.partition import spec_of
@@ -100,19 +100,20 @@ class Storage:
         )
 
     def _group_spec(self, name: str, kernel: QuantizedArray) -> jax.P:
-        """Returns how the groups (L, groups, out) of a kernel (L, in, out) are cut.
+        """Returns the spec of the groups (L, groups, out) of a kernel (L, in, out).
 
-        A group has one scale and stays on one device. What would cut within groups cuts
-        the outputs instead, or nothing where it does not divide those.
+        A group has one scale and stays on one device. Mesh axes that would split groups
+        shard the outputs instead, if they divide these.
         """
         _, groups, outputs = kernel.scale.shape
         layers, rows, columns = spec = spec_of(
             name, kernel.shape, self.mesh, kernel.scale.shape
         )
-        if groups % ways(self.mesh, rows) == 0:
+        if groups % shard_count(self.mesh, rows) == 0:
             return spec
         both = (columns, rows)
-        return jax.P(layers, None, columns if outputs % ways(self.mesh, both) else both)
+        divides = outputs % shard_count(self.mesh, both) == 0
+        return jax.P(layers, None, both if divides else columns)
 
     def abstract(self, shapes: Params) -> Params:
         """Returns the stored shapes, dtypes and shardings of parameters of `shapes`."""

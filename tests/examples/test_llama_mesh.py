@@ -336,22 +336,22 @@ def test_the_update_sends_norms_alone(optimizer: str) -> None:
         (
             "1b",
             "fsdp=4,tensor=2",
-            "cuts the feed-forward size of --model 1b, 5461, over tensor=2, which ",
+            "shards the feed-forward size of --model 1b, 5461, over tensor=2, which ",
         ),
         (
             "llama-2-70b",
             "tensor=16",
-            "cuts the number of key and value heads of --model llama-2-70b, 8, ",
+            "shards the number of key and value heads of --model llama-2-70b, 8, ",
         ),
         (
             "60m",
             "tensor=3",
-            "cuts the number of heads of --model 60m, 8, over tensor=3, which does ",
+            "shards the number of heads of --model 60m, 8, over tensor=3, which does ",
         ),
         (
             "7b",
             "fsdp=3",
-            "cuts the hidden size of --model 7b, 4096, over fsdp=3, which does not divide it; ",
+            "shards the hidden size of --model 7b, 4096, over fsdp=3, which does not divide it; ",
         ),
     ],
 )
@@ -364,7 +364,7 @@ def test_a_size_that_an_axis_does_not_divide(
     assert str(error.value).startswith(f"--mesh {mesh} {message}")
     partition.check_sizes(
         dataclasses.replace(options, mesh="data=4"), build.model_config(options)
-    )  # Which cuts none.
+    )  # It shards none.
 
 
 @pytest.mark.parametrize(
