@@ -164,7 +164,7 @@ def test_known_formats_without_a_reader_are_refused_by_name(
         ("paper.txt", b"%PDF-1.7\n", "holds a PDF, not plain text; convert it to"),
         (
             "rows.jsonl",
-            gzip.compress(b"{}"),
+            gzip.compress(b"{}", mtime=0),
             "holds gzip's output, not JSON lines; add",
         ),
         ("rows.csv", b"PK\3\4", "holds a ZIP archive, not CSV; unpack it"),
