@@ -116,7 +116,7 @@ def searched(
         most: how many rates to try. If they are not enough, the best rate is the lowest
             or the highest of those returned.
     """
-    losses: dict[int, float] = {}  # By the power of 2.
+    losses: dict[int, float] = {}  # The keys are powers of 2.
 
     def rate(power: int) -> float:
         return float(f"{start * 2.0**power:.6g}")
@@ -124,7 +124,7 @@ def searched(
     power = 0
     while len(losses) < most:
         losses[power] = loss_at(rate(power))
-        # Of rates that all diverge, the lowest is the nearest to one that does not.
+        # If all rates diverge, the lowest is the nearest to one that does not.
         lowest = min(losses, key=lambda power: (losses[power], power))
         unknown = [near for near in (lowest - 1, lowest + 1) if near not in losses]
         if not unknown:

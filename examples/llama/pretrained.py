@@ -22,7 +22,7 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 EOS, EOS_ID = "eos_token", "eos_token_id"
 TOKEN_IDS = {"bos_token": "bos_token_id", "pad_token": "pad_token_id"}
 
-Files = Mapping[str, Path]  # By name in the model's folder.
+Files = Mapping[str, Path]  # The keys are paths within the model's folder.
 
 
 def find_files(tokenizer: str | None, init_from: Path | None) -> dict[str, Path]:

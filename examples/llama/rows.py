@@ -15,7 +15,7 @@ ROWS_WITHOUT_FIELD = 1000
 
 
 class Row(NamedTuple):
-    place: str  # Where the row is, for errors.
+    place: str  # The file and line, or the number of the row, for errors.
     value: object
 
 

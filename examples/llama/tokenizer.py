@@ -165,7 +165,7 @@ def find_prefix(tokenizer: tokenizers.Tokenizer, end_id: int) -> tuple[int, ...]
     encoding = tokenizer.encode("a")
     pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     prefix = (token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs))
-    # Where BOS is the end token too, there is one between two documents already.
+    # A BOS that is also the end token is between two documents already.
     return tuple(token for token in prefix if token != end_id)
 
 

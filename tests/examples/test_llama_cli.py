@@ -219,7 +219,7 @@ def interrupting(loader: Callable[..., Any], at: int, by: Any) -> Callable[..., 
     return lambda *args, **kwargs: Batches(loader(*args, **kwargs))
 
 
-@pytest.mark.slow  # By default, test_llama_mesh compares steps on meshes with one device.
+@pytest.mark.slow  # The default tests compare steps on meshes in test_llama_mesh.
 def test_a_batch_over_eight_devices_trains_as_on_one(out: Path) -> None:
     args = [
         "--steps",

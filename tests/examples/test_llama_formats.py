@@ -298,7 +298,7 @@ def test_a_corpus_says_once_what_was_skipped(
     corpus.load_corpus("nulls.jsonl", vocab_size=300)
     said = capsys.readouterr().err
     assert said.count("skipped 1 of 61 documents") == said.count("\n") == 1
-    # Where reading stops before the end, what was read is counted.
+    # A reader that stops before the end has counted what it read.
     write("nulls.jsonl", "\n".join(['{"text": null}', *lines]))
     corpus.load_corpus("nulls.jsonl", vocab_size=300, max_tokens=50)
     assert "'nulls.jsonl': skipped 1 of " in capsys.readouterr().err

@@ -223,7 +223,7 @@ def with_post_processor(folder: Path, single: str, *tokens: str) -> None:
     template = tokenizers.processors.TemplateProcessing(
         single=single, special_tokens=[(name, raw.token_to_id(name)) for name in tokens]
     )
-    # As Llama 3's tokenizer.json has it.
+    # Llama 3's tokenizer.json has this form.
     byte_level = tokenizers.processors.ByteLevel(trim_offsets=False)
     raw.post_processor = tokenizers.processors.Sequence([byte_level, template])
     raw.save(str(folder / "tokenizer.json"))
