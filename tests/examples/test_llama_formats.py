@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from examples.llama import corpus, hf_config, rows, sources, tokenise
 from examples.llama.usage import UsageError
+from tests.examples.test_llama_sources import write
 
 ROWS = [{"id": number, "text": f"Document {number}."} for number in range(20)]
 TEXTS = [f"Document {number}." for number in range(20)]
@@ -36,18 +37,7 @@ CONTENTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, which is empty."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "here"
-
-
-def write(path: str, content: str | bytes) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def write_parquet(path: str, **columns: object) -> None:
