@@ -485,3 +485,12 @@ def test_the_folders_of_packages_are_of_this_python() -> None:
     found = list(sources.site_folders().values())
     assert len(set(found)) == len(found)
     assert any((folder / "jax" / "__init__.py").exists() for folder in found)
+
+
+def test_an_empty_module_of_the_standard_library_is_a_document(
+    stdlib: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stdlib / "empty.py").touch()
+    documents = {document.name: document.text for document in sources.stdlib()}
+    assert documents["empty.py"] == ""
+    assert capsys.readouterr().err == ""
