@@ -27,13 +27,9 @@ import optax
 
 from benchmarks.hlo import collectives
 from benchmarks.report import made_with, markdown
-from examples.llama.build import abstract_state, model_config, placed, shardings_of
 from examples.llama.config import preset
-from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
-from examples.llama.options import RunOptions, parse
-from examples.llama.partition import state_shardings
-from examples.llama.plan import versions
-from examples.llama.target import (
+from examples.llama.memory.report import versions
+from examples.llama.memory.target import (
     bytes_on_a_device,
     check_target,
     environment,
@@ -41,8 +37,12 @@ from examples.llama.target import (
     mesh_on,
     refused_bytes,
 )
-from examples.llama.train import TrainState
-from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
+from examples.llama.options import RunOptions, parse
+from examples.llama.partition import state_shardings
+from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.setup import abstract_state, model_config, placed, shardings_of
+from examples.llama.step import TrainState
 
 CAPTION = (
     "MB (1e6 bytes) that each device sends in an optimizer step, and holds of the "

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.report import markdown
-from examples.llama.build import model_config
+from examples.llama.memory.options import PlanOptions, bytes_in
+from examples.llama.memory.report import versions
+from examples.llama.memory.search import fitting_batch, runs
+from examples.llama.memory.target import Compiler, Memory, check_target
 from examples.llama.options import RunOptions, parse
-from examples.llama.plan import PlanOptions, bytes_in, fitting_batch, runs, versions
-from examples.llama.target import Compiler, Memory, check_target
-from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.setup import model_config
 
 LARGE = "v5p:1x1x1"
 SMALL = "v5e:1x1"

@@ -35,7 +35,12 @@ from benchmarks.step_contenders import (
 )
 from examples.llama.config import preset
 from examples.llama.options import parse
-from examples.llama.usage import UsageError, exit_on_usage_error, notice, unknown_name
+from examples.llama.run.errors import (
+    UsageError,
+    exit_on_usage_error,
+    notice,
+    unknown_name,
+)
 
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("unstacked", "stacked")

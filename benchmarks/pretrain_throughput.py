@@ -24,12 +24,12 @@ import numpy as np
 from benchmarks.report import cores, made_with
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.flops import flops_per_token, mfu
-from examples.llama.hf_config import hf_config
+from examples.llama.hf.config import hf_config
 from examples.llama.model import REMAT_POLICIES, Execution, graphdef_of, init_params
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
-from examples.llama.train import TrainState, make_train_step
-from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.step import TrainState, make_train_step
 
 # The first compiles, the second finds what the first left in the caches.
 WARMUP_STEPS = 2

@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks import report
 from examples.llama.evaluate import perplexity
-from examples.llama.interrupt import StopRequest
 from examples.llama.options import RunOptions
 from examples.llama.pretrain import pretrain
+from examples.llama.run.interrupt import StopRequest
 
 Ways = dict[str, dict[str, Any]]  # What sets each way apart, by its name.
 

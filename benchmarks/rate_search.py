@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 
 from apollo_optax import state_bytes
 from benchmarks import report
-from examples.llama.build import abstract_params, execution_of, model_config
 from examples.llama.evaluate import perplexity
-from examples.llama.interrupt import StopRequest
 from examples.llama.mesh import make_mesh
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.pretrain import pretrain
-from examples.llama.recorder import DivergedError
-from examples.llama.usage import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.recorder import DivergedError
+from examples.llama.run.setup import abstract_params, execution_of, model_config
 
 MOST_RATES = 8  # The most rates that a search tries.
 OPTIMIZERS = ("adamw", "muon", "apollo-mini", "apollo-zero", "racs", "sinkgd")

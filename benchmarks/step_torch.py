@@ -25,7 +25,7 @@ from benchmarks.step_contenders import (
     apollo,
     timed,
 )
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 RELEASE_GAP = 200  # The gap that the release's README and the paper use.
 

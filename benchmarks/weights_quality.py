@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import quality
 from examples.llama.options import parse
-from examples.llama.usage import exit_on_usage_error
+from examples.llama.run.errors import exit_on_usage_error
 
 WAYS: quality.Ways = {
     "float32": {},

@@ -137,7 +137,7 @@ def runners(given: argparse.Namespace) -> dict[str, Callable[..., None]]:
     # that lack them.
     from benchmarks.gpu import check, memory, step, throughput, train
     from examples.llama.optimizers import RECIPES
-    from examples.llama.usage import unknown_name
+    from examples.llama.run.errors import unknown_name
 
     for name in given.optimizers or ():
         if name not in RECIPES:
@@ -168,7 +168,7 @@ def measure(given: argparse.Namespace) -> None:
     parts = runners(given)
     from benchmarks.gpu.bench import Bench, this_device
     from benchmarks.gpu.report import Report
-    from examples.llama.usage import UsageError, notice
+    from examples.llama.run.errors import UsageError, notice
 
     device = this_device()
     if device.platform != "gpu" and not given.rehearse:
@@ -204,7 +204,7 @@ def main(args: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from examples.llama.usage import exit_on_usage_error
+    from examples.llama.run.errors import exit_on_usage_error
 
     exit_on_usage_error(lambda: measure(given))
 

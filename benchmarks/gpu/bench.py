@@ -17,7 +17,7 @@ import jax
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.worker import Failed, Row, Worker
 from benchmarks.report import cores, made_with
-from examples.llama.usage import notice
+from examples.llama.run.errors import notice
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 NO_TIME = Failed("no time left")

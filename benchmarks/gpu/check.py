@@ -18,13 +18,13 @@ from benchmarks.gpu.bench import Bench, Job
 from benchmarks.gpu.report import Table
 from benchmarks.gpu.worker import Failed
 from benchmarks.memory import step_of
-from examples.llama import build
 from examples.llama.config import preset
+from examples.llama.memory.search import runs
 from examples.llama.mesh import make_mesh, over_data
 from examples.llama.model import cudnn_has_flash_attention
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
-from examples.llama.plan import runs
+from examples.llama.run import setup
 
 UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 STEPS = 5  # Each comparison of two ways to train takes so many steps.
@@ -134,10 +134,10 @@ def small_run(**options: Any) -> RunOptions:
 
 def trained(run: RunOptions, steps: int = STEPS) -> tuple[list[float], Any]:
     """Returns the losses of some steps on random tokens, and the final parameters."""
-    config, mesh = build.model_config(run), make_mesh(run.mesh)
+    config, mesh = setup.model_config(run), make_mesh(run.mesh)
     tx, _ = make_optimizer(run, config)
-    state = build.initial_state(run, config, tx, mesh)
-    train_step = build.training_step(run, config, tx, mesh)
+    state = setup.initial_state(run, config, tx, mesh)
+    train_step = setup.training_step(run, config, tx, mesh)
     losses, rng = [], np.random.default_rng(0)
     for step in range(1, steps + 1):
         tokens = rng.integers(

@@ -13,13 +13,13 @@ from benchmarks.gpu.bench import Bench, Job, keep_hlo
 from benchmarks.gpu.worker import Failed
 from benchmarks.memory import step_of
 from benchmarks.optimizer_step import GOALS_HEAD, verdict
-from examples.llama import build
 from examples.llama.config import preset
+from examples.llama.memory.search import runs
+from examples.llama.memory.target import Memory, compiled_step, memory_of_step
 from examples.llama.mesh import make_mesh, over_data
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
-from examples.llama.plan import runs
-from examples.llama.target import Memory, compiled_step, memory_of_step
+from examples.llama.run import setup
 
 TIMED_SECONDS = 2.0
 FEWEST_STEPS = 3
@@ -43,24 +43,24 @@ def peak_bytes_in_use() -> int | None:
 
 def trained(run: RunOptions, hlo: Path | None) -> Generator[Memory | Trained]:
     """Yields the step's planned memory, then what training shows; see `worker.Row`."""
-    config = build.model_config(run)
-    build.check_offload(run)
+    config = setup.model_config(run)
+    setup.check_offload(run)
     tx, _ = make_optimizer(run, config)
     mesh = make_mesh(run.mesh)
     compiled = compiled_step(run, config, mesh)
     keep_hlo(hlo, compiled)
     yield memory_of_step(compiled, run, config, mesh, jax.default_backend())
-    yield timed_steps(run, compiled, build.initial_state(run, config, tx, mesh), mesh)
+    yield timed_steps(run, compiled, setup.initial_state(run, config, tx, mesh), mesh)
 
 
 def timed_steps(
     run: RunOptions, step: Any, state: Any, mesh: jax.sharding.Mesh
 ) -> Trained:
     """Returns what training on random tokens for some seconds shows."""
-    vocab_size = build.model_config(run).vocab_size
+    vocab_size = setup.model_config(run).vocab_size
     drawn = np.random.default_rng(0).integers(vocab_size, size=(run.batch, run.seq + 1))
     tokens = jax.device_put(drawn.astype(np.int32), over_data(mesh))
-    number = jax.device_put(np.int32(1), build.on_every_device(mesh))
+    number = jax.device_put(np.int32(1), setup.on_every_device(mesh))
     jax.block_until_ready(state)
     before, times = peak_bytes_in_use(), []
     while len(times) <= FEWEST_STEPS or sum(times) < TIMED_SECONDS:

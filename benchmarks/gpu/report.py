@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import markdown
-from examples.llama.cache import write_whole
+from examples.llama.text.cache import write_whole
 
 
 class Table:

@@ -18,13 +18,14 @@ from benchmarks.gpu.bench import NO_TIME, Bench, Job
 from benchmarks.gpu.memory import Trained, trained
 from benchmarks.gpu.worker import Failed, Worker
 from benchmarks.memory import step_of
-from examples.llama.build import model_config
 from examples.llama.config import preset
 from examples.llama.flops import flops_per_token, peak_flops
+from examples.llama.memory.options import PlanOptions, bytes_in
+from examples.llama.memory.search import runs
+from examples.llama.memory.target import memory_of
 from examples.llama.options import RunOptions
-from examples.llama.plan import PlanOptions, bytes_in, runs
-from examples.llama.target import memory_of
-from examples.llama.usage import notice
+from examples.llama.run.errors import notice
+from examples.llama.run.setup import model_config
 
 # Large enough for activations, not gradients, to make the peak.
 PLANNED_BATCHES = (64, 256)

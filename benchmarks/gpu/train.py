@@ -24,18 +24,19 @@ from benchmarks.gpu.memory import Trained, trained
 from benchmarks.gpu.report import Table
 from benchmarks.gpu.worker import Failed, Worker
 from benchmarks.memory import step_of
-from examples.llama import build, corpus
 from examples.llama.config import LlamaConfig, preset
 from examples.llama.evaluate import make_evaluator, perplexity
 from examples.llama.flops import flops_per_token, peak_flops
+from examples.llama.memory.search import runs
+from examples.llama.memory.target import Memory, compiled_step
 from examples.llama.mesh import make_mesh, over_data
 from examples.llama.model import pieces_of
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
-from examples.llama.plan import runs
-from examples.llama.target import Memory, compiled_step
-from examples.llama.usage import notice
-from examples.llama.windows import Windows, token_count, validation_batches
+from examples.llama.run import setup
+from examples.llama.run.errors import notice
+from examples.llama.text import corpus
+from examples.llama.text.windows import Windows, token_count, validation_batches
 
 UTILISATION_SECONDS = 75.0  # At most, of a part's time.
 OPTIMIZERS = (
@@ -148,7 +149,7 @@ def quality_run(
     run: RunOptions, data: str, max_tokens: int | None, hlo: Path | None
 ) -> Generator[Curve | None]:
     """Yields when compiled, then the curves of a run; see `worker.Row`."""
-    config, mesh = build.model_config(run), make_mesh(run.mesh)
+    config, mesh = setup.model_config(run), make_mesh(run.mesh)
     compiled = compiled_step(run, config, mesh)
     keep_hlo(hlo, compiled)
     text = load(data, config, max_tokens)
@@ -168,9 +169,9 @@ def quality_run(
     ]
     tx, _ = make_optimizer(run, config)
     step: Any = compiled
-    state = build.initial_state(run, config, tx, mesh)
+    state = setup.initial_state(run, config, tx, mesh)
     evaluate = make_evaluator(
-        pieces_of(config, build.execution_of(run, config, mesh)), held_out
+        pieces_of(config, setup.execution_of(run, config, mesh)), held_out
     )
     losses, validation, seconds = [], [(0, evaluate(state.params))], 0.0
     yield None
@@ -181,7 +182,7 @@ def quality_run(
     start = time.perf_counter()
     for number, tokens in enumerate(batches, start=1):
         placed = jax.device_put(
-            (tokens, np.int32(number)), (over_data(mesh), build.on_every_device(mesh))
+            (tokens, np.int32(number)), (over_data(mesh), setup.on_every_device(mesh))
         )
         state, metrics = step(state, *placed)
         losses.append(metrics.loss)
@@ -236,7 +237,7 @@ def utilisation(bench: Bench, planned: tuple[RunOptions, ...]) -> dict[str, floa
         rate = run.batch * run.seq / found.seconds
         rates[job.name] = rate
         peak = peak_flops(bench.device.kind, "bfloat16")
-        flops = rate * flops_per_token(build.model_config(run), run.seq)
+        flops = rate * flops_per_token(setup.model_config(run), run.seq)
         share = f"{flops / peak:.1%}" if peak else ""
         table.put(
             job.name,
@@ -402,7 +403,7 @@ def run(bench: Bench, options: QualityOptions) -> None:
     kept = kept_runs(json_of(bench))  # The first row of this call replaces the file.
     planned = sizes(bench.rehearse, options.batch)
     base = planned.quality
-    config = build.model_config(base)
+    config = setup.model_config(base)
     # The CPU makes the tokens while the GPU is measured.
     on_cpu = {"JAX_PLATFORMS": "cpu"}
     with Worker(

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 Row = Callable[..., Generator[Any, Any, None]]
 """A measurement, as a generator: it prepares until its first `yield`, which may carry

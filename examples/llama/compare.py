@@ -20,10 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_optax import StateBytes, state_bytes
-from examples.llama.build import abstract_params, execution_of, model_config
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
-from examples.llama.interrupt import StopRequest
 from examples.llama.mesh import make_mesh
 from examples.llama.optimizers import RECIPES, make_optimizer, unused, with_defaults
 from examples.llama.options import (
@@ -33,12 +31,19 @@ from examples.llama.options import (
     check_seed,
     parse,
 )
-from examples.llama.plots import plot_comparison
 from examples.llama.pretrain import pretrain
-from examples.llama.recorder import DivergedError
-from examples.llama.result import RunResult
-from examples.llama.run_log import check_free, replace_text
-from examples.llama.usage import RunInterrupted, UsageError, exit_on_usage_error, notice
+from examples.llama.run.errors import (
+    RunInterrupted,
+    UsageError,
+    exit_on_usage_error,
+    notice,
+)
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.log import check_free, replace_text
+from examples.llama.run.plots import plot_comparison
+from examples.llama.run.recorder import DivergedError
+from examples.llama.run.result import RunResult
+from examples.llama.run.setup import abstract_params, execution_of, model_config
 
 RESULTS = "results.jsonl"
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from examples.llama.usage import unknown_name
+from examples.llama.run.errors import unknown_name
 
 
 @dataclasses.dataclass(frozen=True)

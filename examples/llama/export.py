@@ -10,23 +10,24 @@ from typing import Any
 import tokenizers
 
 from apollo_optax import dequantize
-from examples.llama import hf, pretrained
-from examples.llama.build import abstract_params
-from examples.llama.checkpoint import restore_params
 from examples.llama.config import LlamaConfig, RopeScaling
-from examples.llama.decoding import decode
+from examples.llama.hf import pretrained
+from examples.llama.hf import weights as hf_weights
 from examples.llama.mesh import make_mesh
 from examples.llama.model import Execution
 from examples.llama.options import CHOICES, parse
-from examples.llama.run_log import TOKENIZER, read_config
-from examples.llama.usage import (
+from examples.llama.run.checkpoint import restore_params
+from examples.llama.run.errors import (
     UsageError,
     exit_on_usage_error,
     first_line,
     notice,
     unknown_name,
 )
-from examples.llama.weights import Storage
+from examples.llama.run.log import TOKENIZER, read_config
+from examples.llama.run.setup import abstract_params
+from examples.llama.storage import Storage
+from examples.llama.text.decoding import decode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.dtype not in (None, *CHOICES["--compute-dtype"]):
             raise unknown_name("--dtype", str(self.dtype), CHOICES["--compute-dtype"])
-        hf.check_free(self.to)
+        hf_weights.check_free(self.to)
 
 
 def config_of_run(folder: Path) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -80,7 +81,7 @@ def export(options: ExportOptions) -> None:
     params = restore_params(
         options.run, Storage(mesh, int8=int8).abstract(shapes), options.step
     )
-    hf.save_pretrained(
+    hf_weights.save_pretrained(
         dequantize(params),
         config,
         options.to,

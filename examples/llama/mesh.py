@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import mesh_utils
 
-from examples.llama.usage import UsageError, unknown_name
+from examples.llama.run.errors import UsageError, unknown_name
 
 # The last axis is the innermost: its devices are next to each other.
 AXES = ("data", "fsdp", "tensor")

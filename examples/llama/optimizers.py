@@ -22,7 +22,7 @@ import optax.contrib
 import apollo_optax
 from examples.llama.config import LlamaConfig
 from examples.llama.options import RunOptions
-from examples.llama.usage import UsageError, unknown_name
+from examples.llama.run.errors import UsageError, unknown_name
 
 KERNELS = r"^layers/.*/kernel$"  # (L, in, out)
 EMBEDDING = r"^embed/embedding$"  # (V, D)

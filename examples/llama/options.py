@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from examples.llama.mesh import batch_shards
 from examples.llama.model import REMAT_POLICIES
-from examples.llama.rows import FIELD
-from examples.llama.usage import UsageError, unknown_name
+from examples.llama.run.errors import UsageError, unknown_name
+from examples.llama.text.rows import FIELD
 
 CHOICES = {
     "--remat": tuple(REMAT_POLICIES),

@@ -22,7 +22,7 @@ from examples.llama.config import LlamaConfig
 from examples.llama.mesh import axis_sizes, shard_count
 from examples.llama.optimizers import KERNELS, dimension_numbers, path_name
 from examples.llama.options import RunOptions, TrainingOptions
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 # The keys are patterns of paths, of which the first match counts. The layer axis is
 # never sharded, since a step takes the layers one by one.

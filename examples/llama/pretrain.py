@@ -8,30 +8,28 @@ output folder.
 
 import contextlib
 import dataclasses
-import functools
-import signal
-from collections.abc import Callable
-from typing import Any
 
-import grain
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from examples.llama import build, data, distributed, plots, pretrained
-from examples.llama.checkpoint import Checkpoints
-from examples.llama.corpus import Corpus
-from examples.llama.evaluate import make_evaluator, perplexity
-from examples.llama.interrupt import StopRequest
-from examples.llama.mesh import batch_share, over_data
-from examples.llama.model import Params, Pieces, pieces_of
+from examples.llama.evaluate import perplexity
+from examples.llama.hf import pretrained
+from examples.llama.loop import make_evaluation, run_steps
+from examples.llama.mesh import batch_share
+from examples.llama.model import pieces_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
-from examples.llama.recorder import DivergedError, Recorder
-from examples.llama.result import RunResult, read_result
-from examples.llama.run_log import (
+from examples.llama.run import distributed, plots, setup
+from examples.llama.run.checkpoint import Checkpoints
+from examples.llama.run.errors import (
+    RunInterrupted,
+    exit_on_usage_error,
+    is_first,
+    notice,
+)
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.log import (
     NoLog,
-    Row,
     RunLog,
     bos_of_run,
     check_free,
@@ -39,51 +37,10 @@ from examples.llama.run_log import (
     only_run_in,
     write_config,
 )
-from examples.llama.sample import make_sampler
-from examples.llama.train import TrainState, TrainStep
-from examples.llama.usage import RunInterrupted, exit_on_usage_error, is_first, notice
-from examples.llama.windows import validation_batches
-
-
-def run_steps(
-    options: RunOptions,
-    first_step: int,
-    state: TrainState,
-    *,
-    train_step: TrainStep,
-    batches: grain.DatasetIterator[Any],
-    mesh: jax.sharding.Mesh,
-    stop: StopRequest,
-    evaluate: Callable[[Params, int], Row],
-    recorder: Recorder,
-    checkpoints: Checkpoints,
-) -> None:
-    """Trains from `first_step` to the last step, with evaluations and checkpoints."""
-    shape, vote = (options.batch, options.seq + 1), distributed.Vote()
-    with stop.deferred():
-        for step in range(first_step, options.steps + 1):
-            tokens_BxS = jax.make_array_from_process_local_data(
-                over_data(mesh), next(batches), shape
-            )
-            state, metrics = train_step(state, tokens_BxS, np.int32(step))
-            recorder.add(step, metrics)
-            last = step == options.steps
-            if last or step % options.eval_every == 0:
-                recorder.flush(functools.partial(evaluate, state.params, step))
-            asked = vote.highest(stop.signal or 0)
-            if last or asked or step % options.checkpoint_every == 0:
-                # A checkpoint must not be ahead of the metrics, nor of an unseen loss.
-                recorder.sync()
-                checkpoints.save(step, state, batches.get_state())
-                recorder.restart_clock()
-            checkpoints.check()
-            if asked and not last:
-                checkpoints.wait()
-                raise RunInterrupted(
-                    f"stopped by {signal.Signals(asked).name} after step {step} of "
-                    f"{options.steps}; {checkpoints.newest()}, and --resume auto "
-                    "continues from it"
-                )
+from examples.llama.run.recorder import DivergedError, Recorder
+from examples.llama.run.result import RunResult, read_result
+from examples.llama.text import loader
+from examples.llama.text.windows import validation_batches
 
 
 def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
@@ -106,15 +63,15 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         began_with = distributed.from_first(lambda: bos_of_run(options.out))
         options = dataclasses.replace(options, bos=began_with or options.bos)
     with distributed.together():
-        config = build.model_config(options)
+        config = setup.model_config(options)
         options = with_defaults(options, config)
-        mesh = build.mesh_of(options, config)
-        build.check_offload(options)
+        mesh = setup.mesh_of(options, config)
+        setup.check_offload(options)
         if is_first():
             check_free(options.out, resume=resume)
-        text = build.load_corpus(options, config)
+        text = setup.load_corpus(options, config)
         share, shares = batch_share(mesh, options.batch)
-        batches = data.train_loader(
+        batches = loader.train_loader(
             text.train,
             seq=options.seq,
             batch=options.batch,
@@ -127,14 +84,14 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
             text.validation, seq=options.seq, count=options.eval_windows
         )
         given = pretrained.find_files(options.tokenizer, options.init_from)
-        description = build.describe(options, config, text)
+        description = setup.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
     distributed.check_same({"corpus": text.key}, "text, or caches of it")
     if resume and (result := result_of(options)):
         return result
 
-    pieces = pieces_of(config, build.execution_of(options, config, mesh))
+    pieces = pieces_of(config, setup.execution_of(options, config, mesh))
     tx, schedules = make_optimizer(options, config)
     with contextlib.ExitStack() as stack:
         with distributed.together():
@@ -150,7 +107,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         step, state = 0, None
         if resume and (
             restored := checkpoints.restore_newest(
-                build.abstract_state(options, config, tx, mesh)
+                setup.abstract_state(options, config, tx, mesh)
             )
         ):
             step, state = restored.step, restored.state
@@ -168,7 +125,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
                 disable=not is_first(),
             )
         )
-        notice(build.summary(options, config, text, tx, mesh))
+        notice(setup.summary(options, config, text, tx, mesh))
         if step:
             notice(f"continuing after step {step} of {options.steps} in {options.out}")
         stack.enter_context(distributed.ends_at_once(DivergedError, RunInterrupted))
@@ -176,8 +133,8 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
             run_steps(
                 options,
                 step + 1,
-                state or build.initial_state(options, config, tx, mesh),
-                train_step=build.training_step(options, config, tx, mesh),
+                state or setup.initial_state(options, config, tx, mesh),
+                train_step=setup.training_step(options, config, tx, mesh),
                 batches=batches,
                 mesh=mesh,
                 stop=stop,
@@ -206,30 +163,6 @@ def result_of(options: RunOptions) -> RunResult | None:
 
     found = distributed.from_first(numbers)
     return None if found is None else RunResult(options, *found)
-
-
-def make_evaluation(
-    options: RunOptions,
-    pieces: Pieces,
-    text: Corpus,
-    held_out: np.ndarray,
-    mesh: jax.sharding.Mesh,
-) -> Callable[[Params, int], Row]:
-    """Returns a function from parameters and step to an evaluation's metrics."""
-    validation_loss = make_evaluator(pieces, held_out)
-    sample = make_sampler(
-        pieces,
-        text.tokenizer,
-        text.end_id,
-        start_id=text.prefix[-1] if text.prefix else text.end_id,
-        seed=options.seed,
-        mesh=mesh,
-    )
-
-    def evaluate(params: Params, step: int) -> Row:
-        return {"val_loss": validation_loss(params), "sample": sample(params, step)}
-
-    return evaluate
 
 
 def main(args: list[str] | None = None) -> None:

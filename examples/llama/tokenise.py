@@ -10,11 +10,11 @@ takes hours, do it on a machine without accelerators that shares the cache
 import dataclasses
 from pathlib import Path
 
-from examples.llama import corpus
 from examples.llama.config import preset
 from examples.llama.options import TextOptions, parse
-from examples.llama.usage import exit_on_usage_error
-from examples.llama.windows import token_count
+from examples.llama.run.errors import exit_on_usage_error
+from examples.llama.text import corpus
+from examples.llama.text.windows import token_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

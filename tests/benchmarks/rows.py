@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Generator
 
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 
 def counting(name: str) -> Generator[str]:

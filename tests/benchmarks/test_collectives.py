@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import collectives as benchmark
 from benchmarks.hlo import Collective, collectives
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import rate_search
 from benchmarks.rate_search import Found, best, search, searched
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 
 def valley(lowest: float, diverges_from: float = math.inf) -> Any:

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.llama import config, sources
+from examples.llama import config
+from examples.llama.text import sources
 
 SMALL = config.LlamaConfig(
     vocab_size=384,

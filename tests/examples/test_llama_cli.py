@@ -12,26 +12,16 @@ import numpy as np
 import pytest
 import tokenizers
 
-from examples.llama import (
-    build,
-    checkpoint,
-    compare,
-    corpus,
-    data,
-    export,
-    optimizers,
-    pretrain,
-    recorder,
-    run_log,
-    tokenise,
-    tokenizer,
-)
+from examples.llama import compare, export, optimizers, pretrain, tokenise
 from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
-from examples.llama.hf import load_params
+from examples.llama.hf.weights import load_params
 from examples.llama.model import graphdef_of, init_params, next_token_loss, pieces_of
 from examples.llama.options import CHOICES
-from examples.llama.windows import validation_batches
+from examples.llama.run import checkpoint, recorder, setup
+from examples.llama.run import log as run_log
+from examples.llama.text import corpus, loader, tokenizer
+from examples.llama.text.windows import validation_batches
 
 SHORT = ["--steps", "3", "--batch", "2", "--seq", "16", "--eval-every", "2"]
 RESUMED = [
@@ -170,9 +160,9 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
     cut = out / "cut"
     with monkeypatch.context() as patch:
         patch.setattr(
-            data,
+            loader,
             "train_loader",
-            interrupting(data.train_loader, at=7, by=KeyboardInterrupt),
+            interrupting(loader.train_loader, at=7, by=KeyboardInterrupt),
         )
         with pytest.raises(SystemExit):
             pretrain.main(["--out", str(cut), *args])
@@ -255,9 +245,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop = interrupting(
-            data.train_loader, at=6, by=lambda: os.kill(os.getpid(), number)
+            loader.train_loader, at=6, by=lambda: os.kill(os.getpid(), number)
         )
-        patch.setattr(data, "train_loader", stop)
+        patch.setattr(loader, "train_loader", stop)
         pretrain.main(["--out", str(out), *RESUMED])
     assert f"stopped by {number.name} after step 6 of 12" in (
         output := capsys.readouterr().out
@@ -421,7 +411,7 @@ def only_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(*_: Any) -> None:
         raise BeginsError
 
-    monkeypatch.setattr(build, "initial_state", begin)
+    monkeypatch.setattr(setup, "initial_state", begin)
 
 
 @pytest.mark.usefixtures("only_begins")
@@ -558,7 +548,7 @@ def poisoned(steps: set[int]) -> Callable[..., Any]:
     """Returns a loader whose batches of `steps` have a token that the embedding has not
     got.
     """
-    loader = data.train_loader
+    train_loader = loader.train_loader
 
     class Batches:
         def __init__(self, batches: Any) -> None:
@@ -569,13 +559,13 @@ def poisoned(steps: set[int]) -> Callable[..., Any]:
             self.step += 1
             return next(self.batches) + (10**6 if self.step in steps else 0)
 
-    return lambda *args, **kwargs: Batches(loader(*args, **kwargs))
+    return lambda *args, **kwargs: Batches(train_loader(*args, **kwargs))
 
 
 def test_a_step_that_is_not_finite_ends_the_run(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data, "train_loader", poisoned({7}))
+    monkeypatch.setattr(loader, "train_loader", poisoned({7}))
     with pytest.raises(SystemExit) as exit_:
         pretrain.main(["--out", str(out), *RESUMED])
     assert exit_.value.code == 2
@@ -591,7 +581,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(data, "train_loader", poisoned({3, 7}))
+        patch.setattr(loader, "train_loader", poisoned({3, 7}))
         pretrain.main(["--out", str(out), *RESUMED, "--on-nonfinite", "skip"])
     rows = run_log.read_metrics(out)
     assert [row["step"] for row in rows if row["loss"] is None] == [3, 7]
@@ -624,7 +614,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
 def test_skipping_comes_to_an_end(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data, "train_loader", poisoned(set(range(5, 40))))
+    monkeypatch.setattr(loader, "train_loader", poisoned(set(range(5, 40))))
     args = ["--batch", "2", "--seq", "16", "--steps", "40", "--on-nonfinite", "skip"]
     with pytest.raises(SystemExit):
         pretrain.main(["--out", str(out), *args])
@@ -865,9 +855,9 @@ def test_a_run_of_very_many_steps_begins(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = interrupting(
-        data.train_loader, at=2, by=lambda: os.kill(os.getpid(), signal.SIGTERM)
+        loader.train_loader, at=2, by=lambda: os.kill(os.getpid(), signal.SIGTERM)
     )
-    monkeypatch.setattr(data, "train_loader", stop)
+    monkeypatch.setattr(loader, "train_loader", stop)
     pretrain.main(["--out", str(out), *SHORT, "--steps", str(2**31 - 1)])
     assert [step for step, _ in losses(out)] == [1, 2]
 

@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from apollo_optax import StateBytes
-from examples.llama import compare, optimizers, pretrain, run_log
+from examples.llama import compare, optimizers, pretrain
 from examples.llama.config import LlamaConfig
 from examples.llama.options import RunOptions
-from examples.llama.result import RunResult
+from examples.llama.run import log as run_log
+from examples.llama.run.result import RunResult
 
 SHORT = ["--steps", "3", "--batch", "2", "--seq", "16", "--eval-every", "2"]
 HEAD = "optimizer lr lr emb val ppl ± seeds kernels emb+head rest tokens/s"

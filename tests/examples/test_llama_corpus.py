@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from examples.llama import cache, corpus, shards, sources, tokenizer
-from examples.llama.rows import Document
-from examples.llama.split import TRAIN, VALIDATION, in_validation, split
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
+from examples.llama.text import cache, corpus, shards, sources, tokenizer
+from examples.llama.text.rows import Document
+from examples.llama.text.split import TRAIN, VALIDATION, in_validation, split
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import grain
 import numpy as np
 import pytest
 
-from examples.llama import data
-from examples.llama.usage import UsageError
-from examples.llama.windows import Windows, validation_batches
+from examples.llama.run.errors import UsageError
+from examples.llama.text import loader
+from examples.llama.text.windows import Windows, validation_batches
 
 # The windows of 9 begin with 0, 9, ... 540, then 700, 709, ...: none has a token of two
 # shards.
@@ -15,12 +15,12 @@ SHARDS = [np.arange(550, dtype=np.uint16), np.arange(700, 1151, dtype=np.uint32)
 STARTS = [*range(0, 541, 9), *range(700, 1142, 9)]
 
 
-def loader(**settings: int) -> grain.DatasetIterator[np.ndarray]:
-    return data.train_loader(SHARDS, **{"seq": 9, "batch": 4, "seed": 0} | settings)
+def batches_of(**settings: int) -> grain.DatasetIterator[np.ndarray]:
+    return loader.train_loader(SHARDS, **{"seq": 9, "batch": 4, "seed": 0} | settings)
 
 
 def first_batches(count: int = 5, **settings: int) -> np.ndarray:
-    return np.stack(list(itertools.islice(loader(**settings), count)))
+    return np.stack(list(itertools.islice(batches_of(**settings), count)))
 
 
 def test_windows_overlap_by_one_token() -> None:
@@ -82,7 +82,7 @@ def test_a_checkpoint_moves_between_process_counts_and_workers() -> None:
     states = []
     for processes, workers in ((1, 0), (1, 3), (2, 1), (4, 2)):
         for index in range(processes):
-            batches = loader(
+            batches = batches_of(
                 process_index=index, process_count=processes, workers=workers
             )
             for _ in range(7):
@@ -92,7 +92,7 @@ def test_a_checkpoint_moves_between_process_counts_and_workers() -> None:
     for processes, workers in ((1, 1), (2, 0), (2, 2)):
         parts = []
         for index in range(processes):
-            batches = loader(
+            batches = batches_of(
                 process_index=index, process_count=processes, workers=workers
             )
             batches.set_state(states[0])
@@ -118,7 +118,7 @@ def test_validation_windows_are_spread_and_fixed() -> None:
 def test_too_few_tokens_are_refused() -> None:
     message = "--batch 4 of --seq 300 needs 1201 training tokens and there are 1001; lower one of them, or"
     with pytest.raises(UsageError, match=message):
-        loader(seq=300)
+        batches_of(seq=300)
     message = "--seq 10 in validation batches of 8 needs 81 validation tokens and there are 50; lower --seq, or"
     with pytest.raises(UsageError, match=message):
         validation_batches([np.arange(50)], seq=10)
@@ -133,9 +133,9 @@ def test_processes_must_divide_the_batch() -> None:
     with pytest.raises(
         UsageError, match="--batch 4 is not a multiple of the 3 processes; change one"
     ):
-        loader(process_count=3)
+        batches_of(process_count=3)
 
 
 def test_batches_of_one_window() -> None:
-    batches = data.train_loader([np.arange(1000)], seq=9, batch=1, seed=0)
+    batches = loader.train_loader([np.arange(1000)], seq=9, batch=1, seed=0)
     assert next(batches).shape == (1, 10)

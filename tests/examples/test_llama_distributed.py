@@ -20,10 +20,12 @@ import jax
 import numpy as np
 import pytest
 
-from examples.llama import distributed, pretrain, run_log
+from examples.llama import pretrain
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.options import RunOptions
-from examples.llama.usage import UsageError
+from examples.llama.run import distributed
+from examples.llama.run import log as run_log
+from examples.llama.run.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]
 # Eight heads, and sizes that eight devices divide.
@@ -39,8 +41,8 @@ pretrain.main()
 # With time to do something to a run between two steps.
 SLOWED = f"""
 import time
-from examples.llama import data
-loader = data.train_loader
+from examples.llama.text import loader
+train_loader = loader.train_loader
 
 class Slow:
     def __init__(self, batches):
@@ -50,7 +52,7 @@ class Slow:
         time.sleep(0.5)
         return next(self.batches)
 
-data.train_loader = lambda *args, **kwargs: Slow(loader(*args, **kwargs))
+loader.train_loader = lambda *args, **kwargs: Slow(train_loader(*args, **kwargs))
 {SCRIPT}"""
 MESH = ["--mesh", "data=2,fsdp=2,tensor=2"]
 

@@ -26,8 +26,9 @@ REPOSITORY = Path(__file__).parents[2]
 # not got.
 POISONED = """
 import sys
-from examples.llama import data, pretrain
-steps, loader = {steps}, data.train_loader
+from examples.llama.text import loader
+from examples.llama import pretrain
+steps, train_loader = {steps}, loader.train_loader
 
 class Poisoned:
     def __init__(self, batches):
@@ -40,7 +41,7 @@ class Poisoned:
         self.step += 1
         return next(self.batches) + (10**6 if self.step in steps else 0)
 
-data.train_loader = lambda *args, **kwargs: Poisoned(loader(*args, **kwargs))
+loader.train_loader = lambda *args, **kwargs: Poisoned(train_loader(*args, **kwargs))
 pretrain.main(sys.argv[1:])
 """
 

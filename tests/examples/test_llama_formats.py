@@ -12,8 +12,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from examples.llama import corpus, hf_config, rows, sources, tokenise
-from examples.llama.usage import UsageError
+from examples.llama import tokenise
+from examples.llama.hf import config as hf_config
+from examples.llama.run.errors import UsageError
+from examples.llama.text import corpus, rows, sources
 from tests.examples.test_llama_sources import write
 
 ROWS = [{"id": number, "text": f"Document {number}."} for number in range(20)]

@@ -16,10 +16,11 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from examples.llama import hf, pretrained
 from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.hf import pretrained
+from examples.llama.hf import weights as hf_weights
 from examples.llama.model import Params, graphdef_of, init_params
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 # Weights so large that attention is far from uniform: else rotary embeddings would
 # hardly matter.
@@ -164,7 +165,9 @@ def exported(tmp_path: Path) -> Callable[..., Path]:
 
     def export(config: LlamaConfig, dtype: str = "float32", **options: Any) -> Path:
         folder = tmp_path / "exported"
-        hf.save_pretrained(random_params(config, dtype), config, folder, **options)
+        hf_weights.save_pretrained(
+            random_params(config, dtype), config, folder, **options
+        )
         return folder
 
     return export
@@ -180,8 +183,8 @@ def test_their_export_gives_our_logits(
     model = their_model(transformers, config)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert hf.read_config(tmp_path) == config
-    params = hf.load_params(tmp_path, config, "float32")
+    assert hf_weights.read_config(tmp_path) == config
+    params = hf_weights.load_params(tmp_path, config, "float32")
     logits, expected = logits_of(config, params), their_logits(model)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
     assert np.std(expected) > 100 * TOLERANCE
@@ -201,7 +204,7 @@ def test_our_export_gives_their_logits(
     import torch
 
     folder = exported(config, max_shard_bytes=max_shard_bytes)
-    assert (folder / hf.INDEX).exists() == (max_shard_bytes == 4096)
+    assert (folder / hf_weights.INDEX).exists() == (max_shard_bytes == 4096)
     model, loading = transformers.LlamaForCausalLM.from_pretrained(
         folder, output_loading_info=True
     )
@@ -217,8 +220,8 @@ def test_their_bfloat16_is_ours_bit_for_bit(transformers: Any, tmp_path: Path) -
 
     model = their_model(transformers, UNTIED).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "theirs")
-    params = hf.load_params(tmp_path / "theirs", UNTIED, "bfloat16")
-    hf.save_pretrained(params, UNTIED, tmp_path / "ours")
+    params = hf_weights.load_params(tmp_path / "theirs", UNTIED, "bfloat16")
+    hf_weights.save_pretrained(params, UNTIED, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert again.dtype == torch.bfloat16
     expected = model.state_dict()
@@ -276,8 +279,8 @@ def chat(tmp_path: Path, exported: Callable[..., Path]) -> Path:
     folder = exported(CHAT_CONFIG, tokenizer=given, end_token=END)
     folder = folder.rename(tmp_path / "chat")
     given.enable_truncation(5)
-    given.save(str(folder / hf.TOKENIZER))
-    hf.write_json(folder / hf.TOKENIZER_CONFIG, CHAT)
+    given.save(str(folder / hf_weights.TOKENIZER))
+    hf_weights.write_json(folder / hf_weights.TOKENIZER_CONFIG, CHAT)
     (folder / "chat_template.jinja").write_text("{{ messages }}\n")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
@@ -288,7 +291,7 @@ def chat(tmp_path: Path, exported: Callable[..., Path]) -> Path:
         token: given.token_to_id(token) for token in (END, "<s>", "<pad>", "<|eot|>")
     }
     edit_json(
-        folder / hf.CONFIG,
+        folder / hf_weights.CONFIG,
         bos_token_id=ids["<s>"],
         pad_token_id=ids["<pad>"],
         eos_token_id=[ids[END], ids["<|eot|>"]],
@@ -300,7 +303,7 @@ def export_of(tmp_path: Path, files: pretrained.Files) -> Path:
     params = random_params(CHAT_CONFIG)
     given = chat_tokenizer()
     folder = tmp_path / "tuned"
-    hf.save_pretrained(
+    hf_weights.save_pretrained(
         params, CHAT_CONFIG, folder, tokenizer=given, end_token=END, passed_on=files
     )
     return folder
@@ -311,10 +314,12 @@ def test_files_beside_the_weights_are_passed_on(chat: Path, tmp_path: Path) -> N
     names = {path.name for path in chat.rglob("*") if path.is_file()}
     assert names == {path.name for path in folder.rglob("*") if path.is_file()}
     for path in chat.rglob("*"):
-        if path.is_file() and path.name not in (hf.WEIGHTS, hf.CONFIG):
+        if path.is_file() and path.name not in (hf_weights.WEIGHTS, hf_weights.CONFIG):
             passed = folder / path.relative_to(chat)
             assert passed.read_bytes() == path.read_bytes(), path.name
-    before, after = (json.loads((f / hf.CONFIG).read_text()) for f in (chat, folder))
+    before, after = (
+        json.loads((f / hf_weights.CONFIG).read_text()) for f in (chat, folder)
+    )
     assert after == before
 
 
@@ -343,16 +348,18 @@ def test_ids_of_special_tokens(chat: Path, tmp_path: Path) -> None:
     fields = {"bos_token_id": None, "eos_token_id": end_id}
     ids = functools.partial(pretrained.with_token_ids, fields, tokenizer=given)
     # A field that is missing stays so, and the text's own end is one of the model's.
-    edit_json(chat / hf.CONFIG, bos_token_id=..., pad_token_id=None, eos_token_id=5)
+    edit_json(
+        chat / hf_weights.CONFIG, bos_token_id=..., pad_token_id=None, eos_token_id=5
+    )
     files = pretrained.find_files(None, chat)
     assert ids(files) == {"pad_token_id": None, "eos_token_id": end_id}
     # Those of another tokenizer's model mean nothing.
     other = tmp_path / "other"
     other.mkdir()
-    (other / hf.TOKENIZER).write_text(given.to_str())
-    hf.write_json(other / hf.TOKENIZER_CONFIG, CHAT)
+    (other / hf_weights.TOKENIZER).write_text(given.to_str())
+    hf_weights.write_json(other / hf_weights.TOKENIZER_CONFIG, CHAT)
     files = pretrained.find_files(str(other), chat)
-    assert set(files) == {hf.TOKENIZER, hf.TOKENIZER_CONFIG}
+    assert set(files) == {hf_weights.TOKENIZER, hf_weights.TOKENIZER_CONFIG}
     assert ids(files) == {
         "bos_token_id": given.token_to_id("<s>"),
         "pad_token_id": given.token_to_id("<pad>"),
@@ -363,16 +370,16 @@ def test_ids_of_special_tokens(chat: Path, tmp_path: Path) -> None:
 
 def test_an_end_that_no_file_names_is_written(chat: Path, tmp_path: Path) -> None:
     fields = {name: value for name, value in CHAT.items() if name != "eos_token"}
-    hf.write_json(chat / hf.TOKENIZER_CONFIG, fields)
+    hf_weights.write_json(chat / hf_weights.TOKENIZER_CONFIG, fields)
     folder = export_of(tmp_path, pretrained.find_files(None, chat))
-    found = json.loads((folder / hf.TOKENIZER_CONFIG).read_text())
+    found = json.loads((folder / hf_weights.TOKENIZER_CONFIG).read_text())
     assert found == fields | {"eos_token": END}
 
 
 def test_a_byte_order_mark_is_not_passed_on(
     transformers: Any, chat: Path, tmp_path: Path
 ) -> None:
-    for name in (hf.TOKENIZER, hf.TOKENIZER_CONFIG):
+    for name in (hf_weights.TOKENIZER, hf_weights.TOKENIZER_CONFIG):
         text = (chat / name).read_text()
         (chat / name).write_text(text, encoding="utf-8-sig")
     folder = export_of(tmp_path, pretrained.find_files(None, chat))
@@ -389,8 +396,8 @@ def test_what_is_written_is_read_bit_for_bit(
     config: LlamaConfig, dtype: str, max_shard_bytes: int, exported: Callable[..., Path]
 ) -> None:
     folder = exported(config, dtype, max_shard_bytes=max_shard_bytes)
-    assert hf.read_config(folder) == config
-    params = hf.load_params(folder, config, dtype)
+    assert hf_weights.read_config(folder) == config
+    params = hf_weights.load_params(folder, config, dtype)
     assert_trees_equal(params, random_params(config, dtype))
 
 
@@ -405,8 +412,10 @@ def test_parameters_on_devices_are_written_like_those_on_the_host(
     on_devices = jax.tree.map(
         lambda x: jax.device_put(x, sharding) if x.ndim == 3 else jnp.asarray(x), params
     )
-    hf.save_pretrained(on_devices, UNTIED, tmp_path / "exported")
-    assert_trees_equal(hf.load_params(tmp_path / "exported", UNTIED, "float32"), params)
+    hf_weights.save_pretrained(on_devices, UNTIED, tmp_path / "exported")
+    assert_trees_equal(
+        hf_weights.load_params(tmp_path / "exported", UNTIED, "float32"), params
+    )
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
@@ -415,30 +424,32 @@ def test_weights_are_cast_when_read(
     stored: str, wanted: str, exported: Callable[..., Path]
 ) -> None:
     folder = exported(UNTIED)
-    tensors = load_file(folder / hf.WEIGHTS)
+    tensors = load_file(folder / hf_weights.WEIGHTS)
     save_file(
         {name: x.astype(jnp.dtype(stored)) for name, x in tensors.items()},
-        folder / hf.WEIGHTS,
+        folder / hf_weights.WEIGHTS,
     )
     original = random_params(UNTIED)
     expected = jax.tree.map(
         lambda x: x.astype(jnp.dtype(stored)).astype(jnp.dtype(wanted)), original
     )
-    assert_trees_equal(hf.load_params(folder, UNTIED, wanted), expected)
+    assert_trees_equal(hf_weights.load_params(folder, UNTIED, wanted), expected)
 
 
 def test_weights_are_cast_when_written(tmp_path: Path) -> None:
     params = random_params(UNTIED)
-    hf.save_pretrained(params, UNTIED, tmp_path / "exported", dtype="bfloat16")
+    hf_weights.save_pretrained(params, UNTIED, tmp_path / "exported", dtype="bfloat16")
     assert (
-        json.loads((tmp_path / "exported" / hf.CONFIG).read_text())["torch_dtype"]
+        json.loads((tmp_path / "exported" / hf_weights.CONFIG).read_text())[
+            "torch_dtype"
+        ]
         == "bfloat16"
     )
-    stored = load_file(tmp_path / "exported" / hf.WEIGHTS)
+    stored = load_file(tmp_path / "exported" / hf_weights.WEIGHTS)
     assert {tensor.dtype.name for tensor in stored.values()} == {"bfloat16"}
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert_trees_equal(
-        hf.load_params(tmp_path / "exported", UNTIED, "bfloat16"), expected
+        hf_weights.load_params(tmp_path / "exported", UNTIED, "bfloat16"), expected
     )
 
 
@@ -446,7 +457,7 @@ def test_shards_hold_no_more_than_asked_and_the_index_says_where(
     exported: Callable[..., Path],
 ) -> None:
     folder = exported(UNTIED, max_shard_bytes=5000)
-    index = json.loads((folder / hf.INDEX).read_text())
+    index = json.loads((folder / hf_weights.INDEX).read_text())
     shards = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     sizes = {
         name: sum(x.nbytes for x in tensors.values())
@@ -470,15 +481,15 @@ def test_files_say_what_transformers_4_wants_to_know(
     folder = exported(
         LLAMA(320, 16, 24, 2, 2), tokenizer=byte_level_tokenizer("text", 300)
     )
-    with safe_open(folder / hf.WEIGHTS, framework="np") as weights:
+    with safe_open(folder / hf_weights.WEIGHTS, framework="np") as weights:
         assert weights.metadata() == {"format": "pt"}
-    assert not json.loads((folder / hf.TOKENIZER_CONFIG).read_text())[
+    assert not json.loads((folder / hf_weights.TOKENIZER_CONFIG).read_text())[
         "clean_up_tokenization_spaces"
     ]
 
 
 def test_runs_of_tensors_fill_shards() -> None:
-    assert hf.cut_into_shards("abcde", [2, 2, 9, 1, 3], 4) == [
+    assert hf_weights.cut_into_shards("abcde", [2, 2, 9, 1, 3], 4) == [
         ["a", "b"],
         ["c"],
         ["d", "e"],
@@ -490,7 +501,9 @@ def test_a_tensor_larger_than_a_shard_has_its_own(
 ) -> None:
     folder = exported(UNTIED, max_shard_bytes=1)
     assert all(len(load_file(file)) == 1 for file in folder.glob("*.safetensors"))
-    assert_trees_equal(hf.load_params(folder, UNTIED, "float32"), random_params(UNTIED))
+    assert_trees_equal(
+        hf_weights.load_params(folder, UNTIED, "float32"), random_params(UNTIED)
+    )
 
 
 def test_memory_is_that_of_one_model_to_read_and_of_one_shard_to_write(
@@ -504,10 +517,10 @@ def test_memory_is_that_of_one_model_to_read_and_of_one_shard_to_write(
     assert shard > 2 * largest
     peaks = []
     for action in (
-        lambda: hf.save_pretrained(
+        lambda: hf_weights.save_pretrained(
             params, config, tmp_path / "exported", max_shard_bytes=shard
         ),
-        lambda: hf.load_params(tmp_path / "exported", config, "float32"),
+        lambda: hf_weights.load_params(tmp_path / "exported", config, "float32"),
     ):
         tracemalloc.start()
         action()
@@ -523,15 +536,18 @@ def test_memory_is_that_of_one_model_to_read_and_of_one_shard_to_write(
 def test_both_spellings_of_rotary_scaling(exported: Callable[..., Path]) -> None:
     config = CONFIGS["scaled"]
     folder = exported(config)
-    scaling = json.loads((folder / hf.CONFIG).read_text())["rope_scaling"]
+    scaling = json.loads((folder / hf_weights.CONFIG).read_text())["rope_scaling"]
     kind = scaling.pop("rope_type")
-    edit_json(folder / hf.CONFIG, rope_scaling=scaling | {"type": kind})
-    assert hf.read_config(folder) == config
+    edit_json(folder / hf_weights.CONFIG, rope_scaling=scaling | {"type": kind})
+    assert hf_weights.read_config(folder) == config
     newer = scaling | {"rope_type": kind, "rope_theta": config.rope_theta}
     edit_json(
-        folder / hf.CONFIG, rope_scaling=..., rope_theta=..., rope_parameters=newer
+        folder / hf_weights.CONFIG,
+        rope_scaling=...,
+        rope_theta=...,
+        rope_parameters=newer,
     )
-    assert hf.read_config(folder) == config
+    assert hf_weights.read_config(folder) == config
 
 
 def test_fields_that_early_versions_did_not_write(
@@ -546,10 +562,10 @@ def test_fields_that_early_versions_did_not_write(
         "tie_word_embeddings",
     )
     biases = ("attention_bias", "mlp_bias")
-    edit_json(folder / hf.CONFIG, **dict.fromkeys(missing + biases, ...))
-    assert hf.read_config(folder) == UNTIED
-    edit_json(folder / hf.CONFIG, num_key_value_heads=None, head_dim=None)
-    assert hf.read_config(folder) == UNTIED
+    edit_json(folder / hf_weights.CONFIG, **dict.fromkeys(missing + biases, ...))
+    assert hf_weights.read_config(folder) == UNTIED
+    edit_json(folder / hf_weights.CONFIG, num_key_value_heads=None, head_dim=None)
+    assert hf_weights.read_config(folder) == UNTIED
 
 
 @pytest.mark.parametrize(
@@ -575,8 +591,8 @@ def test_fields_that_transformers_has_a_default_or_another_word_for(
 ) -> None:
     config = dataclasses.replace(UNTIED, rms_norm_eps=1e-3, rope_theta=10_000.0)
     folder = exported(config)
-    edit_json(folder / hf.CONFIG, **changes)
-    assert hf.read_config(folder) == dataclasses.replace(config, **read)
+    edit_json(folder / hf_weights.CONFIG, **changes)
+    assert hf_weights.read_config(folder) == dataclasses.replace(config, **read)
 
 
 def test_defaults_are_those_of_transformers(
@@ -584,9 +600,9 @@ def test_defaults_are_those_of_transformers(
 ) -> None:
     folder = exported(UNTIED)
     missing = ("rms_norm_eps", "max_position_embeddings", "initializer_range")
-    edit_json(folder / hf.CONFIG, **dict.fromkeys(missing, ...))
+    edit_json(folder / hf_weights.CONFIG, **dict.fromkeys(missing, ...))
     ours, theirs = (
-        hf.read_config(folder),
+        hf_weights.read_config(folder),
         transformers.AutoConfig.from_pretrained(folder),
     )
     assert ours.rms_norm_eps == theirs.rms_norm_eps
@@ -598,8 +614,12 @@ def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> Non
     folder = exported(TIED)
     embedding = random_params(TIED)["embed"]["embedding"]
     constants = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    edit_weights(folder / hf.WEIGHTS, **constants, **{hf.HEAD: embedding})
-    assert_trees_equal(hf.load_params(folder, TIED, "float32"), random_params(TIED))
+    edit_weights(
+        folder / hf_weights.WEIGHTS, **constants, **{hf_weights.HEAD: embedding}
+    )
+    assert_trees_equal(
+        hf_weights.load_params(folder, TIED, "float32"), random_params(TIED)
+    )
 
 
 # Bad input.
@@ -688,9 +708,9 @@ def test_unusable_config(
     changes: dict[str, Any], message: str, exported: Callable[..., Path]
 ) -> None:
     folder = exported(UNTIED)
-    edit_json(folder / hf.CONFIG, **changes)
+    edit_json(folder / hf_weights.CONFIG, **changes)
     with pytest.raises(UsageError, match=f"config.json:? .*{message}"):
-        hf.read_config(folder)
+        hf_weights.read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -706,15 +726,15 @@ def test_unusable_config(
 )
 def test_unreadable_config(content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
-        (tmp_path / hf.CONFIG).write_bytes(content)
+        (tmp_path / hf_weights.CONFIG).write_bytes(content)
     with pytest.raises(UsageError, match=f"config.json {message}"):
-        hf.read_config(tmp_path)
+        hf_weights.read_config(tmp_path)
 
 
 def test_config_that_is_a_folder(tmp_path: Path) -> None:
-    (tmp_path / hf.CONFIG).mkdir()
+    (tmp_path / hf_weights.CONFIG).mkdir()
     with pytest.raises(UsageError, match="cannot read .*config.json: Is a directory"):
-        hf.read_config(tmp_path)
+        hf_weights.read_config(tmp_path)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -725,7 +745,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     [
         ({UP: None}, f"exported lacks {UP}; "),
         (
-            {UP: None, hf.HEAD: None},
+            {UP: None, hf_weights.HEAD: None},
             f"exported lacks {UP} and 1 other tensors; .* tie_word_embeddings false",
         ),
         (
@@ -750,30 +770,32 @@ def test_unusable_tensors(
     changes: dict[str, np.ndarray | None], message: str, exported: Callable[..., Path]
 ) -> None:
     folder = exported(UNTIED)
-    edit_weights(folder / hf.WEIGHTS, **changes)
+    edit_weights(folder / hf_weights.WEIGHTS, **changes)
     with pytest.raises(UsageError, match=message):
-        hf.load_params(folder, UNTIED, "float32")
+        hf_weights.load_params(folder, UNTIED, "float32")
 
 
 def test_errors_name_the_fields_that_make_a_shape() -> None:
     config = LLAMA(64, 20, 24, 6, 2, num_kv_heads=3, head_size=8)
-    fields = hf.hf_config(config, "float32", None)
-    for tensor in hf.tensors_of(config):
+    fields = hf_weights.hf_config(config, "float32", None)
+    for tensor in hf_weights.tensors_of(config):
         sizes = [
             math.prod(fields[name] for name in size.split(" * "))
-            for size in hf.NAMES[tensor.path][1]
+            for size in hf_weights.NAMES[tensor.path][1]
         ]
         assert tuple(sizes) == tensor.shape, tensor.name
 
 
 def test_tied_head_that_differs(exported: Callable[..., Path]) -> None:
     folder = exported(TIED)
-    edit_weights(folder / hf.WEIGHTS, **{hf.HEAD: np.ones((64, 16), np.float32)})
+    edit_weights(
+        folder / hf_weights.WEIGHTS, **{hf_weights.HEAD: np.ones((64, 16), np.float32)}
+    )
     with pytest.raises(
         UsageError,
         match=r"lm_head.weight is not model.embed_tokens.weight, though config",
     ):
-        hf.load_params(folder, TIED, "float32")
+        hf_weights.load_params(folder, TIED, "float32")
 
 
 def test_missing_and_repeated_shards(exported: Callable[..., Path]) -> None:
@@ -784,53 +806,56 @@ def test_missing_and_repeated_shards(exported: Callable[..., Path]) -> None:
     with pytest.raises(
         UsageError, match=rf"{second.name}: .* is also in .*{first.name}; remove one"
     ):
-        hf.load_params(folder, UNTIED, "float32")
+        hf_weights.load_params(folder, UNTIED, "float32")
     second.unlink()
     with pytest.raises(
-        UsageError, match=rf"{second.name} is not there, though {hf.INDEX} names it"
+        UsageError,
+        match=rf"{second.name} is not there, though {hf_weights.INDEX} names it",
     ):
-        hf.load_params(folder, UNTIED, "float32")
-    edit_json(folder / hf.INDEX, weight_map=["model.safetensors"])
-    with pytest.raises(UsageError, match=rf"{hf.INDEX} has no weight_map"):
-        hf.load_params(folder, UNTIED, "float32")
-    (folder / hf.INDEX).unlink()
+        hf_weights.load_params(folder, UNTIED, "float32")
+    edit_json(folder / hf_weights.INDEX, weight_map=["model.safetensors"])
+    with pytest.raises(UsageError, match=rf"{hf_weights.INDEX} has no weight_map"):
+        hf_weights.load_params(folder, UNTIED, "float32")
+    (folder / hf_weights.INDEX).unlink()
     with pytest.raises(
         UsageError,
         match=r"holds neither model.safetensors nor model.safetensors.index.json",
     ):
-        hf.load_params(folder, UNTIED, "float32")
+        hf_weights.load_params(folder, UNTIED, "float32")
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 4, 100, -5])
 def test_truncated_weights(kept_bytes: int, exported: Callable[..., Path]) -> None:
-    file = exported(UNTIED) / hf.WEIGHTS
+    file = exported(UNTIED) / hf_weights.WEIGHTS
     file.write_bytes(file.read_bytes()[:kept_bytes])
     with pytest.raises(
         UsageError, match=r"cannot read .*model.safetensors: .*; download it again"
     ):
-        hf.load_params(file.parent, UNTIED, "float32")
+        hf_weights.load_params(file.parent, UNTIED, "float32")
 
 
 def test_git_lfs_pointer_in_place_of_weights(exported: Callable[..., Path]) -> None:
-    file = exported(UNTIED) / hf.WEIGHTS
+    file = exported(UNTIED) / hf_weights.WEIGHTS
     file.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
     )
     with pytest.raises(UsageError, match=r"cannot read .*model.safetensors: "):
-        hf.load_params(file.parent, UNTIED, "float32")
+        hf_weights.load_params(file.parent, UNTIED, "float32")
 
 
 def test_unknown_dtypes(exported: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="dtype 'bfloat' is unknown; choose one of: bfloat16, float32"
     ):
-        hf.load_params(exported(UNTIED), UNTIED, "bfloat")
+        hf_weights.load_params(exported(UNTIED), UNTIED, "bfloat")
     with pytest.raises(UsageError, match="dtype 'float16' is unknown"):
-        hf.save_pretrained(
+        hf_weights.save_pretrained(
             random_params(UNTIED), UNTIED, tmp_path / "new", dtype="float16"
         )
     with pytest.raises(UsageError, match="dtype 'float64' is unknown"):
-        hf.save_pretrained(random_params(UNTIED, "float64"), UNTIED, tmp_path / "new")
+        hf_weights.save_pretrained(
+            random_params(UNTIED, "float64"), UNTIED, tmp_path / "new"
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -840,18 +865,18 @@ def test_parameters_of_another_shape(tmp_path: Path) -> None:
         UsageError,
         match=r"params: layers/attention/k_proj/kernel is \(3, 16, 16\), but \(4, ",
     ):
-        hf.save_pretrained(random_params(UNTIED), deeper, tmp_path / "new")
+        hf_weights.save_pretrained(random_params(UNTIED), deeper, tmp_path / "new")
     tied = dataclasses.replace(UNTIED, tied_head=True)
     with pytest.raises(
         UsageError,
         match=r"params: lm_head/kernel is \(16, 64\), but missing in a model of",
     ):
-        hf.save_pretrained(random_params(UNTIED), tied, tmp_path / "new")
+        hf_weights.save_pretrained(random_params(UNTIED), tied, tmp_path / "new")
 
 
 def test_arguments_of_an_export(tmp_path: Path) -> None:
     save = functools.partial(
-        hf.save_pretrained, random_params(UNTIED), UNTIED, tmp_path / "new"
+        hf_weights.save_pretrained, random_params(UNTIED), UNTIED, tmp_path / "new"
     )
     tokenizer = byte_level_tokenizer("text", 300)
     with pytest.raises(
@@ -885,7 +910,7 @@ def test_an_export_overwrites_nothing(exported: Callable[..., Path]) -> None:
     with pytest.raises(
         UsageError, match=r"model.safetensors is a file; choose a folder"
     ):
-        hf.check_free(folder / hf.WEIGHTS)
+        hf_weights.check_free(folder / hf_weights.WEIGHTS)
 
 
 def test_an_export_takes_an_empty_folder_and_makes_a_missing_one(
@@ -893,10 +918,13 @@ def test_an_export_takes_an_empty_folder_and_makes_a_missing_one(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "a" / "b"):
-        hf.save_pretrained(random_params(UNTIED), UNTIED, folder)
-        assert sorted(file.name for file in folder.iterdir()) == [hf.CONFIG, hf.WEIGHTS]
-        assert (folder / hf.WEIGHTS).stat().st_mode == (
-            folder / hf.CONFIG
+        hf_weights.save_pretrained(random_params(UNTIED), UNTIED, folder)
+        assert sorted(file.name for file in folder.iterdir()) == [
+            hf_weights.CONFIG,
+            hf_weights.WEIGHTS,
+        ]
+        assert (folder / hf_weights.WEIGHTS).stat().st_mode == (
+            folder / hf_weights.CONFIG
         ).stat().st_mode
 
 
@@ -927,7 +955,7 @@ def test_an_export_that_ends_early_leaves_nothing(
         save_file(tensors, file, metadata)
         written.append(file)
 
-    monkeypatch.setattr(hf, "save_file", fail_at_the_second)
+    monkeypatch.setattr(hf_weights, "save_file", fail_at_the_second)
     with pytest.raises(raised, match=message):
         exported(UNTIED, max_shard_bytes=5000)
     assert written
@@ -939,4 +967,6 @@ def test_an_export_to_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="cannot write .*new: .*; free space or choose another folder"
     ):
-        hf.save_pretrained(random_params(UNTIED), UNTIED, tmp_path / "file" / "new")
+        hf_weights.save_pretrained(
+            random_params(UNTIED), UNTIED, tmp_path / "file" / "new"
+        )

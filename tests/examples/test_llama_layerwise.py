@@ -21,7 +21,7 @@ from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.model import Execution, graphdef_of, init_params, pieces_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
-from examples.llama.train import (
+from examples.llama.step import (
     StepMetrics,
     TrainState,
     TrainStep,

@@ -13,16 +13,17 @@ import optax
 import pytest
 
 from benchmarks.hlo import collectives
-from examples.llama import build, partition
-from examples.llama.checkpoint import Checkpoints
+from examples.llama import partition
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
 from examples.llama.mesh import batch_share, make_mesh, over_data
 from examples.llama.model import pieces_of
 from examples.llama.optimizers import RECIPES, make_optimizer, path_name, with_defaults
 from examples.llama.options import RunOptions
-from examples.llama.train import TrainState
-from examples.llama.usage import UsageError
+from examples.llama.run import setup
+from examples.llama.run.checkpoint import Checkpoints
+from examples.llama.run.errors import UsageError
+from examples.llama.step import TrainState
 
 STEPS = 20
 MESHES = ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"]
@@ -43,16 +44,16 @@ def run_of(mesh: str, devices: int = 8, **settings: Any) -> Run:
         out=Path("nowhere"),
         **{"batch": 8, "seq": 16, "steps": STEPS, "mesh": mesh, **settings},
     )
-    config = build.model_config(options)
+    config = setup.model_config(options)
     options = with_defaults(options, config)
-    mesh_of_run = build.mesh_of(options, config, jax.devices()[:devices])
+    mesh_of_run = setup.mesh_of(options, config, jax.devices()[:devices])
     return options, config, make_optimizer(options, config)[0], mesh_of_run
 
 
 def trained(run: Run, steps: int = STEPS) -> tuple[TrainState, list[float]]:
     """The state after some steps, and the losses."""
     options, _, _, mesh = run
-    state, step = build.initial_state(*run), build.training_step(*run)
+    state, step = setup.initial_state(*run), setup.training_step(*run)
     losses = []
     for number in range(1, steps + 1):
         # Of a few of the tokens, which is soon learnt.
@@ -90,7 +91,7 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
     )  # It learns, so the losses tell the states apart.
     np.testing.assert_allclose(losses, on_one_device, rtol=1e-5)
     for leaf, expected in zip(
-        jax.tree.leaves(state), jax.tree.leaves(build.abstract_state(*run)), strict=True
+        jax.tree.leaves(state), jax.tree.leaves(setup.abstract_state(*run)), strict=True
     ):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
 
@@ -125,7 +126,7 @@ def random_state(run: Run) -> TrainState:
         numbers = rng.uniform(1, 100, leaf.shape).astype(leaf.dtype)
         return jax.device_put(numbers, leaf.sharding)
 
-    return jax.tree.map(random_like, build.abstract_state(*run))
+    return jax.tree.map(random_like, setup.abstract_state(*run))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_checkpoints_move_between_meshes_exactly(
             checkpoints.save(number, saved, {})
             checkpoints.wait()
             restored = checkpoints.restore_newest(
-                build.abstract_state(*run_of(mesh, devices, **settings))
+                setup.abstract_state(*run_of(mesh, devices, **settings))
             )
         assert restored is not None
         saved = restored.state
@@ -159,9 +160,9 @@ def test_evaluation_takes_batches_that_the_mesh_does_not_divide() -> None:
     losses = []
     for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
         run = run_of(mesh)
-        pieces = pieces_of(WIDE, build.execution_of(run[0], WIDE, run[3]))
+        pieces = pieces_of(WIDE, setup.execution_of(run[0], WIDE, run[3]))
         losses.append(
-            make_evaluator(pieces, tokens)(build.initial_params(run[0], WIDE, run[3]))
+            make_evaluator(pieces, tokens)(setup.initial_params(run[0], WIDE, run[3]))
         )
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
@@ -180,7 +181,7 @@ def test_state_is_cut_as_far_as_its_sizes_allow(optimizer: str) -> None:
     each.
     """
     run = run_of("fsdp=4,tensor=2", optimizer=optimizer)
-    state = build.abstract_state(*run)
+    state = setup.abstract_state(*run)
     assert all(
         np.prod(part) * 8 == np.prod(shape)
         for name, (shape, part) in shards(state.params).items()
@@ -199,7 +200,7 @@ def test_the_axis_of_layers_is_never_cut() -> None:
     for offload in (None, "weights"):
         run = run_of("fsdp=2,tensor=4", **INT8, offload=offload)
         for name, (shape, part) in shards(
-            build.abstract_state(*run).params["layers"]
+            setup.abstract_state(*run).params["layers"]
         ).items():
             assert part[0] == shape[0] == WIDE.num_layers, name
 
@@ -215,9 +216,9 @@ def test_groups_of_int8_stay_whole() -> None:
             WIDE, hidden_size=sizes[0], intermediate_size=sizes[1]
         )
         options = run_of(mesh, **INT8)[0]
-        on = build.mesh_of(options, config)
-        params = build.storage_of(options, on).abstract(
-            build.abstract_params(config, build.execution_of(options, config), on)
+        on = setup.mesh_of(options, config)
+        params = setup.storage_of(options, on).abstract(
+            setup.abstract_params(config, setup.execution_of(options, config), on)
         )
         for name, (shape, part) in shards(params["layers"]).items():
             if "qvalue" in name:
@@ -233,7 +234,7 @@ def test_groups_of_int8_stay_whole() -> None:
 
 def cut_of(model: str, mesh: str, name: str) -> tuple[Any, ...]:
     config, on = PRESETS[model], make_mesh(mesh)
-    shapes = build.abstract_params(config, build.Execution(), on)
+    shapes = setup.abstract_params(config, setup.Execution(), on)
     leaves = {
         path_name(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
@@ -244,8 +245,8 @@ def cut_of(model: str, mesh: str, name: str) -> tuple[Any, ...]:
 def test_every_parameter_is_cut_by_both_axes() -> None:
     mesh = make_mesh("fsdp=4,tensor=2")
     for config in PRESETS.values():
-        shapes = build.abstract_params(
-            config, build.Execution(), make_mesh("data=1", jax.devices()[:1])
+        shapes = setup.abstract_params(
+            config, setup.Execution(), make_mesh("data=1", jax.devices()[:1])
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             spec = partition.spec_of(path_name(path), leaf.shape, mesh)
@@ -293,9 +294,9 @@ def test_weights_are_brought_together_over_fsdp_alone(
     mesh: str, parts: int, layerwise: bool
 ) -> None:
     run = run_of(mesh, optimizer="adamw", layerwise=layerwise)
-    (options, _, _, on), step = run, cast(Any, build.training_step(*run))
+    (options, _, _, on), step = run, cast(Any, setup.training_step(*run))
     batch = jax.ShapeDtypeStruct((options.batch, 17), np.int32, sharding=over_data(on))
-    program = step.lower(build.abstract_state(*run), batch, 1).compile().as_text()
+    program = step.lower(setup.abstract_state(*run), batch, 1).compile().as_text()
     layer = WIDE.hidden_size * WIDE.intermediate_size
     wholes = [
         each
@@ -315,14 +316,14 @@ def test_the_update_sends_norms_alone(optimizer: str) -> None:
     """
     for mesh in ("fsdp=8", "data=4,fsdp=2"):
         options, config, tx, on = run_of(mesh, optimizer=optimizer)
-        state = build.abstract_state(options, config, tx, on)
+        state = setup.abstract_state(options, config, tx, on)
 
         def step(state: TrainState, grads: Any, tx: Any = tx) -> TrainState:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             return TrainState(optax.apply_updates(state.params, updates), opt_state)
 
         jitted = jax.jit(
-            step, donate_argnums=0, out_shardings=build.shardings_of(state)
+            step, donate_argnums=0, out_shardings=setup.shardings_of(state)
         )
         sent = collectives(jitted.lower(state, state.params).compile().as_text())
         assert sent
@@ -360,10 +361,10 @@ def test_a_size_that_an_axis_does_not_divide(
 ) -> None:
     options = RunOptions(out=Path("nowhere"), model=model, mesh=mesh, batch=12)
     with pytest.raises(UsageError) as error:
-        partition.check_sizes(options, build.model_config(options))
+        partition.check_sizes(options, setup.model_config(options))
     assert str(error.value).startswith(f"--mesh {mesh} {message}")
     partition.check_sizes(
-        dataclasses.replace(options, mesh="data=4"), build.model_config(options)
+        dataclasses.replace(options, mesh="data=4"), setup.model_config(options)
     )  # It shards none.
 
 

@@ -23,7 +23,7 @@ from examples.llama.model import (
     rotary,
     rotary_frequencies,
 )
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 # Those of the papers, and to the last one those of Meta's Llama 3 models.
 NOMINAL = {

@@ -22,7 +22,7 @@ from examples.llama.optimizers import (
     with_defaults,
 )
 from examples.llama.options import RunOptions
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 SMALL = LlamaConfig(384, 16, 24, 2, 3)
 KERNELS = 3 * (

@@ -13,14 +13,16 @@ import pytest
 
 from apollo_optax import state_bytes
 from benchmarks import memory as benchmark
-from examples.llama import build, plan, target
+from examples.llama import plan
 from examples.llama.config import PRESETS, LlamaConfig, param_count
+from examples.llama.memory import report, search, target
+from examples.llama.memory.options import PlanOptions, smallest_batch
+from examples.llama.memory.target import Compiler, CompilerError, Memory
 from examples.llama.mesh import make_mesh, over_data
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions
-from examples.llama.plan import PlanOptions
-from examples.llama.target import Compiler, CompilerError, Memory
-from examples.llama.usage import UsageError
+from examples.llama.run import setup
+from examples.llama.run.errors import UsageError
 
 SHORT = ["--batch", "2", "--seq", "16"]
 HBM = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory "
@@ -44,7 +46,7 @@ def here(tiny_is_small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles in this process, which knows the small model and has it compiled before."""
 
     @contextlib.contextmanager
-    def compiler(name: str, devices: int) -> Iterator[plan.MemoryOf]:
+    def compiler(name: str, devices: int) -> Iterator[search.MemoryOf]:
         del devices
 
         def memory_of(options: RunOptions, *, exact: bool = True) -> Memory:
@@ -115,9 +117,9 @@ def test_the_memory_is_that_of_the_step_that_is_run(
     planned = target.memory_of(run, "cpu")
     tx, _ = make_optimizer(run, small)
     mesh = target.mesh_on(run, small, "cpu")
-    state = build.initial_state(run, small, tx, mesh)
+    state = setup.initial_state(run, small, tx, mesh)
     tokens = np.zeros((run.batch, run.seq + 1), np.int32)
-    step: Any = build.training_step(run, small, tx, mesh)
+    step: Any = setup.training_step(run, small, tx, mesh)
     sizes = (
         step.lower(state, jax.device_put(tokens, over_data(mesh)), np.int32(1))
         .compile()
@@ -146,8 +148,8 @@ def test_bytes_follow_from_the_parameter_count(
     assert row["parameters"] == param_count(small)
     assert row["weights_bytes"] == 4 * param_count(small)
     run = run_of(small, optimizer="adamw")
-    params = build.abstract_params(
-        small, build.execution_of(run, small), make_mesh("data=1")
+    params = setup.abstract_params(
+        small, setup.execution_of(run, small), make_mesh("data=1")
     )
     assert row["optimizer_bytes"] == sum(
         state_bytes(make_optimizer(run, small)[0], params)
@@ -158,7 +160,7 @@ def test_bytes_follow_from_the_parameter_count(
     )
     kept = row["output_bytes"] - row["alias_bytes"]
     assert row["peak_bytes"] == row["arguments_bytes"] + row["temporaries_bytes"] + kept
-    assert row["peak_bytes"] == sum(row[name] for name in plan.SHARES)
+    assert row["peak_bytes"] == sum(row[name] for name in report.SHARES)
     assert (
         row["alias_bytes"] >= row["weights_bytes"] + row["optimizer_bytes"]
     )  # It is donated.
@@ -293,14 +295,14 @@ def test_the_largest_batch_that_fits(
 ) -> None:
     for limit in (100, 107, 110, 113, 128, 160, 250):
         options = PlanOptions(fit=f"{limit / 1000}kB", **args)
-        unit = plan.smallest_batch(options)
+        unit = smallest_batch(options)
         asked = []
 
         def measured(batch: int, asked: list[int] = asked) -> Memory:
             asked.append(batch)
             return fake_memory(peak_of, refused_above)(batch)
 
-        found = plan.fitting_batch(options, limit, measured)
+        found = search.fitting_batch(options, limit, measured)
         fitting = [
             b
             for b in range(unit, 30_000, unit)
@@ -318,7 +320,7 @@ def test_where_memory_grows_evenly_few_compilations_find_the_batch() -> None:
         asked.append(batch)
         return fake_memory(lambda b: 1000 + 7 * b)(batch)
 
-    assert plan.fitting_batch(PlanOptions(fit="5kB"), 5000, measured) == 571
+    assert search.fitting_batch(PlanOptions(fit="5kB"), 5000, measured) == 571
     assert len(set(asked)) <= 6  # 1, 8, 64, 512, 571 and 572.
 
 
@@ -334,11 +336,11 @@ def test_no_batch_is_compiled_twice(tiny_is_small: None) -> None:
             memory, compiled_for=None if memory.refused else "TPU", temporaries_bytes=1
         )
 
-    (row,) = plan.plan(PlanOptions(fit="20MB"), memory_of)
+    (row,) = search.plan(PlanOptions(fit="20MB"), memory_of)
     assert row.options.batch == 571
     assert len({batch for batch, _ in asked}) == len(asked)
     asked.clear()
-    list(plan.plan(PlanOptions(batch=600), memory_of))
+    list(search.plan(PlanOptions(batch=600), memory_of))
     assert asked == [(600, True), (300, True)]
 
 
@@ -351,7 +353,7 @@ def test_activations_of_two_targets_are_not_compared(tiny_is_small: None) -> Non
             memory, compiled_for=compiled_for, temporaries_bytes=1
         )
 
-    (row,) = plan.plan(PlanOptions(batch=1), memory_of)
+    (row,) = search.plan(PlanOptions(batch=1), memory_of)
     assert row.activations_bytes is None
 
 
@@ -408,7 +410,7 @@ def test_a_program_that_is_refused_has_its_row(
         target, "mesh_on", lambda options, config, name: make_mesh(options.mesh)
     )
     monkeypatch.setattr(plan, "check_target", lambda name: None)
-    monkeypatch.setattr(plan, "versions", lambda name: {})
+    monkeypatch.setattr(report, "versions", lambda name: {})
     args = ["--target", "v5e:1x1"]
     (row,) = rows_of(args, capsys)
     assert row["fits"] is False
@@ -544,7 +546,7 @@ def test_more_than_the_target_has_cannot_be_fitted() -> None:
         UsageError,
         match=r"--fit 80GB is more than .* v5e:1x1 gives a program, 1.00 GB; ",
     ):
-        plan.fitting_batch(options, 80 * 10**9, fake_memory(lambda b: b))
+        search.fitting_batch(options, 80 * 10**9, fake_memory(lambda b: b))
 
 
 def test_without_libtpu_the_install_line_is_named(

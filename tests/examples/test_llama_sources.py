@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from examples.llama import hub, readers, sources
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
+from examples.llama.text import hub, readers, sources
 
 README = """\
 ---
@@ -101,7 +101,7 @@ def test_stdlib_needs_no_slow_imports(tmp_path: Path) -> None:
     code = "; ".join(
         (
             "import sys",
-            "from examples.llama import corpus, data, sources",
+            "from examples.llama.text import corpus, loader, sources",
             "next(iter(sources.open_source('--data', 'stdlib')))",
             "print(sorted({'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))",
         )
@@ -414,8 +414,8 @@ def test_missing_packages_are_named(
 
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     code = """
-from examples.llama import sources
-from examples.llama.usage import UsageError
+from examples.llama.text import sources
+from examples.llama.run.errors import UsageError
 try:
     list(sources.open_source("--data", "hf:allenai/c4/en"))
 except UsageError as error:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from examples.llama import tokenizer
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
+from examples.llama.text import tokenizer
 
 TEXTS = [
     "def spam(x):\n    return x + 1\n" * 5,
@@ -112,8 +112,8 @@ def test_hub_tokenizer_is_read_from_the_cache_without_a_network(tmp_path: Path) 
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     code = """
-from examples.llama import tokenizer
-from examples.llama.usage import UsageError
+from examples.llama.text import tokenizer
+from examples.llama.run.errors import UsageError
 encoder = tokenizer.load_tokenizer("meta-llama/Llama-3.2-1B", 400)
 print(encoder.tokenizer.id_to_token(encoder.end_id))
 try:

@@ -7,7 +7,7 @@ import pytest
 import apollo_optax
 from examples.llama.config import LlamaConfig
 from examples.llama.model import Execution, graphdef_of, init_params
-from examples.llama.train import StepMetrics, TrainState, make_train_step
+from examples.llama.step import StepMetrics, TrainState, make_train_step
 
 # Stacked kernels are (L, in, out); the head and the embedding go to Adam by name.
 MATRICES = apollo_optax.dimension_numbers_by_path(

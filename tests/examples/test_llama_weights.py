@@ -14,11 +14,10 @@ import optax
 import pytest
 
 from apollo_optax import QuantizedArray, quantize
-from examples.llama import build, data, export, pretrain, run_log
-from examples.llama.checkpoint import Checkpoints
+from examples.llama import export, pretrain
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
-from examples.llama.hf import load_params
+from examples.llama.hf.weights import load_params
 from examples.llama.mesh import make_mesh
 from examples.llama.model import (
     Execution,
@@ -29,9 +28,13 @@ from examples.llama.model import (
 )
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
-from examples.llama.train import TrainState
-from examples.llama.weights import Storage
-from examples.llama.windows import validation_batches
+from examples.llama.run import log as run_log
+from examples.llama.run import setup
+from examples.llama.run.checkpoint import Checkpoints
+from examples.llama.step import TrainState
+from examples.llama.storage import Storage
+from examples.llama.text import loader
+from examples.llama.text.windows import validation_batches
 from tests.examples.test_llama_cli import (
     RESUMED,
     exits_with_message,
@@ -114,7 +117,7 @@ def run_options(
     **settings: Any,
 ) -> tuple[RunOptions, LlamaConfig, optax.GradientTransformation]:
     options = RunOptions(out=Path("nowhere"), batch=2, seq=16, steps=20, **settings)
-    config = build.model_config(options)
+    config = setup.model_config(options)
     options = with_defaults(options, config)
     return options, config, make_optimizer(options, config)[0]
 
@@ -122,8 +125,8 @@ def run_options(
 def stepped(options: RunOptions, config: LlamaConfig, tx: Any, steps: int = 4) -> Any:
     """The state after some steps, and the losses."""
     mesh = make_mesh("data=1")
-    state = build.initial_state(options, config, tx, mesh)
-    step = build.training_step(options, config, tx, mesh)
+    state = setup.initial_state(options, config, tx, mesh)
+    step = setup.training_step(options, config, tx, mesh)
     seen = []
     for number in range(1, steps + 1):
         tokens = jax.random.randint(
@@ -163,7 +166,7 @@ def test_what_is_in_host_memory_computes_the_same(settings: dict[str, Any]) -> N
 def test_int8_checkpoints(tmp_path: Path, offload: str | None) -> None:
     """They are read back exactly, also where scales are kept in another dtype."""
     options, config, tx = run_options(weights="int8", layerwise=True)
-    params, opt_state = build.initial_state(options, config, tx, make_mesh("data=1"))
+    params, opt_state = setup.initial_state(options, config, tx, make_mesh("data=1"))
     # Zeros would look the same if they were not restored.
     state = TrainState(params, jax.tree.map(lambda leaf: leaf + 1, opt_state))
     with Checkpoints(tmp_path, keep=1, config={"corpus": ""}) as checkpoints:
@@ -171,7 +174,7 @@ def test_int8_checkpoints(tmp_path: Path, offload: str | None) -> None:
         checkpoints.wait()
         options = run_options(weights="int8", layerwise=True, offload=offload)[0]
         restored = checkpoints.restore_newest(
-            build.abstract_state(options, config, tx, make_mesh("data=1"))
+            setup.abstract_state(options, config, tx, make_mesh("data=1"))
         )
     assert restored is not None
     for a, b in zip(kernels(restored.state.params), kernels(state.params), strict=True):
@@ -197,9 +200,9 @@ def test_a_run_may_change_its_step_at_a_checkpoint(
     pretrain.main(["--out", str(out / "straight"), *args])
     with monkeypatch.context() as patch:
         patch.setattr(
-            data,
+            loader,
             "train_loader",
-            interrupting(data.train_loader, at=7, by=KeyboardInterrupt),
+            interrupting(loader.train_loader, at=7, by=KeyboardInterrupt),
         )
         with pytest.raises(SystemExit):
             pretrain.main(["--out", str(out / "changed"), *args])
@@ -225,9 +228,9 @@ def test_an_int8_run_trains_resumes_and_is_exported(
     pretrain.main(["--out", str(out / "straight"), *args])
     with monkeypatch.context() as patch:
         patch.setattr(
-            data,
+            loader,
             "train_loader",
-            interrupting(data.train_loader, at=7, by=KeyboardInterrupt),
+            interrupting(loader.train_loader, at=7, by=KeyboardInterrupt),
         )
         with pytest.raises(SystemExit):
             pretrain.main(["--out", str(out / "cut"), *args])
@@ -242,7 +245,7 @@ def test_an_int8_run_trains_resumes_and_is_exported(
     export.main(["--run", str(out / "cut"), "--to", str(exported)])
     small = PRESETS["tiny"]
     params = load_params(exported, small, "bfloat16")
-    text = build.load_corpus(RunOptions(out=out), small)
+    text = setup.load_corpus(RunOptions(out=out), small)
     held_out = validation_batches(text.validation, seq=16, count=128)
     computed = Execution(param_dtype="bfloat16", compute_dtype="bfloat16")
     loss = make_evaluator(pieces_of(small, computed), held_out)(params)
@@ -280,9 +283,9 @@ def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
     options, config, tx = run_options(weights="bfloat16", layerwise=layerwise)
     mesh = make_mesh("data=1")
     # The steps start from one state, so that they differ in nothing but the rounding.
-    initial = build.initial_state(options, config, tx, mesh)
+    initial = setup.initial_state(options, config, tx, mesh)
     steps = {
-        seed: build.training_step(
+        seed: setup.training_step(
             dataclasses.replace(options, seed=seed), config, tx, mesh
         )
         for seed in (0, 1)

@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from examples.llama.decoding import DocumentError
-from examples.llama.usage import notice
+from examples.llama.run.errors import notice
+from examples.llama.text.decoding import DocumentError
 
 # The field with the text in C4, FineWeb and the Pile, and so the default.
 FIELD = "text"

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.llama.run_log import CURVES, read_metrics
+from examples.llama.run.log import CURVES, read_metrics
 
 
 def plot_curves(runs: Mapping[str, Path], folder: Path) -> None:

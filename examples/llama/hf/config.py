@@ -8,8 +8,8 @@ from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 from examples.llama.config import LlamaConfig, RopeScaling
-from examples.llama.decoding import DocumentError, decode, parse_json
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
+from examples.llama.text.decoding import DocumentError, decode, parse_json
 
 CONFIG = "config.json"
 # What the model computes whatever config.json says, so any other value is refused.

@@ -14,8 +14,8 @@ import optax
 from rich import filesize
 
 from apollo_optax import state_bytes
-from examples.llama import corpus, hf
 from examples.llama.config import LlamaConfig, param_count, preset
+from examples.llama.hf import weights as hf_weights
 from examples.llama.mesh import make_mesh, on_every_device
 from examples.llama.model import (
     Execution,
@@ -28,15 +28,16 @@ from examples.llama.model import (
 )
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.partition import check_sizes, parameter_shardings, state_shardings
-from examples.llama.train import (
+from examples.llama.run.errors import UsageError
+from examples.llama.step import (
     TrainState,
     TrainStep,
     make_layerwise_train_step,
     make_train_step,
 )
-from examples.llama.usage import UsageError
-from examples.llama.weights import Storage, on_mesh
-from examples.llama.windows import token_count
+from examples.llama.storage import Storage, on_mesh
+from examples.llama.text import corpus
+from examples.llama.text.windows import token_count
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
@@ -47,7 +48,7 @@ def model_config(options: TrainingOptions) -> LlamaConfig:
     if options.init_from:
         name, config = (
             f"--init-from {options.init_from}",
-            hf.read_config(options.init_from),
+            hf_weights.read_config(options.init_from),
         )
     else:
         assert options.model is not None
@@ -243,7 +244,7 @@ def initial_params(
         name: sharding for name, sharding in shardings.items() if name != "layers"
     }
     if options.init_from:
-        given = hf.load_params(options.init_from, config, execution.param_dtype)
+        given = hf_weights.load_params(options.init_from, config, execution.param_dtype)
         if not storage.a_layer_at_a_time:
             return jax.tree.map(on_mesh, given, shardings)
         layers = given.pop("layers")

@@ -17,13 +17,14 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from examples.llama.cache import cache_folder, publish
-from examples.llama.hub import HubSource
-from examples.llama.rows import FIELD, Document
-from examples.llama.shards import ShardWriter, read_shards, write_tokens
-from examples.llama.sources import Source, open_source
-from examples.llama.split import TRAIN, VALIDATION, Labelled, split
-from examples.llama.tokenizer import (
+from examples.llama.run.errors import UsageError
+from examples.llama.text.cache import cache_folder, publish
+from examples.llama.text.hub import HubSource
+from examples.llama.text.rows import FIELD, Document
+from examples.llama.text.shards import ShardWriter, read_shards, write_tokens
+from examples.llama.text.sources import Source, open_source
+from examples.llama.text.split import TRAIN, VALIDATION, Labelled, split
+from examples.llama.text.tokenizer import (
     PYTHON_TOKENIZER,
     PYTHON_VOCAB,
     SMALLEST_VOCAB,
@@ -33,7 +34,6 @@ from examples.llama.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
-from examples.llama.usage import UsageError
 
 MANIFEST = "manifest.json"
 # Validation takes 128 windows of them; C4 has far more to offer.

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from examples.llama.decoding import decode
 from examples.llama.options import BOS_BEFORE_CHOICE, differing_fields
-from examples.llama.tensorboard import TensorBoard
-from examples.llama.usage import UsageError, notice
+from examples.llama.run.errors import UsageError, notice
+from examples.llama.run.tensorboard import TensorBoard
+from examples.llama.text.decoding import decode
 
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.jsonl", "curves.png", ".lock"
 TENSORBOARD, TOKENIZER, CHECKPOINTS = "tensorboard", "tokenizer.json", "checkpoints"

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.llama.decoding import DocumentError, decode
-from examples.llama.readers import (
+from examples.llama.text.decoding import DocumentError, decode
+from examples.llama.text.readers import (
     named_by_text,
     needs_pyarrow,
     read_csv,
@@ -25,7 +25,7 @@ from examples.llama.readers import (
     read_text,
     read_tsv,
 )
-from examples.llama.rows import Document, Row, row_texts
+from examples.llama.text.rows import Document, Row, row_texts
 
 
 class Sort(enum.IntEnum):

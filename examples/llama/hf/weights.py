@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from examples.llama.config import LlamaConfig
-from examples.llama.hf_config import CONFIG, hf_config, read_json, write_json
-from examples.llama.hf_config import read_config as read_config
-from examples.llama.hub import TOKENIZER as TOKENIZER
-from examples.llama.hub import TOKENIZER_CONFIG as TOKENIZER_CONFIG
+from examples.llama.hf.config import CONFIG, hf_config, read_json, write_json
+from examples.llama.hf.config import read_config as read_config
+from examples.llama.hf.pretrained import Files, pass_on, with_token_ids
 from examples.llama.model import Params, init_params
-from examples.llama.pretrained import Files, pass_on, with_token_ids
-from examples.llama.usage import UsageError, first_line, unknown_name
+from examples.llama.run.errors import UsageError, first_line, unknown_name
+from examples.llama.text.hub import TOKENIZER as TOKENIZER
+from examples.llama.text.hub import TOKENIZER_CONFIG as TOKENIZER_CONFIG
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("float32", "bfloat16")

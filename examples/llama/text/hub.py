@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.llama.decoding import DocumentError
-from examples.llama.digests import content_digest
-from examples.llama.readers import named_by_text
-from examples.llama.rows import FIELD, Document, Row, Tally, row_texts
-from examples.llama.usage import UsageError, first_line
+from examples.llama.run.errors import UsageError, first_line
+from examples.llama.text.decoding import DocumentError
+from examples.llama.text.digests import content_digest
+from examples.llama.text.readers import named_by_text
+from examples.llama.text.rows import FIELD, Document, Row, Tally, row_texts
 
 PREFIX = "hf:"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from examples.llama import build
 from examples.llama.config import LlamaConfig
 from examples.llama.mesh import device_count, on_every_device, over_data
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
-from examples.llama.usage import UsageError, first_line
+from examples.llama.run import setup
+from examples.llama.run.errors import UsageError, first_line
 
 LOCAL = ("cpu", "gpu")
 # A size of 0 would end libtpu's process.
@@ -105,7 +105,7 @@ def for_target(options: RunOptions, target: str) -> RunOptions:
         UsageError: for attention that only a GPU has.
     """
     if target == "gpu":
-        return options  # `build.execution_of` looks at the GPU.
+        return options  # `setup.execution_of` looks at the GPU.
     if options.attention == "cudnn":
         raise UsageError(
             f"--attention cudnn takes a GPU, and --target is {target}; leave it out"
@@ -142,7 +142,7 @@ def mesh_on(options: RunOptions, config: LlamaConfig, target: str) -> jax.shardi
             f"--target {target}; use all, or give another topology"
         )
     # A CPU shows as many devices as it is asked for.
-    return build.mesh_of(
+    return setup.mesh_of(
         options, config, devices[:count] if target == "cpu" else devices
     )
 
@@ -167,8 +167,8 @@ def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory
     """
     options = for_target(options, target)
     if target in LOCAL:
-        build.check_offload(options)
-    config = build.model_config(options)
+        setup.check_offload(options)
+    config = setup.model_config(options)
     mesh = mesh_on(options, config, target)
     try:
         return compiled_memory(options, config, mesh, target)
@@ -219,10 +219,10 @@ def compiled_step(
     """Returns the step that `pretrain` runs, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
     # The step is a function that can be jitted.
-    step: Any = build.training_step(options, config, tx, mesh)
+    step: Any = setup.training_step(options, config, tx, mesh)
     tokens = (options.batch, options.seq + 1)
     return step.lower(
-        build.abstract_state(options, config, tx, mesh),
+        setup.abstract_state(options, config, tx, mesh),
         jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=over_data(mesh)),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=on_every_device(mesh)),
     ).compile()
@@ -264,7 +264,7 @@ def shapes_memory(
 ) -> Memory:
     """Returns what the shapes tell, with the known numbers of the compiled program."""
     tx, _ = make_optimizer(options, config)
-    state = build.abstract_state(options, config, tx, mesh)
+    state = setup.abstract_state(options, config, tx, mesh)
     return Memory(
         weights_bytes=bytes_on_a_device(state.params, host=False),
         optimizer_bytes=bytes_on_a_device(state.opt_state, host=False),
@@ -320,7 +320,11 @@ class Compiler:
     def __enter__(self) -> "Compiler":
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from examples.llama.target import serve; serve()"],
+            [
+                sys.executable,
+                "-c",
+                "from examples.llama.memory.target import serve; serve()",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -410,3 +414,7 @@ def serve() -> None:
             answer = CompilerError(traceback.format_exc())
         pickle.dump(answer, answers)
         answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from examples.llama.usage import UsageError
-from examples.llama.windows import Windows, token_count
+from examples.llama.run.errors import UsageError
+from examples.llama.text.windows import Windows, token_count
 
 BATCHES_AHEAD = 4  # The batches that each worker reads before they are asked for.
 # The number is so large that the batches never end in practice. Grain's own endless

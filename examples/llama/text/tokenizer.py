@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from examples.llama.decoding import DocumentError, decode, parse_json
-from examples.llama.hub import TOKENIZER as TOKENIZER_FILE
-from examples.llama.hub import TOKENIZER_CONFIG, tokenizer_folder
-from examples.llama.usage import UsageError, first_line
+from examples.llama.run.errors import UsageError, first_line
+from examples.llama.text.decoding import DocumentError, decode, parse_json
+from examples.llama.text.hub import TOKENIZER as TOKENIZER_FILE
+from examples.llama.text.hub import TOKENIZER_CONFIG, tokenizer_folder
 
 # It follows every document, so that no window mistakes one for its successor.
 END = "<|end|>"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
-from examples.llama.usage import RunInterrupted
+from examples.llama.run.errors import RunInterrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

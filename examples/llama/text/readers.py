@@ -10,13 +10,13 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from examples.llama.decoding import (
+from examples.llama.text.decoding import (
     DocumentError,
     decode_line,
     parse_json,
     utf8_lines,
 )
-from examples.llama.rows import Document, Row
+from examples.llama.text.rows import Document, Row
 
 LONG_FILE_BYTES = 2**16
 PIECE_BYTES = 2**14

@@ -4,7 +4,7 @@ import statistics
 from typing import NamedTuple
 
 from examples.llama.options import RunOptions
-from examples.llama.run_log import read_metrics
+from examples.llama.run.log import read_metrics
 
 
 class RunResult(NamedTuple):

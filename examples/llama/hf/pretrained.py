@@ -11,11 +11,11 @@ from typing import Any
 
 import tokenizers
 
-from examples.llama.decoding import decode, mark_and_encoding
-from examples.llama.hf_config import CONFIG, read_json, write_json
-from examples.llama.hub import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
-from examples.llama.run_log import PRETRAINED
-from examples.llama.tokenizer import special_token, tokenizer_path
+from examples.llama.hf.config import CONFIG, read_json, write_json
+from examples.llama.run.log import PRETRAINED
+from examples.llama.text.decoding import decode, mark_and_encoding
+from examples.llama.text.hub import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
+from examples.llama.text.tokenizer import special_token, tokenizer_path
 
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from examples.llama.cache import cache_folder, write_whole
-from examples.llama.decoding import DocumentError
-from examples.llama.usage import first_line
+from examples.llama.run.errors import first_line
+from examples.llama.text.cache import cache_folder, write_whole
+from examples.llama.text.decoding import DocumentError
 
 
 def content_digest(source: str, files: Mapping[str, Path]) -> str:

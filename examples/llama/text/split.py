@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from examples.llama.rows import Document
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
+from examples.llama.text.rows import Document
 
 TRAIN, VALIDATION = "train", "validation"
 VALIDATION_SHARE = 1 / 20

@@ -12,12 +12,18 @@ from typing import Any, NamedTuple, Self
 import jax
 import orbax.checkpoint as ocp
 
-from examples.llama.distributed import from_first, together
 from examples.llama.model import Params
 from examples.llama.options import differing_fields
-from examples.llama.run_log import CHECKPOINTS, set_aside
-from examples.llama.train import TrainState
-from examples.llama.usage import UsageError, disk_is_full, first_line, is_first, notice
+from examples.llama.run.distributed import from_first, together
+from examples.llama.run.errors import (
+    UsageError,
+    disk_is_full,
+    first_line,
+    is_first,
+    notice,
+)
+from examples.llama.run.log import CHECKPOINTS, set_aside
+from examples.llama.step import TrainState
 
 
 class Restored(NamedTuple):

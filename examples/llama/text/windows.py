@@ -9,7 +9,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from examples.llama.usage import UsageError
+from examples.llama.run.errors import UsageError
 
 
 class Windows:

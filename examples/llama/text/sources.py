@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from examples.llama.decoding import DocumentError, decode
-from examples.llama.digests import content_digest, unreadable
-from examples.llama.formats import Sort, check_format, format_of, has_rows, read_file
-from examples.llama.hub import PREFIX, HubSource
-from examples.llama.rows import FIELD, Document, Tally
-from examples.llama.usage import UsageError, notice, unknown_name
+from examples.llama.run.errors import UsageError, notice, unknown_name
+from examples.llama.text.decoding import DocumentError, decode
+from examples.llama.text.digests import content_digest, unreadable
+from examples.llama.text.formats import (
+    Sort,
+    check_format,
+    format_of,
+    has_rows,
+    read_file,
+)
+from examples.llama.text.hub import PREFIX, HubSource
+from examples.llama.text.rows import FIELD, Document, Tally
 
 # Part of the cache key of files: raise it when the same files make other documents.
 READING = 4

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.llama.options import ProcessOptions
-from examples.llama.usage import (
+from examples.llama.run.errors import (
     OtherProcessError,
     UsageError,
     explained,

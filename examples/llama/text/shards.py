@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from examples.llama.split import Labelled
-from examples.llama.tokenizer import Encoder
+from examples.llama.text.split import Labelled
+from examples.llama.text.tokenizer import Encoder
 
 # The shards have 128 MiB of two-byte ids. Writing a split holds as much in memory.
 SHARD_TOKENS = 2**26

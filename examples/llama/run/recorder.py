@@ -15,9 +15,9 @@ from examples.llama import flops
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
 from examples.llama.options import RunOptions
-from examples.llama.run_log import NoLog, Row, RunLog
-from examples.llama.train import StepMetrics
-from examples.llama.usage import UsageError, notice
+from examples.llama.run.errors import UsageError, notice
+from examples.llama.run.log import NoLog, Row, RunLog
+from examples.llama.step import StepMetrics
 
 LR_BLOCK = 4096
 MOST_SKIPPED = 20  # The most steps that are skipped in a row.

@@ -1,0 +1,1 @@
+"""Hugging Face's formats: configuration, weights and the files of a tokenizer."""

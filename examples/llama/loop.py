@@ -1,0 +1,89 @@
+"""The training loop: steps, evaluations and checkpoints."""
+
+import functools
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from examples.llama.evaluate import make_evaluator
+from examples.llama.mesh import over_data
+from examples.llama.model import Params, Pieces
+from examples.llama.options import RunOptions
+from examples.llama.run import distributed
+from examples.llama.run.checkpoint import Checkpoints
+from examples.llama.run.errors import RunInterrupted
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.log import Row
+from examples.llama.run.recorder import Recorder
+from examples.llama.sample import make_sampler
+from examples.llama.step import TrainState, TrainStep
+from examples.llama.text.corpus import Corpus
+
+
+def run_steps(
+    options: RunOptions,
+    first_step: int,
+    state: TrainState,
+    *,
+    train_step: TrainStep,
+    batches: grain.DatasetIterator[Any],
+    mesh: jax.sharding.Mesh,
+    stop: StopRequest,
+    evaluate: Callable[[Params, int], Row],
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+) -> None:
+    """Trains from `first_step` to the last step, with evaluations and checkpoints."""
+    shape, vote = (options.batch, options.seq + 1), distributed.Vote()
+    with stop.deferred():
+        for step in range(first_step, options.steps + 1):
+            tokens_BxS = jax.make_array_from_process_local_data(
+                over_data(mesh), next(batches), shape
+            )
+            state, metrics = train_step(state, tokens_BxS, np.int32(step))
+            recorder.add(step, metrics)
+            last = step == options.steps
+            if last or step % options.eval_every == 0:
+                recorder.flush(functools.partial(evaluate, state.params, step))
+            asked = vote.highest(stop.signal or 0)
+            if last or asked or step % options.checkpoint_every == 0:
+                # A checkpoint must not be ahead of the metrics, nor of an unseen loss.
+                recorder.sync()
+                checkpoints.save(step, state, batches.get_state())
+                recorder.restart_clock()
+            checkpoints.check()
+            if asked and not last:
+                checkpoints.wait()
+                raise RunInterrupted(
+                    f"stopped by {signal.Signals(asked).name} after step {step} of "
+                    f"{options.steps}; {checkpoints.newest()}, and --resume auto "
+                    "continues from it"
+                )
+
+
+def make_evaluation(
+    options: RunOptions,
+    pieces: Pieces,
+    text: Corpus,
+    held_out: np.ndarray,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Params, int], Row]:
+    """Returns a function from parameters and step to an evaluation's metrics."""
+    validation_loss = make_evaluator(pieces, held_out)
+    sample = make_sampler(
+        pieces,
+        text.tokenizer,
+        text.end_id,
+        start_id=text.prefix[-1] if text.prefix else text.end_id,
+        seed=options.seed,
+        mesh=mesh,
+    )
+
+    def evaluate(params: Params, step: int) -> Row:
+        return {"val_loss": validation_loss(params), "sample": sample(params, step)}
+
+    return evaluate

@@ -1,0 +1,1 @@
+"""What surrounds a training: set-up, checkpoints, logs, processes and errors."""
