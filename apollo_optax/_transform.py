@@ -53,7 +53,8 @@ def scale_by_apollo(
     eps: jax.typing.ArrayLike = 1e-6,
     norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
     scale_front: bool = False,
-    projection: Literal["random", "rademacher", "svd"] | _projection.Draw = "random",
+    projection: Literal["rademacher", "random", "svd"]
+    | _projection.Draw = "rademacher",
     key: jax.typing.ArrayLike = 0,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -104,11 +105,14 @@ def scale_by_apollo(
         update, as with gradients near 0, its norm is not remembered.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
         after it.
-      projection: ``"random"`` for normal entries, ``"rademacher"`` for entries of
-        random sign, ``"svd"`` for the gradient's top singular vectors, or a pure
-        function ``(key, (r, m)) -> P``, which is vmapped over batch elements. Singular
-        vectors are stored in the state. All other projections are functions of `key`
-        and are not stored.
+      projection: ``"rademacher"`` for entries of random sign; ``"random"`` for the
+        paper's normal entries, which train no better and take longer to draw;
+        ``"svd"`` for the gradient's top singular vectors; or a pure function
+        ``(key, (r, m)) -> P``, which is vmapped over batch elements. Singular vectors
+        are stored in the state. All other projections are functions of `key` and are
+        not stored. On a gradient whose rows are all equal, as a constant input makes
+        them, random signs may cancel: at rank 1, with a probability of about
+        ``0.8 / sqrt(m)``, its update is zero until the next draw.
       key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or
         raw.
       weight_dimension_numbers: which axes of a leaf form a matrix. A pytree (or prefix)

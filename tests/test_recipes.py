@@ -39,7 +39,11 @@ def params_and_grads() -> tuple[Any, Any]:
         "embed": jnp.ones((6, 8)),
         "layers": {"kernel": jnp.ones((8, 16)), "bias": jnp.zeros(16)},
     }
-    return params, jax.tree.map(jnp.ones_like, params)
+    # Random signs would cancel on a gradient whose rows are all equal.
+    grads = jax.tree.map(
+        lambda p: jnp.linspace(1, 2, p.size).reshape(p.shape) ** 2, params
+    )
+    return params, grads
 
 
 def test_every_snippet_is_run_here() -> None:

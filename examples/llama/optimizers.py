@@ -327,6 +327,9 @@ class Recipe(NamedTuple):
     rank_of: Callable[[LlamaConfig], int | None] = lambda config: None
     scale: float | None = None
     layerwise: bool = True  # Whether it can be given some of the parameters at a time.
+    # What --projection auto stands for. An optimizer without projections has the value
+    # that its runs had before there was a choice, so that they can be resumed.
+    projection: str = "random"
 
 
 def quarter_of_width(config: LlamaConfig) -> int:
@@ -344,6 +347,7 @@ def channel_wise(*, svd: bool = False) -> Recipe:
         lr_embeddings=3e-2,
         rank_of=quarter_of_width,
         scale=1.0,
+        projection="random" if svd else "rademacher",
     )
 
 
@@ -356,6 +360,7 @@ RECIPES: dict[str, Recipe] = {
         lr_embeddings=3e-2,
         rank_of=lambda config: 1,
         scale=128.0,
+        projection="rademacher",
     ),
     "apollo-svd": channel_wise(svd=True),
     "apollo-zero": Recipe(
@@ -406,11 +411,12 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
         "lr_embeddings": recipe.lr_embeddings,
         "rank": recipe.rank_of(config),
         "scale": recipe.scale,
+        "projection": recipe.projection,
     }
     unset = {
         name: value
         for name, value in defaults.items()
-        if getattr(options, name) is None
+        if getattr(options, name) in (None, "auto")
     }
     return dataclasses.replace(options, **unset)
 
@@ -431,10 +437,11 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
             (
                 "--projection",
                 options.projection,
-                options.optimizer in ("apollo", "apollo-mini"),
+                recipe.projection == "rademacher",
             ),
         )
-        if value not in (None, "adam", "random") and not has_use
+        # "random" is the projection of other optimizers' runs, see `Recipe`.
+        if value not in (None, "adam", "auto", "random") and not has_use
     }
 
 

@@ -20,7 +20,7 @@ CHOICES = {
     "--attention": ("auto", "xla", "cudnn"),
     "--moment-dtype": ("float32", "bfloat16"),
     "--embeddings": ("adam", "apollo"),
-    "--projection": ("random", "rademacher"),
+    "--projection": ("auto", "rademacher", "random"),
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
     "--bos": ("auto", "never"),
@@ -45,7 +45,9 @@ CHANGEABLE = frozenset(
 )
 OFFLOADABLE = ("weights", "activations")
 LARGEST_SEED = 2**32 - 1  # The largest seed of Grain's shuffle.
-BOS_BEFORE_CHOICE = "never"  # The --bos of runs that began without the option.
+# Options whose value "auto" stands for what a run that is resumed began with, and the
+# value of runs that began before there was the option.
+BEFORE_CHOICE = {"bos": "never", "projection": "random"}
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
 
@@ -162,9 +164,10 @@ class TrainingOptions(TextOptions):
     embeddings: str = "adam"
     """What APOLLO does with the embeddings and the head: adam, or apollo as with the
     kernels."""
-    projection: str = "random"
-    """What apollo and apollo-mini project with: random (normal entries) or rademacher
-    (random signs)."""
+    projection: str = "auto"
+    """What apollo and apollo-mini project with: rademacher (random signs) or random
+    (the paper's normal entries). auto: rademacher; a run that is resumed goes on as it
+    began."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -388,7 +391,7 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
     # Before there was a choice.
-    defaults |= {"rounding": "nearest", "bos": BOS_BEFORE_CHOICE}
+    defaults |= {"rounding": "nearest"} | BEFORE_CHOICE
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):
         # The text of the same corpus may have moved.

@@ -31,7 +31,7 @@ from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.log import (
     NoLog,
     RunLog,
-    bos_of_run,
+    began_with,
     check_free,
     check_same_run,
     only_run_in,
@@ -59,9 +59,10 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
     """
     distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
     resume = options.resume == "auto"
-    if resume and options.bos == "auto":
-        began_with = distributed.from_first(lambda: bos_of_run(options.out))
-        options = dataclasses.replace(options, bos=began_with or options.bos)
+    if resume:
+        before = distributed.from_first(lambda: began_with(options.out))
+        kept = {k: v for k, v in before.items() if getattr(options, k) == "auto"}
+        options = dataclasses.replace(options, **kept)
     with distributed.together():
         config = setup.model_config(options)
         options = with_defaults(options, config)

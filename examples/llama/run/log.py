@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from examples.llama.options import BOS_BEFORE_CHOICE, differing_fields
+from examples.llama.options import BEFORE_CHOICE, differing_fields
 from examples.llama.run.errors import UsageError, notice
 from examples.llama.run.tensorboard import TensorBoard
 from examples.llama.text.decoding import decode
@@ -94,11 +94,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def bos_of_run(folder: Path) -> str | None:
-    """Returns the --bos that the run in `folder` began with; None without a run."""
+def began_with(folder: Path) -> dict[str, str]:
+    """Returns the values of `BEFORE_CHOICE`'s options that the run in `folder` has.
+
+    Without a run there are none.
+    """
     if not (folder / CONFIG).exists():
-        return None
-    return read_config(folder).get("bos", BOS_BEFORE_CHOICE)
+        return {}
+    run = read_config(folder)
+    return {name: run.get(name, before) for name, before in BEFORE_CHOICE.items()}
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer: str) -> None:
