@@ -2,7 +2,7 @@
 
 Run it with ``python -m examples.nano``. It reads the source of Python's standard
 library byte by byte, trains on all devices that JAX shows, prints the loss, and ends
-with a sample. On two cores of a CPU it takes about a minute. ``examples/llama`` adds
+with a sample. It takes about 90 seconds of one CPU core. ``examples/llama`` adds
 checkpoints, tokenizers, larger models and much else.
 
 The letters at the end of an array's name are its axes: B sequences in a batch, T

@@ -387,11 +387,11 @@ class EmbeddingRule(NamedTuple):
 
 
 EMBEDDING_RULES: dict[str, EmbeddingRule] = {
-    "scale": EmbeddingRule(scale_of_embedding, scale_of_head, lr=1e-2),
+    "scale": EmbeddingRule(scale_of_embedding, scale_of_head, lr=3e-2),
     "adafactor": EmbeddingRule(adafactor_of_embedding, adafactor_of_embedding, lr=1e-2),
     "racs": EmbeddingRule(racs_of_embedding, racs_of_embedding, lr=1e-2),
     "flattening": EmbeddingRule(
-        flattening_of_embedding, flattening_of_embedding, lr=1e-2
+        flattening_of_embedding, flattening_of_embedding, lr=3e-2
     ),
 }
 

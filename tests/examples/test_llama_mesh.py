@@ -150,7 +150,9 @@ def random_state(run: Run) -> TrainState:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"optimizer": "apollo"}, INT8], ids=["float32", "int8"]
+    "settings",
+    [{"optimizer": "apollo", "embeddings": "racs", "head": "scale"}, INT8],
+    ids=["float32", "int8"],
 )
 def test_checkpoints_move_between_meshes_exactly(
     settings: dict[str, Any], tmp_path: Path
