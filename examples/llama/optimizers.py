@@ -377,8 +377,8 @@ def flattening_of_embedding(options: RunOptions) -> optax.GradientTransformation
 class EmbeddingRule(NamedTuple):
     """A rule for the embedding, (V, D), and the head, (D, V).
 
-    The learning rates are not swept. Each is the best of three with the tiny model,
-    a hundred steps and one seed.
+    The learning rates are not swept. Each is within 2% of the best of three, in
+    perplexity after a hundred steps of the tiny model with one seed.
     """
 
     of_embedding: Callable[[RunOptions], optax.GradientTransformation]
