@@ -12,6 +12,9 @@ from examples.llama.model import REMAT_POLICIES
 from examples.llama.run.errors import UsageError, unknown_name
 from examples.llama.text.rows import FIELD
 
+# The rules for embeddings and head.
+EMBEDDING_RULES = ("adam", "apollo", "scale", "adafactor", "racs", "flattening")
+
 CHOICES = {
     "--remat": tuple(REMAT_POLICIES),
     "--weights": ("float32", "bfloat16", "int8"),
@@ -19,7 +22,8 @@ CHOICES = {
     "--compute-dtype": ("float32", "bfloat16"),
     "--attention": ("auto", "xla", "cudnn"),
     "--moment-dtype": ("float32", "bfloat16"),
-    "--embeddings": ("adam", "apollo"),
+    "--embeddings": EMBEDDING_RULES,
+    "--head": EMBEDDING_RULES,
     "--projection": ("auto", "rademacher", "random"),
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
@@ -162,8 +166,11 @@ class TrainingOptions(TextOptions):
     and Lion. In bfloat16 a second moment hardly forgets, as 0.999 of it rounds to
     itself."""
     embeddings: str = "adam"
-    """What APOLLO does with the embeddings and the head: adam, or apollo as with the
-    kernels."""
+    """The rule for the embeddings and the head: adam, apollo (what an optimizer of that
+    name does with the kernels), or, beside any optimizer: scale, adafactor (without
+    momentum), racs or flattening. Norms have Adam."""
+    head: str | None = None
+    """Another of these rules for the head alone."""
     projection: str = "auto"
     """What apollo and apollo-mini project with: rademacher (random signs) or random
     (the paper's normal entries). auto: rademacher; a run that is resumed goes on as it
@@ -210,7 +217,7 @@ class TrainingOptions(TextOptions):
             value = getattr(self, flag[2:].replace("-", "_"))
             if value not in (
                 *known,
-                *(None,) * (flag in ("--compute-dtype", "--rounding")),
+                *(None,) * (flag in ("--compute-dtype", "--rounding", "--head")),
             ):
                 raise unknown_name(flag, value, known)
         widest = "bfloat16" if self.weights == "int8" else self.weights

@@ -58,11 +58,11 @@ def short_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apollo_optax, "scale_by_apollo", scale_by_apollo)
 
 
-def optimizer_of(name: str, config: LlamaConfig) -> optax.GradientTransformation:
-    return make_optimizer(
-        with_defaults(RunOptions(out=Path("no"), optimizer=name, steps=STEPS), config),
-        config,
-    )[0]
+def optimizer_of(
+    name: str, config: LlamaConfig, **rules: str
+) -> optax.GradientTransformation:
+    options = RunOptions(out=Path("no"), optimizer=name, steps=STEPS, **rules)
+    return make_optimizer(with_defaults(options, config), config)[0]
 
 
 def in_dtype(dtype: str, remat: str = "dots") -> Execution:
@@ -121,10 +121,15 @@ def assert_agree(actual: Any, expected: Any, highest: float) -> None:
 
 
 def assert_same_training(
-    name: str, config: LlamaConfig, dtype: str, highest: float, remat: str = "dots"
+    name: str,
+    config: LlamaConfig,
+    dtype: str,
+    highest: float,
+    remat: str = "dots",
+    **rules: str,
 ) -> None:
     tx, plain, execution = (
-        optimizer_of(name, config),
+        optimizer_of(name, config, **rules),
         in_dtype(dtype, "none"),
         in_dtype(dtype, remat),
     )
@@ -157,24 +162,30 @@ def assert_same_training(
 
 
 @pytest.mark.parametrize(
-    ("name", "remat", "tied_head"),
+    ("name", "remat", "tied_head", "rules"),
     [
-        ("apollo", "dots", True),
+        ("apollo", "dots", True, {}),
         # test_in_float32 has apollo-mini, too.
-        pytest.param("apollo-mini", "dots", False, marks=pytest.mark.slow),
-        pytest.param("apollo-svd", "dots", False, marks=pytest.mark.slow),
-        ("adamw", "none", False),
-        ("lion", "full", False),
-        pytest.param("muon", "dots", False, marks=pytest.mark.slow),
+        pytest.param("apollo-mini", "dots", False, {}, marks=pytest.mark.slow),
+        pytest.param("apollo-svd", "dots", False, {}, marks=pytest.mark.slow),
+        ("adamw", "none", False, {}),
+        ("lion", "full", False, {"embeddings": "racs", "head": "scale"}),
+        pytest.param(
+            "muon",
+            "dots",
+            False,
+            {"embeddings": "adafactor", "head": "flattening"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_twenty_steps_and_changes_between_the_two(
-    name: str, remat: str, tied_head: bool, small: LlamaConfig
+    name: str, remat: str, tied_head: bool, rules: dict[str, str], small: LlamaConfig
 ) -> None:
     config = dataclasses.replace(small, num_kv_heads=1, tied_head=tied_head)
     # Moments are in float32, so that the last digit of a gradient may be the eighth of
     # a moment.
-    assert_same_training(name, config, "float64", 1e-6, remat)
+    assert_same_training(name, config, "float64", 1e-6, remat, **rules)
 
 
 @pytest.mark.slow

@@ -18,7 +18,13 @@ from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
 from examples.llama.mesh import batch_share, make_mesh, over_data
 from examples.llama.model import pieces_of
-from examples.llama.optimizers import RECIPES, make_optimizer, path_name, with_defaults
+from examples.llama.optimizers import (
+    EMBEDDING_RULES,
+    RECIPES,
+    make_optimizer,
+    path_name,
+    with_defaults,
+)
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
 from examples.llama.run.checkpoint import Checkpoints
@@ -100,8 +106,22 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
     "settings",
     [
         pytest.param(INT8, marks=pytest.mark.slow),  # Layer-wise, too.
-        pytest.param({"layerwise": True, "optimizer": "muon"}, marks=pytest.mark.slow),
-        {"optimizer": "lion", "accumulate": 2, "batch": 16},
+        pytest.param(
+            {
+                "layerwise": True,
+                "optimizer": "muon",
+                "embeddings": "adafactor",
+                "head": "flattening",
+            },
+            marks=pytest.mark.slow,
+        ),
+        {
+            "optimizer": "lion",
+            "accumulate": 2,
+            "batch": 16,
+            "embeddings": "racs",
+            "head": "scale",
+        },
     ],
     ids=["int8", "layer-wise", "micro-batches"],
 )
@@ -130,7 +150,9 @@ def random_state(run: Run) -> TrainState:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"optimizer": "apollo"}, INT8], ids=["float32", "int8"]
+    "settings",
+    [{"optimizer": "apollo", "embeddings": "racs", "head": "scale"}, INT8],
+    ids=["float32", "int8"],
 )
 def test_checkpoints_move_between_meshes_exactly(
     settings: dict[str, Any], tmp_path: Path
@@ -175,12 +197,20 @@ def shards(tree: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     }
 
 
-@pytest.mark.parametrize("optimizer", RECIPES)
-def test_state_is_cut_as_far_as_its_sizes_allow(optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "embeddings"),
+    [
+        *((optimizer, "adam") for optimizer in RECIPES),
+        *(("apollo-mini", rule) for rule in EMBEDDING_RULES),
+    ],
+)
+def test_state_is_cut_as_far_as_its_sizes_allow(
+    optimizer: str, embeddings: str
+) -> None:
     """Of a model on 8 devices, parameters and all state of matrices are an eighth on
     each.
     """
-    run = run_of("fsdp=4,tensor=2", optimizer=optimizer)
+    run = run_of("fsdp=4,tensor=2", optimizer=optimizer, embeddings=embeddings)
     state = setup.abstract_state(*run)
     assert all(
         np.prod(part) * 8 == np.prod(shape)
