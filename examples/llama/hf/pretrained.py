@@ -12,12 +12,12 @@ from typing import Any
 import tokenizers
 
 from examples.llama.hf.config import CONFIG, read_json, write_json
+from examples.llama.hf.folder import GENERATION_CONFIG
 from examples.llama.run.log import PRETRAINED
 from examples.llama.text.decoding import decode, mark_and_encoding
 from examples.llama.text.hub import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
 from examples.llama.text.tokenizer import special_token, tokenizer_path
 
-GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 EOS, EOS_ID = "eos_token", "eos_token_id"
 TOKEN_IDS = {"bos_token": "bos_token_id", "pad_token": "pad_token_id"}
@@ -30,8 +30,9 @@ def find_files(tokenizer: str | None, init_from: Path | None) -> dict[str, Path]
 
     Args:
         tokenizer: the value of --tokenizer.
-        init_from: that of --init-from. The ids in its configuration are those of its
-            own tokenizer, so they count only where `tokenizer` is the same.
+        init_from: the folder of the model that --init-from names. The ids in its
+            configuration are those of its own tokenizer, so they count only where
+            `tokenizer` is the same.
 
     Raises:
         UsageError: where there is no such tokenizer.
