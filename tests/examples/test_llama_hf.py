@@ -36,9 +36,16 @@ CONFIGS = {
     ),
     "head_dim": LLAMA(64, 16, 24, 2, 2, head_size=12, num_kv_heads=1),
     "qwen2": LLAMA(64, 32, 40, 4, 2, num_kv_heads=2, model_type="qwen2"),
-    "qwen3": LLAMA(64, 16, 24, 2, 2, head_size=12, num_kv_heads=1, model_type="qwen3"),
-    "qwen3-tied": LLAMA(
-        64, 16, 24, 2, 2, head_size=8, tied_head=True, model_type="qwen3"
+    "qwen3": LLAMA(
+        64,
+        16,
+        24,
+        2,
+        2,
+        head_size=12,
+        num_kv_heads=1,
+        tied_head=True,
+        model_type="qwen3",
     ),
     "mistral": LLAMA(64, 16, 24, 2, 2, num_kv_heads=1, model_type="mistral"),
 }
