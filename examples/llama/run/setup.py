@@ -250,27 +250,47 @@ def initial_params(
         name: sharding for name, sharding in shardings.items() if name != "layers"
     }
     if options.init_from:
-        reader = pretrained_weights(options, config)
-
-        # The layers' axis is not sharded, so a stack of one layer has the sharding of
-        # all.
-        def read(index: int) -> Params:
-            return jax.tree.map(on_mesh, reader.layer(index), shardings["layers"])
-
-        # One layer at a time, so that the host never stores all weights beside the
-        # device's, which are in host memory too if the device is a CPU.
-        rest = jax.tree.map(on_mesh, reader.ends(), of_ends)
-        return storage.filled(shapes, rest, read)
+        return read_params(pretrained_weights(options, config), storage, shapes)
     arguments = {"config": config, "execution": execution, "seed": options.seed}
     if not storage.a_layer_at_a_time:
         return jax.jit(
             functools.partial(init_params, **arguments), out_shardings=shardings
         )()
     rest = jax.jit(functools.partial(init_ends, **arguments), out_shardings=of_ends)()
+    # The layers' axis is not sharded, so a stack of one layer has the sharding of all.
     draw = jax.jit(
         functools.partial(init_layer, **arguments), out_shardings=shardings["layers"]
     )
     return storage.filled(shapes, rest, lambda index: draw(index=index))
+
+
+def read_params(
+    reader: hf_weights.WeightReader, storage: Storage, shapes: Params
+) -> Params:
+    """Returns the weights of a file as `storage` keeps them.
+
+    Each layer is put where it belongs before the next one is read. Host memory holds
+    two layers more than what is stored there: what was read, and the copy on the device
+    if the device is a CPU.
+
+    Args:
+        reader: of the weights.
+        storage: of the run.
+        shapes: all parameters, abstract, with shardings.
+    """
+    shardings = shardings_of(shapes)
+
+    def to_devices(params: Params, shardings: Any) -> Params:
+        # JAX frees the arrays that were read only when they have arrived.
+        return jax.block_until_ready(jax.tree.map(on_mesh, params, shardings))
+
+    layers = shardings.pop("layers")
+    return storage.filled(
+        shapes,
+        to_devices(reader.ends(), shardings),
+        # The layers' axis is not sharded, so a stack of one layer has their sharding.
+        lambda index: to_devices(reader.layer(index), layers),
+    )
 
 
 def pretrained_weights(
