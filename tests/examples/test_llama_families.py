@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from examples.llama import export, pretrain
@@ -175,8 +175,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     It returns the model's folder in the cache. There is no network.
     """
     cache = tmp_path / "cache" / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     def put(folder: Path, name: str, ref: str = "main", commit: str = COMMIT) -> Path:
         cached = cache / f"models--{name.replace('/', '--')}"

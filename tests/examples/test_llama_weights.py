@@ -55,7 +55,6 @@ def kernels(params: Any) -> list[Any]:
         layers[part][name]["kernel"]
         for part in ("attention", "mlp")
         for name in layers[part]
-        if name.endswith("proj")
     ]
 
 
@@ -160,31 +159,6 @@ def test_what_is_in_host_memory_computes_the_same(settings: dict[str, Any]) -> N
         assert code.sharding.memory_kind == "pinned_host"
         jax.tree.map(assert_same_numbers, a, b)
     jax.tree.map(np.testing.assert_array_equal, there.opt_state, here.opt_state)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "vectors"),
-    [("qwen2", {"bias": (3, 16)}), ("qwen3", {"scale": (3, 8)})],
-)
-def test_biases_and_norms_of_heads_beside_int8_kernels(
-    model_type: str,
-    vectors: dict[str, tuple[int, ...]],
-    small: LlamaConfig,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shape = dataclasses.replace(small, model_type=model_type)
-    monkeypatch.setitem(PRESETS, "tiny", shape)
-    options, config, tx = run_options(
-        weights="int8", layerwise=True, lr=0.02, lr_embeddings=0.02
-    )
-    state, seen = stepped(options, config, tx)
-    assert np.isfinite(seen).all()
-    attention = state.params["layers"]["attention"]
-    (leaf, size), *_ = vectors.items()
-    module = attention["q_proj" if leaf == "bias" else "q_norm"]
-    assert (module[leaf].shape, module[leaf].dtype) == (size, jnp.bfloat16)
-    assert np.ptp(np.asarray(module[leaf], np.float32)) > 0  # It is trained.
-    assert all(map(is_quantized, kernels(state.params)))
 
 
 @pytest.mark.parametrize("offload", [None, "weights"])
