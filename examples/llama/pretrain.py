@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from examples.llama.evaluate import perplexity
 from examples.llama.hf import pretrained
-from examples.llama.hf.folder import config_folder
 from examples.llama.loop import make_evaluation, run_steps
 from examples.llama.mesh import batch_share
 from examples.llama.model import pieces_of
@@ -84,8 +83,7 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         held_out = validation_batches(
             text.validation, seq=options.seq, count=options.eval_windows
         )
-        folder = config_folder(options.init_from) if options.init_from else None
-        given = pretrained.find_files(options.tokenizer, folder)
+        given = pretrained.find_files(options.tokenizer, options.init_from)
         description = setup.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
