@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+from examples.llama.config import LlamaConfig
 from examples.llama.mesh import batch_shards
 from examples.llama.model import REMAT_POLICIES
 from examples.llama.run.errors import UsageError, unknown_name
@@ -74,8 +75,8 @@ class TextOptions:
     """Stop reading --data after this many tokens; by default a run on hf: takes as many
     as it needs, and otherwise all are read."""
     tokenizer: str | None = None
-    """A tokenizer.json, a folder with one, or a name on the hub; by default that of
-    --init-from, else a BPE trained on --data at its first use."""
+    """A tokenizer.json, a folder with one, or OWNER/NAME[@REVISION] on the hub; by
+    default that of --init-from, else a BPE trained on --data at its first use."""
     vocab: int | None = None
     """Tokens of that BPE; by default the model's vocabulary."""
     bos: str = "auto"
@@ -99,12 +100,13 @@ class TrainingOptions(TextOptions):
     out: Path
     """Folder for the results; must not hold another run."""
     model: str | None = None
-    """tiny (the default), 6m, 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b
-    or llama-3-8b."""
-    init_from: Path | None = None
-    """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to
-    start from, instead of --model and random weights. An export passes its tokenizer's
-    files on, the chat template too."""
+    """tiny (the default), 6m, 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b,
+    llama-3-8b, llama-3.1-8b, qwen2.5-7b, qwen3-8b or mistral-7b."""
+    init_from: str | None = None
+    """A LLaMA, Qwen2, Qwen2.5, Qwen3 or Mistral to start from, instead of --model and
+    random weights: a folder in Hugging Face's format (config.json, *.safetensors) or
+    OWNER/NAME[@REVISION] of one on the hub, which is downloaded at its first use. An
+    export passes its tokenizer's files on, the chat template too."""
     mesh: str = "data=1"
     """The devices, as data=2,fsdp=2,tensor=2: data and fsdp shard each batch, fsdp
     every matrix of weights, tensor their heads and columns. The sizes must multiply to
@@ -190,9 +192,10 @@ class TrainingOptions(TextOptions):
             raise UsageError(
                 f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}"
             )
-        for name in ("model", "data", "validation", "tokenizer"):
+        for name in ("model", "init_from", "data", "validation", "tokenizer"):
             if getattr(self, name) == "":
-                raise UsageError(f"--{name} is empty; give it a value, or leave it out")
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is empty; give it a value, or leave it out")
         if self.batch % self.accumulate:
             raise UsageError(
                 f"--batch {self.batch} is not a multiple of --accumulate "
@@ -211,7 +214,10 @@ class TrainingOptions(TextOptions):
                 "model's shape; give one of them"
             )
         # Frozen, so only here are the defaults that depend on other options resolved.
-        if not self.init_from:
+        if self.init_from:
+            # A run is resumed by its options, and `a/` is the folder `a`.
+            object.__setattr__(self, "init_from", str(Path(self.init_from)))
+        else:
             object.__setattr__(self, "model", self.model or "tiny")
         for flag, known in CHOICES.items():
             value = getattr(self, flag[2:].replace("-", "_"))
@@ -394,8 +400,9 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Returns the differences of two configurations, as `field: theirs -> ours`.
 
     Changeable fields are left out. A field that one has not got, because it is older
-    than the field, has the field's default.
+    than the field, has the field's default. So has a field of the model's shape.
     """
+    ours, theirs = with_all_shape_fields(ours), with_all_shape_fields(theirs)
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
     # Before there was a choice.
     defaults |= {"rounding": "nearest"} | BEFORE_CHOICE
@@ -413,6 +420,18 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         for name, (before, now) in pairs.items()
         if before != now
     ]
+
+
+def with_all_shape_fields(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns a run's description with the shape's fields that are newer than it."""
+    if "model_config" not in run:
+        return run
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(LlamaConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    return run | {"model_config": defaults | run["model_config"]}
 
 
 PROCESS_FIELDS = frozenset(field.name for field in dataclasses.fields(ProcessOptions))

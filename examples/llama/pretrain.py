@@ -20,7 +20,7 @@ from examples.llama.model import pieces_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.run import distributed, plots, setup
-from examples.llama.run.checkpoint import Checkpoints
+from examples.llama.run.checkpoint import Checkpoints, steps_on_disk
 from examples.llama.run.errors import (
     RunInterrupted,
     exit_on_usage_error,
@@ -88,6 +88,10 @@ def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
         description = setup.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
+        if options.init_from and not steps_on_disk(options.out):
+            # Weights that cannot be downloaded or read are an error before the run's
+            # folder is made. A run with a checkpoint does not read them.
+            setup.pretrained_weights(options, config)
     distributed.check_same({"corpus": text.key}, "text, or caches of it")
     if resume and (result := result_of(options)):
         return result

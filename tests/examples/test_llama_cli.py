@@ -783,7 +783,11 @@ def test_diverged_run_says_so_and_keeps_its_metrics(
             ["--model", "tiny", "--init-from", "x"],
             "--model tiny and --init-from x both give the model",
         ),
-        (["--init-from", "nowhere"], "nowhere/config.json is not there; give a folder"),
+        (
+            ["--init-from", "nowhere"],
+            "--init-from 'nowhere' does not exist; give a folder",
+        ),
+        (["--init-from", ""], "--init-from is empty"),
         (["--vocab", "500"], "--vocab 500"),
         (
             ["--tokenizer", "nowhere.json"],

@@ -138,6 +138,29 @@ def test_other_steps_on_a_mesh(settings: dict[str, Any]) -> None:
     assert on_device < 0.35 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize(
+    "model_type", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)]
+)
+def test_biases_and_norms_of_heads_on_a_mesh(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = dataclasses.replace(WIDE, num_layers=1, model_type=model_type)
+    monkeypatch.setitem(PRESETS, "tiny", shape)
+    (_, expected), (state, losses) = (
+        trained(run_of(mesh, optimizer="adamw"), 4) for mesh in ("data=1", "tensor=8")
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    attention = state.params["layers"]["attention"]
+    if model_type == "qwen2":
+        # Each device has the biases of the head whose columns it has.
+        for name in ("q_proj", "k_proj", "v_proj"):
+            bias, kernel = attention[name]["bias"], attention[name]["kernel"]
+            assert bias.sharding.spec == jax.P(None, "tensor")
+            assert bias.sharding.spec[-1] == kernel.sharding.spec[-1]
+    else:
+        assert attention["q_norm"]["scale"].sharding.is_fully_replicated
+
+
 def random_state(run: Run) -> TrainState:
     """A state whose numbers all differ, without a step to compile."""
     rng = np.random.default_rng(0)
@@ -280,9 +303,11 @@ def test_every_parameter_is_cut_by_both_axes() -> None:
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             spec = partition.spec_of(path_name(path), leaf.shape, mesh)
-            assert sorted(entry for entry in spec if entry) == (
-                [] if "norm" in path_name(path) else ["fsdp", "tensor"]
-            )
+            kind = path_name(path).rpartition("/")[2]
+            assert sorted(entry for entry in spec if entry) == {
+                "scale": [],
+                "bias": ["tensor"],
+            }.get(kind, ["fsdp", "tensor"])
             assert len(spec) in (0, leaf.ndim)
 
 

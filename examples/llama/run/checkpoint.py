@@ -192,6 +192,12 @@ class Checkpoints:
             ) from error
 
 
+def steps_on_disk(run_folder: Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, the oldest first."""
+    folder = (run_folder / CHECKPOINTS).absolute()
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 def restore_params(
     run_folder: Path, abstract_params: Params, step: int | None
 ) -> Params:
@@ -205,8 +211,7 @@ def restore_params(
     Raises:
         UsageError: where there is no such checkpoint, or it cannot be read.
     """
-    folder = (run_folder / CHECKPOINTS).absolute()
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    folder, steps = (run_folder / CHECKPOINTS).absolute(), steps_on_disk(run_folder)
     if not steps or step not in (None, *steps):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
         raise UsageError(
