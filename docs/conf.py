@@ -69,6 +69,7 @@ nitpick_ignore_regex = [
 
 html_theme = "furo"
 html_title = "apollo-optax"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
@@ -79,7 +80,7 @@ html_theme_options = {
 }
 
 
-# [text](target), but no figure. A target with a scheme or of this page alone is left out.
+# [text](target), but no figure, and no target on this page or with a scheme.
 LINK = re.compile(r"(?<!!)(\[[^\[\]]*\])\((?![a-z]+:|#)([^)\s]+)\)")
 
 
