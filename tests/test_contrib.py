@@ -15,7 +15,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPES = {
     "wide": {"kernel": (8, 24), "bias": (24,)},
     "tall": {"kernel": (24, 8)},
-    "square": {"kernel": (16, 16)},
     "thin": {"kernel": (3, 16)},  # Its smaller side is below the rank.
     "row": {"kernel": (1, 16)},  # A vector to both.
 }
