@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch tpu lint format bench bench-step bench-memory bench-collectives bench-quality integrations clean
+.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-memory bench-collectives bench-quality integrations clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -31,6 +31,10 @@ $(VENV)/.torch: $(VENV)/.test
 
 $(VENV)/.bench-torch: $(VENV)/.torch
 	$(INSTALL) -e '.[test,torch,bench-torch]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 $(VENV)/.tpu: $(VENV)/.test
@@ -59,6 +63,19 @@ format: $(VENV)/.test  ## write the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs  ## the documentation site in docs/_build/html; warnings are errors
+	rm -rf docs/_build/html docs/api/generated  # Pages of names that are gone would stay. Notebooks' outputs are kept.
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet docs docs/_build/html
+
+docs-serve: docs  ## the site at http://localhost:8000
+	$(BIN)/python -m http.server --bind localhost --directory docs/_build/html 8000
+
+docs-links: $(VENV)/.docs  ## every link and anchor of the built site
+	$(BIN)/python docs/check.py --links-only
+
+docs-check: $(VENV)/.docs  ## the same, and each page in headless Chromium, which has to be installed
+	$(BIN)/python docs/check.py
+
 bench: $(VENV)/.torch  ## the tables that README and docs quote
 	$(BIN)/python -m benchmarks.state_bytes
 	$(BIN)/python -m benchmarks.import_time
@@ -80,4 +97,4 @@ integrations: | $(BIN)/python  ## the optimizer inside MaxText, Flax, Tunix, Equ
 	$(BIN)/python -m integrations
 
 clean:  ## remove the virtual environment and what runs wrote
-	rm -rf $(VENV) runs integrations/.envs
+	rm -rf $(VENV) runs integrations/.envs docs/_build docs/api/generated

@@ -44,12 +44,14 @@ RunLayer = Callable[[Leaves, Any, Any], tuple[Any, Any]]
 class LayerwiseMetrics(NamedTuple):
     """What a layer-wise step reports beside the new parameters and state; scalars.
 
-    The gradient's norm is known only once all parameters are updated, so an optimizer
-    can't clip by it.
+    Attributes:
+      loss: the loss before the update, with the layers' auxiliary losses.
+      grad_norm: the Euclidean norm of the gradients of all parameters. It is known only
+        once all parameters are updated, so an optimizer can't clip by it.
     """
 
-    loss: jax.Array  # The loss before the update, with the layers' auxiliary losses.
-    grad_norm: jax.Array  # The Euclidean norm of the gradients of all parameters.
+    loss: jax.Array
+    grad_norm: jax.Array
 
 
 def layerwise_step(

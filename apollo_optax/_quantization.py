@@ -64,25 +64,37 @@ class QuantizedArray:
     layers.
 
     :func:`quantize` makes it and :func:`dequantize` reads it.
+
+    Attributes:
+      qvalue: the codes, int8, of shape ``(..., groups, positions / 8, 8, ...)``, or
+        ``(..., groups, positions)`` along the last axis.
+      scale: the scale of each group, bfloat16, of shape ``(..., groups, ...)``. A
+        float32 scale stays float32.
+      zero_point: the code of 0 in each group, int8, of the scale's shape.
+      axis: the axis of groups. It is negative, so that it also holds for a layer
+        sliced from a stack.
+      axis_size: the matrix's size along `axis`, without the padding.
+      group_size: neighbours per scale.
+      dtype: the dtype of the dequantized array.
     """
 
-    # int8, (..., groups, positions / 8, 8, ...); along the last axis (..., groups,
-    # positions).
     qvalue: jax.Array
-    scale: jax.Array  # bfloat16, (..., groups, ...). A float32 scale stays float32.
-    zero_point: jax.Array  # int8, the scale's shape: the code of 0.
-    axis: int  # Negative, so that it also holds for a layer sliced from a stack.
-    axis_size: int  # The matrix's size along `axis`, without the padding.
+    scale: jax.Array
+    zero_point: jax.Array
+    axis: int
+    axis_size: int
     group_size: int
-    dtype: np.dtype  # The dtype of the dequantized array.
+    dtype: np.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix or stack of matrices."""
         before, _, after = split_shape(self.scale.shape, self.axis)
         return (*before, self.axis_size, *after)
 
     @property
     def ndim(self) -> int:
+        """Number of axes of the matrix or stack of matrices."""
         return len(self.shape)
 
     @property
@@ -123,8 +135,7 @@ def quantize(
     Args:
       array: real floating-point, with two or more axes (or one, if `axis` is given).
       axis: the axis along which neighbours form a group. The default is the last but
-      one,
-        the inputs of Flax's ``(in, out)`` kernels, so that neighbouring weights in
+        one, the inputs of Flax's ``(in, out)`` kernels, so that neighbouring weights in
         memory have neighbouring scales. If the array's ``NamedSharding`` splits that
         axis within a group, the default is the last axis, unless that is split within a
         group too: 11008 is 86 groups, which two devices can share and four can't.
