@@ -74,6 +74,7 @@ class PartialOptimizer:
         owners = _state.owners(self.state, self.params, shared)
         self._owner = {path: owner.parameter for path, owner in owners.items()}
         self._in_leafwise = {path for path, owner in owners.items() if owner.rule}
+        self._check_steps()
         quantized = [path for path, leaf in self.params.items() if is_quantized(leaf)]
         if quantized and key is None:
             raise ValueError(
@@ -109,6 +110,20 @@ class PartialOptimizer:
                 f"opt_state is not tx.init(dequantize(params)): it {found}; give the "
                 "state of this optimizer for these parameters"
             )
+
+    def _check_steps(self) -> None:
+        """Raises if the state is that of `optax.MultiSteps`.
+
+        MultiSteps does not pass `batch_index` on, so all layers would draw the same
+        projection.
+        """
+        for path, owner in self._owner.items():
+            if owner is None and path[-1] == "mini_step":
+                raise ValueError(
+                    f"opt_state has '{_tree.show(path)}' of optax.MultiSteps, which "
+                    "does not tell the optimizer inside which layer it updates; leave "
+                    "MultiSteps out, and give the step larger batches"
+                )
 
     def params_tree(self, leaves: Leaves) -> Any:
         """The tree of parameters with these leaves; all others are masked out."""

@@ -190,6 +190,11 @@ def norm_of_all_layers():
     return optax.GradientTransformation(init, update)
 
 
+def accumulating_within_a_chain(tx, every):
+    steps = optax.MultiSteps(tx, every).gradient_transformation()
+    return optax.chain(optax.identity(), steps)
+
+
 MIXING: dict[str, Callable[[], optax.GradientTransformation]] = {
     # These mix the layers of a leaf.
     "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
@@ -214,6 +219,11 @@ def test_rejects_states_that_layers_share(name):
     assert_rejected(
         toy(), MIXING[name](), "'.*' of the optimizer's .*use the ordinary step"
     )
+
+
+@pytest.mark.parametrize("wrap", [optax.MultiSteps, accumulating_within_a_chain])
+def test_rejects_steps_that_do_not_tell_the_layer(wrap):
+    assert_rejected(toy(), wrap(optax.adam(0.1), 2), "mini_step' of optax.MultiSteps")
 
 
 @pytest.mark.parametrize("axis", [0, -2])
