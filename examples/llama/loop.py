@@ -11,7 +11,7 @@ import numpy as np
 
 from examples.llama.evaluate import make_evaluator
 from examples.llama.mesh import over_data
-from examples.llama.model import Params, Pieces
+from examples.llama.model import Batch, Params, Pieces
 from examples.llama.options import RunOptions
 from examples.llama.run import distributed
 from examples.llama.run.checkpoint import Checkpoints
@@ -38,13 +38,19 @@ def run_steps(
     checkpoints: Checkpoints,
 ) -> None:
     """Trains from `first_step` to the last step, with evaluations and checkpoints."""
-    shape, vote = (options.batch, options.seq + 1), distributed.Vote()
+    on_devices = functools.partial(
+        jax.make_array_from_process_local_data,
+        over_data(mesh),
+        global_shape=(options.batch, options.seq + 1),
+    )
+    vote = distributed.Vote()
     with stop.deferred():
         for step in range(first_step, options.steps + 1):
-            tokens_BxS = jax.make_array_from_process_local_data(
-                over_data(mesh), next(batches), shape
-            )
-            state, metrics = train_step(state, tokens_BxS, np.int32(step))
+            rows = next(batches)
+            # Batches of whole windows are tokens alone.
+            rows = rows if isinstance(rows, Batch) else Batch(rows)
+            batch = jax.tree.map(on_devices, rows)
+            state, metrics = train_step(state, batch, np.int32(step))
             recorder.add(step, metrics)
             last = step == options.steps
             if last or step % options.eval_every == 0:
@@ -73,7 +79,7 @@ def make_evaluation(
     mesh: jax.sharding.Mesh,
 ) -> Callable[[Params, int], Row]:
     """Returns a function from parameters and step to an evaluation's metrics."""
-    validation_loss = make_evaluator(pieces, held_out)
+    validation_loss = make_evaluator(pieces, Batch(held_out))
     sample = make_sampler(
         pieces,
         text.tokenizer,

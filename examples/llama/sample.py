@@ -10,7 +10,7 @@ import tokenizers
 
 from apollo_optax import layerwise_apply
 from examples.llama.mesh import on_every_device
-from examples.llama.model import Params, Pieces
+from examples.llama.model import Batch, Params, Pieces
 
 LENGTH = 64  # Tokens.
 TEMPERATURE = 0.8
@@ -37,13 +37,13 @@ def make_sampler(
         key = jax.random.fold_in(jax.random.key(seed), step)
 
         def extend(position: jax.Array, tokens_1xT: jax.Array) -> jax.Array:
-            def head(params: Params, x_1xTxD: jax.Array, _: jax.Array) -> jax.Array:
+            def head(params: Params, x_1xTxD: jax.Array, _: Batch) -> jax.Array:
                 return pieces.logits(params, x_1xTxD[:, position])
 
             # The whole text is computed again for each token. It is short, and a cache
             # of keys and values would take more code.
             logits_V = layerwise_apply(pieces.embed, pieces.layer, head)(
-                params, tokens_1xT
+                params, Batch(tokens_1xT)
             )[0, :known]
             token = jax.random.categorical(
                 jax.random.fold_in(key, position), logits_V / TEMPERATURE
