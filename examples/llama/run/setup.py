@@ -16,6 +16,7 @@ from rich import filesize
 from apollo_optax import state_bytes
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.hf import weights as hf_weights
+from examples.llama.loop import Text
 from examples.llama.mesh import make_mesh, on_every_device
 from examples.llama.model import (
     Execution,
@@ -37,7 +38,6 @@ from examples.llama.step import (
 )
 from examples.llama.storage import Storage, on_mesh
 from examples.llama.text import corpus
-from examples.llama.text.windows import token_count
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
@@ -139,9 +139,7 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
     )
 
 
-def describe(
-    options: RunOptions, config: LlamaConfig, text: corpus.Corpus
-) -> dict[str, Any]:
+def describe(options: RunOptions, config: LlamaConfig, text: Text) -> dict[str, Any]:
     """Returns a JSON description of the run; equal descriptions compute the same."""
     return options.as_run() | {
         "model_config": dataclasses.asdict(config),
@@ -159,13 +157,12 @@ def describe(
 def summary(
     options: RunOptions,
     config: LlamaConfig,
-    text: corpus.Corpus,
+    text: Text,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> str:
     """Returns what is about to run, in a line."""
     tokens = options.steps * options.batch * options.seq
-    there = token_count(text.train)
     state = sum(
         state_bytes(tx, abstract_params(config, execution_of(options, config), mesh))
     )
@@ -173,7 +170,8 @@ def summary(
         f"{options.model or options.init_from}: {param_count(config):,} parameters in "
         f"{options.weights}, {filesize.decimal(state)} of optimizer state, on "
         f"{mesh.size} of {len(jax.devices())} {jax.devices()[0].device_kind}; "
-        f"{tokens:,} tokens, {tokens / there:.2g} times the {there:,} there are"
+        f"{tokens:,} tokens, {tokens / text.tokens:.2g} times the {text.tokens:,} "
+        "there are"
     )
 
 
