@@ -53,6 +53,7 @@ from examples.llama.text.template import TEMPLATE, find_template
 from examples.llama.text.tokenizer import Encoder, load_tokenizer
 from examples.llama.train import train
 
+EVALUATED_AT_ONCE = 8  # Rows.
 PROMPTS = 2  # The held-out conversations that samples answer.
 
 
@@ -91,7 +92,7 @@ def load_text(
         )
     options = with_steps(options, len(rows), conversations, train_set)
     share, shares = batch_share(mesh, options.batch)
-    longest_prompt = config.max_seq_len - LENGTH
+    longest_prompt = max(1, config.max_seq_len - LENGTH)
     text = Text(
         tokenizer=encoder.tokenizer,
         end_id=encoder.end_id,
@@ -106,7 +107,10 @@ def load_text(
             process_count=shares,
         ),
         held_out=evaluation_batches(
-            Packed(held_out, options.seq + 1, seed=0), count=options.eval_windows
+            Packed(held_out, options.seq + 1, seed=0),
+            count=options.eval_windows,
+            # An evaluation needs no more memory than a step.
+            batch=min(EVALUATED_AT_ONCE, options.batch),
         ),
         prompts={
             f"{each.question}\n> ": chat_encoder.prompt(each)[-longest_prompt:]

@@ -290,3 +290,18 @@ def test_long_examples_are_cut_or_dropped() -> None:
     assert [each.tokens.size for each in result.examples] == [2, 3]
     result = fit(examples, 3, cut=False)
     assert (result.cut, result.dropped) == (0, 3)
+
+
+def test_a_data_set_with_splits(folder: Path) -> None:
+    pytest.importorskip("datasets")
+    (folder / "set").mkdir()
+    for name, rows in {"train": 3, "validation": 1}.items():
+        lines = [json.dumps({"messages": list(CHAT[:2])}) for _ in range(rows)]
+        (folder / "set" / f"{name}.jsonl").write_text("\n".join(lines))
+    source = open_conversations("--data", f"hf:{folder}/set")
+    read = list(map(conversation_of, source))
+    assert [each.place for each in read] == [
+        f"row {number} of split 'train'" for number in (1, 2, 3)
+    ]
+    assert read[0].messages == list(CHAT[:2])
+    assert len(list(source.held_out() or ())) == 1

@@ -40,8 +40,9 @@ FIELDS = (MESSAGES, PROMPT, COMPLETION, TEXT)
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 ENCODED_AT_ONCE = 256  # Conversations.
-# What looks like the name of a special token: <|im_start|>, <s>, [INST].
-TOKEN_NAME = re.compile(r"<\|[^\s|<>{}]+\|>|<[a-z_]+>|</[a-z_]+>|\[/?[A-Z_]{3,}\]")
+# What must be a special token's name where a template has it, as <|im_start|>. Other
+# forms are ordinary text to some models: [INST] is to Llama 2.
+TOKEN_NAME = re.compile(r"<\|[^\s|<>{}]+\|>")
 
 Span = tuple[int, int]  # The first character, and the one after the last.
 

@@ -99,7 +99,7 @@ class Packed:
         return f"Packed({len(self)} of {self._row} tokens)"
 
 
-def evaluation_batches(packed: Packed, *, count: int, batch: int = 8) -> Batch:
+def evaluation_batches(packed: Packed, *, count: int, batch: int) -> Batch:
     """Returns rows spread evenly over `packed`, equal for all runs.
 
     Args:
