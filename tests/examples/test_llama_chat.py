@@ -85,6 +85,21 @@ def test_the_assistants_tokens_are_learnt(name: str, tmp_path: Path) -> None:
     assert example.weights.all()
 
 
+def test_an_answer_that_shares_a_token_with_the_prompt_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
+        "{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    encoder = encoder_of(tmp_path, template)
+    chat = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "ttt"})
+    (example,) = encoder.examples([Conversation("x:1", chat)])
+    # " t" is a token, so the answer begins with its second letter.
+    assert decoded(encoder, example.tokens[example.weights == 1]) == "tt</s>"
+    assert "1 answers begin in the middle of a token" in capsys.readouterr().err
+
+
 def test_prompts_completions_and_texts(tmp_path: Path) -> None:
     asked = Conversation("x:1", (), "What is 1?", " One. <|im_end|>")
     text = Conversation("x:2", (), "", "A text.")

@@ -109,7 +109,9 @@ def test_a_run_its_resumption_and_its_export(
         date="2026-11-27",
     )
     _, text = finetune.load_text(options, SMALL, setup.mesh_of(options, SMALL))
-    loss = make_evaluator(pieces_of(SMALL), text.held_out)(load_params(exported, SMALL))
+    loss = make_evaluator(pieces_of(SMALL), text.held_out)(
+        load_params(exported, SMALL, "float32")
+    )
     assert loss == pytest.approx(losses[best], abs=1e-5)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from examples.llama.run.errors import UsageError
+from examples.llama.run.errors import UsageError, notice
 from examples.llama.text.decoding import DocumentError
 from examples.llama.text.formats import read_rows
 from examples.llama.text.hub import PREFIX, HubSource
@@ -181,6 +181,7 @@ class ChatEncoder:
     ) -> None:
         self._flag, self._encoder, self._template = flag, encoder, template
         self._learn_all = learn_all
+        self._joined = 0  # The answers that share their first token with what precedes.
         self.chat_tokenizer = tokenizers.Tokenizer.from_str(encoder.tokenizer.to_str())
         self.chat_tokenizer.encode_special_tokens = False
         known = self.chat_tokenizer.get_vocab(with_added_tokens=True)
@@ -205,6 +206,12 @@ class ChatEncoder:
             while chunk := list(itertools.islice(rows, ENCODED_AT_ONCE)):
                 found.extend(self._encoded(chunk))
                 bar.update(len(chunk))
+        if self._joined:
+            notice(
+                f"{self._flag}: {self._joined:,} answers begin in the middle of a "
+                "token, which is not learnt; the chat template should end what "
+                "precedes an answer with a special token or a line feed, not a space"
+            )
         return found
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -329,9 +336,11 @@ class ChatEncoder:
         self, encoding: tokenizers.Encoding, spans: Sequence[Span]
     ) -> Example:
         starts = np.array([start for start, _ in encoding.offsets], np.int64)
+        ends = np.array([end for _, end in encoding.offsets], np.int64)
         learnt = np.zeros(starts.size, bool)
         for first, end in spans:
             learnt |= (first <= starts) & (starts < end)
+            self._joined += bool(np.any((starts < first) & (first < ends)))
         return Example(np.array(encoding.ids, np.int32), learnt.astype(np.float32))
 
     def _plain_example(
