@@ -84,12 +84,7 @@ def load_text(
         fitted(options, chat_encoder.examples(each), name)
         for each, name in zip(conversations, ("--data", "held-out"), strict=True)
     )
-    rows = Packed(train_set, options.seq + 1, seed=options.seed)
-    if len(rows) < options.batch:
-        raise UsageError(
-            f"--batch {options.batch} needs as many rows, and --data fills {len(rows)} "
-            f"of --seq {options.seq}; lower one of them, or give more conversations"
-        )
+    rows = packed_rows(options, train_set)
     options = with_steps(options, len(rows), conversations, train_set)
     share, shares = batch_share(mesh, options.batch)
     longest_prompt = max(1, config.max_seq_len - LENGTH)
@@ -187,6 +182,17 @@ def fitted(
             "raise it"
         )
     return result.examples
+
+
+def packed_rows(options: FinetuneOptions, examples: list[Example]) -> Packed:
+    """Returns the rows to train on; raises `UsageError` for fewer than --batch."""
+    rows = Packed(examples, options.seq + 1, seed=options.seed)
+    if len(rows) < options.batch:
+        raise UsageError(
+            f"--batch {options.batch} needs as many rows, and --data fills {len(rows)} "
+            f"of --seq {options.seq}; lower one of them, or give more conversations"
+        )
+    return rows
 
 
 def with_steps(
