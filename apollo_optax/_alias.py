@@ -27,7 +27,8 @@ def apollo(
     eps: jax.typing.ArrayLike = 1e-6,
     norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
     scale_front: bool = False,
-    projection: Literal["random", "rademacher", "svd"] | _projection.Draw = "random",
+    projection: Literal["rademacher", "random", "svd"]
+    | _projection.Draw = "rademacher",
     key: jax.typing.ArrayLike = 0,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -59,7 +60,7 @@ def apollo(
         least 1; None switches the limiter off.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
         after it.
-      projection: ``"random"``, ``"rademacher"``, ``"svd"`` or a function
+      projection: ``"rademacher"``, ``"random"``, ``"svd"`` or a function
         ``(key, (r, m)) -> P``.
       key: an int seed or a JAX key, for the random projections.
       weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other
@@ -138,7 +139,8 @@ def apollo_mini(
     eps: jax.typing.ArrayLike = 1e-6,
     norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
     scale_front: bool = False,
-    projection: Literal["random", "rademacher", "svd"] | _projection.Draw = "random",
+    projection: Literal["rademacher", "random", "svd"]
+    | _projection.Draw = "rademacher",
     key: jax.typing.ArrayLike = 0,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -164,7 +166,7 @@ def apollo_mini(
         least 1; None switches the limiter off.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
         after it, as the paper does for models of 60 and 130 million parameters.
-      projection: ``"random"``, ``"rademacher"``, ``"svd"`` or a function
+      projection: ``"rademacher"``, ``"random"``, ``"svd"`` or a function
         ``(key, (r, m)) -> P``.
       key: an int seed or a JAX key, for the random projections.
       weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other

@@ -223,6 +223,41 @@ class Matrix:
         squares = jnp.sum(jnp.square(moment), axis=(rank_axis, *shared), keepdims=True)
         return jnp.squeeze(jnp.sqrt(squares), rank_axis)
 
+    def norms_of_two(
+        self, first: jax.Array, second: jax.Array, scale_type: str
+    ) -> tuple[jax.Array, jax.Array]:
+        """The `norms` of two arrays of one shape.
+
+        One reduction makes both on a GPU. XLA for GPUs fuses it with the update of the
+        moments that are summed here. With two reductions in that kernel, XLA would not
+        let it write the moments in place, and would copy them afterwards.
+        """
+        rank_axis = len(self.axes.batch)
+        shared = self._shared_axes(scale_type, rank_axis + 1)
+
+        def separate(
+            first: jax.Array, second: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            return self.norms(first, scale_type), self.norms(second, scale_type)
+
+        def together(
+            first: jax.Array, second: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            zero = jnp.zeros((), first.dtype)
+            sums = jax.lax.reduce(
+                (jnp.square(first), jnp.square(second)),
+                (zero, zero),
+                lambda x, y: (x[0] + y[0], x[1] + y[1]),
+                (rank_axis,),
+            )
+            return jnp.sqrt(sums[0]), jnp.sqrt(sums[1])
+
+        if shared:  # These are the few moments of a low rank, or on sharded axes.
+            return separate(first, second)
+        return jax.lax.platform_dependent(
+            first, second, cuda=together, default=separate
+        )
+
     def gradient_norms(self, tensor: jax.Array, scale_type: str) -> jax.Array:
         """Norms of the leaf per scaling factor, over its contracted side.
 

@@ -231,8 +231,8 @@ class TopSingularVectors(Stored):
 
 
 NAMED: dict[str, Projection] = {
-    "random": Normal(),
     "rademacher": Rademacher(),
+    "random": Normal(),
     "svd": TopSingularVectors(),
 }
 

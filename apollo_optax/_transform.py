@@ -53,7 +53,8 @@ def scale_by_apollo(
     eps: jax.typing.ArrayLike = 1e-6,
     norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
     scale_front: bool = False,
-    projection: Literal["random", "rademacher", "svd"] | _projection.Draw = "random",
+    projection: Literal["rademacher", "random", "svd"]
+    | _projection.Draw = "rademacher",
     key: jax.typing.ArrayLike = 0,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -104,11 +105,14 @@ def scale_by_apollo(
         update, as with gradients near 0, its norm is not remembered.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
         after it.
-      projection: ``"random"`` for normal entries, ``"rademacher"`` for entries of
-        random sign, ``"svd"`` for the gradient's top singular vectors, or a pure
-        function ``(key, (r, m)) -> P``, which is vmapped over batch elements. Singular
-        vectors are stored in the state. All other projections are functions of `key`
-        and are not stored.
+      projection: ``"rademacher"`` for entries of random sign; ``"random"`` for the
+        paper's normal entries, which train no better and take longer to draw;
+        ``"svd"`` for the gradient's top singular vectors; or a pure function
+        ``(key, (r, m)) -> P``, which is vmapped over batch elements. Singular vectors
+        are stored in the state. All other projections are functions of `key` and are
+        not stored. On a gradient whose rows are all equal, as a constant input makes
+        them, random signs may cancel: at rank 1, with a probability of about
+        ``0.8 / sqrt(m)``, its update is zero until the next draw.
       key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or
         raw.
       weight_dimension_numbers: which axes of a leaf form a matrix. A pytree (or prefix)
@@ -266,7 +270,10 @@ def _update_matrix(
     mu, nu = _adam.update_moments(h, R, state)
     N = mu / (jnp.sqrt(nu) + h.eps)
     # 4. s_j = |N_j| / (|R_j| + 1e-8), over a channel or over the matrix
-    N_norms, R_norms = m.norms(N, per), m.norms(R, per)
+    # The limiter asks for the norms without eps. They are summed in the same pass.
+    undamped = _zero_if_nan(mu / jnp.sqrt(nu))
+    N_norms, undamped_norms = m.norms_of_two(N, undamped, per)
+    R_norms = m.norms(R, per)
     s = m.place_factors(N_norms / (R_norms + TINY_NORM))
     # 5. U = G diag(s), and U = a U here with scale_front
     if h.scale_front:
@@ -274,9 +281,7 @@ def _update_matrix(
     # 6. U = U / (max(|U| / (q + 1e-8), g) / g), q = |U|, by |U|^2 = sum_j s_j^2 |G_j|^2
     if h.norm_growth_limit is not None:
         norm = m.matrix_norms(s * m.gradient_norms(G, per))
-        share = _share(
-            m, N_norms, m.norms(_zero_if_nan(mu / jnp.sqrt(nu)), per), R_norms
-        )
+        share = _share(m, N_norms, undamped_norms, R_norms)
         norm, share = (
             _sharding.reshard(x, _sharding.sharding_of(q)) for x in (norm, share)
         )
@@ -291,16 +296,17 @@ def _update_matrix(
 
 
 def _share(
-    m: Matrix, N_norms: jax.Array, N_undamped: jax.Array, R_norms: jax.Array
+    m: Matrix, N_norms: jax.Array, undamped_norms: jax.Array, R_norms: jax.Array
 ) -> jax.Array:
     """How much of a matrix's update `eps` and ``TINY_NORM`` leave, from 0 to 1.
 
     It is the share of the projected update ``R diag(s)``, whose channels have the norms
     ``|N_j| |R_j| / (|R_j| + 1e-8)``. Unlike ``G``, it is where the moments are. Without
-    the constants the norms are those of ``N``. A channel without gradient has no part.
+    the constants they are the norms of ``mu / sqrt(nu)``. A channel without gradient
+    has no part.
     """
     damped = m.matrix_norms(N_norms * R_norms / (R_norms + TINY_NORM))
-    undamped = jnp.where(R_norms > 0, N_undamped, jnp.zeros_like(N_undamped))
+    undamped = jnp.where(R_norms > 0, undamped_norms, jnp.zeros_like(undamped_norms))
     return damped / m.matrix_norms(undamped)
 
 

@@ -309,45 +309,41 @@ def over(ours: str, theirs: str) -> Outcome:
 
 def goals() -> list[Goal]:
     """Returns the goals on a CPU; those on a GPU are in `benchmarks.gpu.step`."""
-
-    def to_compile(ours: str) -> Outcome:
-        return lambda results: (
-            compilation_ratio(results[ours], results[ADAMW["float32"]])
-            if ours in results
-            else None
-        )
-
     cpu = functools.partial(
         Goal, place="CPU", setting=Setting("60m", "float32", "unstacked")
     )
-    alone = ("unstacked",)
-    mini, r128 = "apollo-mini", "apollo, rank 128"
-    release_128 = over(r128, "apollo-torch, rank 128")
+    adamw, mini, r128 = ADAMW["float32"], "apollo-mini", "apollo, rank 128"
+
+    def to_compile(ours: str, most: float) -> Goal:
+        def outcome(results: dict[str, Measured]) -> float | None:
+            if ours not in results:
+                return None
+            return compilation_ratio(results[ours], results[adamw])
+
+        return cpu(f"compile time, {ours} over adamw", most, outcome=outcome)
+
     return [
-        cpu("apollo-mini over optax.adamw", 0.6, outcome=over(mini, ADAMW["float32"])),
+        cpu("apollo-mini over optax.adamw", 0.55, outcome=over(mini, adamw)),
         cpu(
             "apollo rank 128 over the authors' release",
-            0.9,
-            outcome=release_128,
-            layouts=alone,
+            0.65,
+            outcome=over(r128, "apollo-torch, rank 128"),
+            layouts=("unstacked",),
         ),
         cpu(
             "apollo rank 128 over optax.contrib.galore",
             0.5,
             outcome=over(r128, "galore, rank 128"),
         ),
+        cpu("racs over optax.adamw", 0.8, outcome=over("racs", adamw)),
         cpu(
-            "compile time, apollo-mini over adamw",
-            3.0,
-            outcome=to_compile(mini),
-            layouts=alone,
+            "apollo-zero over optax.contrib.muon",
+            0.25,
+            outcome=over("apollo-zero", "muon"),
         ),
-        cpu(
-            "compile time, apollo rank 128 over adamw",
-            3.0,
-            outcome=to_compile(r128),
-            layouts=alone,
-        ),
+        to_compile(mini, 3.0),
+        to_compile(r128, 3.0),
+        to_compile("racs", 2.0),
     ]
 
 

@@ -8,12 +8,17 @@ Nothing is allocated: every number is read off ``jax.eval_shape`` of the optimiz
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import apollo_optax
+from examples.llama.config import preset
+from examples.llama.model import Execution, init_params
+from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.options import RunOptions
 
 # The values are hidden size, intermediate size, layers and rank, as in the paper's
 # tables. The vocabulary is 32000 and the head is untied.
@@ -26,6 +31,18 @@ MODELS = {
     "13B": (5120, 13824, 40, 256),
 }
 VOCABULARY = 32000
+
+# A row is a rule: the optimizer that has it for kernels, the name of the rule for
+# embedding and head, and the rank if it is not the example's own.
+RULES: dict[str, tuple[str, str, int | None]] = {
+    "AdamW": ("adamw", "adam", None),
+    "APOLLO, rank 256": ("apollo", "apollo", 256),
+    "APOLLO-Mini": ("apollo-mini", "apollo", None),
+    "SCALE": ("scale-hidden", "scale", None),
+    "Adafactor, no momentum": ("adafactor", "adafactor", None),
+    "RACS": ("racs", "racs", None),
+    "flattening (APOLLO-Zero)": ("apollo-zero", "flattening", None),
+}
 
 
 def llama(
@@ -94,6 +111,46 @@ def table(only_kernels: bool, dtype: str) -> str:
     return "\n".join(lines)
 
 
+def bytes_by_part(optimizer: str, rule: str, rank: int | None) -> dict[str, int]:
+    """The state of LLaMA-7B's kernels, embedding and head in the LLaMA example."""
+    config = preset("7b")
+    options = RunOptions(
+        out=Path("unused"),
+        model="7b",
+        optimizer=optimizer,
+        embeddings=rule,
+        rank=rank,
+        moment_dtype="bfloat16",
+    )
+    tx, _ = make_optimizer(with_defaults(options, config), config)
+    in_bfloat16 = Execution(param_dtype="bfloat16")
+    params = jax.eval_shape(lambda: init_params(config, in_bfloat16, seed=0))
+    state = jax.eval_shape(tx.init, params)
+    parts: dict[str, int] = {"kernels": 0, "embedding": 0, "head": 0}
+    owners = jax.tree.leaves(apollo_optax.state_owners(state, params))
+    for owner, leaf in zip(owners, jax.tree.leaves(state), strict=True):
+        part = {"embed/embedding": "embedding", "lm_head/kernel": "head"}.get(owner)
+        if owner.startswith("layers/") and owner.endswith("/kernel"):
+            part = "kernels"
+        if part is not None:
+            parts[part] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return parts
+
+
+def table_of_rules() -> str:
+    names = ("rule", "`--optimizer`", "kernels", "`--embeddings`", "embedding", "head")
+    lines = [
+        "| " + " | ".join((*names, "together")) + " |",
+        "|---|---|---:|---|---:|---:|---:|",
+    ]
+    for label, (optimizer, rule, rank) in RULES.items():
+        sizes = list(bytes_by_part(optimizer, rule, rank).values())
+        kernels, *rest = (f"{size / 1e9:.4f}" for size in (*sizes, sum(sizes)))
+        cells = (label, f"`{optimizer}`", kernels, f"`{rule}`", *rest)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     print(
         f"jax {jax.__version__}, optax {optax.__version__}, apollo-optax "
@@ -104,6 +161,8 @@ def main() -> None:
     print(table(only_kernels=True, dtype="bfloat16"))
     print("\nwhole model, embeddings, head and norms with Adam:\n")
     print(table(only_kernels=False, dtype="bfloat16"))
+    print("\nGB of LLaMA-7B by rule, with one rule for kernels, embedding and head:\n")
+    print(table_of_rules())
 
 
 if __name__ == "__main__":

@@ -188,8 +188,8 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
             ),
             *(
                 twice(
-                    f"apollo, rank {rank}, rademacher",
-                    of(apollo_optax.apollo, rank=rank, projection="rademacher"),
+                    f"apollo, rank {rank}, normal",
+                    of(apollo_optax.apollo, rank=rank, projection="random"),
                 )
                 for rank in ranks
             ),
@@ -197,8 +197,8 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
         "apollo-mini": [
             twice("apollo-mini", of(apollo_optax.apollo_mini)),
             twice(
-                "apollo-mini, rademacher",
-                of(apollo_optax.apollo_mini, projection="rademacher"),
+                "apollo-mini, normal",
+                of(apollo_optax.apollo_mini, projection="random"),
             ),
         ],
         # Five rounds read the gradient twice each. After them it is read for the norm

@@ -133,7 +133,10 @@ def update_norms(scales, **options):
     matrices, and the correction for bias, which comes after the limiter, is undone.
     """
     tx = scale_by_apollo(
-        key=3, weight_dimension_numbers=ApolloDimensionNumbers(1, 2), **options
+        key=3,
+        projection="random",
+        weight_dimension_numbers=ApolloDimensionNumbers(1, 2),
+        **options,
     )
     steps = jnp.arange(1, scales.shape[1] + 1)
     corrections = jnp.sqrt(1 - 0.999**steps) / (1 - 0.9**steps)

@@ -1,5 +1,7 @@
 """A leaf as a matrix: the product with the projection, norms per scaling factor."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,24 @@ def test_norms_per_scaling_factor(shape, numbers, scale_type):
         np.testing.assert_allclose(
             np.ravel(norms), np.ravel(expected), rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("scale_type", SCALE_TYPES)
+@pytest.mark.parametrize(("shape", "numbers"), LAYOUTS)
+def test_a_gpu_sums_two_norms_in_one_reduction(shape, numbers, scale_type, monkeypatch):
+    matrix = matrix_of(shape, numbers)
+    first, second = (
+        jnp.asarray(np.random.default_rng(seed).normal(size=matrix.moment_shape))
+        for seed in (1, 2)
+    )
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args)
+    )
+    norms_of_two = functools.partial(matrix.norms_of_two, scale_type=scale_type)
+    reductions = str(jax.make_jaxpr(norms_of_two)(first, second)).count(" reduce")
+    assert reductions == (1 if scale_type == "channel" else 2)
+    for norms, moment in zip(norms_of_two(first, second), (first, second), strict=True):
+        np.testing.assert_allclose(norms, matrix.norms(moment, scale_type), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale_type", SCALE_TYPES)

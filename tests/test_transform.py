@@ -100,7 +100,10 @@ def test_matrices_in_a_tensor_get_their_own_updates(
     gradients = [normal(seed, shape) for seed in range(4)]
     numbers_by_path = {"w": numbers}
     tx = scale_by_apollo(
-        2, scale_type=scale_type, weight_dimension_numbers=numbers_by_path
+        2,
+        scale_type=scale_type,
+        projection="random",
+        weight_dimension_numbers=numbers_by_path,
     )
     updates, (*_, state) = run(tx, [{"w": gradient} for gradient in gradients])
     assert state.mu["w"].shape == state.nu["w"].shape == moment_shape
@@ -240,10 +243,11 @@ def test_factors_of_stacked_and_separate_layers_have_one_distribution():
     """All layers have the same gradient, and projections of their own."""
     layers, gradient = 100, normal(0, (8, 12))
     stacked = jnp.broadcast_to(gradient, (layers, 8, 12))
-    tx = scale_by_apollo(2, weight_dimension_numbers=ApolloDimensionNumbers(1, 2))
+    make = functools.partial(scale_by_apollo, 2, projection="random")
+    tx = make(weight_dimension_numbers=ApolloDimensionNumbers(1, 2))
     update, _ = tx.update(stacked, tx.init(stacked))
     separate = {f"layer_{i}": gradient for i in range(layers)}
-    tx = scale_by_apollo(2)
+    tx = make()
     updates, _ = tx.update(separate, tx.init(separate))
     # One channel of each layer, because all channels of a matrix share its projection.
     of_stack = np.asarray(update[:, 0, 0] / gradient[0, 0])

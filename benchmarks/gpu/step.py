@@ -41,7 +41,7 @@ BLOCK_SECONDS = 0.2  # How long a turn is at least.
 MINI, RANK_256 = "apollo-mini", "apollo, rank 256"
 ROWS = (
     *(ADAMW["float32"], ADAMW["bfloat16"], "sgd", "lion", MINI, RANK_256),
-    *(f"{RANK_256}, rademacher", "racs", "apollo-zero", "muon"),
+    *(f"{RANK_256}, normal", "racs", "apollo-zero", "muon"),
 )
 # The last is slow, and the table of one layout says enough of it.
 STACKED_ROWS = ROWS[:-1]

@@ -1,6 +1,7 @@
-"""LLaMA shapes: the configuration, the presets and their parameter counts."""
+"""Shapes of LLaMA and its relatives: configuration, presets and parameter counts."""
 
 import dataclasses
+from typing import NamedTuple
 
 from examples.llama.run.errors import unknown_name
 
@@ -20,9 +21,33 @@ class RopeScaling:
     original_max_seq_len: int
 
 
+class Family(NamedTuple):
+    """What a family of models has beside the layers of LLaMA."""
+
+    architecture: str
+    """The class in Transformers that computes it."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have biases."""
+    qk_norm: bool = False
+    """Whether each head of queries and keys is normalised before it is rotated."""
+
+
+# The keys are Transformers' names of the families, `model_type` in a config.json.
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "mistral": Family("MistralForCausalLM"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a LLaMA model without biases."""
+    """The shape of a LLaMA, Qwen2 (and 2.5), Qwen3 or Mistral.
+
+    A Qwen2 has biases on queries, keys and values. A Qwen3 has an RMS norm on each head
+    of queries and keys. The others have neither, and no model has any other bias.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -41,8 +66,31 @@ class LlamaConfig:
     initializer_range: float = 0.02
     tied_head: bool = False
     """Whether the output head is the embedding, transposed."""
+    model_type: str = "llama"
+    """A key of `FAMILIES`. An export writes it to config.json."""
+    sliding_window: int | None = None
+    """The tokens that a position attends to, itself included; None means all before it.
+    Attention is computed without a window, so sequences must not be longer than it."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        return FAMILIES[self.model_type].qkv_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return FAMILIES[self.model_type].qk_norm
+
+    @property
+    def longest_seq(self) -> int:
+        """The longest sequence, in tokens, that the model is computed for."""
+        return min(self.max_seq_len, self.sliding_window or self.max_seq_len)
 
     def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise ValueError(
+                f"model_type {self.model_type!r} is unknown; choose one of: "
+                f"{', '.join(FAMILIES)}"
+            )
         if not self.head_size and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_heads "
@@ -65,9 +113,10 @@ class LlamaConfig:
             )
 
 
-# 60m to 7b are the shapes of the GaLore and APOLLO papers, 13b is LLaMA-13B, and the
-# others are Meta's Llama 2 and 3. `tiny` and `6m` are for CPUs: two optimizers train
-# `tiny` for a few hundred steps in a few minutes on two cores.
+# 60m to 7b are the shapes of the GaLore and APOLLO papers, and 13b is LLaMA-13B. The
+# others are the published models of their names: mistral-7b is version 0.3, and
+# qwen2.5-7b has the context of the base model. `tiny` and `6m` are for CPUs: two
+# optimizers train `tiny` for a few hundred steps in a few minutes on two cores.
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(2048, 128, 344, 4, 4),
     "6m": LlamaConfig(2048, 256, 688, 4, 6),
@@ -104,6 +153,53 @@ PRESETS: dict[str, LlamaConfig] = {
         rope_theta=500_000.0,
         rms_norm_eps=1e-5,
     ),
+    "llama-3.1-8b": LlamaConfig(
+        128_256,
+        4096,
+        14336,
+        32,
+        32,
+        num_kv_heads=8,
+        max_seq_len=131_072,
+        rope_theta=500_000.0,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        rms_norm_eps=1e-5,
+    ),
+    "qwen2.5-7b": LlamaConfig(
+        152_064,
+        3584,
+        18944,
+        28,
+        28,
+        num_kv_heads=4,
+        max_seq_len=131_072,
+        rope_theta=1_000_000.0,
+        model_type="qwen2",
+    ),
+    "qwen3-8b": LlamaConfig(
+        151_936,
+        4096,
+        12288,
+        32,
+        36,
+        num_kv_heads=8,
+        head_size=128,
+        max_seq_len=40_960,
+        rope_theta=1_000_000.0,
+        model_type="qwen3",
+    ),
+    "mistral-7b": LlamaConfig(
+        32_768,
+        4096,
+        14336,
+        32,
+        32,
+        num_kv_heads=8,
+        max_seq_len=32_768,
+        rope_theta=1_000_000.0,
+        rms_norm_eps=1e-5,
+        model_type="mistral",
+    ),
 }
 
 
@@ -126,6 +222,11 @@ def matmul_param_count(config: LlamaConfig) -> int:
 
 def param_count(config: LlamaConfig) -> int:
     """Returns the number of all parameters; a tied head is counted once."""
-    D = config.hidden_size
+    D, H = config.hidden_size, config.head_size
     embedding = 0 if config.tied_head else config.vocab_size * D
-    return matmul_param_count(config) + embedding + (2 * config.num_layers + 1) * D
+    vectors = 2 * D
+    if config.qkv_bias:
+        vectors += (config.num_heads + 2 * config.num_kv_heads) * H
+    if config.qk_norm:
+        vectors += 2 * H
+    return matmul_param_count(config) + embedding + config.num_layers * vectors + D

@@ -110,11 +110,11 @@ def passed_on(folder: Path, run: dict[str, Any]) -> pretrained.Files:
     """
     if files := pretrained.kept_files(folder):
         return files
-    init_from = run.get("init_from")
+    tokenizer, init_from = run.get("tokenizer"), run.get("init_from")
+    if tokenizer and init_from and not Path(init_from).exists():
+        init_from = None  # The tokenizer's files may still be there.
     try:
-        return pretrained.find_files(
-            run.get("tokenizer"), Path(init_from) if init_from else None
-        )
+        return pretrained.find_files(tokenizer, init_from)
     except UsageError as error:
         notice(
             f"the chat template and the special tokens of what {folder} began from are "

@@ -1,4 +1,4 @@
-"""LLaMA in Flax NNX: one block, stacked over the depth and scanned.
+"""LLaMA and its relatives in Flax NNX: one block, stacked over the depth and scanned.
 
 Shapes: B batch, T tokens, S = T + 1, D hidden size, N heads, K heads of keys and
 values, H head size, F feed-forward size, L layers, V vocabulary. A stacked kernel is
@@ -155,11 +155,13 @@ def linear(
     size_in: int,
     size_out: int,
     rngs: nnx.Rngs,
+    *,
+    use_bias: bool = False,
 ) -> nnx.Linear:
     return nnx.Linear(
         size_in,
         size_out,
-        use_bias=False,
+        use_bias=use_bias,
         kernel_init=initializer(config),
         dtype=execution.compute_dtype,
         param_dtype=execution.param_dtype,
@@ -167,9 +169,11 @@ def linear(
     )
 
 
-def rms_norm(config: LlamaConfig, execution: Execution, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(
+    config: LlamaConfig, execution: Execution, size: int, rngs: nnx.Rngs
+) -> nnx.RMSNorm:
     return nnx.RMSNorm(
-        config.hidden_size,
+        size,
         epsilon=config.rms_norm_eps,
         dtype=execution.compute_dtype,
         param_dtype=execution.param_dtype,
@@ -188,10 +192,15 @@ class Attention(nnx.Module):
     ) -> None:
         self.config, self.execution = config, execution
         D, H = config.hidden_size, config.head_size
-        self.q_proj = linear(config, execution, D, config.num_heads * H, rngs)
-        self.k_proj = linear(config, execution, D, config.num_kv_heads * H, rngs)
-        self.v_proj = linear(config, execution, D, config.num_kv_heads * H, rngs)
-        self.o_proj = linear(config, execution, config.num_heads * H, D, rngs)
+        queries, keys = config.num_heads * H, config.num_kv_heads * H
+        bias = config.qkv_bias
+        self.q_proj = linear(config, execution, D, queries, rngs, use_bias=bias)
+        self.k_proj = linear(config, execution, D, keys, rngs, use_bias=bias)
+        self.v_proj = linear(config, execution, D, keys, rngs, use_bias=bias)
+        self.o_proj = linear(config, execution, queries, D, rngs)
+        if config.qk_norm:
+            self.q_norm = rms_norm(config, execution, H, rngs)
+            self.k_norm = rms_norm(config, execution, H, rngs)
 
     def __call__(
         self, x_BxTxD: jax.Array, segments_BxT: jax.Array | None = None
@@ -207,9 +216,13 @@ class Attention(nnx.Module):
             y_BxTxNxH = y_BxTxE.reshape(B, T, -1, self.config.head_size)
             return self.execution.shard(y_BxTxNxH, ROWS, None, "tensor", None)
 
-        q_BxTxNxH = rotary(heads(self.q_proj(x_BxTxD)), position, frequency_h)
-        k_BxTxKxH = rotary(heads(self.k_proj(x_BxTxD)), position, frequency_h)
+        q_BxTxNxH = heads(self.q_proj(x_BxTxD))
+        k_BxTxKxH = heads(self.k_proj(x_BxTxD))
         v_BxTxKxH = heads(self.v_proj(x_BxTxD))
+        if self.config.qk_norm:
+            q_BxTxNxH, k_BxTxKxH = self.q_norm(q_BxTxNxH), self.k_norm(k_BxTxKxH)
+        q_BxTxNxH = rotary(q_BxTxNxH, position, frequency_h)
+        k_BxTxKxH = rotary(k_BxTxKxH, position, frequency_h)
         out_BxTxNxH = jax.nn.dot_product_attention(
             q_BxTxNxH,
             k_BxTxKxH,
@@ -247,9 +260,9 @@ class Block(nnx.Module):
         self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs
     ) -> None:
         self.execution = execution
-        self.attention_norm = rms_norm(config, execution, rngs)
+        self.attention_norm = rms_norm(config, execution, config.hidden_size, rngs)
         self.attention = Attention(config, execution, rngs=rngs)
-        self.mlp_norm = rms_norm(config, execution, rngs)
+        self.mlp_norm = rms_norm(config, execution, config.hidden_size, rngs)
         self.mlp = Mlp(config, execution, rngs=rngs)
 
     def attend(
@@ -302,7 +315,7 @@ class Llama(nnx.Module):
         )
         if with_layers:
             self.layers = stacked_block(rngs)
-        self.final_norm = rms_norm(config, execution, rngs)
+        self.final_norm = rms_norm(config, execution, config.hidden_size, rngs)
         if not config.tied_head:
             self.lm_head = linear(
                 config, execution, config.hidden_size, config.vocab_size, rngs

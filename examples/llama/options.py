@@ -8,10 +8,14 @@ import re
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from examples.llama.config import LlamaConfig
 from examples.llama.mesh import batch_shards
 from examples.llama.model import REMAT_POLICIES
 from examples.llama.run.errors import UsageError, unknown_name
 from examples.llama.text.rows import FIELD
+
+# The rules for embeddings and head.
+EMBEDDING_RULES = ("adam", "apollo", "scale", "adafactor", "racs", "flattening")
 
 CHOICES = {
     "--remat": tuple(REMAT_POLICIES),
@@ -20,8 +24,9 @@ CHOICES = {
     "--compute-dtype": ("float32", "bfloat16"),
     "--attention": ("auto", "xla", "cudnn"),
     "--moment-dtype": ("float32", "bfloat16"),
-    "--embeddings": ("adam", "apollo"),
-    "--projection": ("random", "rademacher"),
+    "--embeddings": EMBEDDING_RULES,
+    "--head": EMBEDDING_RULES,
+    "--projection": ("auto", "rademacher", "random"),
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
     "--bos": ("auto", "never"),
@@ -47,7 +52,9 @@ CHANGEABLE = frozenset(
 )
 OFFLOADABLE = ("weights", "activations")
 LARGEST_SEED = 2**32 - 1  # The largest seed of Grain's shuffle.
-BOS_BEFORE_CHOICE = "never"  # The --bos of runs that began without the option.
+# Options whose value "auto" stands for what a run that is resumed began with, and the
+# value of runs that began before there was the option.
+BEFORE_CHOICE = {"bos": "never", "projection": "random"}
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
 
@@ -70,8 +77,8 @@ class TextOptions:
     """Stop reading --data after this many tokens; by default a run on hf: takes as many
     as it needs, and otherwise all are read."""
     tokenizer: str | None = None
-    """A tokenizer.json, a folder with one, or a name on the hub; by default that of
-    --init-from, else a BPE trained on --data at its first use."""
+    """A tokenizer.json, a folder with one, or OWNER/NAME[@REVISION] on the hub; by
+    default that of --init-from, else a BPE trained on --data at its first use."""
     vocab: int | None = None
     """Tokens of that BPE; by default the model's vocabulary."""
     bos: str = "auto"
@@ -95,12 +102,13 @@ class TrainingOptions(TextOptions):
     out: Path
     """Folder for the results; must not hold another run."""
     model: str | None = None
-    """tiny (the default), 6m, 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b
-    or llama-3-8b."""
-    init_from: Path | None = None
-    """Folder with a LLaMA in Hugging Face's format (config.json, *.safetensors) to
-    start from, instead of --model and random weights. An export passes its tokenizer's
-    files on, the chat template too."""
+    """tiny (the default), 6m, 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b,
+    llama-3-8b, llama-3.1-8b, qwen2.5-7b, qwen3-8b or mistral-7b."""
+    init_from: str | None = None
+    """A LLaMA, Qwen2, Qwen2.5, Qwen3 or Mistral to start from, instead of --model and
+    random weights: a folder in Hugging Face's format (config.json, *.safetensors) or
+    OWNER/NAME[@REVISION] of one on the hub, which is downloaded at its first use. An
+    export passes its tokenizer's files on, the chat template too."""
     mesh: str = "data=1"
     """The devices, as data=2,fsdp=2,tensor=2: data and fsdp shard each batch, fsdp
     every matrix of weights, tensor their heads and columns. The sizes must multiply to
@@ -164,11 +172,15 @@ class TrainingOptions(TextOptions):
     and Lion. In bfloat16 a second moment hardly forgets, as 0.999 of it rounds to
     itself."""
     embeddings: str = "adam"
-    """What APOLLO does with the embeddings and the head: adam, or apollo as with the
-    kernels."""
-    projection: str = "random"
-    """What apollo and apollo-mini project with: random (normal entries) or rademacher
-    (random signs)."""
+    """The rule for the embeddings and the head: adam, apollo (what an optimizer of that
+    name does with the kernels), or, beside any optimizer: scale, adafactor (without
+    momentum), racs or flattening. Norms have Adam."""
+    head: str | None = None
+    """Another of these rules for the head alone."""
+    projection: str = "auto"
+    """What apollo and apollo-mini project with: rademacher (random signs) or random
+    (the paper's normal entries). auto: rademacher; a run that is resumed goes on as it
+    began."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,9 +196,10 @@ class TrainingOptions(TextOptions):
             raise UsageError(
                 f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}"
             )
-        for name in ("model", "data", "validation", "tokenizer"):
+        for name in ("model", "init_from", "data", "validation", "tokenizer"):
             if getattr(self, name) == "":
-                raise UsageError(f"--{name} is empty; give it a value, or leave it out")
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is empty; give it a value, or leave it out")
         if self.batch % self.accumulate:
             raise UsageError(
                 f"--batch {self.batch} is not a multiple of --accumulate "
@@ -205,13 +218,16 @@ class TrainingOptions(TextOptions):
                 "model's shape; give one of them"
             )
         # Frozen, so only here are the defaults that depend on other options resolved.
-        if not self.init_from:
+        if self.init_from:
+            # A run is resumed by its options, and `a/` is the folder `a`.
+            object.__setattr__(self, "init_from", str(Path(self.init_from)))
+        else:
             object.__setattr__(self, "model", self.model or "tiny")
         for flag, known in CHOICES.items():
             value = getattr(self, flag[2:].replace("-", "_"))
             if value not in (
                 *known,
-                *(None,) * (flag in ("--compute-dtype", "--rounding")),
+                *(None,) * (flag in ("--compute-dtype", "--rounding", "--head")),
             ):
                 raise unknown_name(flag, value, known)
         widest = "bfloat16" if self.weights == "int8" else self.weights
@@ -377,9 +393,15 @@ class RunOptions(ProcessOptions, TrainingOptions):
         Args:
             config: the configuration that the run began with; None for a new run.
         """
-        if config is None or self.bos != "auto":
+        if config is None:
             return self
-        return dataclasses.replace(self, bos=config.get("bos", BOS_BEFORE_CHOICE))
+        options = {field.name for field in dataclasses.fields(self) if field.init}
+        kept = {
+            name: config.get(name, before)
+            for name, before in BEFORE_CHOICE.items()
+            if name in options and getattr(self, name) == "auto"
+        }
+        return dataclasses.replace(self, **kept)
 
     def as_run(self) -> dict[str, Any]:
         """Returns the options that define the run, equal on all processes, as JSON."""
@@ -399,9 +421,9 @@ class FinetuneOptions(RunOptions):
     content), or prompt and completion, or text."""
     validation: str | None = None
     """The same for held-out conversations; by default one in twenty of --data."""
-    init_from: Path = dataclasses.field()
-    """Folder with a LLaMA in Hugging Face's format to start from, with its tokenizer
-    and its chat template."""
+    init_from: str = dataclasses.field()
+    """The model to start from, with its tokenizer and its chat template: a folder in
+    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
     chat_template: Path | None = None
     """A file with a chat template (Jinja), instead of the model's own. An export gets
     it too."""
@@ -467,7 +489,7 @@ class FinetuneOptions(RunOptions):
     def as_begun(self, config: dict[str, Any] | None) -> Self:
         today = self.date or datetime.date.today().isoformat()
         began = (config or {}).get("date") or today
-        return dataclasses.replace(self, date=self.date or began)
+        return dataclasses.replace(super().as_begun(config), date=self.date or began)
 
 
 def check_positive(flag: str, value: float) -> None:
@@ -484,11 +506,12 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Returns the differences of two configurations, as `field: theirs -> ours`.
 
     Changeable fields are left out. A field that one has not got, because it is older
-    than the field, has the field's default.
+    than the field, has the field's default. So has a field of the model's shape.
     """
+    ours, theirs = with_all_shape_fields(ours), with_all_shape_fields(theirs)
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
     # Before there was a choice.
-    defaults |= {"rounding": "nearest", "bos": BOS_BEFORE_CHOICE}
+    defaults |= {"rounding": "nearest"} | BEFORE_CHOICE
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):
         # The text of the same corpus may have moved.
@@ -503,6 +526,18 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         for name, (before, now) in pairs.items()
         if before != now
     ]
+
+
+def with_all_shape_fields(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns a run's description with the shape's fields that are newer than it."""
+    if "model_config" not in run:
+        return run
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(LlamaConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    return run | {"model_config": defaults | run["model_config"]}
 
 
 PROCESS_FIELDS = frozenset(field.name for field in dataclasses.fields(ProcessOptions))

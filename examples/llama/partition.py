@@ -32,6 +32,7 @@ PARTITION_RULES: tuple[tuple[str, jax.P], ...] = (
         r"^layers/.*/(q_proj|k_proj|v_proj)/kernel$",
         jax.P(None, "fsdp", "tensor"),
     ),  # (L, D, heads)
+    (r"^layers/.*/(q_proj|k_proj|v_proj)/bias$", jax.P(None, "tensor")),  # (L, heads)
     (r"^layers/.*/o_proj/kernel$", jax.P(None, "tensor", "fsdp")),  # (L, heads, D)
     (
         r"^layers/.*/(gate_proj|up_proj)/kernel$",

@@ -131,10 +131,17 @@ class Storage:
             layer: the parameters of a layer, by number, as a stack of one.
         """
         layers = self.abstract(shapes)["layers"]
-        stack = jax.tree.map(
-            lambda x: on_mesh(np.zeros(x.shape, x.dtype), x.sharding), layers
-        )
         shardings = jax.tree.map(lambda x: x.sharding, layers)
+        if self.offload:
+            # A program would first make the stack on the device, where it may not fit.
+            stack = jax.tree.map(
+                lambda x: on_mesh(np.zeros(x.shape, x.dtype), x.sharding), layers
+            )
+        else:
+            stack = jax.jit(
+                lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), layers),
+                out_shardings=shardings,
+            )()
         with_layer = jax.jit(
             self._with_layer, donate_argnums=0, out_shardings=shardings
         )

@@ -13,7 +13,7 @@ from examples.llama.model import pieces_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import distributed, plots, setup
-from examples.llama.run.checkpoint import BestWeights, Checkpoints
+from examples.llama.run.checkpoint import BestWeights, Checkpoints, steps_on_disk
 from examples.llama.run.errors import RunInterrupted, is_first, notice
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.log import (
@@ -71,6 +71,10 @@ def train(
         description = setup.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
+        if options.init_from and not steps_on_disk(options.out):
+            # Weights that cannot be downloaded or read are an error before the run's
+            # folder is made. A run with a checkpoint does not read them.
+            setup.pretrained_weights(options, config)
     distributed.check_same({"corpus": text.key}, "text, or caches of it")
     if resume and (result := result_of(options)):
         return result

@@ -189,7 +189,7 @@ def test_the_command_prints_a_row_each(
         "lion",
         "muon",
     ]
-    assert rows.count("CPU, 60m, float32") == 5
+    assert rows.count("CPU, 60m, float32") == 8
 
 
 def test_what_does_not_fit_has_a_row() -> None:

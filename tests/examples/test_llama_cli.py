@@ -389,7 +389,8 @@ def test_fields_that_are_newer_than_a_run_have_their_defaults(
     train(*SHORT)
     config = json.loads((out / "config.json").read_text())
     assert config["rounding"] == "nearest"  # Not the field's default, which is None.
-    del config["accumulate"], config["attention"], config["rounding"]
+    for name in ("accumulate", "attention", "rounding", "head"):
+        del config[name]
     (out / "config.json").write_text(json.dumps(config))
     pretrain.main(["--out", str(out), *SHORT, "--resume", "auto"])
     args = ["--out", str(out), *SHORT, "--resume", "auto", "--accumulate", "2"]
@@ -788,7 +789,11 @@ def test_diverged_run_says_so_and_keeps_its_metrics(
             ["--model", "tiny", "--init-from", "x"],
             "--model tiny and --init-from x both give the model",
         ),
-        (["--init-from", "nowhere"], "nowhere/config.json is not there; give a folder"),
+        (
+            ["--init-from", "nowhere"],
+            "--init-from 'nowhere' does not exist; give a folder",
+        ),
+        (["--init-from", ""], "--init-from is empty"),
         (["--vocab", "500"], "--vocab 500"),
         (
             ["--tokenizer", "nowhere.json"],
@@ -799,6 +804,11 @@ def test_diverged_run_says_so_and_keeps_its_metrics(
             "--seq 120 in validation batches of 8 needs",
         ),
         (["--embeddings", "sgd"], "--embeddings 'sgd' is unknown; choose one of: "),
+        (["--head", "sgd"], "--head 'sgd' is unknown; choose one of: "),
+        (
+            ["--optimizer", "racs", "--head", "apollo"],
+            "--head apollo means nothing to --optimizer racs",
+        ),
         (
             ["--moment-dtype", "bf16"],
             "--moment-dtype 'bf16' is unknown; choose one of: bfloat16",

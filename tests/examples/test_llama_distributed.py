@@ -180,9 +180,11 @@ def processes(workshop: Path, tmp_path: Path) -> Processes:
     return Processes(workshop, tmp_path / "run")
 
 
-@pytest.fixture(scope="session")
-def straight(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one process with one device."""
+@pytest.fixture(scope="module")
+def straight(
+    workshop: Path, quick_examples: None, tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    """The losses of one process with one device, compiled as the others are."""
     alone = Processes(workshop, tmp_path_factory.mktemp("straight") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", WIDE)

@@ -143,11 +143,11 @@ def pretraining(workshop: Path, tmp_path: Path) -> Pretraining:
     return Pretraining(workshop, tmp_path / "run")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def straight(
-    workshop: Path, tmp_path_factory: pytest.TempPathFactory
+    workshop: Path, quick_examples: None, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[float, float]]:
-    """The losses of a run to which nothing happens."""
+    """The losses of a run to which nothing happens, compiled as the others are."""
     run = Pretraining(workshop, tmp_path_factory.mktemp("straight") / "run")
     status, _, errors = run.run()
     assert status == 0, errors

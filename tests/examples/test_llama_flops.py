@@ -2,7 +2,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from examples.llama.config import PRESETS, LlamaConfig
+from examples.llama.config import (
+    PRESETS,
+    LlamaConfig,
+    matmul_param_count,
+    param_count,
+)
 from examples.llama.flops import flops_per_token, mfu, peak_flops
 
 
@@ -22,6 +27,28 @@ def test_flops_of_the_papers_1b() -> None:
     # 24 layers of 4 * 2048^2 + 3 * 2048 * 5461, a head of 32000 * 2048; attention 12 *
     # 24 * 2048 * 1024.
     assert flops_per_token(PRESETS["1b"], seq=1024) == 6 * 1_273_446_400 + 603_979_776
+
+
+@pytest.mark.parametrize(
+    ("name", "vectors"),
+    [
+        # The norms of 32 layers and the last one.
+        ("llama-3.1-8b", 65 * 4096),
+        ("mistral-7b", 65 * 4096),
+        # Biases on 28 heads of queries and 4 of keys and of values, too.
+        ("qwen2.5-7b", 57 * 3584 + 28 * 36 * 128),
+        # Norms of a head's size on queries and keys, too.
+        ("qwen3-8b", 73 * 4096 + 36 * 2 * 128),
+    ],
+)
+def test_norms_biases_and_the_embedding_do_no_flops(name: str, vectors: int) -> None:
+    config = PRESETS[name]
+    embedding = config.vocab_size * config.hidden_size
+    assert matmul_param_count(config) == param_count(config) - embedding - vectors
+    attention = config.num_layers * config.num_heads * config.head_size * 1024
+    assert flops_per_token(config, seq=1024) == (
+        6 * matmul_param_count(config) + 12 * attention
+    )
 
 
 def test_the_embedding_does_no_flops_and_a_tied_head_does() -> None:

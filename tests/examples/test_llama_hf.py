@@ -35,6 +35,19 @@ CONFIGS = {
         64, 16, 24, 2, 2, rope_theta=1000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 12)
     ),
     "head_dim": LLAMA(64, 16, 24, 2, 2, head_size=12, num_kv_heads=1),
+    "qwen2": LLAMA(64, 32, 40, 4, 2, num_kv_heads=2, model_type="qwen2"),
+    "qwen3": LLAMA(
+        64,
+        16,
+        24,
+        2,
+        2,
+        head_size=12,
+        num_kv_heads=1,
+        tied_head=True,
+        model_type="qwen3",
+    ),
+    "mistral": LLAMA(64, 16, 24, 2, 2, num_kv_heads=1, model_type="mistral"),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TOLERANCE = 1e-4
@@ -104,8 +117,12 @@ def their_model(transformers: Any, config: LlamaConfig) -> Any:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_seq_len,
         }
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+    name = config.model_type.capitalize()
+    # A Mistral has a window of 4096 tokens unless its configuration says otherwise.
+    more = {"sliding_window": None} if name == "Mistral" else {}
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(
+            **more,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -205,7 +222,7 @@ def test_our_export_gives_their_logits(
 
     folder = exported(config, max_shard_bytes=max_shard_bytes)
     assert (folder / hf_weights.INDEX).exists() == (max_shard_bytes == 4096)
-    model, loading = transformers.LlamaForCausalLM.from_pretrained(
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True
     )
     assert not any(loading.values()), loading
@@ -633,8 +650,20 @@ def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> Non
             r"architectures \['MistralForCausalLM'\] is not supported",
         ),
         (
+            {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
+            "model_type 'gemma' is not supported; choose a model with 'llama' or "
+            "'qwen2' or 'qwen3' or 'mistral'",
+        ),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        (
+            {"architectures": ["GemmaForCausalLM"], "model_type": ...},
+            r"architectures \['GemmaForCausalLM'\] is not supported; choose a model "
+            r"with \['LlamaForCausalLM'\] or \['Qwen2ForCausalLM'\] or ",
+        ),
+        (
             {"model_type": "qwen2"},
-            "model_type 'qwen2' is not supported; choose a model with 'llama'",
+            r"architectures \['LlamaForCausalLM'\] is not supported; choose a model "
+            r"with \['Qwen2ForCausalLM'\]",
         ),
         (
             {"hidden_act": "gelu"},
@@ -758,11 +787,11 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
         (
             {"model.layers.0.mlp.up_proj.bias": np.ones(24)},
-            "up_proj.bias is no tensor of a LLaMA of 3 layers",
+            "up_proj.bias is no tensor of a llama of 3 layers; correct num_hidden_layers or",
         ),
         (
             {"model.layers.3.mlp.up_proj.weight": np.ones(24)},
-            "layers.3.* correct num_hidden_layers in config",
+            "layers.3.* correct num_hidden_layers or model_type in config",
         ),
     ],
 )

@@ -64,11 +64,11 @@ def short_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apollo_optax, "scale_by_apollo", scale_by_apollo)
 
 
-def optimizer_of(name: str, config: LlamaConfig) -> optax.GradientTransformation:
-    return make_optimizer(
-        with_defaults(RunOptions(out=Path("no"), optimizer=name, steps=STEPS), config),
-        config,
-    )[0]
+def optimizer_of(
+    name: str, config: LlamaConfig, **rules: str
+) -> optax.GradientTransformation:
+    options = RunOptions(out=Path("no"), optimizer=name, steps=STEPS, **rules)
+    return make_optimizer(with_defaults(options, config), config)[0]
 
 
 def in_dtype(dtype: str, remat: str = "dots") -> Execution:
@@ -127,10 +127,15 @@ def assert_agree(actual: Any, expected: Any, highest: float) -> None:
 
 
 def assert_same_training(
-    name: str, config: LlamaConfig, dtype: str, highest: float, remat: str = "dots"
+    name: str,
+    config: LlamaConfig,
+    dtype: str,
+    highest: float,
+    remat: str = "dots",
+    **rules: str,
 ) -> None:
     tx, plain, execution = (
-        optimizer_of(name, config),
+        optimizer_of(name, config, **rules),
         in_dtype(dtype, "none"),
         in_dtype(dtype, remat),
     )
@@ -163,24 +168,56 @@ def assert_same_training(
 
 
 @pytest.mark.parametrize(
-    ("name", "remat", "tied_head"),
+    ("name", "remat", "tied_head", "rules"),
     [
-        ("apollo", "dots", True),
+        ("apollo", "dots", True, {}),
         # test_in_float32 has apollo-mini, too.
-        pytest.param("apollo-mini", "dots", False, marks=pytest.mark.slow),
-        pytest.param("apollo-svd", "dots", False, marks=pytest.mark.slow),
-        ("adamw", "none", False),
-        ("lion", "full", False),
-        pytest.param("muon", "dots", False, marks=pytest.mark.slow),
+        pytest.param("apollo-mini", "dots", False, {}, marks=pytest.mark.slow),
+        pytest.param("apollo-svd", "dots", False, {}, marks=pytest.mark.slow),
+        ("adamw", "none", False, {}),
+        ("lion", "full", False, {"embeddings": "racs", "head": "scale"}),
+        pytest.param(
+            "muon",
+            "dots",
+            False,
+            {"embeddings": "adafactor", "head": "flattening"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_twenty_steps_and_changes_between_the_two(
-    name: str, remat: str, tied_head: bool, small: LlamaConfig
+    name: str, remat: str, tied_head: bool, rules: dict[str, str], small: LlamaConfig
 ) -> None:
     config = dataclasses.replace(small, num_kv_heads=1, tied_head=tied_head)
     # Moments are in float32, so that the last digit of a gradient may be the eighth of
     # a moment.
-    assert_same_training(name, config, "float64", 1e-6, remat)
+    assert_same_training(name, config, "float64", 1e-6, remat, **rules)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_biases_and_norms_of_heads(model_type: str, small: LlamaConfig) -> None:
+    # Large weights, so that attention is far from uniform. Without rotary embeddings a
+    # bias on keys would change nothing, and with small weights it changes so little
+    # that Adam's update of it is a matter of rounding.
+    config = dataclasses.replace(
+        small, num_kv_heads=1, initializer_range=0.3, model_type=model_type
+    )
+    tx, execution = optimizer_of("adamw", config), in_dtype("float64")
+    state, tokens = initial_state(config, execution, tx), tokens_of(config, 3)
+    (expected, expected_metrics), (actual, metrics) = (
+        trained([step] * 3, state, tokens)
+        for step in (
+            make_train_step(graphdef_of(config, execution), tx),
+            make_layerwise_train_step(pieces_of(config, execution), tx),
+        )
+    )
+    assert_agree(actual, expected, 1e-6)
+    np.testing.assert_allclose(
+        [m.loss for m in metrics], [m.loss for m in expected_metrics], rtol=1e-6
+    )
+    before, after = (x.params["layers"]["attention"] for x in (state, actual))
+    (name, leaf) = ("k_norm", "scale") if model_type == "qwen3" else ("k_proj", "bias")
+    assert not np.array_equal(before[name][leaf], after[name][leaf])
 
 
 @pytest.mark.slow

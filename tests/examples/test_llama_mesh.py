@@ -18,7 +18,13 @@ from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
 from examples.llama.mesh import batch_share, make_mesh, over_data
 from examples.llama.model import Batch, pieces_of
-from examples.llama.optimizers import RECIPES, make_optimizer, path_name, with_defaults
+from examples.llama.optimizers import (
+    EMBEDDING_RULES,
+    RECIPES,
+    make_optimizer,
+    path_name,
+    with_defaults,
+)
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
 from examples.llama.run.checkpoint import Checkpoints
@@ -102,8 +108,22 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
     "settings",
     [
         pytest.param(INT8, marks=pytest.mark.slow),  # Layer-wise, too.
-        pytest.param({"layerwise": True, "optimizer": "muon"}, marks=pytest.mark.slow),
-        {"optimizer": "lion", "accumulate": 2, "batch": 16},
+        pytest.param(
+            {
+                "layerwise": True,
+                "optimizer": "muon",
+                "embeddings": "adafactor",
+                "head": "flattening",
+            },
+            marks=pytest.mark.slow,
+        ),
+        {
+            "optimizer": "lion",
+            "accumulate": 2,
+            "batch": 16,
+            "embeddings": "racs",
+            "head": "scale",
+        },
     ],
     ids=["int8", "layer-wise", "micro-batches"],
 )
@@ -120,6 +140,29 @@ def test_other_steps_on_a_mesh(settings: dict[str, Any]) -> None:
     assert on_device < 0.35 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize(
+    "model_type", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)]
+)
+def test_biases_and_norms_of_heads_on_a_mesh(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = dataclasses.replace(WIDE, num_layers=1, model_type=model_type)
+    monkeypatch.setitem(PRESETS, "tiny", shape)
+    (_, expected), (state, losses) = (
+        trained(run_of(mesh, optimizer="adamw"), 4) for mesh in ("data=1", "tensor=8")
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    attention = state.params["layers"]["attention"]
+    if model_type == "qwen2":
+        # Each device has the biases of the head whose columns it has.
+        for name in ("q_proj", "k_proj", "v_proj"):
+            bias, kernel = attention[name]["bias"], attention[name]["kernel"]
+            assert bias.sharding.spec == jax.P(None, "tensor")
+            assert bias.sharding.spec[-1] == kernel.sharding.spec[-1]
+    else:
+        assert attention["q_norm"]["scale"].sharding.is_fully_replicated
+
+
 def random_state(run: Run) -> TrainState:
     """A state whose numbers all differ, without a step to compile."""
     rng = np.random.default_rng(0)
@@ -132,7 +175,9 @@ def random_state(run: Run) -> TrainState:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"optimizer": "apollo"}, INT8], ids=["float32", "int8"]
+    "settings",
+    [{"optimizer": "apollo", "embeddings": "racs", "head": "scale"}, INT8],
+    ids=["float32", "int8"],
 )
 def test_checkpoints_move_between_meshes_exactly(
     settings: dict[str, Any], tmp_path: Path
@@ -179,12 +224,20 @@ def shards(tree: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     }
 
 
-@pytest.mark.parametrize("optimizer", RECIPES)
-def test_state_is_cut_as_far_as_its_sizes_allow(optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "embeddings"),
+    [
+        *((optimizer, "adam") for optimizer in RECIPES),
+        *(("apollo-mini", rule) for rule in EMBEDDING_RULES),
+    ],
+)
+def test_state_is_cut_as_far_as_its_sizes_allow(
+    optimizer: str, embeddings: str
+) -> None:
     """Of a model on 8 devices, parameters and all state of matrices are an eighth on
     each.
     """
-    run = run_of("fsdp=4,tensor=2", optimizer=optimizer)
+    run = run_of("fsdp=4,tensor=2", optimizer=optimizer, embeddings=embeddings)
     state = setup.abstract_state(*run)
     assert all(
         np.prod(part) * 8 == np.prod(shape)
@@ -254,9 +307,11 @@ def test_every_parameter_is_cut_by_both_axes() -> None:
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             spec = partition.spec_of(path_name(path), leaf.shape, mesh)
-            assert sorted(entry for entry in spec if entry) == (
-                [] if "norm" in path_name(path) else ["fsdp", "tensor"]
-            )
+            kind = path_name(path).rpartition("/")[2]
+            assert sorted(entry for entry in spec if entry) == {
+                "scale": [],
+                "bias": ["tensor"],
+            }.get(kind, ["fsdp", "tensor"])
             assert len(spec) in (0, leaf.ndim)
 
 

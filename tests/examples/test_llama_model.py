@@ -24,9 +24,10 @@ from examples.llama.model import (
     rotary,
     rotary_frequencies,
 )
+from examples.llama.optimizers import lr_group, path_name
 from examples.llama.run.errors import UsageError
 
-# Those of the papers, and to the last one those of Meta's Llama 3 models.
+# Those of the papers, and exactly those of published models.
 NOMINAL = {
     **{
         "60m": 58e6,
@@ -36,7 +37,14 @@ NOMINAL = {
         "7b": 6.74e9,
         "13b": 13.0e9,
     },
-    **{"llama-3.2-1b": 1_235_814_400, "llama-3-8b": 8_030_261_248},
+    **{
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3-8b": 8_030_261_248,
+        "llama-3.1-8b": 8_030_261_248,
+        "qwen2.5-7b": 7_615_616_512,
+        "qwen3-8b": 8_190_735_360,
+        "mistral-7b": 7_248_023_552,
+    },
 }
 GROUPED = LlamaConfig(
     384, 24, 40, 4, 3, num_kv_heads=2, head_size=8, max_seq_len=128, tied_head=True
@@ -63,7 +71,7 @@ def test_parameter_count_is_that_of_the_model(name: str) -> None:
     assert all(leaf.dtype == jnp.float32 for leaf in shapes)
     if name in NOMINAL:
         assert param_count(config) == pytest.approx(
-            NOMINAL[name], rel=0 if "llama" in name else 0.01
+            NOMINAL[name], rel=0 if isinstance(NOMINAL[name], int) else 0.01
         )
 
 
@@ -84,6 +92,49 @@ def test_parameter_paths_and_shapes(small: LlamaConfig) -> None:
         "final_norm/scale": (D,),
         "lm_head/kernel": (D, V),
     }
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [
+        ("mistral", {}),
+        (
+            "qwen2",
+            {
+                "layers/attention/q_proj/bias": (3, 16),
+                "layers/attention/k_proj/bias": (3, 8),
+                "layers/attention/v_proj/bias": (3, 8),
+            },
+        ),
+        (
+            "qwen3",
+            {
+                "layers/attention/q_norm/scale": (3, 8),
+                "layers/attention/k_norm/scale": (3, 8),
+            },
+        ),
+    ],
+)
+def test_what_a_family_has_beside_the_parameters_of_llama(
+    model_type: str, more: dict[str, tuple[int, ...]], small: LlamaConfig
+) -> None:
+    llama = dataclasses.replace(small, num_kv_heads=1)
+    before, after = (
+        {path_name(path): leaf.shape for path, leaf in leaves}
+        for leaves in (
+            jax.tree_util.tree_leaves_with_path(abstract_params(config))
+            for config in (llama, dataclasses.replace(llama, model_type=model_type))
+        )
+    )
+    assert after == before | more
+    assert {lr_group(path) for path in more} <= {"rest"}
+
+
+def test_an_unknown_family() -> None:
+    with pytest.raises(
+        ValueError, match="model_type 'gemma' is unknown; choose one of"
+    ):
+        dataclasses.replace(GROUPED, model_type="gemma")
 
 
 def test_grouped_queries_and_a_tied_head_have_smaller_kernels() -> None:

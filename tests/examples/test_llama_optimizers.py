@@ -10,16 +10,20 @@ import optax
 import optax.contrib
 import pytest
 
-from apollo_optax import StateBytes, state_bytes
+import apollo_optax
+from apollo_optax import StateBytes, state_bytes, tabulate
 from examples.llama.config import LlamaConfig
 from examples.llama.model import Execution, Params, init_params
 from examples.llama.optimizers import (
+    EMBEDDING_RULES,
     RECIPES,
+    dimension_numbers,
     lr_group,
     make_optimizer,
     make_schedule,
     path_name,
     with_defaults,
+    with_embedding_rules,
 )
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
@@ -353,3 +357,180 @@ def test_defaults_come_from_the_recipe_unless_set() -> None:
 def test_unknown_optimizer_lists_the_nearest_first() -> None:
     with pytest.raises(UsageError, match="'apolo' is unknown; choose one of: apollo, "):
         options_for("apolo")
+
+
+RULES = ("scale", "adafactor", "racs", "flattening")
+EMBEDDING_SHAPES = {
+    "scale": set(),
+    "adafactor": {(384,), (16,), (1,)},
+    "racs": {(384,), (16,)},
+    "flattening": set(),
+}
+# The head of SCALE has momentum.
+HEAD_SHAPES = EMBEDDING_SHAPES | {"scale": {(16, 384)}}
+ADAM_SHAPES = {"embed/embedding": {(384, 16)}, "lm_head/kernel": {(16, 384)}}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_embeddings_keep_no_moments_of_their_shape(
+    name: str, small: LlamaConfig, params: Params
+) -> None:
+    def shapes(**rules: str) -> dict[str, set[Any]]:
+        found = moments(options_for("apollo-mini", **rules), small, params)
+        return {path: found[path] - {()} for path in ADAM_SHAPES}
+
+    embedding, head = EMBEDDING_SHAPES[name], HEAD_SHAPES[name]
+    both = {"embed/embedding": embedding, "lm_head/kernel": head}
+    assert shapes(embeddings=name) == both
+    assert shapes(embeddings=name, head="adam") == {
+        **both,
+        "lm_head/kernel": {(16, 384)},
+    }
+    assert shapes(head=name) == {**both, "embed/embedding": {(384, 16)}}
+    assert shapes(embeddings="apollo", head=name) == {
+        **both,
+        "embed/embedding": {(1, 384)},
+    }
+
+
+def scale_of_head(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    momentum = 0.9 * first + second
+    return momentum / rms(momentum, 0)
+
+
+def adafactor(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    squares = first**2 * (1 - 2**-0.8) + second**2 * 2**-0.8
+    rows, columns = squares.mean(1, keepdims=True), squares.mean(0, keepdims=True)
+    update = second / np.sqrt(rows * columns / squares.mean())
+    return update / max(1.0, np.sqrt(np.mean(update**2)))
+
+
+def by_library(tx: optax.GradientTransformation) -> Callable[..., np.ndarray]:
+    def rule(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        state = tx.init({"kernel": jnp.asarray(first)})
+        for gradient in (first, second):
+            updates, state = tx.update({"kernel": jnp.asarray(gradient)}, state)
+        return np.asarray(updates["kernel"])
+
+    return rule
+
+
+# The second update, from the first two gradients, of the embedding and of the head.
+# "exact" has no random projection, whose numbers depend on the parameter's name.
+SECOND_UPDATES: dict[str, tuple[Callable[..., np.ndarray], ...]] = {
+    "scale": (lambda first, second: second / rms(second, 0), scale_of_head),
+    "adafactor": (adafactor, adafactor),
+    "racs": (by_library(apollo_optax.scale_by_racs()),) * 2,
+}
+
+
+def second_updates(config: LlamaConfig, params: Params, **rules: str) -> Any:
+    """Returns what APOLLO-Mini makes of the second of two gradients, but no rate."""
+    options = options_for("apollo-mini", **rules)
+    scaler = RECIPES["apollo-mini"].scaler(options, config)
+    update = jax.jit(with_embedding_rules(scaler, options, config).update)
+    state = with_embedding_rules(scaler, options, config).init(params)
+    _, state = update(gradients(params, 1), state, params)
+    return jax.tree.map(np.asarray, update(gradients(params, 2), state, params)[0])
+
+
+@pytest.fixture(scope="module")
+def adams(params: Params) -> Any:
+    return second_updates(SMALL, params)
+
+
+@pytest.mark.parametrize("name", SECOND_UPDATES)
+def test_embeddings_get_the_rule_and_other_parameters_get_what_they_had(
+    name: str, small: LlamaConfig, params: Params, adams: Any
+) -> None:
+    expected = jax.tree.map(lambda leaf: leaf, adams)
+    ours = second_updates(small, params, embeddings=name)
+    leaves = (("embed", "embedding"), ("lm_head", "kernel"))
+    for (module, leaf), rule in zip(leaves, SECOND_UPDATES[name], strict=True):
+        grads = (gradients(params, seed)[module][leaf] for seed in (1, 2))
+        by_rule = rule(*(np.asarray(each, np.float64) for each in grads))
+        update = ours[module].pop(leaf)
+        np.testing.assert_allclose(update, by_rule, rtol=1e-4, atol=1e-5)
+        del expected[module][leaf]
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+def test_flattened_embeddings_have_tokens_of_one_size_and_zeros_for_the_absent(
+    small: LlamaConfig, params: Params
+) -> None:
+    options = options_for("adamw", embeddings="flattening")
+    tx = with_embedding_rules(RECIPES["adamw"].scaler(options, small), options, small)
+    grads = gradients(params, 0)
+    table = grads["embed"]["embedding"].at[100:].set(0.0)
+    grads["embed"]["embedding"] = table
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    ours = np.asarray(updates["embed"]["embedding"])
+    assert (ours[100:] == 0).all()
+    assert np.sqrt(np.mean(ours[:100] ** 2)) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_tied_embedding_is_one_leaf_with_the_rule_of_embeddings(name: str) -> None:
+    tied = dataclasses.replace(SMALL, tied_head=True)
+    params = jax.eval_shape(lambda: init_params(tied, seed=0))
+    options = RunOptions(out=Path("unused"), embeddings=name)
+    found = moments(with_defaults(options, tied), tied, params)
+    assert found["embed/embedding"] - {()} == EMBEDDING_SHAPES[name]
+    other = dataclasses.replace(options, head="adam")
+    with pytest.raises(UsageError, match="--head adam means nothing to a model whose"):
+        with_defaults(other, tied)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rules"),
+    [
+        *((name, ("racs", "scale")) for name in RECIPES),
+        ("apollo-mini", ("flattening", "adafactor")),
+    ],
+)
+def test_rules_of_embeddings_go_with_every_optimizer(
+    optimizer: str, rules: tuple[str, str], small: LlamaConfig
+) -> None:
+    params = jax.eval_shape(
+        lambda: init_params(small, Execution(param_dtype="bfloat16"), seed=0)
+    )
+    options = options_for(optimizer, embeddings=rules[0], head=rules[1])
+    tx, _ = make_optimizer(options, small)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize(
+    ("name", "treatment"),
+    [
+        ("scale", "no state"),
+        ("adafactor", "other"),
+        ("racs", "RACS"),
+        ("flattening", "flattened"),
+    ],
+)
+def test_rules_of_embeddings_are_tabulated(
+    name: str, treatment: str, small: LlamaConfig, params: Params
+) -> None:
+    options = options_for("apollo-mini", embeddings=name)
+    tx, _ = make_optimizer(options, small)
+    numbers = dimension_numbers(options)
+    table = tabulate(tx, params, weight_dimension_numbers=numbers)
+    (line,) = (line for line in table.split("\n") if line.startswith("embed/"))
+    assert f"  {treatment}  " in line
+
+
+def test_rules_of_embeddings_bring_a_learning_rate_that_is_safe_for_all_of_them() -> (
+    None
+):
+    rates = {name: rule.lr for name, rule in EMBEDDING_RULES.items()}
+    adam = RECIPES["adamw"].lr_embeddings
+    assert options_for("adamw").lr_embeddings == adam
+    for name, rate in rates.items():
+        assert options_for("adamw", embeddings=name).lr_embeddings == min(rate, adam)
+    mixed = options_for("adamw", embeddings="scale", head="racs")
+    assert mixed.lr_embeddings == min(rates["scale"], rates["racs"], adam)
+    assert options_for("adamw", head="racs", lr_embeddings=0.5).lr_embeddings == 0.5

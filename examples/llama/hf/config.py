@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face LLaMA, read and written."""
+"""config.json of a Hugging Face model of a known family, read and written."""
 
 import json
 import math
@@ -7,23 +7,47 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
-from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.config import FAMILIES, LlamaConfig, RopeScaling
 from examples.llama.run.errors import UsageError
 from examples.llama.text.decoding import DocumentError, decode, parse_json
 
 CONFIG = "config.json"
-# What the model computes whatever config.json says, so any other value is refused.
-FIXED = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+# Fields that Transformers reads for all families or some. Their values here are the
+# only ones that the model computes, so any other value is refused.
+FIXED: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+    "qwen3": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_sliding_window": False,
+    },
+    "mistral": {"hidden_act": "silu"},
 }
 
 # Other words for the same: the class in the first conversions of LLaMA, and a name of
 # silu that transformers knows too.
-SYNONYMS = {"architectures": ["LLaMAForCausalLM"], "hidden_act": "swish"}
+SYNONYMS = {"LlamaForCausalLM": "LLaMAForCausalLM", "silu": "swish"}
+
+
+class Defaults(NamedTuple):
+    """What Transformers takes for fields of a config.json that are missing."""
+
+    max_seq_len: int
+    num_kv_heads: int | None = None
+    """None means as many as there are heads."""
+    head_size: int = 0
+    """0 means the hidden size divided by the number of heads."""
+    sliding_window: int | None = None
+    """None means that the family has no field `sliding_window`, or does not use it."""
+
+
+DEFAULTS = {
+    "llama": Defaults(2048),
+    "qwen2": Defaults(32_768, num_kv_heads=32),
+    "qwen3": Defaults(32_768, num_kv_heads=32, head_size=128),
+    "mistral": Defaults(131_072, num_kv_heads=8, sliding_window=4096),
+}
 
 Number = TypeVar("Number", int, float)
 
@@ -37,7 +61,7 @@ def read_config(folder: Path) -> LlamaConfig:
 
     Raises:
         UsageError: where the file or a field of it is missing or unusable, or the model
-            is not a LLaMA that `model.py` computes.
+            is of no family that `model.py` computes.
     """
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
     if "model_config" in fields.values:
@@ -45,17 +69,13 @@ def read_config(folder: Path) -> LlamaConfig:
             f"{folder} is a run's folder; export it first: "
             f"python -m examples.llama.export --run {folder} --to ..."
         )
-    for name, supported in FIXED.items():
-        if fields.values.get(name) not in (None, supported, SYNONYMS.get(name)):
-            raise fields.unsupported(name, supported)
+    model_type = read_family(fields)
+    defaults = DEFAULTS[model_type]
     num_heads = fields.number("num_attention_heads", int)
-    max_seq_len = fields.number("max_position_embeddings", int, default=2048)
+    max_seq_len = fields.number(
+        "max_position_embeddings", int, default=defaults.max_seq_len
+    )
     rope_theta, rope_scaling = read_rope(fields, max_seq_len)
-    tied_head = fields.values.get("tie_word_embeddings")
-    if not isinstance(tied_head, bool | NoneType):
-        raise UsageError(
-            f"{fields.path}: tie_word_embeddings is {tied_head!r}; give true or false"
-        )
     try:
         return LlamaConfig(
             vocab_size=fields.number("vocab_size", int),
@@ -63,24 +83,108 @@ def read_config(folder: Path) -> LlamaConfig:
             intermediate_size=fields.number("intermediate_size", int),
             num_heads=num_heads,
             num_layers=fields.number("num_hidden_layers", int),
-            num_kv_heads=fields.number("num_key_value_heads", int, default=num_heads),
-            head_size=fields.number("head_dim", int, default=0),
+            num_kv_heads=read_kv_heads(fields, num_heads, defaults.num_kv_heads),
+            head_size=fields.number("head_dim", int, default=defaults.head_size),
             max_seq_len=max_seq_len,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             rms_norm_eps=fields.number("rms_norm_eps", float, default=1e-6),
             initializer_range=fields.number("initializer_range", float, default=0.02),
-            tied_head=bool(tied_head),
+            tied_head=read_tied_head(fields),
+            model_type=model_type,
+            sliding_window=read_window(fields, defaults.sliding_window),
         )
     except ValueError as error:
         raise UsageError(f"{fields.path}: {error}; correct it") from error
 
 
+def read_family(fields: "Fields") -> str:
+    """Returns the model's family, a key of `FAMILIES`.
+
+    Raises `UsageError` for an unknown family, and for fields with values that this
+    family is not computed with.
+    """
+    family = named_family(fields)
+    for name, supported in FIXED[family].items():
+        if fields.values.get(name) not in (None, supported, SYNONYMS.get(supported)):
+            raise fields.unsupported(name, supported)
+    kinds = fields.values.get("layer_types")
+    for kind in kinds if isinstance(kinds, list) else ():
+        if kind != "full_attention":
+            raise UsageError(
+                f"{fields.path}: {kind!r} in layer_types is not supported; choose a "
+                "model with 'full_attention' in all layers"
+            )
+    return family
+
+
+def named_family(fields: "Fields") -> str:
+    """Returns the family that `model_type` and `architectures` name, if both agree."""
+    model_type = fields.values.get("model_type")
+    if model_type is not None and model_type not in tuple(FAMILIES):
+        raise fields.unsupported("model_type", *FAMILIES)
+    architectures = fields.values.get("architectures")
+    if architectures is None:
+        # Some early conversions of LLaMA have neither field.
+        return model_type or "llama"
+    candidates = FAMILIES if model_type is None else [model_type]
+    for name in candidates:
+        architecture = FAMILIES[name].architecture
+        if architectures in ([architecture], [SYNONYMS.get(architecture)]):
+            return name
+    known = ([FAMILIES[name].architecture] for name in candidates)
+    raise fields.unsupported("architectures", *known)
+
+
+def read_kv_heads(fields: "Fields", num_heads: int, default: int | None) -> int:
+    """Returns the number of heads of keys and values.
+
+    In transformers, null means as many as there are query heads in all families, but a
+    missing field has the family's default.
+    """
+    missing = "num_key_value_heads" not in fields.values
+    return fields.number(
+        "num_key_value_heads",
+        int,
+        default=default if missing and default else num_heads,
+    )
+
+
+def read_tied_head(fields: "Fields") -> bool:
+    tied_head = fields.values.get("tie_word_embeddings")
+    if not isinstance(tied_head, bool | NoneType):
+        raise UsageError(
+            f"{fields.path}: tie_word_embeddings is {tied_head!r}; give true or false"
+        )
+    return bool(tied_head)
+
+
+def read_window(fields: "Fields", default: int | None) -> int | None:
+    """Returns the window of attention; here null means that there is none."""
+    if default is None:
+        return None
+    if fields.values.get("sliding_window", default) is None:
+        return None
+    return fields.number("sliding_window", int, default=default)
+
+
 def hf_config(config: LlamaConfig, dtype: str, end_id: int | None) -> dict[str, Any]:
-    """Returns the fields of config.json, as transformers 4 and 5 both read them."""
+    """Returns the fields of config.json, as transformers 4 and 5 both read them.
+
+    A Mistral's window is written even if it is null, since a missing field means the
+    default.
+    """
     scaling = config.rope_scaling
+    window = (
+        {"sliding_window": config.sliding_window}
+        if DEFAULTS[config.model_type].sliding_window
+        else {}
+    )
     return {
-        **FIXED,
+        "architectures": [FAMILIES[config.model_type].architecture],
+        "model_type": config.model_type,
+        **FIXED[config.model_type],
+        **window,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -12,12 +12,12 @@ from typing import Any
 import tokenizers
 
 from examples.llama.hf.config import CONFIG, read_json, write_json
+from examples.llama.hf.folder import GENERATION_CONFIG, config_folder
 from examples.llama.run.log import PRETRAINED
 from examples.llama.text.decoding import decode, mark_and_encoding
 from examples.llama.text.hub import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
 from examples.llama.text.tokenizer import special_token, tokenizer_path
 
-GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 EOS, EOS_ID = "eos_token", "eos_token_id"
 TOKEN_IDS = {"bos_token": "bos_token_id", "pad_token": "pad_token_id"}
@@ -25,7 +25,7 @@ TOKEN_IDS = {"bos_token": "bos_token_id", "pad_token": "pad_token_id"}
 Files = Mapping[str, Path]  # The keys are paths within the model's folder.
 
 
-def find_files(tokenizer: str | None, init_from: Path | None) -> dict[str, Path]:
+def find_files(tokenizer: str | None, init_from: str | Path | None) -> dict[str, Path]:
     """Returns the files to pass on.
 
     Args:
@@ -34,9 +34,10 @@ def find_files(tokenizer: str | None, init_from: Path | None) -> dict[str, Path]
             own tokenizer, so they count only where `tokenizer` is the same.
 
     Raises:
-        UsageError: where there is no such tokenizer.
+        UsageError: where there is no such tokenizer or model.
     """
-    name = tokenizer or (str(init_from) if init_from else None)
+    model = config_folder(str(init_from)) if init_from else None
+    name = tokenizer or (str(model) if model else None)
     if name is None:
         return {}
     path = tokenizer_path(name)
@@ -46,9 +47,9 @@ def find_files(tokenizer: str | None, init_from: Path | None) -> dict[str, Path]
         for file in sorted(path.parent.glob(pattern))
     }
     found[TOKENIZER] = path  # Which may have another name.
-    if init_from and is_tokenizer_of(path, init_from):
-        model = {name: init_from / name for name in (CONFIG, GENERATION_CONFIG)}
-        found |= {name: file for name, file in model.items() if file.exists()}
+    if model and is_tokenizer_of(path, model):
+        configs = {name: model / name for name in (CONFIG, GENERATION_CONFIG)}
+        found |= {name: file for name, file in configs.items() if file.exists()}
     return found
 
 

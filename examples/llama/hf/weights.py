@@ -1,14 +1,16 @@
 """Weights and tokenizers in Hugging Face's format: reads and writes a folder.
 
 The folder has safetensors and JSON files. A linear layer's weight is (out, in) there,
-one tensor a layer; here it is (in, out), stacked over the layers. Each tensor is thus a
-transposed view of one layer of a leaf, read and written by itself. Rotary embeddings
+one tensor per layer; here it is (in, out), stacked over the layers. Each tensor is thus
+a transposed view of one layer of a leaf, read and written by itself. Rotary embeddings
 pair (h, h + H/2) in both, so no rows change places.
 """
 
 import contextlib
 import functools
+import json
 import math
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,22 +26,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from examples.llama.config import LlamaConfig
-from examples.llama.hf.config import CONFIG, hf_config, read_json, write_json
+from examples.llama.hf.config import CONFIG, hf_config, write_json
 from examples.llama.hf.config import read_config as read_config
+from examples.llama.hf.folder import INDEX, WEIGHTS, indexed_files
 from examples.llama.hf.pretrained import Files, pass_on, with_token_ids
 from examples.llama.model import Params, init_params
 from examples.llama.run.errors import UsageError, first_line, unknown_name
 from examples.llama.text.hub import TOKENIZER as TOKENIZER
 from examples.llama.text.hub import TOKENIZER_CONFIG as TOKENIZER_CONFIG
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PYTORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-_D, _F, _V = "hidden_size", "intermediate_size", "vocab_size"
+_D, _F, _V, _HEAD = "hidden_size", "intermediate_size", "vocab_size", "head_dim"
 _Q, _KV = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
-# The keys are paths in the model's tree. The values are the tensor's name, and the
-# fields of config.json that make its shape, for errors.
+# The keys are the paths in the trees of all families. The values are the tensor's name,
+# and the fields of config.json that make its shape, for errors.
 NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "embed/embedding": ("model.embed_tokens.weight", (_V, _D)),
     "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", (_D,)),
@@ -55,6 +58,17 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
         "model.layers.{}.self_attn.v_proj.weight",
         (_KV, _D),
     ),
+    "layers/attention/q_proj/bias": ("model.layers.{}.self_attn.q_proj.bias", (_Q,)),
+    "layers/attention/k_proj/bias": ("model.layers.{}.self_attn.k_proj.bias", (_KV,)),
+    "layers/attention/v_proj/bias": ("model.layers.{}.self_attn.v_proj.bias", (_KV,)),
+    "layers/attention/q_norm/scale": (
+        "model.layers.{}.self_attn.q_norm.weight",
+        (_HEAD,),
+    ),
+    "layers/attention/k_norm/scale": (
+        "model.layers.{}.self_attn.k_norm.weight",
+        (_HEAD,),
+    ),
     "layers/attention/o_proj/kernel": (
         "model.layers.{}.self_attn.o_proj.weight",
         (_D, _Q),
@@ -69,47 +83,119 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
 EMBEDDING, HEAD = NAMES["embed/embedding"][0], NAMES["lm_head/kernel"][0]
 
 
-def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
-    """Returns the weights of `folder` as the model's parameters, in numpy arrays.
+class HfTensor(NamedTuple):
+    """A tensor of a Hugging Face model, and where in the model's tree it is."""
 
-    Reads `model.safetensors`, or the shards of `model.safetensors.index.json`, tensor
-    by tensor: the host holds the model once, and one tensor more. A tied model may come
-    with an `lm_head.weight`, which must then be the embedding.
+    name: str
+    shape: tuple[int, ...]
+    """(out, in) for a kernel."""
+    path: str
+    """The path of its leaf, such as layers/mlp/up_proj/kernel."""
+    layer: int | None
+    """None where the leaf is not stacked."""
+
+    def view(self, leaf: np.ndarray) -> np.ndarray:
+        """Returns this tensor as a view of `leaf`; writing to it writes to the leaf."""
+        return self.oriented(leaf if self.layer is None else leaf[self.layer])
+
+    def oriented(self, part: np.ndarray) -> np.ndarray:
+        return part.T if self.path.endswith("/kernel") else part
+
+
+class WeightReader:
+    """Reads a model's weights from its folder, the layers one at a time.
+
+    It reads `model.safetensors`, or the shards of `model.safetensors.index.json`,
+    tensor by tensor: host memory holds what a method returns, and one tensor more.
 
     Args:
         folder: holds the weights, in float32, bfloat16 or float16.
         config: their shape, from `read_config`.
         param_dtype: float32 or bfloat16, what they are cast to.
 
-    Returns:
-        The structure and shapes of `init_params(config, ...)`.
-
     Raises:
         UsageError: where a file is missing or corrupt, or a tensor is missing,
-            superfluous, or of another shape or dtype; the latter before any is read.
+            superfluous, or of another shape or dtype. Only the files' headers have been
+            read by then.
     """
-    check_dtype(param_dtype)
-    tensors = {tensor.name: tensor for tensor in tensors_of(config)}
-    files = locate(folder, config, tensors)
-    leaves = {
-        path: np.empty(leaf.shape, jnp.dtype(param_dtype))
-        for path, leaf in shapes_of(config).items()
-    }
-    for file in sorted(set(files.values())):
-        with opened(file) as weights:
-            for tensor in (
-                tensor for name, tensor in tensors.items() if files[name] == file
-            ):
-                tensor.view(leaves[tensor.path])[...] = weights.get_tensor(tensor.name)
-    if config.tied_head and HEAD in files:
-        with opened(files[HEAD]) as weights:
-            head_VxD = weights.get_tensor(HEAD).astype(jnp.dtype(param_dtype))
-        if not np.array_equal(head_VxD, leaves["embed/embedding"]):
+
+    def __init__(self, folder: Path, config: LlamaConfig, param_dtype: str) -> None:
+        check_dtype(param_dtype)
+        self.config = config
+        self._dtype = jnp.dtype(param_dtype)
+        self._shapes = {path: leaf.shape for path, leaf in shapes_of(config).items()}
+        self._tensors = tensors_of(config)
+        self._files = locate(
+            folder, config, {tensor.name: tensor for tensor in self._tensors}
+        )
+
+    def ends(self) -> Params:
+        """Returns the parameters outside the layers, in numpy arrays.
+
+        A tied model may come with an `lm_head.weight`, which must then be the
+        embedding. Raises `UsageError` if it is not, or a file can't be read.
+        """
+        tensors = [tensor for tensor in self._tensors if tensor.layer is None]
+        leaves = {
+            tensor.path: np.empty(self._shapes[tensor.path], self._dtype)
+            for tensor in tensors
+        }
+        self._read(tensors, leaves)
+        if self.config.tied_head and HEAD in self._files:
+            self._check_tied_head(leaves["embed/embedding"])
+        return traverse_util.unflatten_dict(leaves, sep="/")
+
+    def layer(self, index: int) -> Params:
+        """Returns the parameters of a layer as a stack of one, in numpy arrays.
+
+        Raises `UsageError` if a file can't be read.
+        """
+        tensors = [
+            tensor._replace(layer=0)
+            for tensor in self._tensors
+            if tensor.layer == index
+        ]
+        leaves = {
+            tensor.path: np.empty((1, *self._shapes[tensor.path][1:]), self._dtype)
+            for tensor in tensors
+        }
+        self._read(tensors, leaves)
+        return traverse_util.unflatten_dict(leaves, sep="/")["layers"]
+
+    def _read(self, tensors: list[HfTensor], leaves: Mapping[str, np.ndarray]) -> None:
+        for file in sorted({self._files[tensor.name] for tensor in tensors}):
+            with opened(file) as weights:
+                for tensor in tensors:
+                    if self._files[tensor.name] == file:
+                        leaf = tensor.view(leaves[tensor.path])
+                        leaf[...] = weights.get_tensor(tensor.name)
+
+    def _check_tied_head(self, embedding_VxD: np.ndarray) -> None:
+        with opened(self._files[HEAD]) as weights:
+            head_VxD = weights.get_tensor(HEAD).astype(self._dtype)
+        if not np.array_equal(head_VxD, embedding_VxD):
             raise UsageError(
-                f"{files[HEAD]}: {HEAD} is not {EMBEDDING}, though {CONFIG} says "
+                f"{self._files[HEAD]}: {HEAD} is not {EMBEDDING}, though {CONFIG} says "
                 "tie_word_embeddings; set that to false, or remove the tensor"
             )
-    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
+    """Returns all weights of `folder`, in numpy arrays.
+
+    They have the structure and shapes of `init_params(config, ...)`. The arguments and
+    errors are those of `WeightReader`. Host memory holds the model once, and one layer.
+    """
+    reader = WeightReader(folder, config, param_dtype)
+    stacks = {
+        path: np.empty(leaf.shape, jnp.dtype(param_dtype))
+        for path, leaf in shapes_of(config).items()
+        if path.startswith("layers/")
+    }
+    for index in range(config.num_layers):
+        for path, row in flatten(reader.layer(index)).items():
+            stacks[f"layers/{path}"][index] = row[0]
+    return reader.ends() | traverse_util.unflatten_dict(stacks, sep="/")
 
 
 def save_pretrained(
@@ -123,7 +209,7 @@ def save_pretrained(
     end_token: str | None = None,
     passed_on: Files = MappingProxyType({}),
 ) -> None:
-    """Writes a folder that transformers loads as a LlamaForCausalLM and its tokenizer.
+    """Writes a folder that transformers loads as a model and its tokenizer.
 
     The files are written to a hidden folder beside it, which is renamed when all are
     there. Of parameters on devices the host holds no more than one shard.
@@ -188,25 +274,6 @@ def check_free(folder: Path) -> None:
         )
 
 
-class HfTensor(NamedTuple):
-    """A tensor of a Hugging Face LLaMA, and where in the model's tree it is."""
-
-    name: str
-    shape: tuple[int, ...]
-    """(out, in) for a kernel."""
-    path: str
-    """The path of its leaf, such as layers/mlp/up_proj/kernel."""
-    layer: int | None
-    """None where the leaf is not stacked."""
-
-    def view(self, leaf: np.ndarray) -> np.ndarray:
-        """Returns this tensor as a view of `leaf`; writing to it writes to the leaf."""
-        return self.oriented(leaf if self.layer is None else leaf[self.layer])
-
-    def oriented(self, part: np.ndarray) -> np.ndarray:
-        return part.T if self.path.endswith("/kernel") else part
-
-
 def tensors_of(config: LlamaConfig) -> list[HfTensor]:
     """Returns all tensors of a model, those of a layer next to each other.
 
@@ -221,7 +288,7 @@ def tensors_of(config: LlamaConfig) -> list[HfTensor]:
             name, shape[::-1] if path.endswith("/kernel") else shape, path, layer
         )
 
-    stacked = [path for path in NAMES if path.startswith("layers/")]
+    stacked = [path for path in NAMES if path.startswith("layers/") and path in shapes]
     return [
         tensor("embed/embedding"),
         *(
@@ -281,25 +348,42 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
-        raise UsageError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}; give a folder that "
-            "save_pretrained wrote, or convert its weights to safetensors"
-        )
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
-    ):
-        raise UsageError(
-            f"{folder / INDEX} has no weight_map from tensors to files; "
-            "download it again"
-        )
-    files = [folder / name for name in sorted(set(weight_map.values()))]
+        raise no_safetensors(folder)
+    files = [folder / name for name in indexed_files(folder)]
     for file in files:
         if not file.exists():
             raise UsageError(
                 f"{file} is not there, though {INDEX} names it; download it"
             )
     return files
+
+
+def no_safetensors(folder: Path) -> UsageError:
+    for name in PYTORCH_WEIGHTS:
+        if (folder / name).exists():
+            # Reading such a file needs PyTorch, and can run code that is in the file.
+            new = f"{folder.resolve()}-safetensors"
+            return UsageError(
+                f"{folder} has its weights in {name}, not in {WEIGHTS}; convert them "
+                f"with `{conversion(folder, new)}` where transformers and torch are "
+                f"installed, and give {new}"
+            )
+    return UsageError(
+        f"{folder} holds neither {WEIGHTS} nor {INDEX}; give a folder that "
+        "save_pretrained wrote, or convert its weights to safetensors"
+    )
+
+
+def conversion(folder: Path, new: str) -> str:
+    """Returns a command line that writes a model and its tokenizer as safetensors."""
+    old, new = json.dumps(str(folder)), json.dumps(new)
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f'M.from_pretrained({old}, torch_dtype="auto")'
+        f".save_pretrained({new}, safe_serialization=True); "
+        f"T.from_pretrained({old}).save_pretrained({new})"
+    )
+    return f"python -c {shlex.quote(code)}"
 
 
 def locate(
@@ -323,9 +407,9 @@ def locate(
                     continue
                 if name not in expected:
                     raise UsageError(
-                        f"{file}: {name} is no tensor of a LLaMA of "
-                        f"{config.num_layers} layers without biases; correct "
-                        f"num_hidden_layers in {CONFIG}, or choose another model"
+                        f"{file}: {name} is no tensor of a {config.model_type} of "
+                        f"{config.num_layers} layers; correct num_hidden_layers or "
+                        f"model_type in {CONFIG}, or choose another model"
                     )
                 if name in files:
                     raise UsageError(

@@ -51,7 +51,8 @@ def as_json(row: Row, options: PlanOptions, config: LlamaConfig) -> dict[str, An
             "compute_dtype",
             "rounding",
         ),
-        *("moment_dtype", "embeddings", "rank", "layerwise", "offload", "remat"),
+        *("moment_dtype", "embeddings", "head", "rank", "layerwise", "offload"),
+        "remat",
     )
     return {
         "target": options.target,

@@ -257,6 +257,12 @@ def lowest_loss(run_folder: Path, step: int) -> float | None:
     return min((row["val_loss"] for row in rows if "val_loss" in row), default=None)
 
 
+def steps_on_disk(run_folder: Path, name: str = CHECKPOINTS) -> list[int]:
+    """Returns the steps of a run's checkpoints, the oldest first."""
+    folder = (run_folder / name).absolute()
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 def restore_params(
     run_folder: Path,
     abstract_params: Params,
@@ -274,8 +280,7 @@ def restore_params(
     Raises:
         UsageError: where there is no such checkpoint, or it cannot be read.
     """
-    folder = (run_folder / name).absolute()
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    folder, steps = (run_folder / name).absolute(), steps_on_disk(run_folder, name)
     if not steps or step not in (None, *steps):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
         raise UsageError(

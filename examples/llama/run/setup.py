@@ -16,6 +16,7 @@ from rich import filesize
 from apollo_optax import state_bytes
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.hf import weights as hf_weights
+from examples.llama.hf.folder import config_folder, weights_folder
 from examples.llama.loop import Text
 from examples.llama.mesh import make_mesh, on_every_device
 from examples.llama.model import (
@@ -43,19 +44,24 @@ from examples.llama.text import corpus
 def model_config(options: TrainingOptions) -> LlamaConfig:
     """Returns the shape that --model or --init-from gives.
 
-    Raises `UsageError` if --seq is longer than the model's context.
+    Raises `UsageError` if --seq is longer than the model's context or its window of
+    attention.
     """
     if options.init_from:
-        name, config = (
-            f"--init-from {options.init_from}",
-            hf_weights.read_config(options.init_from),
-        )
+        name = f"--init-from {options.init_from}"
+        config = hf_weights.read_config(config_folder(options.init_from))
     else:
         assert options.model is not None
         name, config = f"--model {options.model}", preset(options.model)
     if options.seq > config.max_seq_len:
         raise UsageError(
             f"--seq {options.seq} is too long; {name} takes {config.max_seq_len}"
+        )
+    if config.sliding_window and options.seq > config.sliding_window:
+        raise UsageError(
+            f"--seq {options.seq} is longer than the sliding_window "
+            f"{config.sliding_window} of {name}, and attention is computed without "
+            f"windows; give --seq {config.sliding_window} or less"
         )
     return config
 
@@ -120,7 +126,7 @@ def check_offload(options: TrainingOptions) -> None:
 def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
     tokenizer, max_tokens = options.tokenizer, options.data_tokens
     if options.init_from and not tokenizer:
-        tokenizer = str(options.init_from)  # Its weights mean nothing with another one.
+        tokenizer = options.init_from  # Its weights mean nothing with another one.
     if options.data.startswith("hf:") and not max_tokens:
         # A hub data set may have no end. The number of tokens is rounded up, so that
         # slightly longer runs find the text cached.
@@ -242,16 +248,7 @@ def initial_params(
         name: sharding for name, sharding in shardings.items() if name != "layers"
     }
     if options.init_from:
-        given = hf_weights.load_params(options.init_from, config, execution.param_dtype)
-        if not storage.a_layer_at_a_time:
-            return jax.tree.map(on_mesh, given, shardings)
-        layers = given.pop("layers")
-        rest = jax.tree.map(on_mesh, given, of_ends)
-        return storage.filled(
-            shapes,
-            rest,
-            lambda index: jax.tree.map(lambda x: x[index : index + 1], layers),
-        )
+        return read_params(pretrained_weights(options, config), storage, shapes)
     arguments = {"config": config, "execution": execution, "seed": options.seed}
     if not storage.a_layer_at_a_time:
         return jax.jit(
@@ -263,6 +260,51 @@ def initial_params(
         functools.partial(init_layer, **arguments), out_shardings=shardings["layers"]
     )
     return storage.filled(shapes, rest, lambda index: draw(index=index))
+
+
+def read_params(
+    reader: hf_weights.WeightReader, storage: Storage, shapes: Params
+) -> Params:
+    """Returns the weights of a file as `storage` keeps them.
+
+    Each layer is put where it belongs before the next one is read. Host memory holds
+    two layers more than what is stored there: what was read, and the copy on the device
+    if the device is a CPU.
+
+    Args:
+        reader: of the weights.
+        storage: of the run.
+        shapes: all parameters, abstract, with shardings.
+    """
+    shardings = shardings_of(shapes)
+
+    def to_devices(params: Params, shardings: Any) -> Params:
+        # JAX frees the arrays that were read only when they have arrived.
+        return jax.block_until_ready(jax.tree.map(on_mesh, params, shardings))
+
+    layers = shardings.pop("layers")
+    return storage.filled(
+        shapes,
+        to_devices(reader.ends(), shardings),
+        # The layers' axis is not sharded, so a stack of one layer has their sharding.
+        lambda index: to_devices(reader.layer(index), layers),
+    )
+
+
+def pretrained_weights(
+    options: TrainingOptions, config: LlamaConfig
+) -> hf_weights.WeightReader:
+    """Returns the reader of the weights that --init-from names.
+
+    They are downloaded if need be. Raises `UsageError` where they are missing or are
+    not of `config`.
+    """
+    assert options.init_from is not None
+    return hf_weights.WeightReader(
+        weights_folder(options.init_from),
+        config,
+        execution_of(options, config).param_dtype,
+    )
 
 
 def training_step(

@@ -15,6 +15,8 @@ from examples.llama.text.readers import named_by_text
 from examples.llama.text.rows import FIELD, Document, Row, Tally, row_texts
 
 PREFIX = "hf:"
+# A pattern of a model's name on the hub, after its owner, with a revision or without.
+NAME_AND_REVISION = r"[\w.-]+(@[\w./-]+)?"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # What a model's folder has of its tokenizer; the last is a pattern.
 TOKENIZER_FILES = (
@@ -183,18 +185,43 @@ def local_parts(path: Path) -> tuple[str, str | None]:
 
 
 def tokenizer_folder(name: str) -> Path:
-    """Returns a folder with the tokenizer of a hub model, downloaded at its first use.
+    """Returns a folder with a hub model's tokenizer; raises as `model_snapshot`."""
+    return model_snapshot(
+        "--tokenizer",
+        name,
+        TOKENIZER_FILES,
+        is_complete=lambda folder: (folder / TOKENIZER).exists(),
+    )
+
+
+def model_snapshot(
+    flag: str,
+    name: str,
+    patterns: Iterable[str],
+    *,
+    is_complete: Callable[[Path], bool],
+) -> Path:
+    """Returns a folder with files of a hub model, downloaded at their first use.
+
+    Args:
+        flag: the option that names the model, for errors.
+        name: the model's name on the hub, or NAME@REVISION.
+        patterns: patterns of the files' names.
+        is_complete: whether a folder in the cache has the files that are needed.
 
     Raises:
-        UsageError: where it is neither in Hugging Face's cache nor to be had.
+        UsageError: where the files are neither in Hugging Face's cache nor to be had.
     """
     import huggingface_hub  # The import is here since it is slow and few need it.
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    model, _, revision = name.partition("@")
+
     def download(*, local_files_only: bool) -> Path:
         folder = huggingface_hub.snapshot_download(
-            name,
-            allow_patterns=list(TOKENIZER_FILES),
+            model,
+            revision=revision or None,
+            allow_patterns=list(patterns),
             local_files_only=local_files_only,
         )
         return Path(folder)
@@ -204,12 +231,12 @@ def tokenizer_folder(name: str) -> Path:
         # and need no network.
         with contextlib.suppress(LocalEntryNotFoundError):
             folder = download(local_files_only=True)
-            if (folder / TOKENIZER).exists():
+            if is_complete(folder):
                 return folder
         return download(local_files_only=False)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--tokenizer {name!r} is no file or folder here, nor to be had from the "
+            f"{flag} {name!r} is no file or folder here, nor to be had from the "
             f"hub ({first_line(error)}); check the name, the network and, for a model "
             "with terms to agree to, `hf auth login`"
         ) from error

@@ -11,8 +11,12 @@ import tokenizers
 
 from examples.llama.run.errors import UsageError, first_line
 from examples.llama.text.decoding import DocumentError, decode, parse_json
+from examples.llama.text.hub import (
+    NAME_AND_REVISION,
+    TOKENIZER_CONFIG,
+    tokenizer_folder,
+)
 from examples.llama.text.hub import TOKENIZER as TOKENIZER_FILE
-from examples.llama.text.hub import TOKENIZER_CONFIG, tokenizer_folder
 
 # It follows every document, so that no window mistakes one for its successor.
 END = "<|end|>"
@@ -124,12 +128,15 @@ def tokenizer_path(name: str) -> Path:
         return path
     if path.is_dir():
         folder = path
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and path.suffix != ".json":
+    elif (
+        re.fullmatch(rf"([\w.-]+/)?{NAME_AND_REVISION}", name)
+        and path.suffix != ".json"
+    ):
         folder = tokenizer_folder(name)
     else:
         raise UsageError(
             f"--tokenizer {name!r} does not exist; give a {TOKENIZER_FILE}, a folder "
-            "with one, or OWNER/NAME of a model on the hub"
+            "with one, or OWNER/NAME[@REVISION] of a model on the hub"
         )
     if not (folder / TOKENIZER_FILE).exists():
         raise UsageError(
