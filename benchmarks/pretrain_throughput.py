@@ -25,7 +25,13 @@ from benchmarks.report import cores, made_with
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.flops import flops_per_token, mfu
 from examples.llama.hf.config import hf_config
-from examples.llama.model import REMAT_POLICIES, Execution, graphdef_of, init_params
+from examples.llama.model import (
+    REMAT_POLICIES,
+    Batch,
+    Execution,
+    graphdef_of,
+    init_params,
+)
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
@@ -105,7 +111,7 @@ def ours(
         nonlocal state
         metrics = None
         for _ in range(steps):
-            state, metrics = train_step(state, tokens, 0)
+            state, metrics = train_step(state, Batch(tokens), 0)
         jax.block_until_ready(state)
         assert metrics is not None
         return float(metrics.loss)

@@ -21,7 +21,7 @@ from benchmarks.memory import step_of
 from examples.llama.config import preset
 from examples.llama.memory.search import runs
 from examples.llama.mesh import make_mesh, over_data
-from examples.llama.model import cudnn_has_flash_attention
+from examples.llama.model import Batch, cudnn_has_flash_attention
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
@@ -144,7 +144,7 @@ def trained(run: RunOptions, steps: int = STEPS) -> tuple[list[float], Any]:
             config.vocab_size, size=(run.batch, run.seq + 1), dtype=np.int32
         )
         state, metrics = train_step(
-            state, jax.device_put(tokens, over_data(mesh)), np.int32(step)
+            state, Batch(jax.device_put(tokens, over_data(mesh))), np.int32(step)
         )
         losses.append(float(metrics.loss))
     return losses, jax.device_get(state.params)

@@ -17,6 +17,7 @@ from examples.llama.config import preset
 from examples.llama.memory.search import runs
 from examples.llama.memory.target import Memory, compiled_step, memory_of_step
 from examples.llama.mesh import make_mesh, over_data
+from examples.llama.model import Batch
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
@@ -65,7 +66,7 @@ def timed_steps(
     before, times = peak_bytes_in_use(), []
     while len(times) <= FEWEST_STEPS or sum(times) < TIMED_SECONDS:
         start = time.perf_counter()
-        state, metrics = step(state, tokens, number)
+        state, metrics = step(state, Batch(tokens), number)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - start)
     # The first step finds caches and pools empty.

@@ -30,7 +30,7 @@ from examples.llama.flops import flops_per_token, peak_flops
 from examples.llama.memory.search import runs
 from examples.llama.memory.target import Memory, compiled_step
 from examples.llama.mesh import make_mesh, over_data
-from examples.llama.model import pieces_of
+from examples.llama.model import Batch, pieces_of
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
@@ -171,7 +171,7 @@ def quality_run(
     step: Any = compiled
     state = setup.initial_state(run, config, tx, mesh)
     evaluate = make_evaluator(
-        pieces_of(config, setup.execution_of(run, config, mesh)), held_out
+        pieces_of(config, setup.execution_of(run, config, mesh)), Batch(held_out)
     )
     losses, validation, seconds = [], [(0, evaluate(state.params))], 0.0
     yield None
@@ -182,7 +182,8 @@ def quality_run(
     start = time.perf_counter()
     for number, tokens in enumerate(batches, start=1):
         placed = jax.device_put(
-            (tokens, np.int32(number)), (over_data(mesh), setup.on_every_device(mesh))
+            (Batch(tokens), np.int32(number)),
+            (over_data(mesh), setup.on_every_device(mesh)),
         )
         state, metrics = step(state, *placed)
         losses.append(metrics.loss)

@@ -24,7 +24,7 @@ from examples.llama.run.errors import (
     notice,
     unknown_name,
 )
-from examples.llama.run.log import TOKENIZER, read_config
+from examples.llama.run.log import BEST, CHECKPOINTS, TOKENIZER, read_config
 from examples.llama.run.setup import abstract_params
 from examples.llama.storage import Storage
 from examples.llama.text.decoding import decode
@@ -41,6 +41,8 @@ class ExportOptions:
     exist."""
     step: int | None = None
     """The checkpoint's step; by default the newest."""
+    best: bool = False
+    """Take the weights with the lowest validation loss, which a fine-tuning keeps."""
     dtype: str | None = None
     """float32 or bfloat16; by default that of the run's weights, which int8 is
     dequantized to."""
@@ -48,6 +50,11 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.dtype not in (None, *CHOICES["--compute-dtype"]):
             raise unknown_name("--dtype", str(self.dtype), CHOICES["--compute-dtype"])
+        if self.best and self.step is not None:
+            raise UsageError(
+                f"--best and --step {self.step} both say which weights to take; give "
+                "one of them"
+            )
         hf_weights.check_free(self.to)
 
 
@@ -79,7 +86,10 @@ def export(options: ExportOptions) -> None:
     dtype = run["compute_dtype"] if int8 else run["weights"]
     shapes = abstract_params(config, Execution(param_dtype=dtype), mesh)
     params = restore_params(
-        options.run, Storage(mesh, int8=int8).abstract(shapes), options.step
+        options.run,
+        Storage(mesh, int8=int8).abstract(shapes),
+        options.step,
+        BEST if options.best else CHECKPOINTS,
     )
     hf_weights.save_pretrained(
         dequantize(params),

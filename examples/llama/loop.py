@@ -2,16 +2,18 @@
 
 import functools
 import signal
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+import tokenizers
 
 from examples.llama.evaluate import make_evaluator
+from examples.llama.hf.pretrained import Files
 from examples.llama.mesh import over_data
-from examples.llama.model import Params, Pieces
+from examples.llama.model import Batch, Params, Pieces
 from examples.llama.options import RunOptions
 from examples.llama.run import distributed
 from examples.llama.run.checkpoint import Checkpoints
@@ -21,7 +23,6 @@ from examples.llama.run.log import Row
 from examples.llama.run.recorder import Recorder
 from examples.llama.sample import make_sampler
 from examples.llama.step import TrainState, TrainStep
-from examples.llama.text.corpus import Corpus
 
 
 def run_steps(
@@ -38,13 +39,19 @@ def run_steps(
     checkpoints: Checkpoints,
 ) -> None:
     """Trains from `first_step` to the last step, with evaluations and checkpoints."""
-    shape, vote = (options.batch, options.seq + 1), distributed.Vote()
+    on_devices = functools.partial(
+        jax.make_array_from_process_local_data,
+        over_data(mesh),
+        global_shape=(options.batch, options.seq + 1),
+    )
+    vote = distributed.Vote()
     with stop.deferred():
         for step in range(first_step, options.steps + 1):
-            tokens_BxS = jax.make_array_from_process_local_data(
-                over_data(mesh), next(batches), shape
-            )
-            state, metrics = train_step(state, tokens_BxS, np.int32(step))
+            rows = next(batches)
+            # Batches of whole windows are tokens alone.
+            rows = rows if isinstance(rows, Batch) else Batch(rows)
+            batch = jax.tree.map(on_devices, rows)
+            state, metrics = train_step(state, batch, np.int32(step))
             recorder.add(step, metrics)
             last = step == options.steps
             if last or step % options.eval_every == 0:
@@ -65,20 +72,31 @@ def run_steps(
                 )
 
 
+class Text(NamedTuple):
+    """What a run trains on and is evaluated on."""
+
+    tokenizer: tokenizers.Tokenizer
+    end_id: int  # The token that ends a text.
+    key: str  # Changes when the tokens do.
+    tokens: int  # How many there are to train on.
+    batches: grain.DatasetIterator[Any]  # Tokens (B, S) of each step, or a `Batch`.
+    held_out: Batch  # What evaluations take; leaves are (K, B, S).
+    # What samples continue, by the text to show before them.
+    prompts: Mapping[str, Sequence[int]]
+    stop_ids: Collection[int]  # The tokens at which samples end.
+    passed_on: Files  # The files that an export gets from what the run began from.
+
+
 def make_evaluation(
-    options: RunOptions,
-    pieces: Pieces,
-    text: Corpus,
-    held_out: np.ndarray,
-    mesh: jax.sharding.Mesh,
+    options: RunOptions, pieces: Pieces, text: Text, mesh: jax.sharding.Mesh
 ) -> Callable[[Params, int], Row]:
     """Returns a function from parameters and step to an evaluation's metrics."""
-    validation_loss = make_evaluator(pieces, held_out)
+    validation_loss = make_evaluator(pieces, text.held_out)
     sample = make_sampler(
         pieces,
         text.tokenizer,
-        text.end_id,
-        start_id=text.prefix[-1] if text.prefix else text.end_id,
+        text.prompts,
+        end_ids=text.stop_ids,
         seed=options.seed,
         mesh=mesh,
     )

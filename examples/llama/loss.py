@@ -25,7 +25,11 @@ def num_chunks(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def chunked_cross_entropy(
-    x_BxTxD: jax.Array, head_DxV: jax.Array, targets_BxT: jax.Array, chunks: int
+    x_BxTxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxT: jax.Array,
+    chunks: int,
+    weights_BxT: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the mean cross entropy of `softmax(x @ head)` and the targets, in nats.
 
@@ -35,12 +39,13 @@ def chunked_cross_entropy(
             float32, and in float64 for float64.
         targets_BxT: the tokens to predict.
         chunks: the number of chunks of the sequence; T need not be a multiple.
+        weights_BxT: the weight of each target in the mean, at least 0; None gives all
+            targets the same. If all weights are 0, the loss is 0.
 
     Returns:
         A scalar. Differentiable once, in `x` and `head`, in reverse mode.
     """
-    B, T, _ = x_BxTxD.shape
-    pieces = _pieces(x_BxTxD, targets_BxT, chunks)
+    pieces = _pieces(x_BxTxD, targets_BxT, chunks, weights_BxT)
 
     def add_chunk(
         total: jax.Array, piece: tuple[jax.Array, ...]
@@ -50,29 +55,37 @@ def chunked_cross_entropy(
         return total + loss, None
 
     zero = jnp.zeros((), _sum_dtype(x_BxTxD))
-    return jax.lax.scan(add_chunk, zero, pieces)[0] / (B * T)
+    return jax.lax.scan(add_chunk, zero, pieces)[0] / _total(targets_BxT, weights_BxT)
 
 
 def _forward(
-    x_BxTxD: jax.Array, head_DxV: jax.Array, targets_BxT: jax.Array, chunks: int
+    x_BxTxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxT: jax.Array,
+    chunks: int,
+    weights_BxT: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Returns the loss, and its gradients in `x` and `head` for the backward pass."""
     B, T, D = x_BxTxD.shape
     dtype = _sum_dtype(x_BxTxD)
+    total_weight = _total(targets_BxT, weights_BxT)
     head = head_DxV.astype(x_BxTxD.dtype)
 
     def add_chunk(
         sums: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, head_grad_DxV = sums
-        x_BxtxD, targets_Bxt, weights_t = piece
+        x_BxtxD, targets_Bxt, weights = piece
         logits_BxtxV = _logits(x_BxtxD, head)
-        loss, logsumexp_Bxt = _chunk_loss(logits_BxtxV, targets_Bxt, weights_t)
+        loss, logsumexp_Bxt = _chunk_loss(logits_BxtxV, targets_Bxt, weights)
         probabilities_BxtxV = jnp.exp(logits_BxtxV - logsumexp_Bxt[..., None])
         hit_BxtxV = jnp.arange(head.shape[1]) == targets_Bxt[..., None]
         # Padding has such a gradient too. It adds nothing to the head's gradient, as
         # its x is 0, and its own rows are sliced off below.
-        grad_BxtxV = ((probabilities_BxtxV - hit_BxtxV) / (B * T)).astype(x_BxtxD.dtype)
+        grad_BxtxV = (probabilities_BxtxV - hit_BxtxV) / total_weight
+        if weights_BxT is not None:
+            grad_BxtxV *= weights[..., None]
+        grad_BxtxV = grad_BxtxV.astype(x_BxtxD.dtype)
         head_grad_DxV += jnp.einsum(
             "btd,btv->dv", x_BxtxD, grad_BxtxV, preferred_element_type=dtype
         )
@@ -81,20 +94,20 @@ def _forward(
 
     zeros = jnp.zeros((), dtype), jnp.zeros(head.shape, dtype)
     (total, head_grad_DxV), grads_CxBxtxD = jax.lax.scan(
-        add_chunk, zeros, _pieces(x_BxTxD, targets_BxT, chunks)
+        add_chunk, zeros, _pieces(x_BxTxD, targets_BxT, chunks, weights_BxT)
     )
     x_grad_BxTxD = jnp.moveaxis(grads_CxBxtxD, 0, 1).reshape(B, -1, D)[:, :T]
-    return total / (B * T), (x_grad_BxTxD, head_grad_DxV.astype(head_DxV.dtype))
+    return total / total_weight, (x_grad_BxTxD, head_grad_DxV.astype(head_DxV.dtype))
 
 
 def _backward(
     chunks: int, grads: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
+) -> tuple[jax.Array, jax.Array, None, None]:
     del chunks
     x_grad_BxTxD, head_grad_DxV = (
         grad * cotangent.astype(grad.dtype) for grad in grads
     )
-    return x_grad_BxTxD, head_grad_DxV, None
+    return x_grad_BxTxD, head_grad_DxV, None, None
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)
@@ -104,10 +117,24 @@ def _sum_dtype(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def _total(targets_BxT: jax.Array, weights_BxT: jax.Array | None) -> jax.Array | int:
+    """Returns the sum of the targets' weights, or 1 if all weights are 0."""
+    if weights_BxT is None:
+        return targets_BxT.size
+    total = jnp.sum(weights_BxT)
+    return jnp.where(total > 0, total, 1)
+
+
 def _pieces(
-    x_BxTxD: jax.Array, targets_BxT: jax.Array, chunks: int
+    x_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    chunks: int,
+    weights_BxT: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
-    """Returns x (C, B, t, D), targets (C, B, t) and weights (C, t), 0 for padding."""
+    """Returns x (C, B, t, D), targets (C, B, t) and weights, which are 0 for padding.
+
+    The weights are (C, B, t), or (C, t) if all targets have the same weight.
+    """
     B, T, D = x_BxTxD.shape
     t = -(-T // chunks)
     # There are fewer chunks if t is rounded up by much, so that none is padding alone.
@@ -116,8 +143,12 @@ def _pieces(
     # Chunks are along the sequence, as the batch may be sharded over devices.
     x = jnp.pad(x_BxTxD, ((0, 0), padding, (0, 0))).reshape(B, chunks, t, D)
     targets = jnp.pad(targets_BxT, ((0, 0), padding)).reshape(B, chunks, t)
-    weights_Cxt = jnp.pad(jnp.ones(T, _sum_dtype(x)), padding).reshape(chunks, t)
-    return jnp.moveaxis(x, 1, 0), jnp.moveaxis(targets, 1, 0), weights_Cxt
+    if weights_BxT is None:
+        weights = jnp.pad(jnp.ones(T, _sum_dtype(x)), padding).reshape(chunks, t)
+    else:
+        weights = jnp.pad(weights_BxT.astype(_sum_dtype(x)), ((0, 0), padding))
+        weights = jnp.moveaxis(weights.reshape(B, chunks, t), 1, 0)
+    return jnp.moveaxis(x, 1, 0), jnp.moveaxis(targets, 1, 0), weights
 
 
 def _logits(x_BxtxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
@@ -128,11 +159,11 @@ def _logits(x_BxtxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
 
 
 def _chunk_loss(
-    logits_BxtxV: jax.Array, targets_Bxt: jax.Array, weights_t: jax.Array
+    logits_BxtxV: jax.Array, targets_Bxt: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the weighted sum of the cross entropies, and each softmax's logsumexp."""
     logsumexp_Bxt = jax.nn.logsumexp(logits_BxtxV, axis=-1)
     target_Bxt = jnp.take_along_axis(logits_BxtxV, targets_Bxt[..., None], axis=-1)[
         ..., 0
     ]
-    return jnp.sum((logsumexp_Bxt - target_Bxt) * weights_t), logsumexp_Bxt
+    return jnp.sum((logsumexp_Bxt - target_Bxt) * weights), logsumexp_Bxt

@@ -22,6 +22,35 @@ from examples.llama.mesh import ROWS, constrained, shard_count
 # Parameters are nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
 Params = dict[str, Any]
 
+
+class Batch(NamedTuple):
+    """Sequences to train or evaluate on.
+
+    A leaf that is None takes no part in the compiled program.
+    """
+
+    tokens: Any
+    """The token ids: int32 (B, S), of which the first T are inputs and the last T
+    targets."""
+    segments: Any = None
+    """The number of the packed sequence that each token belongs to: int32 (B, S), from
+    1 on in each row, and 0 for padding. Attention stays inside a segment and positions
+    count from its start. None: a row is one sequence."""
+    weights: Any = None
+    """The weight of each token as a target: float32 (B, S). None: all weigh the same.
+    The first token of a segment and padding never count."""
+
+
+def target_weights(batch: Batch) -> jax.Array | None:
+    """Returns the weight of each target in the loss: float32 (B, T), or None."""
+    weights_BxT = None if batch.weights is None else batch.weights[:, 1:]
+    if batch.segments is None:
+        return weights_BxT
+    here_BxT, next_BxT = batch.segments[:, :-1], batch.segments[:, 1:]
+    predictable_BxT = ((here_BxT == next_BxT) & (next_BxT > 0)).astype(jnp.float32)
+    return predictable_BxT if weights_BxT is None else predictable_BxT * weights_BxT
+
+
 # The activations of a layer that are saved for the backward pass, which computes the
 # others again.
 REMAT_POLICIES = {
@@ -86,20 +115,27 @@ def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rotary(
-    x_BxTxNxH: jax.Array, position_T: jax.Array, frequency_h: np.ndarray
+    x_BxTxNxH: jax.Array, position: jax.Array, frequency_h: np.ndarray
 ) -> jax.Array:
     """Rotates each pair (h, h + H/2) of every head by its frequency times its position.
 
     Dot products of rotated vectors then depend on positions only through their
-    difference.
+    difference. The positions are (T,), or (B, T) if those of the rows differ.
     """
-    angle_Tx1xh = position_T[:, None, None] * frequency_h
-    cos, sin = jnp.cos(angle_Tx1xh), jnp.sin(angle_Tx1xh)
+    angle = position[..., None, None] * frequency_h  # (T, 1, h) or (B, T, 1, h)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     )
     return rotated.astype(x_BxTxNxH.dtype)
+
+
+def positions_in_segments(segments_BxT: jax.Array) -> jax.Array:
+    """Returns the distance of each token from the start of its segment: (B, T)."""
+    index_T = jnp.arange(segments_BxT.shape[1])
+    starts_BxT = jnp.diff(segments_BxT, axis=1, prepend=-1) != 0
+    return index_T - jax.lax.cummax(jnp.where(starts_BxT, index_T, 0), axis=1)
 
 
 def initializer(config: LlamaConfig) -> nnx.Initializer:
@@ -146,7 +182,10 @@ def rms_norm(
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary position embeddings."""
+    """Causal grouped-query attention with rotary position embeddings.
+
+    With segments (B, T), each token attends only to those of its own segment.
+    """
 
     def __init__(
         self, config: LlamaConfig, execution: Execution, *, rngs: nnx.Rngs
@@ -163,9 +202,15 @@ class Attention(nnx.Module):
             self.q_norm = rms_norm(config, execution, H, rngs)
             self.k_norm = rms_norm(config, execution, H, rngs)
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BxTxD: jax.Array, segments_BxT: jax.Array | None = None
+    ) -> jax.Array:
         B, T, _ = x_BxTxD.shape
-        frequency_h, position_T = rotary_frequencies(self.config), jnp.arange(T)
+        frequency_h = rotary_frequencies(self.config)
+        position, mask_Bx1xTxT = jnp.arange(T), None
+        if segments_BxT is not None:
+            position = positions_in_segments(segments_BxT)
+            mask_Bx1xTxT = segments_BxT[:, None, :, None] == segments_BxT[:, None, None]
 
         def heads(y_BxTxE: jax.Array) -> jax.Array:
             y_BxTxNxH = y_BxTxE.reshape(B, T, -1, self.config.head_size)
@@ -176,12 +221,13 @@ class Attention(nnx.Module):
         v_BxTxKxH = heads(self.v_proj(x_BxTxD))
         if self.config.qk_norm:
             q_BxTxNxH, k_BxTxKxH = self.q_norm(q_BxTxNxH), self.k_norm(k_BxTxKxH)
-        q_BxTxNxH = rotary(q_BxTxNxH, position_T, frequency_h)
-        k_BxTxKxH = rotary(k_BxTxKxH, position_T, frequency_h)
+        q_BxTxNxH = rotary(q_BxTxNxH, position, frequency_h)
+        k_BxTxKxH = rotary(k_BxTxKxH, position, frequency_h)
         out_BxTxNxH = jax.nn.dot_product_attention(
             q_BxTxNxH,
             k_BxTxKxH,
             v_BxTxKxH,
+            mask=mask_Bx1xTxT,
             is_causal=True,
             implementation=self.execution.attention_implementation(
                 self.config.head_size
@@ -219,16 +265,20 @@ class Block(nnx.Module):
         self.mlp_norm = rms_norm(config, execution, config.hidden_size, rngs)
         self.mlp = Mlp(config, execution, rngs=rngs)
 
-    def attend(self, x_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+    def attend(
+        self, x_BxTxD: jax.Array, segments_BxT: jax.Array | None = None
+    ) -> jax.Array:
+        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), segments_BxT)
         return self.execution.shard(x_BxTxD, ROWS, None, None)
 
     def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
         return self.execution.shard(x_BxTxD, ROWS, None, None)
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        return self.feed_forward(self.attend(x_BxTxD))
+    def __call__(
+        self, x_BxTxD: jax.Array, segments_BxT: jax.Array | None = None
+    ) -> jax.Array:
+        return self.feed_forward(self.attend(x_BxTxD, segments_BxT))
 
 
 class Llama(nnx.Module):
@@ -271,11 +321,13 @@ class Llama(nnx.Module):
                 config, execution, config.hidden_size, config.vocab_size, rngs
             )
 
-    def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
+    def hidden(
+        self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None = None
+    ) -> jax.Array:
         """Returns the input of the head: (B, T, D) in the compute dtype."""
 
         def apply_block(x_BxTxD: jax.Array, block: Block) -> jax.Array:
-            return block(x_BxTxD)
+            return block(x_BxTxD, segments_BxT)
 
         if self.execution.remat != "none":
             policy = REMAT_POLICIES[self.execution.remat]
@@ -368,26 +420,29 @@ def init_layer(
 
 
 def next_token_loss(
-    graphdef: nnx.GraphDef[Llama], params: Params, tokens_BxS: jax.Array
+    graphdef: nnx.GraphDef[Llama], params: Params, batch: Batch
 ) -> jax.Array:
     """Returns the mean cross entropy of each next token given those before, in nats.
 
     Args:
         graphdef: the model's structure.
         params: its parameters.
-        tokens_BxS: B windows of S = T + 1 tokens.
+        batch: B rows of S = T + 1 tokens; its weights are those of the mean.
 
     Returns:
         A float32 scalar.
     """
     model = nnx.merge(graphdef, params)
-    return cross_entropy(
-        model.execution, model.hidden(tokens_BxS[:, :-1]), model.head(), tokens_BxS
-    )
+    x_BxTxD = model.hidden(batch.tokens[:, :-1], input_segments(batch))
+    return cross_entropy(model.execution, x_BxTxD, model.head(), batch)
+
+
+def input_segments(batch: Batch) -> jax.Array | None:
+    return None if batch.segments is None else batch.segments[:, :-1]
 
 
 def cross_entropy(
-    execution: Execution, x_BxTxD: jax.Array, head_DxV: jax.Array, tokens_BxS: jax.Array
+    execution: Execution, x_BxTxD: jax.Array, head_DxV: jax.Array, batch: Batch
 ) -> jax.Array:
     B, T, _ = x_BxTxD.shape
     # The number of chunks goes by the logits of one device. Fewer chunks are better,
@@ -399,7 +454,9 @@ def cross_entropy(
     )
     x_BxTxD = execution.shard(x_BxTxD, ROWS, None, None)
     head_DxV = execution.shard(head_DxV, None, "tensor")
-    return chunked_cross_entropy(x_BxTxD, head_DxV, tokens_BxS[:, 1:], chunks)
+    return chunked_cross_entropy(
+        x_BxTxD, head_DxV, batch.tokens[:, 1:], chunks, target_weights(batch)
+    )
 
 
 @jax.custom_vjp
@@ -420,11 +477,12 @@ class Pieces(NamedTuple):
     of them.
     """
 
-    # Maps parameters and tokens (B, S) to x (B, T, D).
-    embed: Callable[[Params, jax.Array], jax.Array]
-    layer: Callable[..., jax.Array]  # Maps a layer's parameters and x to x.
-    # Maps parameters, x and tokens to the loss.
-    head: Callable[[Params, jax.Array, jax.Array], jax.Array]
+    # Maps parameters and a batch to x (B, T, D).
+    embed: Callable[[Params, Batch], jax.Array]
+    # Maps a layer's parameters, x and, where it has segments, the batch to x.
+    layer: Callable[..., jax.Array]
+    # Maps parameters, x and the batch to the loss.
+    head: Callable[[Params, jax.Array, Batch], jax.Array]
     # Maps parameters and x (..., D) to float32 logits (..., V).
     logits: Callable[[Params, jax.Array], jax.Array]
 
@@ -439,11 +497,14 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
         nnx.eval_shape(lambda: Block(config, execution, rngs=nnx.Rngs(0)))
     )
 
-    def embed(params: Params, tokens_BxS: jax.Array) -> jax.Array:
-        return nnx.merge(ends, params).embedded(tokens_BxS[:, :-1])
+    def embed(params: Params, batch: Batch) -> jax.Array:
+        return nnx.merge(ends, params).embedded(batch.tokens[:, :-1])
 
-    def layer(params: Params, x_BxTxD: jax.Array, *_: Any) -> jax.Array:
-        x_BxTxD = nnx.merge(block, params).attend(x_BxTxD)
+    def layer(
+        params: Params, x_BxTxD: jax.Array, batch: Batch | None = None, *_: Any
+    ) -> jax.Array:
+        segments_BxT = None if batch is None else input_segments(batch)
+        x_BxTxD = nnx.merge(block, params).attend(x_BxTxD, segments_BxT)
         # The ordinary step puts a gradient into its stack at once. Without the barrier,
         # XLA for TPU would compute the MLP's gradients last, next to their updates.
         # Until then it would keep the MLP's activations, the widest of all, beside
@@ -452,11 +513,9 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
         late, x_BxTxD = gradient_barrier((late, x_BxTxD))
         return nnx.merge(block, params | late).feed_forward(x_BxTxD)
 
-    def head(params: Params, x_BxTxD: jax.Array, tokens_BxS: jax.Array) -> jax.Array:
+    def head(params: Params, x_BxTxD: jax.Array, batch: Batch) -> jax.Array:
         model = nnx.merge(ends, params)
-        return cross_entropy(
-            execution, model.final_norm(x_BxTxD), model.head(), tokens_BxS
-        )
+        return cross_entropy(execution, model.final_norm(x_BxTxD), model.head(), batch)
 
     def logits(params: Params, x: jax.Array) -> jax.Array:
         model = nnx.merge(ends, params)

@@ -23,7 +23,7 @@ import optax.contrib
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
-from examples.llama.options import RunOptions
+from examples.llama.options import FinetuneOptions, RunOptions
 from examples.llama.run.errors import UsageError, unknown_name
 
 KERNELS = r"^layers/.*/kernel$"  # (L, in, out)
@@ -500,6 +500,21 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+# Fine-tuning starts from good weights, so its default rates of the kernels are the
+# pre-training rates divided by this. The rest gets AdamW's rate of the kernels. These
+# rates have not been swept.
+FINETUNING_DIVISOR = 100
+
+
+def default_rates(options: RunOptions) -> tuple[float, float]:
+    """Returns the learning rates of the kernels and of the rest."""
+    recipe = RECIPES[options.optimizer]
+    if isinstance(options, FinetuneOptions):
+        adamw_lr = RECIPES["adamw"].lr
+        return recipe.lr / FINETUNING_DIVISOR, adamw_lr / FINETUNING_DIVISOR
+    return recipe.lr, lr_of_embeddings(options, recipe)
+
+
 def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
     """Fills in what the model and the optimizer decide.
 
@@ -526,9 +541,10 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
             "takes no tree in which all matrices are masked out; "
             "leave out one of the two"
         )
+    lr, lr_embeddings = default_rates(options)
     defaults = {
-        "lr": recipe.lr,
-        "lr_embeddings": lr_of_embeddings(options, recipe),
+        "lr": lr,
+        "lr_embeddings": lr_embeddings,
         "rank": recipe.rank_of(config),
         "scale": recipe.scale,
         "projection": recipe.projection,
@@ -576,14 +592,24 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def make_schedule(peak: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: a linear warmup, then a cosine.
+def make_schedule(
+    peak: float, steps: int, warmup: int, shape: str = "cosine"
+) -> optax.Schedule:
+    """Returns the learning rate by step: a linear warmup, then a decay.
 
-    The warmup is the first tenth of the steps. The cosine ends at a tenth of `peak`.
+    Args:
+        peak: the highest rate.
+        steps: all steps.
+        warmup: those of the warmup, at least 1.
+        shape: of the decay, cosine or linear; it ends at a tenth of `peak`.
     """
-    warmup = max(1, steps // 10)
+    decay_steps = max(steps, warmup + 1)
+    if shape == "linear":
+        rise = optax.linear_schedule(0.0, peak, warmup)
+        fall = optax.linear_schedule(peak, peak / 10, decay_steps - warmup)
+        return optax.join_schedules([rise, fall], [warmup])
     return optax.warmup_cosine_decay_schedule(
-        0.0, peak, warmup, max(steps, warmup + 1), end_value=peak / 10
+        0.0, peak, warmup, decay_steps, end_value=peak / 10
     )
 
 
@@ -607,9 +633,10 @@ def make_optimizer(
     """
     assert options.lr is not None
     assert options.lr_embeddings is not None
+    shape = options.steps, options.warmup_steps, options.schedule
     schedules = {
-        "kernels": make_schedule(options.lr, options.steps),
-        "rest": make_schedule(options.lr_embeddings, options.steps),
+        "kernels": make_schedule(options.lr, *shape),
+        "rest": make_schedule(options.lr_embeddings, *shape),
     }
 
     rates: dict[Hashable, optax.GradientTransformation] = {

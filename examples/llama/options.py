@@ -1,11 +1,12 @@
 """What a user can set; the classes are the command lines, their docstrings the help."""
 
 import dataclasses
+import datetime
 import json
 import math
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from examples.llama.config import LlamaConfig
 from examples.llama.mesh import batch_shards
@@ -29,6 +30,7 @@ CHOICES = {
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
     "--bos": ("auto", "never"),
+    "--schedule": ("cosine", "linear"),
 }
 
 # These options may change when a run is resumed. The results stay the same, up to
@@ -113,6 +115,8 @@ class TrainingOptions(TextOptions):
     the number of devices; those left out are 1."""
     steps: int = 800
     """Training steps; the first tenth warms the learning rates up."""
+    schedule: str = "cosine"
+    """How the learning rates fall to a tenth after their rise: cosine or linear."""
     batch: int = 8
     """Sequences a step."""
     accumulate: int = 1
@@ -287,6 +291,11 @@ class TrainingOptions(TextOptions):
             )
 
     @property
+    def warmup_steps(self) -> int:
+        """In how many steps the learning rates rise."""
+        return max(1, self.steps // 10)
+
+    @property
     def offloaded(self) -> tuple[str, ...]:
         """What --offload names."""
         return tuple(self.offload.split(",")) if self.offload is not None else ()
@@ -378,12 +387,109 @@ class RunOptions(ProcessOptions, TrainingOptions):
         }
         return super().numbers() | more
 
+    def as_begun(self, config: dict[str, Any] | None) -> Self:
+        """Returns the options with what a run keeps from its beginning.
+
+        Args:
+            config: the configuration that the run began with; None for a new run.
+        """
+        if config is None:
+            return self
+        options = {field.name for field in dataclasses.fields(self) if field.init}
+        kept = {
+            name: config.get(name, before)
+            for name, before in BEFORE_CHOICE.items()
+            if name in options and getattr(self, name) == "auto"
+        }
+        return dataclasses.replace(self, **kept)
+
     def as_run(self) -> dict[str, Any]:
         """Returns the options that define the run, equal on all processes, as JSON."""
         fields = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return {
             name: value for name, value in fields.items() if name not in PROCESS_FIELDS
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(RunOptions):
+    """One run: a model that exists, trained further on conversations."""
+
+    data: str = dataclasses.field()
+    """A .jsonl or .parquet file, a folder or a quoted glob of such, or
+    hf:OWNER/NAME[/CONFIG] from the hub. Rows have messages (each with role and
+    content), or prompt and completion, or text."""
+    validation: str | None = None
+    """The same for held-out conversations; by default one in twenty of --data."""
+    init_from: str = dataclasses.field()
+    """The model to start from, with its tokenizer and its chat template: a folder in
+    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
+    chat_template: Path | None = None
+    """A file with a chat template (Jinja), instead of the model's own. An export gets
+    it too."""
+    loss_on: str = "assistant"
+    """assistant: learn what the assistant writes, and its end of turn. all: learn every
+    token. Completions are learnt without their prompt, and texts as a whole."""
+    too_long: str = "cut"
+    """What to do with conversations of more than --seq + 1 tokens: cut off their end,
+    or drop them."""
+    epochs: float = 3.0
+    """How often to go through --data, unless --steps is given."""
+    steps: int = 0
+    """Training steps; 0: as many as --epochs makes."""
+    warmup: float = 0.03
+    """The share of the steps in which the learning rates rise."""
+    seq: int = 1024
+    """Tokens of a row, into which several conversations are packed."""
+    eval_every: int = 50
+    """Steps between evaluations; the last step always has one."""
+    date: str | None = None
+    """The day, as 2026-11-27, that a chat template is told which asks for it; by
+    default the day on which the run began."""
+
+    # What pre-training decides about its text; these are no options here.
+    model: None = dataclasses.field(init=False, default=None)
+    tokenizer: None = dataclasses.field(init=False, default=None)
+    vocab: None = dataclasses.field(init=False, default=None)
+    text_field: str = dataclasses.field(init=False, default=FIELD)
+    data_tokens: None = dataclasses.field(init=False, default=None)
+    bos: str = dataclasses.field(init=False, default="auto")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value, known in (
+            ("--loss-on", self.loss_on, ("assistant", "all")),
+            ("--too-long", self.too_long, ("cut", "drop")),
+        ):
+            if value not in known:
+                raise unknown_name(flag, value, known)
+        if not 0 <= self.warmup < 1:
+            raise UsageError(
+                f"--warmup {self.warmup} is out of range; give a share from 0 to below "
+                "1"
+            )
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError as error:
+                raise UsageError(
+                    f"--date {self.date!r} is no day; give one as 2026-11-27"
+                ) from error
+
+    @property
+    def warmup_steps(self) -> int:
+        return max(1, math.ceil(self.steps * self.warmup))
+
+    def numbers(self) -> dict[str, float | None]:
+        return super().numbers() | {
+            "--steps": self.steps or None,
+            "--epochs": self.epochs,
+        }
+
+    def as_begun(self, config: dict[str, Any] | None) -> Self:
+        today = self.date or datetime.date.today().isoformat()
+        began = (config or {}).get("date") or today
+        return dataclasses.replace(super().as_begun(config), date=self.date or began)
 
 
 def check_positive(flag: str, value: float) -> None:

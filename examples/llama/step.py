@@ -10,7 +10,14 @@ import optax
 from flax import nnx
 
 from apollo_optax import apply_updates_stochastic, layerwise_step
-from examples.llama.model import Llama, Params, Pieces, next_token_loss
+from examples.llama.model import (
+    Batch,
+    Llama,
+    Params,
+    Pieces,
+    next_token_loss,
+    target_weights,
+)
 
 
 class TrainState(NamedTuple):
@@ -23,15 +30,14 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     """What a step tells; scalars on the device."""
 
-    loss: jax.Array  # Mean over the batch, in nats per token, before the step.
+    loss: jax.Array  # Weighted mean over the batch, in nats, before the step.
     # The Euclidean norm over all parameters. It is not finite if any gradient is not.
     grad_norm: jax.Array
 
 
-# A step takes the state, which it consumes, the tokens (B, S) and the step's number.
+# A step takes the state, which it consumes, the batch and the step's number.
 TrainStep = Callable[
-    [TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike],
-    tuple[TrainState, StepMetrics],
+    [TrainState, Batch, jax.typing.ArrayLike], tuple[TrainState, StepMetrics]
 ]
 
 
@@ -72,14 +78,12 @@ def make_train_step(
     # The new state takes over the memory of the old one.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
-        state: TrainState, tokens_BxS: jax.Array, step: jax.Array
+        state: TrainState, batch: Batch, step: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         if accumulate == 1:
-            loss, grads = loss_and_grads(state.params, tokens_BxS)
+            loss, grads = loss_and_grads(state.params, batch)
         else:
-            loss, grads = accumulated(
-                loss_and_grads, state.params, tokens_BxS, accumulate
-            )
+            loss, grads = accumulated(loss_and_grads, state.params, batch, accumulate)
         metrics = StepMetrics(loss, global_norm(grads))
 
         def stepped() -> TrainState:
@@ -124,11 +128,11 @@ def make_layerwise_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
-        state: TrainState, tokens_BxS: jax.Array, step: jax.Array
+        state: TrainState, batch: Batch, step: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         key = None if rounding_seed is None else rounding_key(rounding_seed, step)
         params, opt_state, metrics = update(
-            state.params, state.opt_state, tokens_BxS, key=key
+            state.params, state.opt_state, batch, key=key
         )
         return TrainState(params, opt_state), StepMetrics(
             metrics.loss, metrics.grad_norm
@@ -138,31 +142,45 @@ def make_layerwise_train_step(
 
 
 def accumulated(
-    loss_and_grads: Callable[[Params, jax.Array], tuple[jax.Array, Params]],
+    loss_and_grads: Callable[[Params, Batch], tuple[jax.Array, Params]],
     params: Params,
-    tokens_BxS: jax.Array,
+    batch: Batch,
     micro_batches: int,
 ) -> tuple[jax.Array, Params]:
-    """Returns the mean loss and gradients over micro-batches, taken one at a time."""
-    B, S = tokens_BxS.shape
-    # Every device that holds rows of the batch holds some of each micro-batch.
-    tokens_KxMxS = jnp.moveaxis(
-        tokens_BxS.reshape(B // micro_batches, micro_batches, S), 1, 0
-    )
+    """Returns the mean loss and gradients over micro-batches, taken one at a time.
+
+    With weights, those of a micro-batch count by its part of the batch's weight, so
+    that the mean is that of the batch as a whole.
+    """
+
+    def split(leaf_BxS: jax.Array) -> jax.Array:
+        B, S = leaf_BxS.shape
+        # Every device that holds rows of the batch holds some of each micro-batch.
+        return jnp.moveaxis(
+            leaf_BxS.reshape(B // micro_batches, micro_batches, S), 1, 0
+        )
+
+    stacked = jax.tree.map(split, batch)
+    weights = target_weights(batch)
+    mean_weight = None if weights is None else jnp.sum(weights) / micro_batches
 
     def add(
-        sums: tuple[jax.Array, Params], tokens_MxS: jax.Array
+        sums: tuple[jax.Array, Params], micro_batch: Batch
     ) -> tuple[tuple[jax.Array, Params], None]:
-        return jax.tree.map(
-            lambda total, x: total + x, sums, loss_and_grads(params, tokens_MxS)
-        ), None
+        loss, grads = loss_and_grads(params, micro_batch)
+        micro_weights = target_weights(micro_batch)
+        if micro_weights is not None:
+            assert mean_weight is not None
+            factor = jnp.sum(micro_weights) / jnp.where(mean_weight > 0, mean_weight, 1)
+            loss, grads = jax.tree.map(lambda x: factor * x, (loss, grads))
+        return jax.tree.map(lambda total, x: total + x, sums, (loss, grads)), None
 
     # Gradients of bfloat16 parameters are summed in float32, since a long sum in
     # bfloat16 loses the small terms.
     zeros = jax.tree.map(
         lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
     )
-    (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), tokens_KxMxS)
+    (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), stacked)
     return loss / micro_batches, jax.tree.map(
         lambda g, p: (g / micro_batches).astype(p.dtype), grads, params
     )

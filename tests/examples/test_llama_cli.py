@@ -16,7 +16,13 @@ from examples.llama import compare, export, optimizers, pretrain, tokenise
 from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
 from examples.llama.hf.weights import load_params
-from examples.llama.model import graphdef_of, init_params, next_token_loss, pieces_of
+from examples.llama.model import (
+    Batch,
+    graphdef_of,
+    init_params,
+    next_token_loss,
+    pieces_of,
+)
 from examples.llama.options import CHOICES
 from examples.llama.run import checkpoint, recorder, setup
 from examples.llama.run import log as run_log
@@ -635,13 +641,13 @@ def test_exported_weights_are_those_of_the_checkpoint(
     exported = tmp_path / "exported"
     export.main(["--run", str(out), "--to", str(exported)])
     small = PRESETS["tiny"]
-    loss = make_evaluator(pieces_of(small), held_out(out))(
+    loss = make_evaluator(pieces_of(small), Batch(held_out(out)))(
         load_params(exported, small, "float32")
     )
     assert loss == pytest.approx(run_log.read_metrics(out)[-1]["val_loss"], abs=1e-6)
     export.main(["--run", str(out), "--to", str(tmp_path / "earlier"), "--step", "2"])
     earlier = load_params(tmp_path / "earlier", small, "float32")
-    loss = make_evaluator(pieces_of(small), held_out(out))(earlier)
+    loss = make_evaluator(pieces_of(small), Batch(held_out(out)))(earlier)
     assert loss == pytest.approx(run_log.read_metrics(out)[1]["val_loss"], abs=1e-6)
     tuned = tmp_path / "tuned"
     tokenizer_config = json.loads((exported / "tokenizer_config.json").read_text())
@@ -900,8 +906,8 @@ def test_evaluator_averages_over_all_batches(small: LlamaConfig) -> None:
         0, small.vocab_size, (3, 2, 9), np.int32
     )
     expected = np.mean(
-        [next_token_loss(graphdef, params, jax.numpy.array(b)) for b in batches]
+        [next_token_loss(graphdef, params, Batch(jax.numpy.array(b))) for b in batches]
     )
-    assert make_evaluator(pieces_of(small), batches)(params) == pytest.approx(
+    assert make_evaluator(pieces_of(small), Batch(batches))(params) == pytest.approx(
         float(expected), abs=1e-6
     )

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from apollo_optax import StateBytes
-from examples.llama import compare, optimizers, pretrain
+from examples.llama import compare, optimizers
 from examples.llama.config import LlamaConfig
 from examples.llama.options import RunOptions
+from examples.llama.run import checkpoint
 from examples.llama.run import log as run_log
 from examples.llama.run.result import RunResult
 
@@ -226,7 +227,7 @@ def test_what_only_some_optimizers_take_is_kept_from_the_others(
 def test_a_stop_in_the_last_step_of_a_run_stops_the_comparison(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save = pretrain.Checkpoints.save
+    save = checkpoint.Checkpoints.save
 
     def stopped_save(self: Any, step: int, *args: Any) -> None:
         if step == 3:
@@ -235,7 +236,7 @@ def test_a_stop_in_the_last_step_of_a_run_stops_the_comparison(
 
     args = ["--out", str(out), "--optimizers", "adamw", "sgd", *SHORT]
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Checkpoints, "save", stopped_save)
+        patch.setattr(checkpoint.Checkpoints, "save", stopped_save)
         compare.main(args)
     assert (
         "stopped by SIGTERM after adamw lr=0.002,0.03 seed=0; --resume auto"

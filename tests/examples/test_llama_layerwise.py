@@ -18,7 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 import apollo_optax
 from examples.llama.config import PRESETS, LlamaConfig
-from examples.llama.model import Execution, graphdef_of, init_params, pieces_of
+from examples.llama.model import (
+    Batch,
+    Execution,
+    graphdef_of,
+    init_params,
+    pieces_of,
+)
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.step import (
@@ -88,7 +94,7 @@ def trained(
     """Takes the steps in turn; what they consume is not what the caller has."""
     state, metrics = jax.tree.map(jnp.copy, state), []
     for number, step in enumerate(steps):
-        state, of_step = step(state, tokens[number], number + 1)
+        state, of_step = step(state, Batch(tokens[number]), number + 1)
         metrics.append(of_step)
     return state, metrics
 
@@ -97,7 +103,7 @@ def summed_by_xla(step: Any, state: TrainState, tokens: np.ndarray) -> TrainStep
     """The step compiled for these shapes with sums of matrices that are the same in a
     stack.
     """
-    return step.lower(state, tokens[0], 1).compile(compiler_options=SUMS_BY_XLA)
+    return step.lower(state, Batch(tokens[0]), 1).compile(compiler_options=SUMS_BY_XLA)
 
 
 def assert_agree(actual: Any, expected: Any, highest: float) -> None:
@@ -315,7 +321,9 @@ def test_meshes(cut: str, small: LlamaConfig) -> None:
     metrics = None
     for number, rows in enumerate(tokens):
         placed, metrics = on_mesh(
-            placed, jax.device_put(rows, NamedSharding(mesh, P("devices"))), number + 1
+            placed,
+            Batch(jax.device_put(rows, NamedSharding(mesh, P("devices")))),
+            number + 1,
         )
     assert_agree(jax.device_get(placed), jax.device_get(expected), 1e-6)
     np.testing.assert_allclose(metrics, expected_metrics[-1], rtol=1e-6)

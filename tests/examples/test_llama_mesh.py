@@ -17,7 +17,7 @@ from examples.llama import partition
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
 from examples.llama.mesh import batch_share, make_mesh, over_data
-from examples.llama.model import pieces_of
+from examples.llama.model import Batch, pieces_of
 from examples.llama.optimizers import (
     EMBEDDING_RULES,
     RECIPES,
@@ -66,7 +66,9 @@ def trained(run: Run, steps: int = STEPS) -> tuple[TrainState, list[float]]:
         rows = np.random.default_rng(number).integers(
             0, 16, (options.batch, 17), np.int32
         )
-        state, metrics = step(state, jax.device_put(rows, over_data(mesh)), number)
+        state, metrics = step(
+            state, Batch(jax.device_put(rows, over_data(mesh))), number
+        )
         losses.append(float(metrics.loss))
     return state, losses
 
@@ -207,7 +209,9 @@ def test_evaluation_takes_batches_that_the_mesh_does_not_divide() -> None:
         run = run_of(mesh)
         pieces = pieces_of(WIDE, setup.execution_of(run[0], WIDE, run[3]))
         losses.append(
-            make_evaluator(pieces, tokens)(setup.initial_params(run[0], WIDE, run[3]))
+            make_evaluator(pieces, Batch(tokens))(
+                setup.initial_params(run[0], WIDE, run[3])
+            )
         )
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
@@ -351,7 +355,9 @@ def test_weights_are_brought_together_over_fsdp_alone(
     run = run_of(mesh, optimizer="adamw", layerwise=layerwise)
     (options, _, _, on), step = run, cast(Any, setup.training_step(*run))
     batch = jax.ShapeDtypeStruct((options.batch, 17), np.int32, sharding=over_data(on))
-    program = step.lower(setup.abstract_state(*run), batch, 1).compile().as_text()
+    program = (
+        step.lower(setup.abstract_state(*run), Batch(batch), 1).compile().as_text()
+    )
     layer = WIDE.hidden_size * WIDE.intermediate_size
     wholes = [
         each

@@ -13,6 +13,7 @@ from flax import nnx
 from examples.llama.config import PRESETS, LlamaConfig, param_count, preset
 from examples.llama.model import (
     REMAT_POLICIES,
+    Batch,
     Block,
     Execution,
     Llama,
@@ -225,7 +226,7 @@ def test_program_size_does_not_grow_with_depth(remat: str) -> None:
         grad = jax.grad(
             functools.partial(next_token_loss, graphdef_of(config, Execution(remat)))
         )
-        tokens = jax.ShapeDtypeStruct((1, 5), jnp.int32)
+        tokens = Batch(jax.ShapeDtypeStruct((1, 5), jnp.int32))
         return len(
             jax.jit(grad).lower(abstract_params(config), tokens).as_text().splitlines()
         )
@@ -234,16 +235,14 @@ def test_program_size_does_not_grow_with_depth(remat: str) -> None:
 
 
 def test_remat_gives_the_same_loss_and_gradients(small: LlamaConfig) -> None:
-    tokens_BxS, params = tokens_of(small, (2, 9)), init_params(small, seed=0)
+    batch, params = Batch(tokens_of(small, (2, 9))), init_params(small, seed=0)
     results, products = [], []
     for remat in REMAT_POLICIES:
         grad = jax.value_and_grad(
             functools.partial(next_token_loss, graphdef_of(small, Execution(remat)))
         )
-        products.append(
-            str(jax.make_jaxpr(grad)(params, tokens_BxS)).count("dot_general")
-        )
-        results.append(grad(params, tokens_BxS))
+        products.append(str(jax.make_jaxpr(grad)(params, batch)).count("dot_general"))
+        results.append(grad(params, batch))
     assert (
         products[0] < products[1] < products[2]
     )  # none, dots, full: ever more computed again.
@@ -258,7 +257,7 @@ def test_the_more_is_computed_again_the_less_is_kept(small: LlamaConfig) -> None
         grad = jax.grad(
             functools.partial(next_token_loss, graphdef_of(small, Execution(remat)))
         )
-        tokens = jax.ShapeDtypeStruct((8, 129), jnp.int32)
+        tokens = Batch(jax.ShapeDtypeStruct((8, 129), jnp.int32))
         return (
             jax.jit(grad)
             .lower(abstract_params(small), tokens)

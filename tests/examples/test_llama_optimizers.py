@@ -338,10 +338,10 @@ def test_groups() -> None:
 
 
 def test_schedule_warms_up_over_a_tenth_and_ends_at_a_tenth() -> None:
-    schedule = make_schedule(0.5, 100)
+    schedule = make_schedule(0.5, 100, 10)
     rates = [float(np.asarray(schedule(step))) for step in (0, 5, 10, 55, 100)]
     assert rates == pytest.approx([0, 0.25, 0.5, 0.275, 0.05])
-    assert np.isfinite(np.asarray(make_schedule(0.5, 1)(0)))
+    assert np.isfinite(np.asarray(make_schedule(0.5, 1, 1)(0)))
 
 
 def test_defaults_come_from_the_recipe_unless_set() -> None:

@@ -19,6 +19,7 @@ from examples.llama.memory import report, search, target
 from examples.llama.memory.options import PlanOptions, smallest_batch
 from examples.llama.memory.target import Compiler, CompilerError, Memory
 from examples.llama.mesh import make_mesh, over_data
+from examples.llama.model import Batch
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
@@ -121,7 +122,7 @@ def test_the_memory_is_that_of_the_step_that_is_run(
     tokens = np.zeros((run.batch, run.seq + 1), np.int32)
     step: Any = setup.training_step(run, small, tx, mesh)
     sizes = (
-        step.lower(state, jax.device_put(tokens, over_data(mesh)), np.int32(1))
+        step.lower(state, Batch(jax.device_put(tokens, over_data(mesh))), np.int32(1))
         .compile()
         .memory_analysis()
     )

@@ -6,7 +6,7 @@ import pytest
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
-from examples.llama.model import Execution, graphdef_of, init_params
+from examples.llama.model import Batch, Execution, graphdef_of, init_params
 from examples.llama.step import StepMetrics, TrainState, make_train_step
 
 # Stacked kernels are (L, in, out); the head and the embedding go to Adam by name.
@@ -27,8 +27,9 @@ def initial_state(config: LlamaConfig, execution: Execution = PLAIN) -> TrainSta
     return TrainState(params, tx_of().init(params))
 
 
-def tokens_of(config: LlamaConfig, batch: int, seq: int = 9) -> jax.Array:
-    return jax.random.randint(jax.random.key(1), (batch, seq + 1), 0, config.vocab_size)
+def batch_of(config: LlamaConfig, batch: int, seq: int = 9) -> Batch:
+    shape = (batch, seq + 1)
+    return Batch(jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size))
 
 
 def stepped(
@@ -40,7 +41,7 @@ def stepped(
 ) -> tuple[TrainState, StepMetrics]:
     train_step = make_train_step(graphdef_of(config, execution), tx_of(), **arguments)
     copied = jax.tree.map(jnp.copy, state)  # It consumes the state.
-    return train_step(copied, tokens_of(config, batch), 1)
+    return train_step(copied, batch_of(config, batch), 1)
 
 
 @pytest.mark.parametrize("accumulate", [2, pytest.param(8, marks=pytest.mark.slow)])
@@ -80,7 +81,7 @@ def test_micro_batches_save_memory(small: LlamaConfig) -> None:
             make_train_step(graphdef_of(small), tx_of(), accumulate=accumulate)
         )
         program = train_step.lower(
-            initial_state(small), tokens_of(small, 32, seq=64), 1
+            initial_state(small), batch_of(small, 32, seq=64), 1
         ).compile()
         return program.memory_analysis().temp_size_in_bytes
 
@@ -94,7 +95,7 @@ def test_gradient_norm_is_of_all_parameters(small: LlamaConfig) -> None:
         TrainState(
             jax.tree.map(jnp.copy, state.params), optax.sgd(1.0).init(state.params)
         ),
-        tokens_of(small, 8),
+        batch_of(small, 8),
         1,
     )
     moved = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, after.params)
@@ -131,7 +132,7 @@ def test_the_state_is_updated_in_place(small: LlamaConfig) -> None:
     train_step = make_train_step(graphdef_of(small), tx_of())
     program = (
         jax.jit(train_step, donate_argnums=0)
-        .lower(state, tokens_of(small, 8), 1)
+        .lower(state, batch_of(small, 8), 1)
         .compile()
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

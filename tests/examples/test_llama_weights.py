@@ -20,6 +20,7 @@ from examples.llama.evaluate import make_evaluator
 from examples.llama.hf.weights import load_params
 from examples.llama.mesh import make_mesh
 from examples.llama.model import (
+    Batch,
     Execution,
     init_ends,
     init_layer,
@@ -132,7 +133,7 @@ def stepped(options: RunOptions, config: LlamaConfig, tx: Any, steps: int = 4) -
         tokens = jax.random.randint(
             jax.random.key(number), (2, 17), 0, config.vocab_size
         )
-        state, metrics = step(state, tokens, number)
+        state, metrics = step(state, Batch(tokens), number)
         seen.append(float(metrics.loss))
     return state, seen
 
@@ -248,7 +249,7 @@ def test_an_int8_run_trains_resumes_and_is_exported(
     text = setup.load_corpus(RunOptions(out=out), small)
     held_out = validation_batches(text.validation, seq=16, count=128)
     computed = Execution(param_dtype="bfloat16", compute_dtype="bfloat16")
-    loss = make_evaluator(pieces_of(small, computed), held_out)(params)
+    loss = make_evaluator(pieces_of(small, computed), Batch(held_out))(params)
     assert loss == pytest.approx(rows[-1]["val_loss"], abs=1e-3)
     assert (
         json.loads((exported / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -295,7 +296,7 @@ def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
     def rounded(seed: int, number: int) -> jax.Array:
         state = jax.tree.map(jnp.copy, initial)  # The step consumes it.
         for _ in range(2):  # The rate of the first is 0.
-            state, _ = steps[seed](state, tokens, number)
+            state, _ = steps[seed](state, Batch(tokens), number)
         return kernels(state.params)[0]
 
     first = rounded(0, 1)

@@ -28,6 +28,7 @@ from jax.experimental import topologies
 
 from examples.llama.config import LlamaConfig
 from examples.llama.mesh import device_count, on_every_device, over_data
+from examples.llama.model import Batch
 from examples.llama.optimizers import make_optimizer
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
@@ -223,7 +224,7 @@ def compiled_step(
     tokens = (options.batch, options.seq + 1)
     return step.lower(
         setup.abstract_state(options, config, tx, mesh),
-        jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=over_data(mesh)),
+        Batch(jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=over_data(mesh))),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=on_every_device(mesh)),
     ).compile()
 

@@ -5,7 +5,7 @@ optimizer state), `data` (where the data iterator was) and `config` (what the ru
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -22,7 +22,13 @@ from examples.llama.run.errors import (
     is_first,
     notice,
 )
-from examples.llama.run.log import CHECKPOINTS, set_aside
+from examples.llama.run.log import (
+    BEST,
+    CHECKPOINTS,
+    Row,
+    read_metrics,
+    set_aside,
+)
 from examples.llama.step import TrainState
 
 
@@ -39,13 +45,21 @@ class Checkpoints:
     for all.
 
     Args:
-        run_folder: the run's folder; its checkpoints are in `checkpoints/`.
+        run_folder: the run's folder.
         keep: how many of the newest to keep.
         config: what the run is, as JSON; only a checkpoint of the same run is restored.
+        name: the folder of the checkpoints in the run's folder.
     """
 
-    def __init__(self, run_folder: Path, *, keep: int, config: dict[str, Any]) -> None:
-        self.folder = (run_folder / CHECKPOINTS).absolute()
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        keep: int,
+        config: dict[str, Any],
+        name: str = CHECKPOINTS,
+    ) -> None:
+        self.folder = (run_folder / name).absolute()
         self._config = config
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -73,7 +87,9 @@ class Checkpoints:
             except UsageError as error:
                 notice(str(error))
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: TrainState | dict[str, Params], data: dict[str, Any]
+    ) -> None:
         """Copies the state to host memory, then writes it in the background.
 
         Raises:
@@ -100,6 +116,12 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, which a resumed run takes again."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def steps(self) -> list[int]:
         """Returns the steps of the checkpoints on disk, the oldest first."""
@@ -192,14 +214,60 @@ class Checkpoints:
             ) from error
 
 
-def steps_on_disk(run_folder: Path) -> list[int]:
+class BestWeights:
+    """The parameters of the evaluation with the lowest loss, in `best/` of a run.
+
+    A context manager, as `Checkpoints`; of those the optimizer's state is left out.
+
+    Args:
+        run_folder: the run's folder.
+        step: the step that the run goes on from; its metrics up to there are on disk.
+        config: what the run is, as JSON.
+    """
+
+    def __init__(self, run_folder: Path, *, step: int, config: dict[str, Any]) -> None:
+        self._checkpoints = Checkpoints(run_folder, keep=1, config=config, name=BEST)
+        self._checkpoints.remove_after(step)
+        self._lowest = from_first(lambda: lowest_loss(run_folder, step))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._checkpoints.__exit__(*error)
+
+    def kept_by(
+        self, evaluate: Callable[[Params, int], Row]
+    ) -> Callable[[Params, int], Row]:
+        """Returns `evaluate`, which also saves the parameters if none were better."""
+
+        def evaluate_and_keep(params: Params, step: int) -> Row:
+            row = evaluate(params, step)
+            if self._lowest is None or row["val_loss"] < self._lowest:
+                self._lowest = row["val_loss"]
+                self._checkpoints.save(step, {"params": params}, {})
+            return row
+
+        return evaluate_and_keep
+
+
+def lowest_loss(run_folder: Path, step: int) -> float | None:
+    """Returns the lowest validation loss up to a step, or None before the first."""
+    rows = read_metrics(run_folder)[:step]
+    return min((row["val_loss"] for row in rows if "val_loss" in row), default=None)
+
+
+def steps_on_disk(run_folder: Path, name: str = CHECKPOINTS) -> list[int]:
     """Returns the steps of a run's checkpoints, the oldest first."""
-    folder = (run_folder / CHECKPOINTS).absolute()
+    folder = (run_folder / name).absolute()
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 
 
 def restore_params(
-    run_folder: Path, abstract_params: Params, step: int | None
+    run_folder: Path,
+    abstract_params: Params,
+    step: int | None,
+    name: str = CHECKPOINTS,
 ) -> Params:
     """Returns the parameters of a checkpoint, without reading its optimizer state.
 
@@ -207,11 +275,12 @@ def restore_params(
         run_folder: the run's folder.
         abstract_params: shapes, dtypes and shardings to restore to.
         step: the checkpoint's step; None for the newest.
+        name: the folder of the checkpoints in the run's folder.
 
     Raises:
         UsageError: where there is no such checkpoint, or it cannot be read.
     """
-    folder, steps = (run_folder / CHECKPOINTS).absolute(), steps_on_disk(run_folder)
+    folder, steps = (run_folder / name).absolute(), steps_on_disk(run_folder, name)
     if not steps or step not in (None, *steps):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
         raise UsageError(

@@ -11,15 +11,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from examples.llama.options import BEFORE_CHOICE, differing_fields
+from examples.llama.options import differing_fields
 from examples.llama.run.errors import UsageError, notice
 from examples.llama.run.tensorboard import TensorBoard
 from examples.llama.text.decoding import decode
 
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.jsonl", "curves.png", ".lock"
 TENSORBOARD, TOKENIZER, CHECKPOINTS = "tensorboard", "tokenizer.json", "checkpoints"
+BEST = "best"  # The weights with the lowest validation loss, where a run keeps them.
 PRETRAINED = "pretrained"  # What the model or tokenizer to begin from has beside it.
-OF_A_RUN = (CONFIG, METRICS, CURVES, TENSORBOARD, TOKENIZER, CHECKPOINTS, PRETRAINED)
+OF_A_RUN = (
+    *(CONFIG, METRICS, CURVES, TENSORBOARD, TOKENIZER, CHECKPOINTS, BEST, PRETRAINED),
+)
 
 Row = dict[str, Any]  # One step: numbers by name, and at evaluations the sampled text.
 
@@ -94,15 +97,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def began_with(folder: Path) -> dict[str, str]:
-    """Returns the values of `BEFORE_CHOICE`'s options that the run in `folder` has.
-
-    Without a run there are none.
-    """
-    if not (folder / CONFIG).exists():
-        return {}
-    run = read_config(folder)
-    return {name: run.get(name, before) for name, before in BEFORE_CHOICE.items()}
+def config_of(folder: Path) -> dict[str, Any] | None:
+    """Returns the configuration of the run in `folder`; None without a run."""
+    return read_config(folder) if (folder / CONFIG).exists() else None
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer: str) -> None:

@@ -17,6 +17,7 @@ from apollo_optax import state_bytes
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.hf import weights as hf_weights
 from examples.llama.hf.folder import config_folder, weights_folder
+from examples.llama.loop import Text
 from examples.llama.mesh import make_mesh, on_every_device
 from examples.llama.model import (
     Execution,
@@ -38,7 +39,6 @@ from examples.llama.step import (
 )
 from examples.llama.storage import Storage, on_mesh
 from examples.llama.text import corpus
-from examples.llama.text.windows import token_count
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
@@ -145,9 +145,7 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
     )
 
 
-def describe(
-    options: RunOptions, config: LlamaConfig, text: corpus.Corpus
-) -> dict[str, Any]:
+def describe(options: RunOptions, config: LlamaConfig, text: Text) -> dict[str, Any]:
     """Returns a JSON description of the run; equal descriptions compute the same."""
     return options.as_run() | {
         "model_config": dataclasses.asdict(config),
@@ -165,13 +163,12 @@ def describe(
 def summary(
     options: RunOptions,
     config: LlamaConfig,
-    text: corpus.Corpus,
+    text: Text,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> str:
     """Returns what is about to run, in a line."""
     tokens = options.steps * options.batch * options.seq
-    there = token_count(text.train)
     state = sum(
         state_bytes(tx, abstract_params(config, execution_of(options, config), mesh))
     )
@@ -179,7 +176,8 @@ def summary(
         f"{options.model or options.init_from}: {param_count(config):,} parameters in "
         f"{options.weights}, {filesize.decimal(state)} of optimizer state, on "
         f"{mesh.size} of {len(jax.devices())} {jax.devices()[0].device_kind}; "
-        f"{tokens:,} tokens, {tokens / there:.2g} times the {there:,} there are"
+        f"{tokens:,} tokens, {tokens / text.tokens:.2g} times the {text.tokens:,} "
+        "there are"
     )
 
 

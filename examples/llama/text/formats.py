@@ -11,7 +11,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +41,16 @@ class Sort(enum.IntEnum):
     METADATA = 3
 
 
+# Yields the rows of an open file; the fields are those that are wanted.
+ReadRows = Callable[[Path, io.BufferedReader, Sequence[str]], Iterator[Row]]
+
+
 class Format(NamedTuple):
     """A format of files: how it is read, or what to do about it instead."""
 
     noun: str
     sort: Sort
-    read_rows: Callable[[Path, io.BufferedReader, str], Iterator[Row]] | None = None
+    read_rows: ReadRows | None = None
     remedy: str | None = None  # Given where there is no reader.
     compressible: bool = True
 
@@ -206,15 +210,36 @@ def read_file(name: str, path: Path, field: str) -> Iterator[Document]:
         DocumentError: where the file is not in that format, naming the line or row.
         OSError: where it cannot be read.
     """
+    if has_rows(path):
+        yield from map(named_by_text, row_texts(read_rows(path, (field,)), field))
+        return
     check_format(path)
     found, compression = format_of(path)
     with opened(path, compression) as stream:
         check_content(path, stream.peek(HEAD_BYTES), found)
-        if found.read_rows:
-            for text in row_texts(found.read_rows(path, stream, field), field):
-                yield named_by_text(text)
-        else:
-            yield from read_text(name, path, stream)
+        yield from read_text(name, path, stream)
+
+
+def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    """Yields the rows of a file, as `read_file` reads it.
+
+    Args:
+        path: of the file.
+        fields: those that are wanted; other columns of Parquet are not read.
+
+    Raises:
+        DocumentError: where the file has no rows, or is not in its name's format.
+        OSError: where it cannot be read.
+    """
+    check_format(path)
+    found, compression = format_of(path)
+    if found.read_rows is None:
+        raise DocumentError(
+            f"{path} is {found.noun}, which has no rows; give .jsonl or .parquet"
+        )
+    with opened(path, compression) as stream:
+        check_content(path, stream.peek(HEAD_BYTES), found)
+        yield from found.read_rows(path, stream, fields)
 
 
 @contextlib.contextmanager

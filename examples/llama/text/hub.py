@@ -25,6 +25,10 @@ TOKENIZER_FILES = (
 )
 
 
+def text_documents(rows: Iterable[Row], field: str) -> Iterator[Document]:
+    return map(named_by_text, row_texts(rows, field))
+
+
 @dataclasses.dataclass(frozen=True)
 class HubSource:
     """The splits `train` and, if there is one, `validation` of a hub data set."""
@@ -36,17 +40,27 @@ class HubSource:
     revision: str | None = None
     field: str = FIELD  # The field of rows that has their text.
     tallies: dict[str, Tally] = dataclasses.field(default_factory=dict, compare=False)
+    documents_of: Callable[[Iterable[Row], str], Iterable[Document]] = text_documents
 
     @classmethod
-    def parse(cls, flag: str, data: str, field: str = FIELD) -> "HubSource":
+    def parse(
+        cls,
+        flag: str,
+        data: str,
+        field: str = FIELD,
+        documents_of: Callable[
+            [Iterable[Row], str], Iterable[Document]
+        ] = text_documents,
+    ) -> "HubSource":
         """Returns the source that `data` names.
 
         The name is `hf:OWNER/NAME[/CONFIG][@REVISION]` or `hf:/FOLDER[/CONFIG]`.
+        `documents_of` makes documents of a split's rows, given the field.
         """
         name = data.removeprefix(PREFIX)
         if name.startswith(("/", "./", "../", "~")):
             path, config = local_parts(Path(name).expanduser().absolute())
-            return cls(flag, data, path, config, field=field)
+            return cls(flag, data, path, config, field=field, documents_of=documents_of)
         name, _, revision = name.partition("@")
         owner, *rest = name.split("/")
         if not owner or not all(rest) or len(rest) not in (1, 2):
@@ -61,6 +75,7 @@ class HubSource:
             rest[1] if len(rest) == 2 else None,
             revision or None,
             field,
+            documents_of=documents_of,
         )
 
     def __iter__(self) -> Iterator[Document]:
@@ -127,7 +142,7 @@ class HubSource:
             Row(f"row {number} of split {split!r}", row)
             for number, row in enumerate(self._splits[split], 1)
         )
-        documents = map(named_by_text, row_texts(rows, self.field))
+        documents = self.documents_of(rows, self.field)
         tally = self.tallies.setdefault(split, Tally())
         source = f"{self.flag} {self.data!r}, split {split!r}"
         with self._one_line_errors():

@@ -1,11 +1,13 @@
 """Shuffled batches of windows to train on, read ahead by Grain."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from examples.llama.run.errors import UsageError
+from examples.llama.text.packing import Packed
 from examples.llama.text.windows import Windows, token_count
 
 BATCHES_AHEAD = 4  # The batches that each worker reads before they are asked for.
@@ -24,24 +26,16 @@ def train_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[np.ndarray]:
-    """Returns endless batches, shuffled anew each epoch by the seed alone.
-
-    The k-th batches of all processes together are the k-th of one process, and the
-    state after k of them is the same on each, whatever `process_count` and `workers`: a
-    checkpoint may move between meshes.
+    """Returns endless batches of windows: int32 (B // process_count, S).
 
     Args:
         shards: training tokens (1-D), as of `Corpus.train`.
         seq: T, tokens a sequence.
-        batch: B, sequences a step, of all processes together.
-        seed: of the order.
-        workers: threads that read ahead; with none, `next` reads.
-        process_index: which of the processes this is.
-        process_count: of how many; must divide `batch`.
-
-    Returns:
-        An iterator over int32 (B // process_count, S), with `get_state` and `set_state`
-        for checkpoints.
+        batch: see `batches_of`, as for the other arguments.
+        seed: see there.
+        workers: see there.
+        process_index: see there.
+        process_count: see there.
 
     Raises:
         UsageError: where there are fewer windows than a batch takes, or a number is out
@@ -54,12 +48,53 @@ def train_loader(
             f"and there are {token_count(shards)}; lower one of them, "
             "or give more text with --data"
         )
+    return batches_of(
+        windows,
+        batch=batch,
+        seed=seed,
+        workers=workers,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def batches_of(
+    rows: Windows | Packed,
+    *,
+    batch: int,
+    seed: int,
+    workers: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Any]:
+    """Returns endless batches, shuffled anew each epoch by the seed alone.
+
+    The k-th batches of all processes together are the k-th of one process, and the
+    state after k of them is the same on each, whatever `process_count` and `workers`: a
+    checkpoint may move between meshes.
+
+    Args:
+        rows: what a batch is made of; there are at least `batch`.
+        batch: B, rows a step, of all processes together.
+        seed: of the order.
+        workers: threads that read ahead; with none, `next` reads.
+        process_index: which of the processes this is.
+        process_count: of how many; must divide `batch`.
+
+    Returns:
+        An iterator over `rows` stacked, B // process_count at a time, with `get_state`
+        and `set_state` for checkpoints.
+
+    Raises:
+        UsageError: where `process_count` does not divide `batch`.
+    """
     if batch % process_count:
         raise UsageError(
             f"--batch {batch} is not a multiple of the {process_count} processes; "
             "change one"
         )
-    shuffled = grain.MapDataset.source(windows).shuffle(seed).repeat(EPOCHS)
+    source: Any = rows  # Grain's type of a source says what its rows are.
+    shuffled = grain.MapDataset.source(source).shuffle(seed).repeat(EPOCHS)
     batches = shuffled[process_index::process_count].batch(batch // process_count)
     ahead = grain.ReadOptions(
         num_threads=workers, prefetch_buffer_size=BATCHES_AHEAD * workers

@@ -7,7 +7,7 @@ import csv
 import hashlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from examples.llama.text.decoding import (
@@ -79,7 +79,9 @@ def text_lines(path: Path, stream: io.BufferedReader) -> Iterator[bytes]:
         yield line
 
 
-def read_json(path: Path, stream: io.BufferedReader, field: str) -> Iterator[Row]:
+def read_json(
+    path: Path, stream: io.BufferedReader, fields: Sequence[str]
+) -> Iterator[Row]:
     """Yields the objects of a JSON file: one per line, or those of an array.
 
     An array is held in memory whole, and so is a single object of several lines.
@@ -104,7 +106,10 @@ def read_json(path: Path, stream: io.BufferedReader, field: str) -> Iterator[Row
 
 
 def read_csv(
-    path: Path, stream: io.BufferedReader, field: str, delimiter: str = ","
+    path: Path,
+    stream: io.BufferedReader,
+    fields: Sequence[str],
+    delimiter: str = ",",
 ) -> Iterator[Row]:
     """Yields the rows of a table whose first line names the columns."""
     lines = map(decode_line, utf8_lines(stream))
@@ -127,11 +132,16 @@ def read_csv(
         ) from error
 
 
-def read_tsv(path: Path, stream: io.BufferedReader, field: str) -> Iterator[Row]:
-    return read_csv(path, stream, field, delimiter="\t")
+def read_tsv(
+    path: Path, stream: io.BufferedReader, fields: Sequence[str]
+) -> Iterator[Row]:
+    return read_csv(path, stream, fields, delimiter="\t")
 
 
-def read_parquet(path: Path, stream: io.BufferedReader, field: str) -> Iterator[Row]:
+def read_parquet(
+    path: Path, stream: io.BufferedReader, fields: Sequence[str]
+) -> Iterator[Row]:
+    """Yields the rows of a table, of which only the columns of `fields` are read."""
     try:
         import pyarrow  # The import is here since it is slow and few need it.
         from pyarrow import parquet
@@ -140,20 +150,29 @@ def read_parquet(path: Path, stream: io.BufferedReader, field: str) -> Iterator[
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            if field not in columns:
-                raise DocumentError(
-                    f"{path} has no column {field!r}; its columns are: "
-                    f"{', '.join(columns)}; name the one with the text with "
-                    "--text-field"
-                )
-            batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=[field])
-            texts = (text for batch in batches for text in batch.column(0).to_pylist())
-            for number, text in enumerate(texts, 1):
-                yield Row(f"{path} row {number}", {field: text})
+            wanted = [field for field in fields if field in columns]
+            if not wanted:
+                raise no_column(path, fields, columns)
+            batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield Row(f"{path} row {number}", row)
     except pyarrow.ArrowException as error:
         raise DocumentError(
             f"{path} is not a readable Parquet file ({error}); make or get it again"
         ) from error
+
+
+def no_column(
+    path: Path, fields: Sequence[str], columns: Sequence[str]
+) -> DocumentError:
+    remedy = "name the one with the text with --text-field"
+    if len(fields) > 1:
+        remedy = "rename them"
+    return DocumentError(
+        f"{path} has no column {' or '.join(map(repr, fields))}; its columns are: "
+        f"{', '.join(columns)}; {remedy}"
+    )
 
 
 def needs_pyarrow(path: Path) -> DocumentError:

@@ -162,21 +162,30 @@ def open_source(flag: str, data: str, field: str = FIELD) -> Source:
         return installed_python(flag)
     if data.startswith(PREFIX):
         return HubSource.parse(flag, data, field)
-    files = find_files(data)
-    if files:
+    if files := find_files(data):
         return FileSource(flag, data, chosen(flag, data, files), read_file, field)
+    raise no_files(flag, data, ["stdlib", "python"])
+
+
+def no_files(flag: str, data: str, names: Sequence[str] = ()) -> UsageError:
+    """Returns the error for a value that names no file; `names` are other values."""
     if Path(data).expanduser().is_dir():
-        raise UsageError(
+        return UsageError(
             f"{flag} {data!r} is a folder without files; give one with text"
         )
     if glob.has_magic(data):
-        raise UsageError(
+        return UsageError(
             f"{flag} {data!r} matches no file; give a glob that does, "
             "such as 'corpus/**/*.txt'"
         )
-    raise UsageError(
-        f"{unknown_name(flag, data, ['stdlib', 'python'])}, or give a file, folder or "
-        "glob that exists, or hf:OWNER/NAME for a data set of the hub"
+    found = (
+        f"{unknown_name(flag, data, names)}, or give"
+        if names
+        else f"{flag} {data!r} does not exist; give"
+    )
+    return UsageError(
+        f"{found} a file, folder or glob that exists, or hf:OWNER/NAME for a data set "
+        "of the hub"
     )
 
 

@@ -1,0 +1,371 @@
+"""Conversations to fine-tune on: read, written out by a chat template, as tokens.
+
+A row has `messages`, each with a role and a content, or `prompt` and `completion`, or
+`text`. Which tokens the assistant wrote is found by writing out the start of a
+conversation, up to a turn of the assistant and up to its end: what lies between is the
+assistant's.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from tqdm import tqdm
+
+from examples.llama.run.errors import UsageError, notice
+from examples.llama.text.decoding import DocumentError
+from examples.llama.text.formats import read_rows
+from examples.llama.text.hub import PREFIX, HubSource
+from examples.llama.text.packing import Example
+from examples.llama.text.readers import named_by_text
+from examples.llama.text.rows import Document, Row
+from examples.llama.text.sources import (
+    FileSource,
+    Source,
+    chosen,
+    find_files,
+    no_files,
+)
+from examples.llama.text.template import ChatTemplate, Message
+from examples.llama.text.tokenizer import Encoder
+
+MESSAGES, PROMPT, COMPLETION, TEXT = "messages", "prompt", "completion", "text"
+FIELDS = (MESSAGES, PROMPT, COMPLETION, TEXT)
+ASSISTANT = "assistant"
+ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+ENCODED_AT_ONCE = 256  # Conversations.
+# What must be a special token's name where a template has it, as <|im_start|>. Other
+# forms are ordinary text to some models: [INST] is to Llama 2.
+TOKEN_NAME = re.compile(r"<\|[^\s|<>{}]+\|>")
+
+Span = tuple[int, int]  # The first character, and the one after the last.
+
+
+class Conversation(NamedTuple):
+    """One row. It has messages, or a completion after a prompt, which may be empty."""
+
+    place: str  # The file and line, for errors.
+    messages: Sequence[Message] = ()
+    prompt: str = ""
+    completion: str = ""
+
+    @property
+    def question(self) -> str:
+        """What the user said last, or the prompt."""
+        said = (m["content"] for m in reversed(self.messages) if m["role"] == "user")
+        return next(said, self.prompt)
+
+
+def open_conversations(flag: str, data: str) -> Source:
+    """Returns the conversations that `data`, a value of `flag`, names.
+
+    It is a file, a folder or a glob of rows, or a data set of the hub, as
+    `sources.open_source` says. A document's text is a conversation as JSON.
+
+    Raises:
+        UsageError: where there is no such source, or a file has no rows.
+    """
+    if data.startswith(PREFIX):
+        return HubSource.parse(flag, data, MESSAGES, conversation_documents)
+    if files := find_files(data):
+        return FileSource(
+            flag, data, chosen(flag, data, files), read_conversations, MESSAGES
+        )
+    raise no_files(flag, data)
+
+
+def read_conversations(name: str, path: Path, field: str) -> Iterator[Document]:
+    yield from conversation_documents(read_rows(path, FIELDS), field)
+
+
+def conversation_documents(rows: Iterable[Row], field: str) -> Iterator[Document]:
+    """Yields the conversation of each row as JSON; raises `DocumentError`."""
+    for row in rows:
+        fields = conversation_fields(row)
+        # The place is no part of the name, so that rows may move between files.
+        name = named_by_text(json.dumps(fields)).name
+        yield Document(name, json.dumps({"place": row.place, **fields}))
+
+
+def conversation_fields(row: Row) -> dict[str, Any]:
+    """Returns a row's messages, or its prompt and completion.
+
+    Raises:
+        DocumentError: for a row that has neither, or a field of another type.
+    """
+    if not isinstance(row.value, Mapping):
+        raise DocumentError(
+            f"{row.place} is a {type(row.value).__name__}; give JSON objects with "
+            f"{MESSAGES!r}, with {PROMPT!r} and {COMPLETION!r}, or with {TEXT!r}"
+        )
+    fields = {
+        name: row.value[name] for name in FIELDS if row.value.get(name) is not None
+    }
+    if MESSAGES in fields:
+        return {MESSAGES: checked_messages(row.place, fields[MESSAGES])}
+    for names in ((PROMPT, COMPLETION), (TEXT,)):
+        if all(name in fields for name in names):
+            for name in names:
+                if not isinstance(fields[name], str):
+                    raise wrong_type(f"{row.place}: {name}", fields[name], "a string")
+            return {
+                PROMPT: fields.get(PROMPT, "") if len(names) == 2 else "",
+                COMPLETION: fields[names[-1]],
+            }
+    raise DocumentError(
+        f"{row.place} has none of {MESSAGES!r}, {PROMPT!r} with {COMPLETION!r}, and "
+        f"{TEXT!r}; its fields are: {', '.join(map(str, row.value)) or 'none'}; rename "
+        "them"
+    )
+
+
+def checked_messages(place: str, messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list):
+        raise wrong_type(f"{place}: {MESSAGES}", messages, "a list")
+    if not messages:
+        raise DocumentError(f"{place}: {MESSAGES} is empty; remove the row")
+    found = []
+    for number, message in enumerate(messages, 1):
+        where = f"{place}: message {number}"
+        if not isinstance(message, Mapping):
+            raise wrong_type(where, message, "an object with role and content")
+        # Parquet has a null for a field that only other messages have.
+        message = {name: x for name, x in message.items() if x is not None}
+        for name in ("role", "content"):
+            if name not in message:
+                raise DocumentError(f"{where} has no {name}; add it, or remove the row")
+            if not isinstance(message[name], str):
+                raise wrong_type(f"{where}: {name}", message[name], "a string")
+        if message["role"] not in ROLES:
+            raise DocumentError(
+                f"{where} has the unknown role {message['role']!r}; give one of: "
+                f"{', '.join(ROLES)}"
+            )
+        found.append(message)
+    return found
+
+
+def wrong_type(what: str, value: object, expected: str) -> DocumentError:
+    return DocumentError(f"{what} is a {type(value).__name__}; give {expected}")
+
+
+def conversation_of(document: Document) -> Conversation:
+    return Conversation(**json.loads(document.text))
+
+
+class ChatEncoder:
+    """Turns conversations into tokens and their weights as targets.
+
+    Args:
+        flag: the option that the conversations are from, and its value, for errors.
+        encoder: the model's tokenizer. Names of its special tokens are ordinary text in
+            rows without messages, and special tokens in what the template writes.
+        template: the model's chat template, if it has one.
+        learn_all: give every token the weight 1; else the assistant's, those of a
+            completion, and all of a text.
+    """
+
+    def __init__(
+        self,
+        flag: str,
+        encoder: Encoder,
+        template: ChatTemplate | None,
+        *,
+        learn_all: bool,
+    ) -> None:
+        self._flag, self._encoder, self._template = flag, encoder, template
+        self._learn_all = learn_all
+        self._joined = 0  # The answers that share their first token with what precedes.
+        self.chat_tokenizer = tokenizers.Tokenizer.from_str(encoder.tokenizer.to_str())
+        self.chat_tokenizer.encode_special_tokens = False
+        known = self.chat_tokenizer.get_vocab(with_added_tokens=True)
+        names = TOKEN_NAME.findall(template.source) if template else ()
+        self._unknown = sorted({name for name in names if name not in known})
+        added = encoder.tokenizer.get_added_tokens_decoder()
+        special = {number: token for number, token in added.items() if token.special}
+        self.special_ids = frozenset(special)
+        self._ends = tuple(token.content for token in special.values())
+
+    def examples(self, conversations: Iterable[Conversation]) -> list[Example]:
+        """Returns the conversations as tokens, in their order.
+
+        Raises:
+            UsageError: where the template does not take one, or does not let the
+                assistant's text be told.
+        """
+        found: list[Example] = []
+        bar = tqdm(unit="row", desc="tokenising", delay=2, disable=None)
+        with bar:
+            rows = iter(conversations)
+            while chunk := list(itertools.islice(rows, ENCODED_AT_ONCE)):
+                found.extend(self._encoded(chunk))
+                bar.update(len(chunk))
+        if self._joined:
+            notice(
+                f"{self._flag}: {self._joined:,} answers begin in the middle of a "
+                "token, which is not learnt; the chat template should end what "
+                "precedes an answer with a special token or a line feed, not a space"
+            )
+        return found
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Returns the tokens up to what the user said last, for a sample to answer."""
+        if messages := self._messages(conversation):
+            # The last answer, and what follows it, is left out.
+            users = [k for k, m in enumerate(messages) if m["role"] == "user"]
+            asked = messages[: users[-1] + 1] if users else messages[:1]
+            text = self._rendered(conversation, asked, answer=True)
+            return self.chat_tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._encoder.tokenizer.encode(
+            conversation.prompt, add_special_tokens=False
+        ).ids
+        # A text begins as one does that follows another.
+        return [*self._encoder.prefix, *ids] or [self._encoder.end_id]
+
+    def _encoded(self, conversations: Sequence[Conversation]) -> list[Example]:
+        plain = [each for each in conversations if not self._messages(each)]
+        chats = [each for each in conversations if self._messages(each)]
+        written = [self._written(chat) for chat in chats]
+        of_chats = zip(
+            self.chat_tokenizer.encode_batch(
+                [text for text, _ in written], add_special_tokens=False
+            ),
+            [spans for _, spans in written],
+            strict=True,
+        )
+        of_plain = zip(
+            self._encoder.tokenizer.encode_batch(
+                [each.prompt + each.completion for each in plain],
+                add_special_tokens=False,
+            ),
+            [len(each.prompt) for each in plain],
+            strict=True,
+        )
+        chat_examples = (self._chat_example(*each) for each in of_chats)
+        plain_examples = (self._plain_example(*each) for each in of_plain)
+        return [
+            next(chat_examples if self._messages(each) else plain_examples)
+            for each in conversations
+        ]
+
+    def _messages(self, conversation: Conversation) -> Sequence[Message]:
+        """Returns what the template is to write out, if there is one for it."""
+        if conversation.messages or self._template is None or not conversation.prompt:
+            return conversation.messages
+        return (
+            {"role": "user", "content": conversation.prompt},
+            {"role": ASSISTANT, "content": conversation.completion},
+        )
+
+    def _written(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Returns the text of a conversation, and the parts of it to learn."""
+        messages = self._messages(conversation)
+        text = self._rendered(conversation, messages)
+        for name in self._unknown:
+            if name in text:
+                raise self._error(
+                    conversation,
+                    f"the chat template in {self._where} writes {name!r}, which is no "
+                    "token of the tokenizer; add it there, or give a --chat-template "
+                    "with tokens that it has",
+                )
+        if self._learn_all:
+            return text, [(0, len(text))]
+        return text, self._answers(conversation, messages, text)
+
+    def _answers(
+        self, conversation: Conversation, messages: Sequence[Message], text: str
+    ) -> list[Span]:
+        """Returns the spans of the assistant's turns, with their end-of-turn tokens."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != ASSISTANT:
+                continue
+            before = self._rendered(conversation, messages[:number], answer=True)
+            turn = self._rendered(conversation, messages[: number + 1])
+            if not (text.startswith(turn) and turn.startswith(before)):
+                raise self._error(
+                    conversation,
+                    f"the chat template in {self._where} does not let the assistant's "
+                    f"tokens be told: message {number + 1} is written otherwise where "
+                    "it is the last; give --loss-on all, or another --chat-template",
+                )
+            # What follows an end-of-turn token, such as a line feed, is no answer.
+            bare = turn.rstrip()
+            end = len(bare) if bare.endswith(self._ends) else len(turn)
+            spans.append((len(before), end))
+        if not spans:
+            raise self._error(
+                conversation,
+                "no message is the assistant's, so there is nothing to learn; remove "
+                "the row, or give --loss-on all",
+            )
+        return spans
+
+    @property
+    def _where(self) -> str:
+        assert self._template is not None
+        return self._template.where
+
+    def _rendered(
+        self,
+        conversation: Conversation,
+        messages: Sequence[Message],
+        *,
+        answer: bool = False,
+    ) -> str:
+        if self._template is None:
+            raise self._error(
+                conversation,
+                "the model has no chat template to write out messages with "
+                "(chat_template.jinja, or chat_template in tokenizer_config.json); "
+                "give --chat-template, or rows with prompt and completion",
+            )
+        try:
+            return self._template.render(messages, answer=answer)
+        except DocumentError as error:
+            raise self._error(conversation, str(error)) from error
+
+    def _chat_example(
+        self, encoding: tokenizers.Encoding, spans: Sequence[Span]
+    ) -> Example:
+        starts = np.array([start for start, _ in encoding.offsets], np.int64)
+        ends = np.array([end for _, end in encoding.offsets], np.int64)
+        learnt = np.zeros(starts.size, bool)
+        for first, end in spans:
+            learnt |= (first <= starts) & (starts < end)
+            self._joined += bool(np.any((starts < first) & (first < ends)))
+        return Example(np.array(encoding.ids, np.int32), learnt.astype(np.float32))
+
+    def _plain_example(
+        self, encoding: tokenizers.Encoding, prompt_size: int
+    ) -> Example:
+        prefix = self._encoder.prefix
+        starts = np.array([start for start, _ in encoding.offsets], np.int64)
+        learnt = (starts >= prompt_size) | self._learn_all
+        tokens = [*prefix, *encoding.ids, self._encoder.end_id]
+        return Example(
+            np.array(tokens, np.int32),
+            np.array([*[1] * len(prefix), *learnt, 1], np.float32),
+        )
+
+    def _error(self, conversation: Conversation, message: str) -> UsageError:
+        return UsageError(f"{self._flag}: {conversation.place}: {message}")
+
+
+def digest(*parts: Sequence[Example]) -> str:
+    """Returns a string that changes when tokens or weights do."""
+    found = hashlib.sha256()
+    for examples in parts:
+        found.update(len(examples).to_bytes(8, "big"))
+        for example in examples:
+            found.update(example.tokens.size.to_bytes(8, "big"))
+            found.update(example.tokens.tobytes())
+            found.update(example.weights.tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,159 @@
+"""One run from its options to its result, whatever it trains on."""
+
+import contextlib
+from collections.abc import Callable
+
+import jax
+from tqdm import tqdm
+
+from examples.llama.config import LlamaConfig
+from examples.llama.hf import pretrained
+from examples.llama.loop import Text, make_evaluation, run_steps
+from examples.llama.model import pieces_of
+from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.options import RunOptions
+from examples.llama.run import distributed, plots, setup
+from examples.llama.run.checkpoint import BestWeights, Checkpoints, steps_on_disk
+from examples.llama.run.errors import RunInterrupted, is_first, notice
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.log import (
+    NoLog,
+    RunLog,
+    check_free,
+    check_same_run,
+    config_of,
+    only_run_in,
+    write_config,
+)
+from examples.llama.run.recorder import DivergedError, Recorder
+from examples.llama.run.result import RunResult, read_result
+
+# Returns the text of a run, and its options with what only the text decides.
+LoadText = Callable[
+    [RunOptions, LlamaConfig, jax.sharding.Mesh], tuple[RunOptions, Text]
+]
+
+
+def train(
+    options: RunOptions,
+    stop: StopRequest,
+    load_text: LoadText,
+    *,
+    keep_best: bool = False,
+) -> RunResult:
+    """Runs one training, or the rest of it.
+
+    Args:
+        options: of the run.
+        stop: entered by the caller; a signal that comes in the last step is left to it.
+        load_text: reads what the run trains on, before anything is written.
+        keep_best: keep the weights of the evaluation with the lowest loss.
+
+    Raises:
+        UsageError: for input that makes no run, before anything is written; where a
+            checkpoint cannot be written or read.
+        DivergedError: where the loss blew up; the metrics and checkpoints up to there
+            are kept.
+        RunInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is on disk.
+    """
+    distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
+    resume = options.resume == "auto"
+    began = distributed.from_first(lambda: config_of(options.out)) if resume else None
+    options = options.as_begun(began)
+    with distributed.together():
+        config = setup.model_config(options)
+        options = with_defaults(options, config)
+        mesh = setup.mesh_of(options, config)
+        setup.check_offload(options)
+        if is_first():
+            check_free(options.out, resume=resume)
+        options, text = load_text(options, config, mesh)
+        description = setup.describe(options, config, text)
+        if is_first():
+            check_same_run(options.out, description)
+        if options.init_from and not steps_on_disk(options.out):
+            # Weights that cannot be downloaded or read are an error before the run's
+            # folder is made. A run with a checkpoint does not read them.
+            setup.pretrained_weights(options, config)
+    distributed.check_same({"corpus": text.key}, "text, or caches of it")
+    if resume and (result := result_of(options)):
+        return result
+
+    pieces = pieces_of(config, setup.execution_of(options, config, mesh))
+    tx, schedules = make_optimizer(options, config)
+    with contextlib.ExitStack() as stack:
+        with distributed.together():
+            if is_first():
+                stack.enter_context(only_run_in(options.out))
+                # Another run may have begun meanwhile.
+                check_free(options.out, resume=resume)
+                write_config(options.out, description, text.tokenizer.to_str())
+                pretrained.keep(text.passed_on, options.out)
+        checkpoints = stack.enter_context(
+            Checkpoints(options.out, keep=options.keep_checkpoints, config=description)
+        )
+        step, state = 0, None
+        if resume and (
+            restored := checkpoints.restore_newest(
+                setup.abstract_state(options, config, tx, mesh)
+            )
+        ):
+            step, state = restored.step, restored.state
+            text.batches.set_state(restored.data)
+        with distributed.together():
+            log = stack.enter_context(
+                RunLog(options.out, step=step) if is_first() else NoLog()
+            )
+        bar = stack.enter_context(
+            tqdm(
+                initial=step,
+                total=options.steps,
+                unit="step",
+                desc=options.optimizer,
+                disable=not is_first(),
+            )
+        )
+        notice(setup.summary(options, config, text, tx, mesh))
+        if step:
+            notice(f"continuing after step {step} of {options.steps} in {options.out}")
+        stack.enter_context(distributed.ends_at_once(DivergedError, RunInterrupted))
+        evaluate = make_evaluation(options, pieces, text, mesh)
+        if keep_best:
+            best = stack.enter_context(
+                BestWeights(options.out, step=step, config=description)
+            )
+            evaluate = best.kept_by(evaluate)
+        try:
+            run_steps(
+                options,
+                step + 1,
+                state or setup.initial_state(options, config, tx, mesh),
+                train_step=setup.training_step(options, config, tx, mesh),
+                batches=text.batches,
+                mesh=mesh,
+                stop=stop,
+                evaluate=evaluate,
+                recorder=Recorder(
+                    options, config, mesh, schedules["kernels"], log, bar
+                ),
+                checkpoints=checkpoints,
+            )
+        except DivergedError as error:
+            checkpoints.wait()
+            raise DivergedError(f"{error}; {checkpoints.newest()}") from error
+    if is_first():
+        plots.plot_curves({options.optimizer: options.out}, options.out)
+    result = result_of(options)
+    assert result is not None
+    return result
+
+
+def result_of(options: RunOptions) -> RunResult | None:
+    """Returns, on every process, what the first reads."""
+
+    def numbers() -> tuple[float, float] | None:
+        result = read_result(options)
+        return result and (result.val_loss, result.tokens_per_s)
+
+    found = distributed.from_first(numbers)
+    return None if found is None else RunResult(options, *found)

@@ -1,0 +1,281 @@
+"""The fine-tuning command: what it writes, how it goes on, and what it refuses."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples.llama import export, finetune
+from examples.llama.config import LlamaConfig
+from examples.llama.evaluate import make_evaluator
+from examples.llama.hf.weights import load_params, save_pretrained
+from examples.llama.model import init_params, pieces_of
+from examples.llama.optimizers import RECIPES, make_schedule, with_defaults
+from examples.llama.options import FinetuneOptions
+from examples.llama.run import log as run_log
+from examples.llama.run import setup
+from examples.llama.run.interrupt import StopRequest
+from tests.examples.chat_models import CHATML, EOS, chat_tokenizer, write_tokenizer
+from tests.examples.conftest import SMALL
+
+ANSWER = "Red and blue."
+SHORT = ["--seq", "48", "--batch", "2", "--eval-every", "3"]
+FAST = ["--optimizer", "adamw", "--lr", "0.01", "--lr-embeddings", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and 40 conversations; nothing may be written to it."""
+    folder = tmp_path_factory.mktemp("start")
+    save_pretrained(
+        init_params(SMALL, seed=0),
+        SMALL,
+        folder / "model",
+        tokenizer=chat_tokenizer(),
+        end_token=EOS,
+    )
+    write_tokenizer(folder / "model", CHATML.replace("You help.", ""))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{number}?"},
+                {"role": "assistant", "content": ANSWER},
+            ]
+        }
+        for number in range(40)
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def words(start: Path, out: Path, *more: str) -> list[str]:
+    data = str(start / "chat.jsonl")
+    return [
+        *("--init-from", str(start / "model"), "--data", data, "--out", str(out)),
+        *more,
+    ]
+
+
+def without_times(out: Path) -> list[dict[str, Any]]:
+    rows = run_log.read_metrics(out)
+    return [{k: x for k, x in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def test_a_run_its_resumption_and_its_export(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tuned"
+    args = words(
+        start, out, *SHORT, *FAST, "--checkpoint-every", "4", "--epochs", "0.4"
+    )
+    finetune.main(args)
+    output = capsys.readouterr()
+    config = json.loads((out / "config.json").read_text())
+    assert config["steps"] == 8
+    assert "39 conversations and 1 held out; " in output.err
+    assert "in 39 rows of 48, 87% full; 8 steps of 2 rows are 0.41 epochs" in output.err
+    rows = run_log.read_metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["val_loss"] < rows[2]["val_loss"] < rows[0]["loss"]
+    assert "?\n> " in rows[-1]["sample"]
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    assert [path.name for path in (out / "best").iterdir()] == [str(best)]
+    assert f"lowest held-out perplexity {np.exp(losses[best]):.2f}" in output.out
+    # A run that was killed after step 7 goes on as one that was not.
+    whole = without_times(out)
+    shutil.rmtree(out / "checkpoints" / "8")
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:7]))
+    finetune.main([*args, "--resume", "auto"])
+    assert without_times(out) == whole
+    assert "continuing after step 4" in capsys.readouterr().err
+    assert [path.name for path in (out / "best").iterdir()] == [str(best)]
+    # The best weights are exported with the template, and have the loss of the run.
+    exported = tmp_path / "exported"
+    export.main(["--run", str(out), "--to", str(exported), "--best"])
+    kept = json.loads((exported / "tokenizer_config.json").read_text())
+    assert kept["chat_template"] == CHATML.replace("You help.", "")
+    options = FinetuneOptions(
+        out=out,
+        init_from=start / "model",
+        data=str(start / "chat.jsonl"),
+        seq=48,
+        batch=2,
+        date="2026-11-27",
+    )
+    _, text = finetune.load_text(options, SMALL, setup.mesh_of(options, SMALL))
+    loss = make_evaluator(pieces_of(SMALL), text.held_out)(
+        load_params(exported, SMALL, "float32")
+    )
+    assert loss == pytest.approx(losses[best], abs=1e-5)
+
+
+@pytest.mark.slow  # The parts are tested on their own: packing layer by layer, int8.
+def test_layers_one_by_one_in_int8_with_a_template_of_ones_own(
+    start: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    out = tmp_path / "tuned"
+    more = ["--layerwise", "--weights", "int8", "--chat-template", str(template)]
+    finetune.main(words(start, out, *SHORT, *FAST, *more, "--schedule", "linear"))
+    rows = run_log.read_metrics(out)
+    assert rows[-1]["val_loss"] < rows[2]["val_loss"]
+    export.main(["--run", str(out), "--to", str(tmp_path / "exported"), "--best"])
+    exported = tmp_path / "exported" / "chat_template.jinja"
+    assert exported.read_text() == template.read_text()
+
+
+def refused(
+    args: list[str], capsys: pytest.CaptureFixture[str], main: Callable[..., None]
+) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--loss-on", "user"], "--loss-on 'user' is unknown"),
+        (["--too-long", "keep"], "--too-long 'keep' is unknown"),
+        (["--warmup", "1"], "--warmup 1.0 is out of range; give a share from 0"),
+        (["--epochs", "0"], "--epochs 0.0 is out of range; give a number above 0"),
+        (["--steps", "-1"], "--steps -1 is out of range"),
+        (["--date", "today"], "--date 'today' is no day; give one as 2026-11-27"),
+        (["--batch", "64"], "--batch 64 needs as many rows, and --data fills"),
+        (["--seq", "8", "--batch", "1"], "--seq 8 leaves nothing to learn"),
+        (["--data", "chat.csv"], "--data 'chat.csv' does not exist; give a file"),
+        (["--chat-template", "no.jinja"], "the chat template no.jinja cannot be read"),
+        (["--init-from", "no"], "no"),
+    ],
+)
+def test_bad_options_are_refused_in_a_line_and_nothing_is_written(
+    more: list[str],
+    message: str,
+    start: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = words(start, folder / "tuned", *SHORT, *more)
+    error = refused(args, capsys, finetune.main).splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (folder / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ("role", "chat.jsonl:1: message 1 has the unknown role 'bot'"),
+        ("answer", "chat.jsonl:1: no message is the assistant's"),
+        ("template", "line 1 of the chat template in "),
+        ("vocabulary", "tokens and the model's vocabulary is 384"),
+    ],
+)
+def test_bad_files_are_refused_in_a_line_and_nothing_is_written(
+    edit: str,
+    message: str,
+    start: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(start, folder / "start")
+    chat, model = folder / "start" / "chat.jsonl", folder / "start" / "model"
+    if edit == "role":
+        chat.write_text(json.dumps({"messages": [{"role": "bot", "content": "x"}]}))
+    elif edit == "answer":
+        turn = {"role": "user", "content": "x"}
+        chat.write_text((json.dumps({"messages": [turn]}) + "\n") * 2)
+    elif edit == "template":
+        write_tokenizer(model, "{{ messages[0] ")
+    else:
+        tokenizer = chat_tokenizer()
+        tokenizer.add_tokens([f"token{number}" for number in range(200)])
+        tokenizer.save(str(model / "tokenizer.json"))
+    args = words(folder / "start", folder / "tuned", *SHORT)
+    if edit == "answer":
+        args += ["--validation", str(start / "chat.jsonl")]
+    error = refused(args, capsys, finetune.main)
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (folder / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--vocab", "300"],
+        ["--model", "tiny"],
+        ["--text-field", "text"],
+        ["--tokenizer", "x"],
+        ["--data-tokens", "9"],
+        ["--bos", "never"],
+    ],
+)
+def test_options_of_pre_training_alone_are_not_taken(
+    more: list[str], start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(words(start, tmp_path / "no", *more), capsys, finetune.main)
+    assert more[0] in error
+
+
+def test_another_day_does_not_change_a_run(start: Path, tmp_path: Path) -> None:
+    options = FinetuneOptions(out=tmp_path, init_from=start, data="x")
+    assert options.as_begun({"date": "2020-02-29"}).date == "2020-02-29"
+    assert options.as_begun(None).date == options.as_begun({}).date
+    given = FinetuneOptions(out=tmp_path, init_from=start, data="x", date="2021-01-01")
+    assert given.as_begun({"date": "2020-02-29"}).date == "2021-01-01"
+
+
+def test_rates(small: LlamaConfig, tmp_path: Path) -> None:
+    for name, recipe in RECIPES.items():
+        options = with_defaults(
+            FinetuneOptions(out=tmp_path, init_from=tmp_path, data="x", optimizer=name),
+            small,
+        )
+        assert options.lr == recipe.lr / 100
+        assert options.lr_embeddings == RECIPES["adamw"].lr / 100
+    shape: dict[str, Any] = {"out": tmp_path, "init_from": tmp_path, "data": "x"}
+    assert FinetuneOptions(**shape, steps=10).warmup_steps == 1
+    assert FinetuneOptions(**shape, steps=101).warmup_steps == 4
+    schedule = make_schedule(0.5, 100, 10, "linear")
+    rates = [float(np.asarray(schedule(step))) for step in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.275, 0.05])
+
+
+def test_the_folder_of_a_fine_tuning_is_not_continued_by_other_options(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StopRequest() as stop, pytest.MonkeyPatch.context() as patch:
+        # Nothing is trained: the first step ends the run.
+        patch.setattr(setup, "initial_state", interrupted)
+        options = FinetuneOptions(
+            out=tmp_path / "tuned",
+            init_from=start / "model",
+            data=str(start / "chat.jsonl"),
+            seq=48,
+            batch=2,
+            optimizer="adamw",
+        )
+        with pytest.raises(KeyboardInterrupt):
+            finetune.finetune(options, stop)
+    args = words(start, tmp_path / "tuned", *SHORT, "--optimizer", "adamw")
+    assert "already holds a run (config.json)" in refused(args, capsys, finetune.main)
+    more = ["--resume", "auto", "--loss-on", "all", "--warmup", "0.5"]
+    error = refused([*args, *more], capsys, finetune.main)
+    assert "loss_on: assistant -> all; warmup: 0.03 -> 0.5" in error
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
