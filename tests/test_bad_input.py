@@ -62,7 +62,7 @@ PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
         (
             {"projection": "qr"},
             ValueError,
-            "projection must be .*random.*rademacher.*svd.*got 'qr'",
+            "projection must be .*rademacher.*random.*svd.*got 'qr'",
         ),
         ({"projection": 3}, ValueError, "projection must be .*callable.*got 3"),
         (

@@ -18,9 +18,7 @@ from tests.helpers import normal, put_on_one_device, run
 OPTIMIZERS: dict[str, Any] = {
     "apollo": functools.partial(apollo_optax.apollo, rank=2),
     "apollo_mini": apollo_optax.apollo_mini,
-    "rademacher": functools.partial(
-        apollo_optax.apollo, rank=2, projection="rademacher"
-    ),
+    "normal": functools.partial(apollo_optax.apollo, rank=2, projection="random"),
     "racs": apollo_optax.racs,
     "svd": functools.partial(apollo_optax.apollo, rank=2, projection="svd"),
     "apollo_zero": apollo_optax.apollo_zero,

@@ -80,6 +80,7 @@ def table_rows(text):
     return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
+@pytest.mark.slow
 def test_table_has_bytes_sent_and_held_per_device(capsys):
     sizes = [
         "--target",

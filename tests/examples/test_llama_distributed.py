@@ -210,7 +210,7 @@ def test_two_processes_train_as_one(
     assert "validation" not in second[1] + second[2]
     assert "8/8" not in second[2]
     assert sorted(path.name for path in processes.out.iterdir()) == sorted(
-        {*run_log.OF_A_RUN, run_log.LOCK} - {run_log.PRETRAINED}
+        {*run_log.OF_A_RUN, run_log.LOCK} - {run_log.PRETRAINED, run_log.BEST}
     )
 
 

@@ -140,9 +140,8 @@ def test_other_steps_on_a_mesh(settings: dict[str, Any]) -> None:
     assert on_device < 0.35 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize(
-    "model_type", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_biases_and_norms_of_heads_on_a_mesh(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

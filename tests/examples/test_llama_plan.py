@@ -586,6 +586,7 @@ def test_ctrl_c_ends_the_command(
     assert fails(SHORT, capsys, status=130) == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_gives_the_same_memory(small: LlamaConfig) -> None:
     run = run_of(PRESETS["tiny"], mesh="data=2")
     with Compiler("cpu", devices=2) as compiler:

@@ -276,9 +276,8 @@ def test_stochastic_rounding_is_a_function_of_seed_and_step(out: Path) -> None:
     assert losses(out / "a") != losses(out / "c")
 
 
-@pytest.mark.parametrize(
-    "layerwise", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.usefixtures("tiny_is_small")
 def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
     options, config, tx = run_options(weights="bfloat16", layerwise=layerwise)
