@@ -88,8 +88,8 @@ CASES = {
     "from heads": Case((16, 16, 1024), P(M, D), FROM_HEADS, 1024, (0, 1)),
     "from head size": Case((16, 16, 1024), P(None, M, D), FROM_HEADS, 1024, (0, 1)),
 }
-# Drawn words are counted, so most settings draw a word per entry. A word of random signs
-# has 32 of them, which the program takes apart.
+# Drawn words are counted, so most settings draw a word per entry. Random signs come 32
+# to a word, which the program takes apart.
 NORMAL = {"projection": "random"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "channel-wise": {"rank": RANK, **NORMAL},
