@@ -144,13 +144,12 @@ def check_traffic(found: list[Collective], case: Case, devices: int, rank: int) 
     """Asserts that devices send at most one sum of projected gradients, and vectors."""
     assert {each.kind for each in found} <= SUMS | MOVES, found
     assert all(each.times == 1 for each in found)
-    # XLA may sum a row of the projected gradient, (1, n), by itself.
-    projected = [
-        each
-        for each in found
-        if each.size > case.channels
-        or (each.kind in SUMS and each.shape == (1, case.channels))
-    ]
+
+    def is_row(each: Collective) -> bool:
+        """Whether this is the sum of one row of the projected gradients, `(1, n)`."""
+        return each.kind in SUMS and each.size == case.channels and 1 in each.shape
+
+    projected = [each for each in found if each.size > case.channels or is_row(each)]
     vectors = [each for each in found if each not in projected and each.size > 8]
     for each in projected:
         assert each.kind in SUMS, found
