@@ -360,7 +360,7 @@ def test_rehearsal_of_all_parts(tmp_path: Path) -> None:
     rehearse(list(gpu.PARTS), "stochastic|cuDNN.*64|adamw|^int8", tmp_path)
     assert (tmp_path / "out" / "train.png").exists()
     (name,) = train.kept_runs(tmp_path / "out" / "train.json")
-    assert name == "adamw, lr 0.002, seed 0, 4 steps"
+    assert name == "adamw, lr 0.002, lr emb 0.03, seed 0, 4 steps"
 
 
 def test_a_second_call_adds_to_the_runs_of_the_first(
