@@ -262,7 +262,8 @@ def _moment_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int]:
 
 
 def _dtype(leaf: jax.Array) -> Any:
-    # In bfloat16, adding (1 - b2) R^2 to the second moment would be lost to rounding.
+    # Moments are in float32, because bfloat16 would round (1 - b2) R^2 away where it is
+    # added to the second moment.
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
 

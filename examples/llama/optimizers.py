@@ -6,7 +6,7 @@ leave to Adam by default. Each group has a learning rate of its own, so that no
 comparison is won by a better rate for the embeddings alone. The embedding and the head
 may be given to another rule, whatever the optimizer.
 
-To add an optimizer, add a `Recipe`. To add a rule for embedding and head, add a
+To add an optimizer, add a `Recipe`. To add a rule for embedding and head, add an
 `EmbeddingRule`.
 """
 

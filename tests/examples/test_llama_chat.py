@@ -119,7 +119,7 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
     assert decoded(encoder, encoder.prompt(asked)) == "What is 1?"
     with pytest.raises(UsageError, match=r"x:3: the model has no chat template"):
         encoder.examples([chat])
-    # With a template, prompt and completion are turns. The order stays.
+    # A template makes turns of a prompt and its completion. The rows keep their order.
     encoder = encoder_of(tmp_path)
     examples = encoder.examples([chat, asked, text])
     assert decoded(encoder, examples[1].tokens).endswith(

@@ -25,7 +25,7 @@ from examples.llama.optimizers import (
     with_defaults,
     with_embedding_rules,
 )
-from examples.llama.options import RunOptions
+from examples.llama.options import RunOptions, differing_fields
 from examples.llama.run.errors import UsageError
 
 SMALL = LlamaConfig(384, 16, 24, 2, 3)
@@ -352,6 +352,33 @@ def test_defaults_come_from_the_recipe_unless_set() -> None:
     assert options_for("apollo", rank=2, lr=0.5).rank == 2
     assert options_for("apollo", rank=2, lr=0.5).lr == 0.5
     assert options_for("adamw").rank is None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "new"),
+    [("apollo-mini", "rademacher"), ("apollo-svd", "random"), ("adamw", "random")],
+)
+def test_a_resumed_run_keeps_its_projection(
+    optimizer: str, new: str, small: LlamaConfig
+) -> None:
+    options = RunOptions(out=Path("run"), optimizer=optimizer)
+
+    def resolved(options: RunOptions, began: dict[str, Any] | None) -> dict[str, Any]:
+        run = with_defaults(options.as_begun(began), small)
+        return run.as_run() | {"corpus": "key"}
+
+    fresh = resolved(options, None)
+    assert fresh["projection"] == new
+    # Runs were of normal entries before there was a choice, and by default after it.
+    before = {k: v for k, v in fresh.items() if k != "projection"}
+    for began in (fresh, before, before | {"projection": "random"}):
+        resumed = resolved(options, began)
+        assert resumed["projection"] == began.get("projection", "random")
+        assert not differing_fields(resumed, began)
+    if optimizer == "apollo-mini":
+        asked = dataclasses.replace(options, projection="rademacher")
+        (difference,) = differing_fields(resolved(asked, before), before)
+        assert difference == "projection: random -> rademacher"
 
 
 def test_unknown_optimizer_lists_the_nearest_first() -> None:

@@ -30,16 +30,16 @@ def train_loader(
 
     Args:
         shards: training tokens (1-D), as of `Corpus.train`.
-        seq: T, tokens a sequence.
-        batch: see `batches_of`, as for the other arguments.
-        seed: see there.
-        workers: see there.
-        process_index: see there.
-        process_count: see there.
+        seq: T, the tokens per sequence.
+        batch: B. This and the other arguments are those of `batches_of`.
+        seed: sets the order.
+        workers: the number of threads that read ahead.
+        process_index: the number of this process.
+        process_count: the number of processes.
 
     Raises:
-        UsageError: where there are fewer windows than a batch takes, or a number is out
-            of range.
+        UsageError: if there are fewer windows than a batch takes, or if `process_count`
+            does not divide `batch`.
     """
     windows = Windows(shards, seq)
     if len(windows) < batch:
@@ -74,12 +74,12 @@ def batches_of(
     checkpoint may move between meshes.
 
     Args:
-        rows: what a batch is made of; there are at least `batch`.
-        batch: B, rows a step, of all processes together.
-        seed: of the order.
-        workers: threads that read ahead; with none, `next` reads.
-        process_index: which of the processes this is.
-        process_count: of how many; must divide `batch`.
+        rows: the source of a batch's rows; it has at least `batch` of them.
+        batch: B, the rows per step of all processes together.
+        seed: sets the order.
+        workers: the number of threads that read ahead; with none, `next` reads.
+        process_index: the number of this process.
+        process_count: the number of processes, which must divide `batch`.
 
     Returns:
         An iterator over `rows` stacked, B // process_count at a time, with `get_state`

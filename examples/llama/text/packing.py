@@ -52,7 +52,7 @@ def pack(sizes: Sequence[int], row: int, *, seed: int) -> list[list[int]]:
     row that has room for it.
     """
     rows: list[list[int]] = []
-    room: list[int] = []  # Of each row.
+    room: list[int] = []  # The tokens that each row still takes.
     first = 0  # The first row that is still filled.
     for index in np.random.default_rng(seed).permutation(len(sizes)).tolist():
         size = sizes[index]

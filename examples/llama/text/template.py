@@ -27,7 +27,7 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 DEFAULT = "default"  # The template that counts among several.
 COMPILED = "<template>"  # The file of a template's code in a traceback.
 
-Message = Mapping[str, Any]  # With a role and a content.
+Message = Mapping[str, Any]  # A message has a role and a content.
 
 
 class GenerationBlock(jinja2.ext.Extension):
