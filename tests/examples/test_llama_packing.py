@@ -51,12 +51,12 @@ def packed(sequences: list[np.ndarray], weights: list[np.ndarray] | None) -> Bat
 
 
 def packed_rows(seed: int, rows: int) -> Batch:
-    """Rows that differ much in the weight of their targets."""
+    """Rows of which every other one has many more targets to learn."""
     batches = []
     for number in range(rows):
         sequences = [drawn(seed + 10 * number + n, n) for n in LENGTHS]
         rng = np.random.default_rng(seed + number)
-        weights = [(rng.random(n) < 0.2 + 0.1 * number) * 1.0 for n in LENGTHS]
+        weights = [(rng.random(n) < (0.3, 0.9)[number % 2]) * 1.0 for n in LENGTHS]
         batches.append(packed(sequences, weights))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
@@ -158,6 +158,10 @@ def test_micro_batches_meshes_and_layers_make_the_step_of_the_batch(
     small: LlamaConfig,
 ) -> None:
     batch = packed_rows(0, 4)
+    # Micro-batches are every other row.
+    weights = target_weights(batch)
+    assert weights is not None
+    assert weights[1::2].sum() > 1.5 * weights[::2].sum() > 0
     expected = stepped(small, batch)
     for options in ({"accumulate": 2}, {"mesh": "data=2"}, {"layerwise": True}):
         jax.tree.map(
