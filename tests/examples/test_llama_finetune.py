@@ -18,6 +18,7 @@ from examples.llama.optimizers import RECIPES, make_schedule, with_defaults
 from examples.llama.options import FinetuneOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup
+from examples.llama.run.checkpoint import BestWeights
 from examples.llama.run.interrupt import StopRequest
 from tests.examples.chat_models import CHATML, EOS, chat_tokenizer, write_tokenizer
 from tests.examples.conftest import SMALL
@@ -50,6 +51,26 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def test_best_weights_are_the_best_of_those_that_are_left(tmp_path: Path) -> None:
+    losses = {1: 0.9, 2: 0.5, 3: 0.7, 4: 0.4, 5: 0.6}
+    rows = ({"step": step, "val_loss": loss} for step, loss in losses.items())
+    (tmp_path / run_log.METRICS).write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def evaluated(*steps: int, after: int) -> list[str]:
+        """Goes on from a step with evaluations, and returns what best/ has then."""
+        with BestWeights(tmp_path, step=after, config={}) as best:
+            evaluate = best.kept_by(lambda params, step: {"val_loss": losses[step]})
+            for step in steps:
+                evaluate({"w": np.full(2, step)}, step)
+        return [path.name for path in (tmp_path / run_log.BEST).iterdir()]
+
+    assert evaluated(1, 2, 3, 4, after=0) == ["4"]
+    # The weights of step 2 are gone, so those of step 5 are the best there are.
+    assert evaluated(5, after=3) == ["5"]
+    losses[6] = 0.65
+    assert evaluated(6, after=5) == ["5"]
 
 
 def words(start: Path, out: Path, *more: str) -> list[str]:

@@ -217,7 +217,7 @@ class Checkpoints:
 class BestWeights:
     """The parameters of the evaluation with the lowest loss, in `best/` of a run.
 
-    A context manager, as `Checkpoints`; of those the optimizer's state is left out.
+    It is a context manager, as `Checkpoints` is. It stores no optimizer state.
 
     Args:
         run_folder: the run's folder.
@@ -228,7 +228,11 @@ class BestWeights:
     def __init__(self, run_folder: Path, *, step: int, config: dict[str, Any]) -> None:
         self._checkpoints = Checkpoints(run_folder, keep=1, config=config, name=BEST)
         self._checkpoints.remove_after(step)
-        self._lowest = from_first(lambda: lowest_loss(run_folder, step))
+        # The weights of an earlier evaluation may be gone: later ones, which were just
+        # removed, took their place.
+        self._lowest = from_first(
+            lambda: loss_of_newest(run_folder, self._checkpoints.steps())
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -251,10 +255,10 @@ class BestWeights:
         return evaluate_and_keep
 
 
-def lowest_loss(run_folder: Path, step: int) -> float | None:
-    """Returns the lowest validation loss up to a step, or None before the first."""
-    rows = read_metrics(run_folder)[:step]
-    return min((row["val_loss"] for row in rows if "val_loss" in row), default=None)
+def loss_of_newest(run_folder: Path, steps: list[int]) -> float | None:
+    """Returns the validation loss at the last of the steps, or None without one."""
+    newest = read_metrics(run_folder)[steps[-1] - 1 :] if steps else []
+    return newest[0].get("val_loss") if newest else None
 
 
 def steps_on_disk(run_folder: Path, name: str = CHECKPOINTS) -> list[int]:
