@@ -304,6 +304,10 @@ def use_one_core(cores: Any) -> None:
 
 
 def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
+    """Searches the contenders of a part in processes of their own.
+
+    If one of them fails or is interrupted, those that have not begun are left out.
+    """
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
     available = sorted(os.sched_getaffinity(0))
@@ -316,6 +320,12 @@ def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
             name: pool.submit(found_by, options, part, name, all_rates=all_rates)
             for name, all_rates in options.searches(part).items()
         }
+        try:
+            for each in concurrent.futures.as_completed(found.values()):
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         return {name: each.result() for name, each in found.items()}
 
 
