@@ -90,8 +90,8 @@ bench-memory: $(VENV)/.tpu  ## the tables of docs/memory.md; an hour, and goes o
 bench-collectives: $(VENV)/.tpu  ## the table of docs/distributed.md; an hour
 	$(BIN)/python -m benchmarks.collectives
 
-bench-quality: $(VENV)/.test  ## each optimizer at its best rates, with three seeds; a day, and goes on where it was cut off
-	$(BIN)/python -m benchmarks.rate_search --parts 1k 8k 6m long
+bench-quality: $(VENV)/.test  ## each optimizer at its best rates, with three seeds; days, and goes on where it was cut off
+	$(BIN)/python -m benchmarks.rate_search
 
 integrations: | $(BIN)/python  ## the optimizer inside MaxText, Flax, Tunix, Equinox and Haliax; minutes each, see integrations/README.md
 	$(BIN)/python -m integrations

@@ -31,6 +31,8 @@ EMBEDDING = r"^embed/embedding$"  # (V, D)
 HEAD = r"^lm_head/kernel$"  # (D, V)
 ENDS = {"embedding": EMBEDDING, "head": HEAD}
 
+SECOND_MOMENT_DECAY = 0.999  # The decay unless --b2 gives another one.
+
 Schedules = dict[str, optax.Schedule]
 
 
@@ -44,9 +46,14 @@ def adamw(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformat
     # Without weight decay, as in the APOLLO paper's pre-training, AdamW is Adam.
     return in_float32(
         moments_in(
-            options.moment_dtype, optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+            options.moment_dtype,
+            optax.scale_by_adam(b1=0.9, b2=second_moment_decay(options), eps=1e-8),
         )
     )
+
+
+def second_moment_decay(options: RunOptions) -> float:
+    return SECOND_MOMENT_DECAY if options.b2 is None else options.b2
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -125,17 +132,24 @@ def galore(options: RunOptions, config: LlamaConfig) -> optax.GradientTransforma
     assert options.rank is not None
     assert options.scale is not None
     return with_adam_for_the_rest(
-        galore_over_layers(options.rank, options.scale), options, config
+        galore_over_layers(options.rank, options.scale, second_moment_decay(options)),
+        options,
+        config,
     )
 
 
-def galore_over_layers(rank: int, scale: float) -> optax.GradientTransformation:
+def galore_over_layers(
+    rank: int, scale: float, b2: float = SECOND_MOMENT_DECAY
+) -> optax.GradientTransformation:
     """Returns Optax's GaLore, which takes matrices, for stacks of them."""
     moments = optax.ScaleByAdamState(count=UNMAPPED, mu=0, nu=0)
     axes = optax.contrib.GaLoreState(
         count=UNMAPPED, base_optimizer_state=moments, projector=0
     )
-    return over_layers(optax.contrib.scale_by_galore(rank, scale=scale), axes)
+    projected = optax.scale_by_adam(b2=b2)
+    return over_layers(
+        optax.contrib.scale_by_galore(rank, scale=scale, base_optimizer=projected), axes
+    )
 
 
 # The axis of a count, which is not mapped. On a mapped count, GaLore would compute the
@@ -236,6 +250,7 @@ def apollo(
         scale=options.scale,
         # The paper's order for models of up to 130M parameters.
         scale_front=config.hidden_size <= 768,
+        b2=second_moment_decay(options),
         projection="svd" if svd else cast(Any, options.projection),
         key=options.seed,
         weight_dimension_numbers=dimension_numbers(options),
@@ -445,6 +460,7 @@ class Recipe(NamedTuple):
     # What --projection auto stands for. An optimizer without projections has the value
     # that its runs had before there was a choice, so that they can be resumed.
     projection: str = "random"
+    has_b2: bool = False  # Whether the kernels have second moments, which --b2 is for.
 
 
 def quarter_of_width(config: LlamaConfig) -> int:
@@ -463,11 +479,12 @@ def channel_wise(*, svd: bool = False) -> Recipe:
         rank_of=quarter_of_width,
         scale=1.0,
         projection="random" if svd else "rademacher",
+        has_b2=True,
     )
 
 
 RECIPES: dict[str, Recipe] = {
-    "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2),
+    "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2, has_b2=True),
     "apollo": channel_wise(),
     "apollo-mini": Recipe(
         functools.partial(apollo, scale_type="tensor"),
@@ -476,6 +493,7 @@ RECIPES: dict[str, Recipe] = {
         rank_of=lambda config: 1,
         scale=128.0,
         projection="rademacher",
+        has_b2=True,
     ),
     "apollo-svd": channel_wise(svd=True),
     "apollo-zero": Recipe(
@@ -492,6 +510,7 @@ RECIPES: dict[str, Recipe] = {
         rank_of=quarter_of_width,
         scale=0.25,
         layerwise=False,
+        has_b2=True,
     ),
     "muon": Recipe(muon, lr=7e-3, lr_embeddings=3e-2),
     "adafactor": Recipe(adafactor, lr=9e-2, lr_embeddings=3e-2),
@@ -579,6 +598,7 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
         for flag, value, has_use in (
             ("--rank", options.rank, recipe.rank_of(config) is not None),
             ("--scale", options.scale, recipe.scale is not None),
+            ("--b2", options.b2, recipe.has_b2),
             ("--embeddings", options.embeddings, takes(options.embeddings)),
             ("--head", options.head, takes(options.head)),
             (
@@ -644,4 +664,8 @@ def make_optimizer(
     }
     scaler = RECIPES[options.optimizer].scaler(options, config)
     scaler = with_embedding_rules(scaler, options, config)
-    return optax.chain(scaler, optax.partition(rates, lr_groups)), schedules
+    transformations = [scaler, optax.partition(rates, lr_groups)]
+    if options.clip_norm is not None:
+        # Without it, the chain stays as in the checkpoints of earlier runs.
+        transformations.insert(0, optax.clip_by_global_norm(options.clip_norm))
+    return optax.chain(*transformations), schedules

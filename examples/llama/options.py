@@ -65,7 +65,8 @@ class TextOptions:
 
     data: str = "stdlib"
     """stdlib: the source of Python's standard library, which needs no network. python:
-    that and the source of all installed packages. Or a file, a folder or a quoted glob
+    that and the source of all installed packages. package-docs: the .rst, .md and .txt
+    files and the descriptions of these packages. Or a file, a folder or a quoted glob
     of text, .jsonl, .json, .parquet, .csv or .tsv, or hf:OWNER/NAME[/CONFIG] from the
     hub. Of a folder with rows, such as .jsonl, other files are left out."""
     validation: str | None = None
@@ -171,6 +172,13 @@ class TrainingOptions(TextOptions):
     """float32 or bfloat16, of the moments of APOLLO and Adam, and of the first of Muon
     and Lion. In bfloat16 a second moment hardly forgets, as 0.999 of it rounds to
     itself."""
+    b2: float | None = None
+    """Decay of the second moments, from 0 to below 1, of adamw, apollo, apollo-mini,
+    apollo-svd and galore, in Adam for embeddings, head and norms too; by default
+    0.999."""
+    clip_norm: float | None = None
+    """Scale each step's gradients down to this Euclidean norm over all parameters where
+    theirs is larger; by default they stay as they are."""
     embeddings: str = "adam"
     """The rule for the embeddings and the head: adam, apollo (what an optimizer of that
     name does with the kernels), or, beside any optimizer: scale, adafactor (without
@@ -195,6 +203,10 @@ class TrainingOptions(TextOptions):
         if self.workers > MOST_WORKERS:
             raise UsageError(
                 f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}"
+            )
+        if self.b2 is not None and not 0 <= self.b2 < 1:
+            raise UsageError(
+                f"--b2 {self.b2} is out of range; give a number from 0 to below 1"
             )
         for name in ("model", "init_from", "data", "validation", "tokenizer"):
             if getattr(self, name) == "":
@@ -282,6 +294,13 @@ class TrainingOptions(TextOptions):
                 "and if the batch does not fit, add --remat full or devices to --mesh, "
                 "or lower --batch"
             )
+        if self.clip_norm is not None:
+            raise UsageError(
+                f"--clip-norm {self.clip_norm:g} can't be done with --layerwise, which "
+                "has updated other layers by the time it knows the norm over all; "
+                "leave one of the two out: APOLLO's limiter bounds each layer's update "
+                "without that norm"
+            )
         if self.on_nonfinite == "skip":
             raise UsageError(
                 "--on-nonfinite skip can't be done with --layerwise, which has updated "
@@ -294,6 +313,10 @@ class TrainingOptions(TextOptions):
     def warmup_steps(self) -> int:
         """In how many steps the learning rates rise."""
         return max(1, self.steps // 10)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether a step, counted from 1, is followed by an evaluation."""
+        return step == self.steps or step % self.eval_every == 0
 
     @property
     def offloaded(self) -> tuple[str, ...]:
@@ -311,6 +334,7 @@ class TrainingOptions(TextOptions):
                 "keep_checkpoints",
                 "rank",
                 "scale",
+                "clip_norm",
             ),
         )
         return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}

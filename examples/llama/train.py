@@ -14,7 +14,12 @@ from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import distributed, plots, setup
 from examples.llama.run.checkpoint import BestWeights, Checkpoints, steps_on_disk
-from examples.llama.run.errors import RunInterrupted, is_first, notice
+from examples.llama.run.errors import (
+    RunInterrupted,
+    UsageError,
+    is_first,
+    notice,
+)
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.log import (
     NoLog,
@@ -27,6 +32,7 @@ from examples.llama.run.log import (
 )
 from examples.llama.run.recorder import DivergedError, Recorder
 from examples.llama.run.result import RunResult, read_result
+from examples.llama.step import with_update_rms
 
 # Returns the text of a run, and its options with what only the text decides.
 LoadText = Callable[
@@ -40,6 +46,7 @@ def train(
     load_text: LoadText,
     *,
     keep_best: bool = False,
+    measure_updates: bool = False,
 ) -> RunResult:
     """Runs one training, or the rest of it.
 
@@ -48,6 +55,8 @@ def train(
         stop: entered by the caller; a signal that comes in the last step is left to it.
         load_text: reads what the run trains on, before anything is written.
         keep_best: keep the weights of the evaluation with the lowest loss.
+        measure_updates: record the RMS of the kernels' update, over the learning rate,
+            at the steps with an evaluation. It takes --weights float32.
 
     Raises:
         UsageError: for input that makes no run, before anything is written; where a
@@ -56,6 +65,11 @@ def train(
             are kept.
         RunInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is on disk.
     """
+    if measure_updates and options.weights != "float32":
+        raise UsageError(
+            f"--weights {options.weights} are rounded, and an update is measured as "
+            "the change of the weights; give --weights float32"
+        )
     distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
     resume = options.resume == "auto"
     began = distributed.from_first(lambda: config_of(options.out)) if resume else None
@@ -81,6 +95,9 @@ def train(
 
     pieces = pieces_of(config, setup.execution_of(options, config, mesh))
     tx, schedules = make_optimizer(options, config)
+    train_step = setup.training_step(options, config, tx, mesh)
+    if measure_updates:
+        train_step = with_update_rms(train_step, options.evaluates_after)
     with contextlib.ExitStack() as stack:
         with distributed.together():
             if is_first():
@@ -128,7 +145,7 @@ def train(
                 options,
                 step + 1,
                 state or setup.initial_state(options, config, tx, mesh),
-                train_step=setup.training_step(options, config, tx, mesh),
+                train_step=train_step,
                 batches=text.batches,
                 mesh=mesh,
                 stop=stop,

@@ -389,7 +389,7 @@ def test_fields_that_are_newer_than_a_run_have_their_defaults(
     train(*SHORT)
     config = json.loads((out / "config.json").read_text())
     assert config["rounding"] == "nearest"  # Not the field's default, which is None.
-    for name in ("accumulate", "attention", "rounding", "head"):
+    for name in ("accumulate", "attention", "rounding", "head", "b2", "clip_norm"):
         del config[name]
     (out / "config.json").write_text(json.dumps(config))
     pretrain.main(["--out", str(out), *SHORT, "--resume", "auto"])
@@ -815,6 +815,13 @@ def test_diverged_run_says_so_and_keeps_its_metrics(
         ),
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--rank", "-1"], "--rank -1 is out of range"),
+        (["--clip-norm", "0"], "--clip-norm 0.0 is out of range; give a number above"),
+        (["--b2", "1"], "--b2 1.0 is out of range; give a number from 0 to below 1"),
+        (["--b2", "nan"], "--b2 nan is out of range"),
+        (
+            ["--optimizer", "muon", "--b2", "0.95"],
+            "--b2 0.95 means nothing to --optimizer muon; leave it out",
+        ),
         (["--lr", "nan"], "--lr nan is out of range"),
         (["--lr-embeddings", "0"], "--lr-embeddings 0.0 is out of range"),
         (["--seed", "-1"], "--seed -1 is out of range; give 0 to 4294967295"),
