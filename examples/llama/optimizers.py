@@ -23,7 +23,7 @@ import optax.contrib
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
-from examples.llama.options import FinetuneOptions, RunOptions
+from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run.errors import UsageError, unknown_name
 
 KERNELS = r"^layers/.*/kernel$"  # (L, in, out)
@@ -509,7 +509,7 @@ FINETUNING_DIVISOR = 100
 def default_rates(options: RunOptions) -> tuple[float, float]:
     """Returns the learning rates of the kernels and of the rest."""
     recipe = RECIPES[options.optimizer]
-    if isinstance(options, FinetuneOptions):
+    if isinstance(options, TuningOptions):
         adamw_lr = RECIPES["adamw"].lr
         return recipe.lr / FINETUNING_DIVISOR, adamw_lr / FINETUNING_DIVISOR
     return recipe.lr, lr_of_embeddings(options, recipe)

@@ -412,18 +412,9 @@ class RunOptions(ProcessOptions, TrainingOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(RunOptions):
-    """One run: a model that exists, trained further on conversations."""
+class TuningOptions(RunOptions):
+    """A fine-tuning on conversations, whatever model and data it is of."""
 
-    data: str = dataclasses.field()
-    """A .jsonl or .parquet file, a folder or a quoted glob of such, or
-    hf:OWNER/NAME[/CONFIG] from the hub. Rows have messages (each with role and
-    content), or prompt and completion, or text."""
-    validation: str | None = None
-    """The same for held-out conversations; by default one in twenty of --data."""
-    init_from: str = dataclasses.field()
-    """The model to start from, with its tokenizer and its chat template: a folder in
-    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
     chat_template: Path | None = None
     """A file with a chat template (Jinja), instead of the model's own. An export gets
     it too."""
@@ -448,7 +439,6 @@ class FinetuneOptions(RunOptions):
     default the day on which the run began."""
 
     # What pre-training decides about its text; these are no options here.
-    model: None = dataclasses.field(init=False, default=None)
     tokenizer: None = dataclasses.field(init=False, default=None)
     vocab: None = dataclasses.field(init=False, default=None)
     text_field: str = dataclasses.field(init=False, default=FIELD)
@@ -490,6 +480,24 @@ class FinetuneOptions(RunOptions):
         today = self.date or datetime.date.today().isoformat()
         began = (config or {}).get("date") or today
         return dataclasses.replace(super().as_begun(config), date=self.date or began)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TuningOptions):
+    """One run: a model that exists, trained further on conversations."""
+
+    data: str = dataclasses.field()
+    """A .jsonl or .parquet file, a folder or a quoted glob of such, or
+    hf:OWNER/NAME[/CONFIG] from the hub. Rows have messages (each with role and
+    content), or prompt and completion, or text."""
+    validation: str | None = None
+    """The same for held-out conversations; by default one in twenty of --data."""
+    init_from: str = dataclasses.field()
+    """The model to start from, with its tokenizer and its chat template: a folder in
+    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
+
+    # The model is that of --init-from.
+    model: None = dataclasses.field(init=False, default=None)
 
 
 def check_positive(flag: str, value: float) -> None:

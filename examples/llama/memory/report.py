@@ -12,6 +12,7 @@ from examples.llama.config import LlamaConfig, param_count
 from examples.llama.memory.options import PlanOptions
 from examples.llama.memory.search import Row, gigabytes
 from examples.llama.memory.target import LOCAL
+from examples.llama.options import TuningOptions
 
 SCALES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1}
 SHARES = {
@@ -56,6 +57,7 @@ def as_json(row: Row, options: PlanOptions, config: LlamaConfig) -> dict[str, An
     )
     return {
         "target": options.target,
+        "command": "finetune" if isinstance(run, TuningOptions) else "pretrain",
         **{name: getattr(run, name) for name in names},
         "model": str(run.model or run.init_from),
         "parameters": param_count(config),
@@ -128,9 +130,14 @@ def heading(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> str:
     there = memory.capacity_bytes
     gives = f", which gives a program {gigabytes(there)}" if there else ""
     limit = f"; the largest batch in {options.fit}" if options.fit else ""
+    rows_of = (
+        "fine-tuning in packed rows of"
+        if isinstance(run, TuningOptions)
+        else "sequences of"
+    )
     return (
         f"{run.model or run.init_from}: {param_count(config):,} parameters in "
-        f"{run.weights}, sequences of {run.seq}, on "
+        f"{run.weights}, {rows_of} {run.seq}, on "
         f"{options.target}{kind}{gives}{limit}"
     )
 
