@@ -437,6 +437,12 @@ class TuningOptions(RunOptions):
     date: str | None = None
     """The day, as 2026-11-27, that a chat template is told which asks for it; by
     default the day on which the run began."""
+    lora: int | None = None
+    """Train LoRA adapters of this rank beside the layers' kernels, with --optimizer
+    adamw, and leave all other weights as they are."""
+    lora_alpha: float | None = None
+    """With --lora: what the adapters add counts alpha / rank times; by default twice
+    the rank."""
 
     # What pre-training decides about its text; these are no options here.
     tokenizer: None = dataclasses.field(init=False, default=None)
@@ -446,6 +452,14 @@ class TuningOptions(RunOptions):
     bos: str = dataclasses.field(init=False, default="auto")
 
     def __post_init__(self) -> None:
+        if self.lora is not None:
+            check_positive("--lora", self.lora)
+            self._check_adapters()
+        elif self.lora_alpha is not None:
+            raise UsageError(
+                f"--lora-alpha {self.lora_alpha} means nothing without --lora; give "
+                "that too, or leave this out"
+            )
         super().__post_init__()
         for flag, value, known in (
             ("--loss-on", self.loss_on, ("assistant", "all")),
@@ -466,6 +480,22 @@ class TuningOptions(RunOptions):
                     f"--date {self.date!r} is no day; give one as 2026-11-27"
                 ) from error
 
+    def _check_adapters(self) -> None:
+        """Resolves --lora-alpha, and refuses the options of another step."""
+        assert self.lora is not None
+        alpha = 2.0 * self.lora if self.lora_alpha is None else self.lora_alpha
+        object.__setattr__(self, "lora_alpha", alpha)
+        for flag, given in (
+            ("--layerwise", self.layerwise),
+            ("--weights int8", self.weights == "int8"),
+            (f"--offload {self.offload}", self.offload),
+        ):
+            if given:
+                raise UsageError(
+                    f"{flag} is for training all weights, and --lora {self.lora} "
+                    "trains adapters alone; leave out one of the two"
+                )
+
     @property
     def warmup_steps(self) -> int:
         return max(1, math.ceil(self.steps * self.warmup))
@@ -474,6 +504,7 @@ class TuningOptions(RunOptions):
         return super().numbers() | {
             "--steps": self.steps or None,
             "--epochs": self.epochs,
+            "--lora-alpha": self.lora_alpha,
         }
 
     def as_begun(self, config: dict[str, Any] | None) -> Self:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from examples.llama.config import LlamaConfig, param_count
+from examples.llama.config import LlamaConfig, adapter_count, param_count
 from examples.llama.memory.options import PlanOptions
 from examples.llama.memory.search import Row, gigabytes
 from examples.llama.memory.target import LOCAL
@@ -61,6 +61,8 @@ def as_json(row: Row, options: PlanOptions, config: LlamaConfig) -> dict[str, An
         **{name: getattr(run, name) for name in names},
         "model": str(run.model or run.init_from),
         "parameters": param_count(config),
+        "lora": config.lora_rank or None,
+        "adapter_parameters": adapter_count(config),
         "fits": row.fits,
         "limit_bytes": row.limit_bytes,
         **dataclasses.asdict(memory),
@@ -135,9 +137,10 @@ def heading(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> str:
         if isinstance(run, TuningOptions)
         else "sequences of"
     )
+    adapters = f" and adapters of rank {config.lora_rank}" if config.lora_rank else ""
     return (
         f"{run.model or run.init_from}: {param_count(config):,} parameters in "
-        f"{run.weights}, {rows_of} {run.seq}, on "
+        f"{run.weights}{adapters}, {rows_of} {run.seq}, on "
         f"{options.target}{kind}{gives}{limit}"
     )
 

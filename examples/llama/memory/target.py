@@ -225,6 +225,7 @@ def compiled_step(
         setup.abstract_state(options, config, tx, mesh),
         abstract_batch(options, mesh),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=on_every_device(mesh)),
+        setup.abstract_frozen(options, config, mesh),
     ).compile()
 
 
@@ -277,10 +278,11 @@ def shapes_memory(
     """Returns what the shapes tell, with the known numbers of the compiled program."""
     tx, _ = make_optimizer(options, config)
     state = setup.abstract_state(options, config, tx, mesh)
+    weights = state.params, setup.abstract_frozen(options, config, mesh)
     return Memory(
-        weights_bytes=bytes_on_a_device(state.params, host=False),
+        weights_bytes=bytes_on_a_device(weights, host=False),
         optimizer_bytes=bytes_on_a_device(state.opt_state, host=False),
-        host_weights_bytes=bytes_on_a_device(state.params, host=True),
+        host_weights_bytes=bytes_on_a_device(weights, host=True),
         device_kind=mesh.devices.flat[0].device_kind,
         **compiled,
     )
