@@ -247,7 +247,7 @@ def options_of(start: Path, out: Path) -> FinetuneOptions:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_computes_what_the_run_does(family: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[peft]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[torch]'")
     import torch
     import transformers
 
