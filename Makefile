@@ -50,7 +50,7 @@ test: $(VENV)/.test  ## all tests that take seconds
 test-slow: $(VENV)/.test  ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-torch: $(VENV)/.torch  ## PyTorch and Transformers, which some tests and a benchmark compare with
+torch: $(VENV)/.torch  ## PyTorch, Transformers and PEFT, which some tests and a benchmark compare with
 
 tpu: $(VENV)/.tpu  ## the TPU compiler, which needs no TPU; some tests and the memory planner use it
 

@@ -23,7 +23,8 @@ import optax.contrib
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
-from examples.llama.options import FinetuneOptions, RunOptions
+from examples.llama.lora import ADAPTERS
+from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run.errors import UsageError, unknown_name
 
 KERNELS = r"^layers/.*/kernel$"  # (L, in, out)
@@ -218,7 +219,10 @@ def dimension_numbers(options: RunOptions) -> Callable[[Any], Any]:
 
     An embedding or a head is a matrix only to some of its rules.
     """
-    rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2))]
+    rules = [
+        (KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2)),
+        (ADAPTERS, None),  # Adapters have Adam.
+    ]
     rules += [
         (ENDS[end], apollo_optax.ApolloDimensionNumbers(0, 1))
         for end, rule in embedding_rules(options).items()
@@ -519,6 +523,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+# Adapters are new, so they take higher rates than good weights do.
+LORA_FACTOR = 10
 # Fine-tuning starts from good weights, so its default rates of the kernels are the
 # pre-training rates divided by this. The rest gets AdamW's rate of the kernels. These
 # rates have not been swept.
@@ -528,9 +534,10 @@ FINETUNING_DIVISOR = 100
 def default_rates(options: RunOptions) -> tuple[float, float]:
     """Returns the learning rates of the kernels and of the rest."""
     recipe = RECIPES[options.optimizer]
-    if isinstance(options, FinetuneOptions):
-        adamw_lr = RECIPES["adamw"].lr
-        return recipe.lr / FINETUNING_DIVISOR, adamw_lr / FINETUNING_DIVISOR
+    if isinstance(options, TuningOptions):
+        adamw_lr = RECIPES["adamw"].lr / FINETUNING_DIVISOR
+        lr = adamw_lr * LORA_FACTOR if options.lora else recipe.lr / FINETUNING_DIVISOR
+        return lr, adamw_lr
     return recipe.lr, lr_of_embeddings(options, recipe)
 
 
@@ -560,6 +567,8 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
             "takes no tree in which all matrices are masked out; "
             "leave out one of the two"
         )
+    if isinstance(options, TuningOptions) and options.lora:
+        check_lora(options)
     lr, lr_embeddings = default_rates(options)
     defaults = {
         "lr": lr,
@@ -574,6 +583,25 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
         if getattr(options, name) in (None, "auto")
     }
     return dataclasses.replace(options, **unset)
+
+
+def check_lora(options: TuningOptions) -> None:
+    """Raises `UsageError` for options of what --lora does not train or how it does."""
+    if options.optimizer != "adamw":
+        raise UsageError(
+            f"--lora {options.lora} trains its adapters with AdamW, not with "
+            f"--optimizer {options.optimizer}; give --optimizer adamw"
+        )
+    for flag, value in (
+        ("--lr-embeddings", options.lr_embeddings),
+        ("--embeddings", None if options.embeddings == "adam" else options.embeddings),
+        ("--head", options.head),
+    ):
+        if value is not None:
+            raise UsageError(
+                f"{flag} {value} means nothing to --lora {options.lora}, which leaves "
+                "embeddings, head and norms as they are; leave it out"
+            )
 
 
 def lr_of_embeddings(options: RunOptions, recipe: Recipe) -> float:
@@ -634,7 +662,8 @@ def make_schedule(
 
 
 def lr_group(path: str) -> str:
-    return "kernels" if re.search(KERNELS, path) else "rest"
+    of_kernels = re.search(KERNELS, path) or re.search(ADAPTERS, path)
+    return "kernels" if of_kernels else "rest"
 
 
 def lr_groups(params: Any) -> Any:

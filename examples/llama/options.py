@@ -436,18 +436,9 @@ class RunOptions(ProcessOptions, TrainingOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(RunOptions):
-    """One run: a model that exists, trained further on conversations."""
+class TuningOptions(RunOptions):
+    """A fine-tuning on conversations, whatever model and data it is of."""
 
-    data: str = dataclasses.field()
-    """A .jsonl or .parquet file, a folder or a quoted glob of such, or
-    hf:OWNER/NAME[/CONFIG] from the hub. Rows have messages (each with role and
-    content), or prompt and completion, or text."""
-    validation: str | None = None
-    """The same for held-out conversations; by default one in twenty of --data."""
-    init_from: str = dataclasses.field()
-    """The model to start from, with its tokenizer and its chat template: a folder in
-    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
     chat_template: Path | None = None
     """A file with a chat template (Jinja), instead of the model's own. An export gets
     it too."""
@@ -470,9 +461,14 @@ class FinetuneOptions(RunOptions):
     date: str | None = None
     """The day, as 2026-11-27, that a chat template is told which asks for it; by
     default the day on which the run began."""
+    lora: int | None = None
+    """Train LoRA adapters of this rank beside the layers' kernels, with --optimizer
+    adamw, and leave all other weights as they are."""
+    lora_alpha: float | None = None
+    """With --lora: what the adapters add counts alpha / rank times; by default twice
+    the rank."""
 
     # What pre-training decides about its text; these are no options here.
-    model: None = dataclasses.field(init=False, default=None)
     tokenizer: None = dataclasses.field(init=False, default=None)
     vocab: None = dataclasses.field(init=False, default=None)
     text_field: str = dataclasses.field(init=False, default=FIELD)
@@ -480,6 +476,14 @@ class FinetuneOptions(RunOptions):
     bos: str = dataclasses.field(init=False, default="auto")
 
     def __post_init__(self) -> None:
+        if self.lora is not None:
+            check_positive("--lora", self.lora)
+            self._check_adapters()
+        elif self.lora_alpha is not None:
+            raise UsageError(
+                f"--lora-alpha {self.lora_alpha} means nothing without --lora; give "
+                "that too, or leave this out"
+            )
         super().__post_init__()
         for flag, value, known in (
             ("--loss-on", self.loss_on, ("assistant", "all")),
@@ -500,6 +504,22 @@ class FinetuneOptions(RunOptions):
                     f"--date {self.date!r} is no day; give one as 2026-11-27"
                 ) from error
 
+    def _check_adapters(self) -> None:
+        """Resolves --lora-alpha, and refuses the options of another step."""
+        assert self.lora is not None
+        alpha = 2.0 * self.lora if self.lora_alpha is None else self.lora_alpha
+        object.__setattr__(self, "lora_alpha", alpha)
+        for flag, given in (
+            ("--layerwise", self.layerwise),
+            ("--weights int8", self.weights == "int8"),
+            (f"--offload {self.offload}", self.offload),
+        ):
+            if given:
+                raise UsageError(
+                    f"{flag} is for training all weights, and --lora {self.lora} "
+                    "trains adapters alone; leave out one of the two"
+                )
+
     @property
     def warmup_steps(self) -> int:
         return max(1, math.ceil(self.steps * self.warmup))
@@ -508,12 +528,31 @@ class FinetuneOptions(RunOptions):
         return super().numbers() | {
             "--steps": self.steps or None,
             "--epochs": self.epochs,
+            "--lora-alpha": self.lora_alpha,
         }
 
     def as_begun(self, config: dict[str, Any] | None) -> Self:
         today = self.date or datetime.date.today().isoformat()
         began = (config or {}).get("date") or today
         return dataclasses.replace(super().as_begun(config), date=self.date or began)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TuningOptions):
+    """One run: a model that exists, trained further on conversations."""
+
+    data: str = dataclasses.field()
+    """A .jsonl or .parquet file, a folder or a quoted glob of such, or
+    hf:OWNER/NAME[/CONFIG] from the hub. Rows have messages (each with role and
+    content), or prompt and completion, or text."""
+    validation: str | None = None
+    """The same for held-out conversations; by default one in twenty of --data."""
+    init_from: str = dataclasses.field()
+    """The model to start from, with its tokenizer and its chat template: a folder in
+    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
+
+    # The model is that of --init-from.
+    model: None = dataclasses.field(init=False, default=None)
 
 
 def check_positive(flag: str, value: float) -> None:

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from apollo_optax import apply_updates_stochastic, layerwise_step
+from examples.llama.lora import joined
 from examples.llama.model import (
     Batch,
     Llama,
@@ -39,10 +40,9 @@ class StepMetrics(NamedTuple):
     update_rms: jax.Array | None = None
 
 
-# A step takes the state, which it consumes, the batch and the step's number.
-TrainStep = Callable[
-    [TrainState, Batch, jax.typing.ArrayLike], tuple[TrainState, StepMetrics]
-]
+# A step takes the state, which it consumes, the batch, the step's number and, if only
+# adapters are trained, the other parameters.
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def rounding_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
@@ -77,13 +77,19 @@ def make_train_step(
         out_shardings: of the state and the metrics, as `jax.jit` takes them; by default
             the compiler's.
     """
-    loss_and_grads = jax.value_and_grad(functools.partial(next_token_loss, graphdef))
 
     # The new state takes over the memory of the old one.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
-        state: TrainState, batch: Batch, step: jax.Array
+        state: TrainState,
+        batch: Batch,
+        step: jax.Array,
+        frozen: Params | None = None,
     ) -> tuple[TrainState, StepMetrics]:
+        def loss_of(params: Params, batch: Batch) -> jax.Array:
+            return next_token_loss(graphdef, joined(params, frozen), batch)
+
+        loss_and_grads = jax.value_and_grad(loss_of)
         if accumulate == 1:
             loss, grads = loss_and_grads(state.params, batch)
         else:
@@ -132,8 +138,9 @@ def make_layerwise_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
-        state: TrainState, batch: Batch, step: jax.Array
+        state: TrainState, batch: Batch, step: jax.Array, frozen: None = None
     ) -> tuple[TrainState, StepMetrics]:
+        del frozen  # This step trains all parameters.
         key = None if rounding_seed is None else rounding_key(rounding_seed, step)
         params, opt_state, metrics = update(
             state.params, state.opt_state, batch, key=key

@@ -1,6 +1,7 @@
 """One run from its options to its result, whatever it trains on."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,8 @@ from tqdm import tqdm
 from examples.llama.config import LlamaConfig
 from examples.llama.hf import pretrained
 from examples.llama.loop import Text, make_evaluation, run_steps
-from examples.llama.model import pieces_of
+from examples.llama.lora import joined
+from examples.llama.model import Params, pieces_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import distributed, plots, setup
@@ -23,6 +25,7 @@ from examples.llama.run.errors import (
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.log import (
     NoLog,
+    Row,
     RunLog,
     check_free,
     check_same_run,
@@ -38,6 +41,9 @@ from examples.llama.step import with_update_rms
 LoadText = Callable[
     [RunOptions, LlamaConfig, jax.sharding.Mesh], tuple[RunOptions, Text]
 ]
+
+# Returns the metrics of parameters at a step.
+Evaluate = Callable[[Params, int], Row]
 
 
 def train(
@@ -85,9 +91,10 @@ def train(
         description = setup.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
-        if options.init_from and not steps_on_disk(options.out):
+        if options.init_from and (config.lora_rank or not steps_on_disk(options.out)):
             # Weights that cannot be downloaded or read are an error before the run's
-            # folder is made. A run with a checkpoint does not read them.
+            # folder is made. Only a run with adapters reads them again, since its
+            # checkpoints have the adapters alone.
             setup.pretrained_weights(options, config)
     distributed.check_same({"corpus": text.key}, "text, or caches of it")
     if resume and (result := result_of(options)):
@@ -95,9 +102,6 @@ def train(
 
     pieces = pieces_of(config, setup.execution_of(options, config, mesh))
     tx, schedules = make_optimizer(options, config)
-    train_step = setup.training_step(options, config, tx, mesh)
-    if measure_updates:
-        train_step = with_update_rms(train_step, options.evaluates_after)
     with contextlib.ExitStack() as stack:
         with distributed.together():
             if is_first():
@@ -134,7 +138,13 @@ def train(
         if step:
             notice(f"continuing after step {step} of {options.steps} in {options.out}")
         stack.enter_context(distributed.ends_at_once(DivergedError, RunInterrupted))
-        evaluate = make_evaluation(options, pieces, text, mesh)
+        frozen = setup.frozen_params(options, config, mesh)
+        train_step = functools.partial(
+            setup.training_step(options, config, tx, mesh), frozen=frozen
+        )
+        if measure_updates:
+            train_step = with_update_rms(train_step, options.evaluates_after)
+        evaluate = with_frozen(make_evaluation(options, pieces, text, mesh), frozen)
         if keep_best:
             best = stack.enter_context(
                 BestWeights(options.out, step=step, config=description)
@@ -163,6 +173,11 @@ def train(
     result = result_of(options)
     assert result is not None
     return result
+
+
+def with_frozen(evaluate: Evaluate, frozen: Params | None) -> Evaluate:
+    """Returns `evaluate` as a function of the parameters that are trained alone."""
+    return lambda params, step: evaluate(joined(params, frozen), step)
 
 
 def result_of(options: RunOptions) -> RunResult | None:

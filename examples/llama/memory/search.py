@@ -55,9 +55,10 @@ def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
     """Returns what to plan, an optimizer each, defaults filled in."""
     fields = {
         field.name: getattr(options, field.name)
-        for field in dataclasses.fields(RunOptions)
+        for field in dataclasses.fields(options.run_type)
+        if field.init
     }
-    run = RunOptions(**fields)
+    run = options.run_type(**fields)
     if not options.compare:
         return [with_defaults(run, config)]
     planned = []

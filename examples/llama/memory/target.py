@@ -30,7 +30,7 @@ from examples.llama.config import LlamaConfig
 from examples.llama.mesh import device_count, on_every_device, over_data
 from examples.llama.model import Batch
 from examples.llama.optimizers import make_optimizer
-from examples.llama.options import RunOptions
+from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run import setup
 from examples.llama.run.errors import UsageError, first_line
 
@@ -208,7 +208,7 @@ def binary_bytes(number: str, unit: str) -> int:
 def compiled_memory(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, target: str
 ) -> Memory:
-    """Returns the memory of `pretrain`'s step, compiled for the devices of a mesh."""
+    """Returns the memory of a run's step, compiled for the devices of a mesh."""
     return memory_of_step(
         compiled_step(options, config, mesh), options, config, mesh, target
     )
@@ -217,16 +217,28 @@ def compiled_memory(
 def compiled_step(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> jax.stages.Compiled:
-    """Returns the step that `pretrain` runs, compiled for the devices of a mesh."""
+    """Returns the step of a run, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
     # The step is a function that can be jitted.
     step: Any = setup.training_step(options, config, tx, mesh)
-    tokens = (options.batch, options.seq + 1)
     return step.lower(
         setup.abstract_state(options, config, tx, mesh),
-        Batch(jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=over_data(mesh))),
+        abstract_batch(options, mesh),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=on_every_device(mesh)),
+        setup.abstract_frozen(options, config, mesh),
     ).compile()
+
+
+def abstract_batch(options: RunOptions, mesh: jax.sharding.Mesh) -> Batch:
+    """Returns the shapes and shardings of what the command gives the step."""
+
+    def leaf(dtype: Any) -> jax.ShapeDtypeStruct:
+        shape = (options.batch, options.seq + 1)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=over_data(mesh))
+
+    if isinstance(options, TuningOptions):
+        return Batch(leaf(jnp.int32), leaf(jnp.int32), leaf(jnp.float32))
+    return Batch(leaf(jnp.int32))
 
 
 def memory_of_step(
@@ -266,10 +278,11 @@ def shapes_memory(
     """Returns what the shapes tell, with the known numbers of the compiled program."""
     tx, _ = make_optimizer(options, config)
     state = setup.abstract_state(options, config, tx, mesh)
+    weights = state.params, setup.abstract_frozen(options, config, mesh)
     return Memory(
-        weights_bytes=bytes_on_a_device(state.params, host=False),
+        weights_bytes=bytes_on_a_device(weights, host=False),
         optimizer_bytes=bytes_on_a_device(state.opt_state, host=False),
-        host_weights_bytes=bytes_on_a_device(state.params, host=True),
+        host_weights_bytes=bytes_on_a_device(weights, host=True),
         device_kind=mesh.devices.flat[0].device_kind,
         **compiled,
     )
