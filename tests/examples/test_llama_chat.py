@@ -45,7 +45,7 @@ def encoder_of(
     write_tokenizer(folder, template)
     files = pretrained.find_files(str(folder), None)
     return ChatEncoder(
-        "--data 'x'",
+        "`data` 'x'",
         load_tokenizer(str(folder), 400),
         find_template(files, {}, TODAY),
         learn_all=learn_all,
@@ -143,7 +143,7 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
         ),
         (
             "{% for m in messages %}{{ m.content if loop.last }}{% endfor %}",
-            "does not let the assistant's tokens be told: message 2 .* --loss-on all",
+            "does not let the assistant's tokens be told: message 2 .* `loss_on` all",
         ),
         # It can neither reach files, nor run code, nor change the messages.
         ("{% include '/etc/passwd' %}", "fails on it"),
@@ -199,7 +199,7 @@ def test_where_a_template_is(tmp_path: Path) -> None:
 def rows_of(folder: Path, *rows: Any) -> list[Conversation]:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
-    return list(map(conversation_of, open_conversations("--data", "chat.jsonl")))
+    return list(map(conversation_of, open_conversations("`data`", "chat.jsonl")))
 
 
 def test_rows_of_all_kinds(folder: Path) -> None:
@@ -219,7 +219,7 @@ def test_rows_of_all_kinds(folder: Path) -> None:
     names = ("messages", "prompt", "completion", "text", "id")
     table = [{name: row.get(name) for name in names} for row in rows]
     parquet.write_table(pyarrow.Table.from_pylist(table), "chat.parquet")
-    source = open_conversations("--data", "chat.parquet")
+    source = open_conversations("`data`", "chat.parquet")
     from_parquet = list(map(conversation_of, source))
     assert [each[1:] for each in from_parquet] == [each[1:] for each in read]
     assert from_parquet[1].place == "chat.parquet row 2"
@@ -257,9 +257,9 @@ def test_rows_that_are_refused(row: Any, message: str, folder: Path) -> None:
 def test_data_without_rows_is_refused(folder: Path) -> None:
     (folder / "a.txt").write_text("text")
     with pytest.raises(UsageError, match="a.txt is plain text, which has no rows"):
-        list(open_conversations("--data", "a.txt"))
-    with pytest.raises(UsageError, match="--data 'stdlib' does not exist; give a file"):
-        open_conversations("--data", "stdlib")
+        list(open_conversations("`data`", "a.txt"))
+    with pytest.raises(UsageError, match="`data` 'stdlib' does not exist; give a file"):
+        open_conversations("`data`", "stdlib")
 
 
 def test_nothing_to_learn_is_refused(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_data_set_with_splits(folder: Path) -> None:
     for name, rows in {"train": 3, "validation": 1}.items():
         lines = [json.dumps({"messages": list(CHAT[:2])}) for _ in range(rows)]
         (folder / "set" / f"{name}.jsonl").write_text("\n".join(lines))
-    source = open_conversations("--data", f"hf:{folder}/set")
+    source = open_conversations("`data`", f"hf:{folder}/set")
     read = list(map(conversation_of, source))
     assert [each.place for each in read] == [
         f"row {number} of split 'train'" for number in (1, 2, 3)

@@ -79,7 +79,7 @@ def fail(*_: object, **__: object) -> NoReturn:
 
 def test_corpus_splits_by_document(stdlib: Path) -> None:
     built = load("stdlib")
-    by_name = dict(sources.open_source("--data", "stdlib"))
+    by_name = dict(sources.open_source("`data`", "stdlib"))
     held_out = [name for name in by_name if in_validation(name)]
     assert 0 < len(held_out) < 10
     assert texts(built, built.validation) == [by_name[name] for name in held_out]
@@ -89,9 +89,9 @@ def test_corpus_splits_by_document(stdlib: Path) -> None:
 
 
 def test_more_documents_move_none_between_the_splits() -> None:
-    before = set(split(sources.open_source("--data", "corpus"), "corpus"))
+    before = set(split(sources.open_source("`data`", "corpus"), "corpus"))
     Path("corpus/added.txt").write_text("added\n")
-    assert before < set(split(sources.open_source("--data", "corpus"), "corpus"))
+    assert before < set(split(sources.open_source("`data`", "corpus"), "corpus"))
 
 
 def test_a_twentieth_is_held_out() -> None:
@@ -119,7 +119,7 @@ def test_the_split_reads_no_further_than_it_must() -> None:
 
 
 def test_one_document_is_refused_unless_validation_is_given() -> None:
-    message = r"--data 'corpus/1.txt' has 1 document, .*; add documents .*, or give --validation"
+    message = r"`data` 'corpus/1.txt' has 1 document, .*; add documents .*, or give `validation`"
     with pytest.raises(UsageError, match=message):
         load("corpus/1.txt")
     assert built_folders() == []
@@ -149,12 +149,12 @@ def test_given_validation_takes_none_of_the_training_documents() -> None:
 
 def test_errors_name_the_flag_whose_value_is_wrong() -> None:
     with pytest.raises(
-        UsageError, match="--validation 'std' is unknown; choose one of: stdlib"
+        UsageError, match="`validation` 'std' is unknown; choose one of: stdlib"
     ):
         load(validation="std")
     Path("held.jsonl").write_text("{}")
     with pytest.raises(
-        UsageError, match="--validation 'held.jsonl': held.jsonl:1 has no string called"
+        UsageError, match="`validation` 'held.jsonl': held.jsonl:1 has no string called"
     ):
         load(validation="held.jsonl")
     assert built_folders() == []
@@ -168,7 +168,7 @@ def test_hub_dataset_validates_on_its_own_split() -> None:
     built = load("hf:./hub/en")
     assert texts(built, built.train) == [f"train {row} spam" for row in range(300)]
     assert texts(built, built.validation) == [f"held out {row}" for row in range(20)]
-    # Named as --validation, it gives the same.
+    # Named as `validation`, it gives the same.
     built = load(validation="hf:./hub/en")
     assert len(texts(built, built.train)) == 40
     assert texts(built, built.validation) == [f"held out {row}" for row in range(20)]
@@ -307,18 +307,18 @@ def test_given_tokenizer_makes_the_tokens() -> None:
     [
         (
             {"vocab": 256},
-            r"--vocab 256 is out of range; give 257 .* to 384 \(the model's vocabulary\)",
+            r"`vocab` 256 is out of range; give 257 .* to 384 \(the model's vocabulary\)",
         ),
-        ({"vocab": 385}, "--vocab 385 is out of range; give 257"),
+        ({"vocab": 385}, "`vocab` 385 is out of range; give 257"),
         (
             {"vocab_size": 100},
-            "--model has a vocabulary of 100, too small .* give one with 257 or more",
+            "`model` has a vocabulary of 100, too small .* give one with 257 or more",
         ),
         (
             {"vocab": 300, "tokenizer": "x"},
-            "--vocab 300 is for a tokenizer trained here, and --tokenizer 'x'",
+            "`vocab` 300 is for a tokenizer trained here, and `tokenizer` 'x'",
         ),
-        ({"max_tokens": 0}, "--data-tokens 0 is out of range; give a number above 0"),
+        ({"max_tokens": 0}, "`data_tokens` 0 is out of range; give a number above 0"),
     ],
 )
 def test_sizes_out_of_range_are_refused(
@@ -474,7 +474,7 @@ def test_a_cache_folder_that_is_none_is_refused(
 
 def test_unknown_source_is_refused() -> None:
     with pytest.raises(
-        UsageError, match="--data 'c4' is unknown; choose one of: stdlib"
+        UsageError, match="`data` 'c4' is unknown; choose one of: stdlib"
     ):
         load("c4")
 

@@ -116,22 +116,22 @@ def test_validation_windows_are_spread_and_fixed() -> None:
 
 
 def test_too_few_tokens_are_refused() -> None:
-    message = "--batch 4 of --seq 300 needs 1201 training tokens and there are 1001; lower one of them, or"
+    message = "`batch` 4 of `seq` 300 needs 1201 training tokens and there are 1001; lower one of them, or"
     with pytest.raises(UsageError, match=message):
         batches_of(seq=300)
-    message = "--seq 10 in validation batches of 8 needs 81 validation tokens and there are 50; lower --seq, or"
+    message = "`seq` 10 in validation batches of 8 needs 81 validation tokens and there are 50; lower `seq`, or"
     with pytest.raises(UsageError, match=message):
         validation_batches([np.arange(50)], seq=10)
     with pytest.raises(
         UsageError,
-        match="there are 1001; lower --seq, or give more text with --validation",
+        match="there are 1001; lower `seq`, or give more text with `validation`",
     ):
         validation_batches(SHARDS, seq=1000, batch=1)
 
 
 def test_processes_must_divide_the_batch() -> None:
     with pytest.raises(
-        UsageError, match="--batch 4 is not a multiple of the 3 processes; change one"
+        UsageError, match="`batch` 4 is not a multiple of the 3 processes; change one"
     ):
         batches_of(process_count=3)
 

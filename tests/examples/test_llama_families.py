@@ -140,7 +140,7 @@ def test_a_window_of_attention_bounds_the_sequence(tmp_path: Path) -> None:
     # An export has the model's own window again.
     assert hf_weights.hf_config(config, "float32", None)["sliding_window"] == 32
     with pytest.raises(
-        UsageError, match="--seq 33 is longer than the sliding_window 32"
+        UsageError, match="`seq` 33 is longer than the sliding_window 32"
     ):
         setup.model_config(dataclasses.replace(options, seq=33))
 
@@ -216,11 +216,11 @@ def test_what_the_cache_has_not_got(hub: Callable[..., Path], tmp_path: Path) ->
     snapshot = hub(write_model(tmp_path / "model", max_shard_bytes=9000), "acme/model")
     absent = r"is no file or folder here, nor to be had from the hub \(.*\); check the "
     for name in ("acme/other", "acme/model@v2"):
-        with pytest.raises(UsageError, match=f"^--init-from '{name}' {absent}"):
+        with pytest.raises(UsageError, match=f"^`init_from` '{name}' {absent}"):
             hf_folder.config_folder(name)
     for name in ("model", "a/b/c", "/acme/model", "acme/model@"):
         with pytest.raises(
-            UsageError, match=rf"^--init-from '{name}' does not exist; give a folder "
+            UsageError, match=rf"^`init_from` '{name}' does not exist; give a folder "
         ):
             hf_folder.config_folder(name)
     # A plan needs no weights, and a run says which file is not there.

@@ -48,7 +48,7 @@ def write_parquet(path: str, **columns: object) -> None:
 
 
 def texts(data: str, **options: str) -> list[str]:
-    source = sources.open_source("--data", data, **options)
+    source = sources.open_source("`data`", data, **options)
     return [document.text for document in source]
 
 
@@ -138,11 +138,11 @@ def test_known_formats_without_a_reader_are_refused_by_name(
     write(name, "text that gives no hint")
     write("first.txt", "text")
     error = refusal("*")
-    assert error.startswith(f"--data '*': {name} is ")
+    assert error.startswith(f"`data` '*': {name} is ")
     assert said in error
     # Before anything is read, which may take hours.
     with pytest.raises(UsageError, match="is not read here"):
-        sources.open_source("--data", "*")
+        sources.open_source("`data`", "*")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_json_that_python_does_not_read_is_named_by_line(
     name: str, value: str, said: str
 ) -> None:
     write(name, '{"text": "one"}\n{"text": "pi", "more": ' + value + "}\n")
-    assert f"--data '{name}': {name}:2 {said}" in refusal(name)
+    assert f"`data` '{name}': {name}:2 {said}" in refusal(name)
 
 
 def test_json_arrays_that_are_broken_are_named_by_line() -> None:
@@ -359,7 +359,7 @@ def test_errors_name_the_text_field(data: str) -> None:
     }.items():
         assert f" {name!r}; its " in error
         assert "content" in error
-        assert error.endswith("name the one with the text with --text-field")
+        assert error.endswith("name the one with the text with `text_field`")
 
 
 def test_a_field_of_another_type_is_refused() -> None:
@@ -375,7 +375,7 @@ def test_a_text_field_is_for_rows() -> None:
     for number in range(3):
         write(f"d/{number}.txt", f"text {number}")
     with pytest.raises(
-        UsageError, match="--text-field 'content' is for rows, and the files of --data"
+        UsageError, match="`text_field` 'content' is for rows, and the files of `data`"
     ):
         corpus.load_corpus("d", vocab_size=300, text_field="content")
     write("held.jsonl", '{"content": "held"}\n')

@@ -397,22 +397,22 @@ def test_the_update_sends_norms_alone(optimizer: str) -> None:
         (
             "1b",
             "fsdp=4,tensor=2",
-            "shards the feed-forward size of --model 1b, 5461, over tensor=2, which ",
+            "shards the feed-forward size of `model` 1b, 5461, over tensor=2, which ",
         ),
         (
             "llama-2-70b",
             "tensor=16",
-            "shards the number of key and value heads of --model llama-2-70b, 8, ",
+            "shards the number of key and value heads of `model` llama-2-70b, 8, ",
         ),
         (
             "60m",
             "tensor=3",
-            "shards the number of heads of --model 60m, 8, over tensor=3, which does ",
+            "shards the number of heads of `model` 60m, 8, over tensor=3, which does ",
         ),
         (
             "7b",
             "fsdp=3",
-            "shards the hidden size of --model 7b, 4096, over fsdp=3, which does not divide it; ",
+            "shards the hidden size of `model` 7b, 4096, over fsdp=3, which does not divide it; ",
         ),
     ],
 )
@@ -422,7 +422,7 @@ def test_a_size_that_an_axis_does_not_divide(
     options = RunOptions(out=Path("nowhere"), model=model, mesh=mesh, batch=12)
     with pytest.raises(UsageError) as error:
         partition.check_sizes(options, setup.model_config(options))
-    assert str(error.value).startswith(f"--mesh {mesh} {message}")
+    assert str(error.value).startswith(f"`mesh` {mesh} {message}")
     partition.check_sizes(
         dataclasses.replace(options, mesh="data=4"), setup.model_config(options)
     )  # It shards none.
@@ -433,22 +433,22 @@ def test_a_size_that_an_axis_does_not_divide(
     [
         (
             "data=3",
-            "--mesh data=3 needs 3 devices, and the devices here are 8 (cpu); give data x fsdp x ",
+            "`mesh` data=3 needs 3 devices, and the devices here are 8 (cpu); give data x fsdp x ",
         ),
         (
             "data=4,tensor=4",
-            "--mesh data=4,tensor=4 needs 16 devices, and the devices here are 8 (cpu); ",
+            "`mesh` data=4,tensor=4 needs 16 devices, and the devices here are 8 (cpu); ",
         ),
-        ("fsdp=2,fsdp=4", "--mesh fsdp=2,fsdp=4 gives fsdp twice; give it once"),
+        ("fsdp=2,fsdp=4", "`mesh` fsdp=2,fsdp=4 gives fsdp twice; give it once"),
         (
             "fsdp:8",
-            "--mesh fsdp:8 is malformed; give numbers above 0, as in data=2,fsdp=4",
+            "`mesh` fsdp:8 is malformed; give numbers above 0, as in data=2,fsdp=4",
         ),
         (
             "fsdp=0",
-            "--mesh fsdp=0 is malformed; give numbers above 0, as in data=2,fsdp=4",
+            "`mesh` fsdp=0 is malformed; give numbers above 0, as in data=2,fsdp=4",
         ),
-        ("model=2", "--mesh 'model' is unknown; choose one of: "),
+        ("model=2", "`mesh` 'model' is unknown; choose one of: "),
     ],
 )
 def test_meshes_that_cannot_be(mesh: str, message: str) -> None:

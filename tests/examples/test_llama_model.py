@@ -385,6 +385,6 @@ def test_shapes_that_make_no_model_are_refused(
 
 def test_unknown_preset_lists_the_nearest_first() -> None:
     with pytest.raises(
-        UsageError, match=r"--model '130' is unknown; choose one of: 130m, "
+        UsageError, match=r"`model` '130' is unknown; choose one of: 130m, "
     ):
         preset("130")

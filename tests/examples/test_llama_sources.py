@@ -65,11 +65,11 @@ def write_hub_dataset(folder: Path) -> None:
 
 
 def texts(data: str) -> list[str]:
-    return [document.text for document in sources.open_source("--data", data)]
+    return [document.text for document in sources.open_source("`data`", data)]
 
 
 def names(data: str) -> list[str]:
-    return [document.name for document in sources.open_source("--data", data)]
+    return [document.name for document in sources.open_source("`data`", data)]
 
 
 def run(code: str, **environment: str) -> list[str]:
@@ -102,7 +102,7 @@ def test_stdlib_needs_no_slow_imports(tmp_path: Path) -> None:
         (
             "import sys",
             "from examples.llama.text import corpus, loader, sources",
-            "next(iter(sources.open_source('--data', 'stdlib')))",
+            "next(iter(sources.open_source('`data`', 'stdlib')))",
             "print(sorted({'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))",
         )
     )
@@ -120,11 +120,11 @@ def test_text_files_are_documents_named_by_their_relative_path(folder: Path) -> 
         ("deep/a.md", "grüße 🚀\n"),
         ("deep/latin", "caf\N{REPLACEMENT CHARACTER}\n"),
     ]
-    assert list(sources.open_source("--data", "corpus")) == expected
-    assert list(sources.open_source("--data", str(folder / "corpus"))) == expected
-    assert list(sources.open_source("--data", "corpus/**")) == expected
-    assert list(sources.open_source("--data", "corpus/*.txt")) == expected[:1]
-    assert list(sources.open_source("--data", "corpus/b.txt")) == expected[:1]
+    assert list(sources.open_source("`data`", "corpus")) == expected
+    assert list(sources.open_source("`data`", str(folder / "corpus"))) == expected
+    assert list(sources.open_source("`data`", "corpus/**")) == expected
+    assert list(sources.open_source("`data`", "corpus/*.txt")) == expected[:1]
+    assert list(sources.open_source("`data`", "corpus/b.txt")) == expected[:1]
 
 
 def test_names_that_look_like_a_glob_are_names_where_they_exist(folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_names_that_look_like_a_glob_are_names_where_they_exist(folder: Path) ->
 
 def test_documents_can_be_read_again(folder: Path) -> None:
     write("one.txt", "one\n")
-    documents = sources.open_source("--data", "one.txt")
+    documents = sources.open_source("`data`", "one.txt")
     assert list(documents) == list(documents) == [("one.txt", "one\n")]
 
 
@@ -196,7 +196,7 @@ def test_a_glob_may_mix_formats(folder: Path) -> None:
 
 def test_hub_dataset(folder: Path) -> None:
     write_hub_dataset(folder / "c4")
-    source = sources.open_source("--data", f"hf:{folder}/c4/en")
+    source = sources.open_source("`data`", f"hf:{folder}/c4/en")
     assert [document.text for document in source][:2] == ["train 0 0", "train 0 1"]
     assert len(list(source)) == len({document.name for document in source}) == 60
     assert [document.text for document in source.held_out() or ()] == ["held", "out"]
@@ -204,7 +204,7 @@ def test_hub_dataset(folder: Path) -> None:
 
 def test_hub_dataset_without_a_validation_split(folder: Path) -> None:
     write_hub_dataset(folder / "c4")
-    source = sources.open_source("--data", "hf:./c4/fr")
+    source = sources.open_source("`data`", "hf:./c4/fr")
     assert [document.text for document in source] == ["un", "deux"]
     assert source.held_out() is None
 
@@ -218,7 +218,7 @@ def test_hub_dataset_without_a_validation_split(folder: Path) -> None:
     ],
 )
 def test_hub_names(data: str, parts: tuple[str | None, ...]) -> None:
-    source = hub.HubSource.parse("--data", data)
+    source = hub.HubSource.parse("`data`", data)
     assert (source.path, source.config, source.revision) == parts
 
 
@@ -228,7 +228,7 @@ def test_fingerprints_change_with_names_and_content_only(folder: Path) -> None:
     write("c/y.txt", "one")
     write("d/x.txt", "two")
     found = [
-        sources.open_source("--data", data).fingerprint()
+        sources.open_source("`data`", data).fingerprint()
         for data in ("a", "b/*.txt", "c", "d")
     ]
     assert found[0] == found[1]
@@ -239,22 +239,22 @@ def test_files_are_hashed_again_only_when_size_or_time_change(folder: Path) -> N
     write("a/x.txt", "one")
     write("a/y.txt", "two")
     times = os.stat("a/x.txt").st_atime_ns, os.stat("a/x.txt").st_mtime_ns
-    first = sources.open_source("--data", "a").fingerprint()
+    first = sources.open_source("`data`", "a").fingerprint()
     write("a/x.txt", "six")
     os.utime("a/x.txt", ns=times)
-    assert sources.open_source("--data", "a").fingerprint() == first
+    assert sources.open_source("`data`", "a").fingerprint() == first
     os.utime("a/x.txt", ns=(times[0], times[1] + 1))
-    assert sources.open_source("--data", "a").fingerprint() != first
+    assert sources.open_source("`data`", "a").fingerprint() != first
 
 
 def test_a_hub_copy_has_the_fingerprint_of_its_files(folder: Path) -> None:
     write_hub_dataset(folder / "c4")
-    before = sources.open_source("--data", f"hf:{folder}/c4/fr").fingerprint()
+    before = sources.open_source("`data`", f"hf:{folder}/c4/fr").fingerprint()
     write(
         "c4/fr/c4-train.00000-of-00001.json.gz",
         gzip.compress(json_lines("trois", "quatre")),
     )
-    assert sources.open_source("--data", f"hf:{folder}/c4/fr").fingerprint() != before
+    assert sources.open_source("`data`", f"hf:{folder}/c4/fr").fingerprint() != before
 
 
 def bad_parquet() -> None:
@@ -269,37 +269,37 @@ def bad_parquet() -> None:
         (
             None,
             "std",
-            "--data 'std' is unknown; choose one of: stdlib, python, or give a file, folder or glob that ex",
+            "`data` 'std' is unknown; choose one of: stdlib, python, or give a file, folder or glob that ex",
         ),
         (
             None,
             "no/*.txt",
-            r"--data 'no/\*.txt' matches no file; give a glob that does",
+            r"`data` 'no/\*.txt' matches no file; give a glob that does",
         ),
         (
             lambda: Path("d").mkdir(),
             "d",
-            "--data 'd' is a folder without files; give one with text",
+            "`data` 'd' is a folder without files; give one with text",
         ),
         (
             lambda: write("e.txt", ""),
             "e.txt",
-            "--data 'e.txt' has no text in its 1 files; give files",
+            "`data` 'e.txt' has no text in its 1 files; give files",
         ),
         (
             lambda: write("e.jsonl", '{"text": ""}'),
             "e.jsonl",
-            "--data 'e.jsonl' has no text in its 1 files",
+            "`data` 'e.jsonl' has no text in its 1 files",
         ),
         (
             lambda: write("d/b.bin", b"\x7fELF\0\0"),
             "d",
-            r"--data 'd': d/b.bin is binary, not text .*; leave it out, as with a glob such as 'd/\*.txt'",
+            r"`data` 'd': d/b.bin is binary, not text .*; leave it out, as with a glob such as 'd/\*.txt'",
         ),
         (
             lambda: write("j.jsonl", '{"text": "x"}\n{"text": \n'),
             "j.jsonl",
-            "--data 'j.jsonl': j.jsonl:2 is not JSON .*; give one JSON object a line",
+            "`data` 'j.jsonl': j.jsonl:2 is not JSON .*; give one JSON object a line",
         ),
         (
             lambda: write("j.jsonl", '\n{"body": "x", "id": 1}\n'),
@@ -341,12 +341,12 @@ def bad_parquet() -> None:
             "corrupt.parquet",
             "corrupt.parquet is not a readable Parquet file .*; make or get it",
         ),
-        (None, "hf:c4", "--data 'hf:c4' is no name of a data set; give hf:OWNER/NAME"),
-        (None, "hf:a/b/c/d", "--data 'hf:a/b/c/d' is no name of a data set"),
+        (None, "hf:c4", "`data` 'hf:c4' is no name of a data set; give hf:OWNER/NAME"),
+        (None, "hf:a/b/c/d", "`data` 'hf:a/b/c/d' is no name of a data set"),
         (
             None,
             "hf:/nowhere",
-            "--data 'hf:/nowhere' cannot be read .*/nowhere.*; check the name",
+            "`data` 'hf:/nowhere' cannot be read .*/nowhere.*; check the name",
         ),
         (
             lambda: write_hub_dataset(Path("c4")),
@@ -366,7 +366,7 @@ def bad_parquet() -> None:
         (
             lambda: write("c/data.jsonl", '{"text": ""}\n'),
             "hf:./c",
-            "--data 'hf:./c' has no text in its split 'train'; give another",
+            "`data` 'hf:./c' has no text in its split 'train'; give another",
         ),
     ],
 )
@@ -376,9 +376,9 @@ def test_what_holds_no_documents_is_refused(
     if prepare:
         prepare()
     with pytest.raises(UsageError, match=message) as caught:
-        list(sources.open_source("--data", data))
+        list(sources.open_source("`data`", data))
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"--data {data!r}")
+    assert str(caught.value).startswith(f"`data` {data!r}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
@@ -387,13 +387,13 @@ def test_a_file_that_cannot_be_read_is_refused(folder: Path) -> None:
     memory = "/proc/self/mem"
     with pytest.raises(
         UsageError,
-        match=f"--data '{memory}': {memory} cannot be read .*; make it readable",
+        match=f"`data` '{memory}': {memory} cannot be read .*; make it readable",
     ):
-        list(sources.open_source("--data", memory))
+        list(sources.open_source("`data`", memory))
     with pytest.raises(
-        UsageError, match=f"--validation '{memory}': {memory} cannot be read"
+        UsageError, match=f"`validation` '{memory}': {memory} cannot be read"
     ):
-        sources.open_source("--validation", memory).fingerprint()
+        sources.open_source("`validation`", memory).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -407,9 +407,9 @@ def test_missing_packages_are_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         UsageError,
-        match=rf"--data '{data}'.* needs .*; run pip install 'apollo-optax\[examples\]'",
+        match=rf"`data` '{data}'.* needs .*; run pip install 'apollo-optax\[examples\]'",
     ):
-        list(sources.open_source("--data", data))
+        list(sources.open_source("`data`", data))
 
 
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
@@ -417,13 +417,13 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 from examples.llama.text import sources
 from examples.llama.run.errors import UsageError
 try:
-    list(sources.open_source("--data", "hf:allenai/c4/en"))
+    list(sources.open_source("`data`", "hf:allenai/c4/en"))
 except UsageError as error:
     print(error)
 """
     (line,) = run(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert line.startswith(
-        "--data 'hf:allenai/c4/en' cannot be read (Couldn't reach 'allenai/c4' on the Hub"
+        "`data` 'hf:allenai/c4/en' cannot be read (Couldn't reach 'allenai/c4' on the Hub"
     )
     assert "check the name, the network" in line
 
@@ -452,7 +452,7 @@ def test_python_has_each_text_and_each_opening_comment_once(installed: Path) -> 
     write("packages/a/notes.txt", "not Python")
     documents = {
         document.name: document.text
-        for document in sources.open_source("--data", "python")
+        for document in sources.open_source("`data`", "python")
     }
     assert documents == {
         "stdlib/os.py": "import sys\n",
@@ -465,11 +465,11 @@ def test_python_has_each_text_and_each_opening_comment_once(installed: Path) -> 
 
 def test_the_fingerprint_of_python_follows_its_files(installed: Path) -> None:
     write("packages/a.py", "a = 1\n")
-    before = sources.open_source("--data", "python").fingerprint()
-    assert sources.open_source("--data", "python").fingerprint() == before
-    assert sources.open_source("--data", "stdlib").fingerprint() != before
+    before = sources.open_source("`data`", "python").fingerprint()
+    assert sources.open_source("`data`", "python").fingerprint() == before
+    assert sources.open_source("`data`", "stdlib").fingerprint() != before
     write("packages/a.py", "a = 22\n")
-    assert sources.open_source("--data", "python").fingerprint() != before
+    assert sources.open_source("`data`", "python").fingerprint() != before
 
 
 def test_an_opening_comment_ends_with_the_first_line_of_code() -> None:

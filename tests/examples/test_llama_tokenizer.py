@@ -132,7 +132,7 @@ except UsageError as error:
     end, refusal = done.stdout.splitlines()
     assert end == "<|eot_id|>"
     assert refusal.startswith(
-        "--tokenizer 'meta-llama/Llama-9' is no file or folder here, nor to be had from"
+        "`tokenizer` 'meta-llama/Llama-9' is no file or folder here, nor to be had from"
     )
     assert "check the name, the network" in refusal
 
@@ -161,7 +161,7 @@ def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
     for name in (str(tmp_path / "tokenizer.json"), "my.json", "a/b/c"):
         with pytest.raises(
             UsageError,
-            match=f"--tokenizer '{name}' does not exist; give a tokenizer.json",
+            match=f"`tokenizer` '{name}' does not exist; give a tokenizer.json",
         ):
             tokenizer.load_tokenizer(name, 400)
     with pytest.raises(
@@ -174,7 +174,7 @@ def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(
-        UsageError, match=r"--tokenizer .*tokenizer.json is no tokenizer \(.*\); give a"
+        UsageError, match=r"`tokenizer` .*tokenizer.json is no tokenizer \(.*\); give a"
     ):
         tokenizer.load_tokenizer(str(tmp_path), 400)
 
