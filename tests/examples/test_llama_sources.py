@@ -46,7 +46,7 @@ def json_lines(*texts: str) -> bytes:
 
 
 def write_hub_dataset(folder: Path) -> None:
-    """Writes a data set laid out as allenai/c4 is."""
+    """Writes a data set in the layout of allenai/c4."""
     write(f"{folder}/README.md", README)
     for shard in range(2):
         name = f"{folder}/en/c4-train.{shard:05}-of-00002.json.gz"
@@ -73,7 +73,7 @@ def names(data: str) -> list[str]:
 
 
 def run(code: str, **environment: str) -> list[str]:
-    """Returns the lines that a fresh Python prints, for what is decided at import."""
+    """Returns the lines that a new Python process prints; it reads its environment."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,
@@ -127,7 +127,7 @@ def test_text_files_are_documents_named_by_their_relative_path(folder: Path) -> 
     assert list(sources.open_source("`data`", "corpus/b.txt")) == expected[:1]
 
 
-def test_names_that_look_like_a_glob_are_names_where_they_exist(folder: Path) -> None:
+def test_an_existing_file_may_have_a_name_like_a_glob(folder: Path) -> None:
     write("a[1]/b*.txt", "found\n")
     write("a1/b.txt", "other\n")
     assert texts("a[1]") == texts("a[1]/b*.txt") == ["found\n"]
@@ -140,7 +140,7 @@ def test_documents_can_be_read_again(folder: Path) -> None:
     assert list(documents) == list(documents) == [("one.txt", "one\n")]
 
 
-def test_long_text_is_cut_after_blank_lines(folder: Path) -> None:
+def test_long_text_is_split_after_blank_lines(folder: Path) -> None:
     paragraphs = [f"{number} ".ljust(1000, "x") + "\n\n" for number in range(100)]
     write("book.txt", "".join(paragraphs))
     pieces = texts("book.txt")
@@ -151,8 +151,8 @@ def test_long_text_is_cut_after_blank_lines(folder: Path) -> None:
         for piece in pieces[:-1]
     )
     assert readers.PIECE_BYTES <= len(pieces[-1]) < 2 * (readers.PIECE_BYTES + 1002)
-    # A piece's name is a digest of its text, so text that is added in front leaves most
-    # as they are.
+    # The name of a piece is a digest of its text, so most names stay the same when text
+    # is added in front.
     before = set(names("book.txt"))
     write("book.txt", "y" * readers.PIECE_BYTES + "\n\n" + "".join(paragraphs))
     assert before < set(names("book.txt"))
@@ -181,7 +181,7 @@ def test_parquet(folder: Path) -> None:
         assert texts("rows.parquet") == rows
 
 
-def test_rows_are_named_by_their_text_wherever_they_are(folder: Path) -> None:
+def test_rows_are_named_by_their_text(folder: Path) -> None:
     write("a.jsonl", json_lines("one", "two"))
     parquet.write_table(pa.table({"text": ["two", "one"]}), "b.parquet")
     assert names("a.jsonl") == names("b.parquet")[::-1]
@@ -235,7 +235,7 @@ def test_fingerprints_change_with_names_and_content_only(folder: Path) -> None:
     assert len(set(found)) == 3
 
 
-def test_files_are_hashed_again_only_when_size_or_time_change(folder: Path) -> None:
+def test_files_are_hashed_again_only_if_size_or_time_change(folder: Path) -> None:
     write("a/x.txt", "one")
     write("a/y.txt", "two")
     times = os.stat("a/x.txt").st_atime_ns, os.stat("a/x.txt").st_mtime_ns
@@ -370,7 +370,7 @@ def bad_parquet() -> None:
         ),
     ],
 )
-def test_what_holds_no_documents_is_refused(
+def test_rejects_sources_without_documents(
     folder: Path, prepare: Callable[[], object] | None, data: str, message: str
 ) -> None:
     if prepare:
@@ -382,8 +382,8 @@ def test_what_holds_no_documents_is_refused(
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
-def test_a_file_that_cannot_be_read_is_refused(folder: Path) -> None:
-    # A superuser may read any file, but not the first page of memory.
+def test_rejects_an_unreadable_file(folder: Path) -> None:
+    # A superuser can read any file, but not the first page of memory.
     memory = "/proc/self/mem"
     with pytest.raises(
         UsageError,
@@ -399,7 +399,7 @@ def test_a_file_that_cannot_be_read_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "data"), [("pyarrow", "x.parquet"), ("datasets", "hf:./c")]
 )
-def test_missing_packages_are_named(
+def test_names_missing_packages(
     folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, data: str
 ) -> None:
     write("c/data.jsonl", json_lines("x"))
@@ -430,7 +430,7 @@ except UsageError as error:
 
 @pytest.fixture
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A standard library of one file, and a folder for packages beside it."""
+    """A standard library of one file, and a folder of packages beside it."""
     write("stdlib/os.py", "import sys\n")
     (folder / "packages").mkdir()
     monkeypatch.setattr(sources, "stdlib_folder", lambda: folder / "stdlib")
@@ -459,7 +459,7 @@ def test_python_has_each_text_and_each_opening_comment_once(installed: Path) -> 
         "purelib/a/one.py": LICENCE + "one = 1\n",
         "purelib/a/two.py": "two = 2\n",
     }
-    # Read again, it is the same: what was seen is of one reading.
+    # A second reading gives the same, since each reading looks for repeats anew.
     assert names("python") == list(documents)
 
 
@@ -481,7 +481,7 @@ def test_an_opening_comment_ends_with_the_first_line_of_code() -> None:
     assert sources.split_opening_comment('"""Doc."""\n')[0] == ""
 
 
-def test_the_folders_of_packages_are_of_this_python() -> None:
+def test_package_folders_belong_to_this_python() -> None:
     found = list(sources.site_folders().values())
     assert len(set(found)) == len(found)
     assert any((folder / "jax" / "__init__.py").exists() for folder in found)
