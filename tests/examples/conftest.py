@@ -22,7 +22,7 @@ def quick_examples(quick_compilation: None) -> None:
 
 @pytest.fixture
 def small() -> config.LlamaConfig:
-    """A shape that compiles fast. Its sides differ, so that tests notice swapped axes."""
+    """A shape that compiles fast, with sides that differ, so that swapped axes show."""
     return SMALL
 
 

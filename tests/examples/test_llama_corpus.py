@@ -17,7 +17,7 @@ from examples.llama.text.split import TRAIN, VALIDATION, in_validation, split
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with 40 short texts in `corpus` and a new cache in `cache`."""
+    """The current folder with 40 short texts in `corpus`, and a new cache in `cache`."""
     (tmp_path / "corpus").mkdir()
     for number in range(40):
         (tmp_path / "corpus" / f"{number}.txt").write_text(

@@ -40,12 +40,12 @@ STEPS = 20
 OPTIMIZERS = ["apollo", "apollo-mini", "apollo-svd", "racs", "adamw", "lion", "muon"]
 # New projections are drawn at steps 1, 8 and 15.
 GAP = 7
-# XLA for CPU leaves sums and products to a library. The order of its sums depends on the
-# shape of the whole array, so sums of a stack differ from those of its layers in the
-# last digit. In float32, that digit matters: Adam's first update of an embedding is a
-# full step up or down, even if the gradient is nothing but a rounding error. Two runs of
-# the ordinary step whose weights differ in the last digit end as far apart. The option
-# is experimental. A jaxlib without it raises an error that names it.
+# XLA for CPU leaves sums and products to a library. The order of its sums depends on
+# the shape of the whole array, so sums of a stack differ from those of its layers in
+# the last digit. In float32, that digit matters: Adam's first update of an embedding is
+# a full step up or down, even if the gradient is nothing but a rounding error. Two runs
+# of the ordinary step whose weights differ in the last digit end as far apart. The
+# option is experimental. A jaxlib without it raises an error that names it.
 SUMS_BY_XLA = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -105,7 +105,7 @@ def summed_by_xla(step: Any, state: TrainState, tokens: np.ndarray) -> TrainStep
 
 
 def assert_agree(actual: Any, expected: Any, highest: float) -> None:
-    """Asserts equal types, and errors up to `highest` times a leaf's largest element."""
+    """Asserts equal types, and errors up to `highest` times a leaf's largest value."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(actual),
@@ -230,7 +230,7 @@ def test_in_float32(small: LlamaConfig) -> None:
 
 
 def test_rematerialisation_within_a_layer(small: LlamaConfig) -> None:
-    """Each policy keeps what it should of a layer; the tests above check the numbers."""
+    """Each policy keeps less of a layer than the next; other tests check the numbers."""
     params = jax.tree.map(lambda leaf: leaf[0], init_params(small, seed=0)["layers"])
     x = jnp.zeros((2, 8, small.hidden_size), jnp.float32)
 

@@ -147,8 +147,8 @@ def test_learning_rates_reach_their_groups(
         np.testing.assert_allclose(changed[path], factor * update, rtol=1e-5)
 
 
-# The same optimizers in Optax. With a learning rate of 1, their updates have the opposite
-# sign.
+# The same optimizers in Optax. With a learning rate of 1, their updates have the
+# opposite sign.
 ALIASES: dict[str, optax.GradientTransformation] = {
     "adamw": optax.adamw(1.0, weight_decay=0.0),
     "galore": optax.contrib.galore(1.0, 32, scale=0.25),
@@ -278,7 +278,7 @@ def test_no_state_of_bfloat16_parameters_is_in_bfloat16(
 def test_bfloat16_parameters_get_the_updates_of_float32_ones(
     name: str, small: LlamaConfig
 ) -> None:
-    """The gradients shrink. A bfloat16 second moment would not forget the large ones."""
+    """Gradients shrink. A bfloat16 second moment would not forget the large ones."""
     options = options_for(name)
     wide = init_params(small, seed=0)
     params = {
@@ -365,7 +365,7 @@ def test_a_resumed_run_keeps_its_projection(
 
     fresh = resolved(options, None)
     assert fresh["projection"] == new
-    # Runs that are older than the option, and later runs by default, drew normal entries.
+    # Runs that are older than the option drew normal entries.
     before = {k: v for k, v in fresh.items() if k != "projection"}
     for began in (fresh, before, before | {"projection": "random"}):
         resumed = resolved(options, began)

@@ -76,7 +76,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_sequences_alone(
     )
 
     def alone(parts: Any) -> np.ndarray:
-        """Puts each sequence in a row, whose padding no token of the sequence attends to."""
+        """Puts each sequence in a row, followed by padding that it does not attend to."""
         return np.stack([np.pad(part, (0, max(LENGTHS) - part.size)) for part in parts])
 
     ones = [np.ones(n) for n in LENGTHS]
