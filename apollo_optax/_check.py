@@ -124,7 +124,9 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
 
 def not_varying(path: _tree.Path, leaf: Any) -> None:
     """Inside ``shard_map``, raises for a leaf whose values may differ by device."""
-    varying = jax.typeof(leaf).manual_axis_type.varying
+    kind: Any = jax.typeof(leaf)
+    # Older JAX names the axes in the type itself.
+    varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
     if varying:
         raise ValueError(
             f"'{_tree.show(path)}' varies over the manual axes {sorted(varying)} "

@@ -5,7 +5,7 @@ Run it with `python -m benchmarks.collectives`.
 The step from gradients to new weights is compiled for TPU topologies that need not be
 attached, and nothing is run. Gradients are sharded as the weights are, as a
 reduce-scatter over the data leaves them, so the optimizer alone causes all traffic.
-Bytes are of one device; benchmarks/hlo.py says how those sent are counted.
+Bytes are those of one device. benchmarks/hlo.py says how sent bytes are counted.
 """
 
 import dataclasses
@@ -78,17 +78,17 @@ class Options:
     optimizers: tuple[str, ...] = ("adamw", "galore", "muon", "apollo", "apollo-mini")
     """Names that examples.llama.pretrain takes."""
     devices: tuple[int, ...] = tuple(TOPOLOGIES)
-    """How many devices the weights are cut over; 8, 16, 64 or 256, or any number with
-    --target cpu."""
+    """How many devices the weights are sharded over: 8, 16, 64 or 256, or any number
+    with --target cpu."""
     rank: int = 256
-    """APOLLO's and GaLore's."""
+    """The rank of APOLLO and GaLore."""
     cut: str = "trainer"
-    """trainer: weights as the trainer cuts them; contracted: the layers' along the
-    other side."""
+    """How weights are sharded. trainer: as by the trainer; contracted: the layers'
+    kernels along the other side."""
     target: str = "v5e"
-    """v5e or cpu, which is quick to compile for."""
+    """v5e, or cpu, which compiles fast."""
     jobs: int = 1
-    """Compilations at a time; each takes some GB of memory."""
+    """Compilations at the same time; each takes some GB of memory."""
 
     def __post_init__(self) -> None:
         for model in self.models:
@@ -119,7 +119,7 @@ class Cost:
     # Bytes sent at the steps that compute projections anew. They are infinite if
     # unknown.
     sent_at_refresh: float
-    fits: bool = True  # If not, it was compiled for as many larger chips.
+    fits: bool = True  # Otherwise it was compiled for larger chips.
 
 
 def run_of(options: Options, model: str, optimizer: str, devices: int) -> RunOptions:
@@ -138,7 +138,7 @@ def run_of(options: Options, model: str, optimizer: str, devices: int) -> RunOpt
 
 
 def along_the_contracted_side(params: Any) -> Any:
-    """Cuts the layers' kernels, as shapes, along the side that APOLLO projects away."""
+    """Shards the shapes of the layers' kernels along the side that APOLLO contracts."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if len(x.shape) != 3:
@@ -155,7 +155,7 @@ def along_the_contracted_side(params: Any) -> Any:
 
 
 def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
-    """Compiles an optimizer step in this process, which for a TPU is one of its own."""
+    """Compiles an optimizer step; for a TPU, the caller starts a process for it."""
     config = model_config(run)
     tx, _ = make_optimizer(run, config)
     mesh = mesh_on(run, config, target)
@@ -177,7 +177,7 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
         with nullcontext() if compiles_svds(target) else no_svds(mesh):
             program = jitted.lower(state, state.params).compile().as_text() or ""
     except jax.errors.JaxRuntimeError as error:
-        refused_bytes(error)  # Raises what is no lack of memory.
+        refused_bytes(error)  # Raises errors other than a lack of memory.
         return dataclasses.replace(
             compiled_cost(run, larger_target(mesh.size), cut), fits=False
         )
@@ -251,7 +251,7 @@ def megabytes(size: float) -> str:
 
 
 def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[list[str]]:
-    """Yields what each optimizer sends and holds, by the number of devices."""
+    """Yields the bytes that each optimizer sends and stores, by number of devices."""
 
     def cost_of(pair: tuple[str, int]) -> Cost:
         optimizer, devices = pair

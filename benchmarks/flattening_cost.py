@@ -1,4 +1,4 @@
-"""What APOLLO-Zero's update costs beside the model, in flops.
+"""The cost of APOLLO-Zero's update relative to the model, in flops.
 
 Run it with `python -m benchmarks.flattening_cost`. For each model it prints the flops
 of one update of all kernels, and their share of those of forward and backward passes.

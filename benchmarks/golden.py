@@ -28,10 +28,10 @@ TOLERANCES = {"float64": 1e-13, "float32": 1e-5}
 
 
 class Replay(NamedTuple):
-    """What a case gave with its recorded projections."""
+    """The results of a case with its recorded projections."""
 
     errors: list[float]  # The error of the direction at each step.
-    norms: np.ndarray  # What the limiter remembers after each step.
+    norms: np.ndarray  # The norm that the limiter stores after each step.
     state: ScaleByApolloState
     golden: Any  # The recorded arrays, by name.
 
@@ -74,7 +74,7 @@ def replay(case: str, dtype: str) -> Replay:
 
 
 def worst_error(case: str, dtype: str) -> float:
-    """Returns the largest error of a case: of directions, moments and norms."""
+    """Returns the largest error of a case in directions, moments and norms."""
     errors, norms, state, golden = replay(case, dtype)
     found = [
         *errors,

@@ -1,8 +1,8 @@
-"""What a compiled program sends between devices, read off the text of its HLO.
+"""The bytes that a compiled program sends between devices, from the text of its HLO.
 
 Collectives are found in loops, conditionals, fusions and asynchronous pairs alike.
-Bytes are of the algorithms that send the fewest: with k devices in a group and B bytes
-in the whole of what is reduced, gathered or exchanged, each device sends
+Bytes are counted for the algorithms that send the fewest. With k devices in a group,
+and B bytes in the full array that is reduced, gathered or exchanged, each device sends
 
     all-reduce                                2 (k - 1) / k B
     reduce-scatter, all-gather, all-to-all      (k - 1) / k B
@@ -60,8 +60,8 @@ class Collective:
     """One array that a partitioned program's devices reduce, gather or exchange."""
 
     kind: str  # One of KINDS.
-    dtype: str  # The name that HLO gives it, as "bf16".
-    # The shape of the whole array that is reduced, gathered or exchanged.
+    dtype: str  # Its name in HLO, such as "bf16".
+    # The shape of the full array that is reduced, gathered or exchanged.
     shape: tuple[int, ...]
     group_size: int  # How many devices take part together.
     # How often it runs. It is infinite in a loop of a length unknown to XLA.
@@ -86,16 +86,15 @@ class Collective:
 
 
 def collectives(program: str, *, rare: bool = False) -> list[Collective]:
-    """Returns the collectives of a compiled program, those that XLA combined apart.
+    """Returns the collectives of a compiled program; combined ones count separately.
 
     Args:
       program: of ``compiled.as_text()``.
-      rare: whether conditionals go the way that sends the most rather than the least.
-        What is done at some steps only, as a projection's refresh, is the way that
-        sends more.
+      rare: whether to follow the branch of a conditional that sends the most, rather
+        than the least. Rare steps, such as those that refresh projections, send more.
 
     Raises:
-      ValueError: for replica groups written in a form that is not known here.
+      ValueError: for replica groups in an unknown form.
     """
     return list(_Program(program, rare).collectives())
 
@@ -103,17 +102,14 @@ def collectives(program: str, *, rare: bool = False) -> list[Collective]:
 def launches(program: str) -> float:
     """Returns how many kernels a step of a compiled program launches on a GPU.
 
-    Copies and calls of libraries count as kernels. Loops count as often as they run, of
-    conditionals the dearest branch.
+    Copies and calls of libraries count as kernels. A loop counts as often as it runs,
+    and a conditional counts its branch with the most kernels.
     """
     return _Program(program, rare=True).launches()
 
 
 def drawn_words(program: str) -> int:
-    """Returns the size of the largest array of 32-bit words.
-
-    Random numbers are made of such words.
-    """
+    """Returns the size of the largest array of 32-bit words, which are random bits."""
     return max(
         (math.prod(shape) for dtype, shape in _arrays(program) if dtype == "u32"),
         default=0,
@@ -129,10 +125,7 @@ def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _bits(dtype: str) -> int:
-    """The bits of an element type by its name, as bf16, s4 or f8e4m3fn.
-
-    pred takes a byte.
-    """
+    """The bits of an element of a dtype such as bf16, s4 or f8e4m3fn; pred takes 8."""
     found = re.match(r"[a-z]+(\d+)", dtype)
     return int(found[1]) if found else 8
 
@@ -157,7 +150,7 @@ class _Program:
         for result, opcode, rest in self._computations[name]:
             if opcode.removesuffix("-start") in KINDS:
                 found = _collectives(result, opcode, rest)
-                # On TPUs, this is an all-reduce of which each device keeps its shard.
+                # On TPUs, each device keeps only its shard of this all-reduce.
                 # It sends no more than a reduce-scatter.
                 kept = opcode == "all-reduce" and name.startswith("all-reduce-scatter")
                 yield from (
@@ -213,11 +206,11 @@ def _collectives(result: str, opcode: str, rest: str) -> list[Collective]:
     """Returns the collectives of one instruction, which may combine several."""
     arrays, group_size = _arrays(result), _group_size(rest)
     if opcode in ("all-gather-start", "collective-permute-start"):
-        # The result is a tuple of the operands, the results, and scalars by which the
-        # end knows its start.
+        # The result is a tuple of the operands, the results, and scalars that connect
+        # the end of the pair to its start.
         arrays = [array for array in arrays if array != ("u32", ())]
         arrays = arrays[len(arrays) // 2 :]
-    if opcode == "reduce-scatter":  # Its result is a part of what is reduced.
+    if opcode == "reduce-scatter":  # Its result is a shard of the full array.
         (axis,) = map(int, re.findall(r"dimensions=\{(\d+)\}", rest))
         arrays = [
             (dtype, (*shape[:axis], shape[axis] * group_size, *shape[axis + 1 :]))

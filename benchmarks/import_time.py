@@ -1,8 +1,9 @@
-"""What `import apollo_optax` costs over `import optax`.
+"""The time of `import apollo_optax` relative to `import optax`.
 
 Run it with `python -m benchmarks.import_time`.
 
-Fresh interpreters, the two in turn; medians of the wall time of each import statement.
+Each import runs in a new interpreter, and the two take turns. The times are medians of
+the wall time of the import statement.
 """
 
 import os
@@ -17,7 +18,7 @@ ROUNDS = 15
 
 
 class ImportTimes(NamedTuple):
-    """Medians; times in seconds."""
+    """Medians of times in seconds."""
 
     ours: float
     optax: float
@@ -51,7 +52,7 @@ def measure(rounds: int = ROUNDS) -> ImportTimes:
     seconds("apollo_optax")
     pairs = []
     for number in range(rounds):
-        # Back and forth, so that a drift of the machine favours none.
+        # The order alternates, so that a drift of the machine favours neither.
         order = ("apollo_optax", "optax")[:: 1 if number % 2 == 0 else -1]
         times = {module: seconds(module) for module in order}
         pairs.append((times["apollo_optax"], times["optax"]))

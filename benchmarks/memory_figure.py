@@ -1,9 +1,9 @@
-"""Draws what a step of LLaMA-7B has in memory, by optimizer: the figure of the README.
+"""Draws the memory of a LLaMA-7B step by optimizer, the figure of the README.
 
 Run it with `python -m benchmarks.memory_figure`. The numbers are those that
-`python -m examples.llama.plan --json` prints, for a TPU v5e or, where a program does
-not fit there, a v5p. They are kept beside the figure, so that drawing again compiles
-nothing. Delete the file to measure anew. GaLore is left out, since the TPU compiler
+`python -m examples.llama.plan --json` prints for a TPU v5e, or for a v5p if a program
+does not fit a v5e. A file beside the figure keeps them, so that drawing again compiles
+nothing. Delete the file to compile anew. GaLore is left out, since the TPU compiler
 does not finish its singular value decompositions in minutes.
 """
 
@@ -21,7 +21,7 @@ from examples.llama.options import parse
 from examples.llama.run.errors import UsageError, exit_on_usage_error
 
 CARD_GB = 16.0  # The memory of the card in the title, in GB of 1e9 bytes.
-# What all rows have in common.
+# The options that all rows share.
 RUN = (
     *("--target", "v5e:1x1", "--model", "7b", "--batch", "1", "--seq", "256"),
     *("--weights", "bfloat16", "--moment-dtype", "bfloat16", "--remat", "none"),
@@ -53,11 +53,11 @@ class FigureOptions:
     """The memory of LLaMA-7B's training step by parts, as a figure."""
 
     folder: Path = Path("docs/figures")
-    """Where memory-light.svg, memory-dark.svg and memory.jsonl go."""
+    """Folder for memory-light.svg, memory-dark.svg and memory.jsonl."""
 
 
 def planned(name: str, file: Path) -> dict[str, Any]:
-    """Returns a row's numbers from the file, to which a new row is added."""
+    """Returns a row's numbers from the file; a missing row is compiled and added."""
     rows = [json.loads(line) for line in file.open()] if file.exists() else []
     for row in rows:
         if row["row"] == name:

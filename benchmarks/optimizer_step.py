@@ -3,12 +3,13 @@
 Run it with `python -m benchmarks.optimizer_step`.
 
 A step is `update` and `apply_updates` in one jitted program that donates parameters and
-state, over the real shapes of a LLaMA's kernels (attention and MLP of all layers;
-embeddings, head and norms have Adam whatever the optimizer, and are left out). The
-optimizers take turns, a block of steps each, so that other load on the machine meets
-all of them, and so does a large copy, which gives the machine's bandwidth. Each is
-compared with its floor: the time to move the bytes that it must, at that bandwidth. On
-a GPU, `python -m benchmarks.gpu step` times the same contenders.
+state. The parameters have the shapes of a LLaMA's kernels, attention and MLP of all
+layers. Embeddings, head and norms get Adam with any optimizer, and are left out.
+
+The optimizers take turns, with a block of steps each, so that other load on the machine
+affects all of them. A large copy takes turns too, and gives the machine's bandwidth.
+Each optimizer is compared with its floor, the time to move the bytes that it must move
+at that bandwidth. On a GPU, `python -m benchmarks.gpu step` times the same contenders.
 """
 
 import dataclasses
@@ -45,9 +46,9 @@ from examples.llama.run.errors import (
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("unstacked", "stacked")
 OPTIMIZERS = tuple(methods(Setting("tiny", "float32", "stacked")))
-PAUSE = 0.2  # Seconds; threads of the one before may spin.
+PAUSE = 0.2  # Seconds before a turn; threads of the last one may still spin.
 COPY = "copy"
-# On a GPU a smaller copy would time its launch.
+# On a GPU, the time of a smaller copy would be that of its launch.
 COPY_BYTES = {"cpu": 2**30, "gpu": 2**32}
 IMPORT_LIMIT = 1.1  # The limit of `import apollo_optax` over `import optax`.
 
@@ -59,19 +60,18 @@ class Options:
     models: tuple[str, ...] = ("60m",)
     """Presets of examples/llama/config.py."""
     layouts: tuple[str, ...] = LAYOUTS
-    """unstacked, a leaf for each matrix; stacked, one for the matrices of all
-    layers."""
+    """unstacked: a leaf per matrix; stacked: a leaf for the matrices of all layers."""
     dtype: str = "float32"
-    """float32 or bfloat16, of weights and gradients."""
+    """The dtype of weights and gradients: float32 or bfloat16."""
     optimizers: tuple[str, ...] = OPTIMIZERS
-    """What to time beside adamw, to which ratios are: sgd, adamw, adafactor, lion,
-    galore, muon, apollo, apollo-mini, racs, apollo-zero."""
+    """Optimizers to time beside adamw, which is the base of ratios: sgd, adamw,
+    adafactor, lion, galore, muon, apollo, apollo-mini, racs, apollo-zero."""
     rounds: int = 7
-    """How often each has a turn."""
+    """Turns of each optimizer."""
     seconds: float = 0.5
-    """How long a turn is at least; it has a few steps at the least."""
+    """The least seconds of a turn; it has a few steps at least."""
     compilations: int = 3
-    """How often each is compiled, to time that."""
+    """How often each step is compiled, to time its compilation."""
     against_torch: bool = False
     """Add the authors' release (apollo-torch) and torch's fused AdamW, to the unstacked
     layout."""
@@ -121,7 +121,7 @@ def contenders(setting: Setting, options: Options) -> dict[str, Contender]:
 
 
 def measure(setting: Setting, options: Options) -> dict[str, Measured]:
-    """Compiles all, then has them take turns."""
+    """Compiles all contenders, then lets them take turns."""
     taking_turns = contenders(setting, options)
     for contender in taking_turns.values():
         contender.measured.copy = taking_turns[COPY].measured
@@ -136,7 +136,7 @@ def measure(setting: Setting, options: Options) -> dict[str, Measured]:
         notice(
             f"{setting.model}, {setting.layout}: round {number + 1} of {options.rounds}"
         )
-        # Back and forth, so that a drift of the machine favours none.
+        # The order alternates, so that a drift of the machine favours none.
         for name in list(taking_turns)[:: 1 if number % 2 == 0 else -1]:
             run_block(name, taking_turns[name], options.seconds)
     return {name: contender.measured for name, contender in taking_turns.items()}
@@ -163,10 +163,7 @@ def ratio(ours: Measured, theirs: Measured) -> float | None:
 
 
 def over_floor(ours: Measured) -> float | None:
-    """Returns the time of a step over the time of a copy of as many bytes.
-
-    The bytes are those that the step must move.
-    """
+    """Returns the time of a step over the time to copy the bytes that it must move."""
     if ours.copy is None or (over_copy := ratio(ours, ours.copy)) is None:
         return None
     return over_copy * ours.copy.floor_bytes / ours.floor_bytes
@@ -199,7 +196,7 @@ HEAD = (
 
 
 def table(setting: Setting, results: dict[str, Measured]) -> str:
-    """Returns a row for each optimizer, and what goes for all of them."""
+    """Returns the table of a setting, with a row per optimizer."""
     kernels = setting.kernels()
     matrices = [
         tree_bytes([leaf]) // (leaf.shape[0] if setting.stacked else 1)
@@ -234,7 +231,7 @@ def table(setting: Setting, results: dict[str, Measured]) -> str:
 
 
 def cells(name: str, results: dict[str, Measured]) -> list[str]:
-    """Returns a contender's row, without ratios to what is not in the results."""
+    """Returns a contender's row; ratios to contenders without results are left out."""
     ours = results[name]
     floor = megabytes(ours.floor_bytes)
     if ours.out_of_memory:
@@ -274,7 +271,7 @@ Outcome = Callable[[dict[str, Measured]], float | None]
 
 
 class Goal(NamedTuple):
-    """A ratio to stay within, in each of the layouts that are measured."""
+    """A limit of a ratio, for each layout that is measured."""
 
     what: str
     limit: float
@@ -351,7 +348,7 @@ GOALS_HEAD = ("where", "what", "goal", "measured", "")
 
 
 def goals_table(results: Results, imports: import_time.ImportTimes) -> str:
-    """Returns what was to be reached, and what is."""
+    """Returns the table of the goals and the measured ratios."""
     rows = [goal.cells(results) for goal in goals()]
     imported = [number(imports.ratio), verdict(imports.ratio <= IMPORT_LIMIT)]
     rows.append(

@@ -1,11 +1,11 @@
-"""Tokens per second of the example's training step and of transformers.
+"""Tokens per second of the example's training step and of `transformers`.
 
 Run it with `python -m benchmarks.pretrain_throughput`.
 
-The example's step with AdamW and with APOLLO-Mini, and `transformers`' LLaMA under
-eager torch with fused AdamW, train the same shape on the same random tokens in blocks
-of steps that take turns, so that what else the machine does meets all of them. Torch
-and transformers must be installed.
+Three trainings have the same model shape and the same random tokens: the example's step
+with AdamW and with APOLLO-Mini, and the LLaMA of `transformers` in eager torch with
+fused AdamW. They take turns, with a block of steps each, so that other load on the
+machine affects all of them. Torch and transformers must be installed.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
 from examples.llama.step import TrainState, make_train_step
 
-# The first compiles, the second finds what the first left in the caches.
+# The first step compiles. The second fills the caches.
 WARMUP_STEPS = 2
 
 # Runs the given number of steps, waits for the last, and returns its loss.
@@ -46,27 +46,27 @@ RunSteps = Callable[[int], float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Tokens a second of the example's training step and of transformers' on torch."""
+    """Tokens per second of the example's training step and of transformers in torch."""
 
     model: str
     """A preset of examples/llama/config.py."""
     batch: int
-    """Sequences a step."""
+    """Sequences per step."""
     seq: int
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     dtype: str
-    """float32 or bfloat16, of weights, moments and matrix products."""
+    """The dtype of weights, moments and matrix products: float32 or bfloat16."""
     remat: str = "dots"
-    """What our backward pass computes again: none, dots or full. Torch computes nothing
-    again."""
+    """What the example's backward pass computes again: none, dots or full. Torch
+    computes nothing again."""
     steps: int
-    """Steps a block."""
+    """Steps per block."""
     repeats: int = 7
-    """Blocks of each."""
+    """Blocks per training."""
     skip_torch: bool = False
-    """Time ours only."""
+    """Time the example only."""
     torch_compile: bool = False
-    """Have torch compile its model."""
+    """Compile the model of torch."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "steps", "repeats"):
@@ -89,11 +89,11 @@ ON_ACCELERATOR = Options(model="350m", batch=16, seq=1024, dtype="bfloat16", ste
 def ours(
     options: Options, config: LlamaConfig, tokens: np.ndarray, optimizer: str
 ) -> RunSteps:
-    """Returns the example's training, with one of its optimizers."""
+    """Returns the example's training with one of its optimizers."""
     execution = Execution(
         remat=options.remat, param_dtype=options.dtype, compute_dtype=options.dtype
     )
-    # The folder is the one option without a default; nothing is written to it.
+    # Only the folder has no default. Nothing is written to it.
     run = RunOptions(
         out=Path(os.devnull),
         model=options.model,
@@ -139,13 +139,13 @@ def torch_runs_here() -> bool:
 def transformers_on_torch(
     options: Options, config: LlamaConfig, tokens: np.ndarray
 ) -> RunSteps:
-    """Returns the training of `transformers`' LLaMA of the same shape."""
+    """Returns the training of the LLaMA of `transformers`, in the same shape."""
     torch, transformers = imported("torch"), imported("transformers")
     torch.manual_seed(0)
     torch.set_num_threads(cores())
     device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
     fields = hf_config(config, options.dtype, end_id=None)
-    # No cache of keys and values, which is for generation.
+    # The cache of keys and values is for generation only.
     shape = transformers.LlamaConfig.from_dict(
         fields | {"use_cache": False, "attn_implementation": "sdpa"}
     )
@@ -165,7 +165,7 @@ def transformers_on_torch(
         for _ in range(steps):
             on_device = torch.from_numpy(tokens).to(device)
             inputs, targets = on_device[:, :-1], on_device[:, 1:].contiguous()
-            # Already shifted, so that T tokens are predicted from T, as in our loss.
+            # The targets are shifted already, so T tokens predict T tokens.
             loss = forward(input_ids=inputs, labels=targets, shift_labels=targets).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -189,7 +189,7 @@ def timed(trainers: dict[str, RunSteps], options: Options) -> dict[str, list[flo
         run_steps(WARMUP_STEPS - 1)
     rates: dict[str, list[float]] = {name: [] for name in trainers}
     for repeat in range(options.repeats):
-        # Back and forth, so that a drift of the machine favours none.
+        # The order alternates, so that a drift of the machine favours none.
         for name in list(trainers)[:: 1 if repeat % 2 == 0 else -1]:
             start = time.perf_counter()
             trainers[name](options.steps)
@@ -257,7 +257,7 @@ def measure(options: Options) -> None:
 def main(args: list[str] | None = None) -> None:
     import tyro
 
-    # Torch needs memory beside JAX, which would preallocate three quarters of a GPU.
+    # JAX would preallocate three quarters of a GPU, and torch needs memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
     def command() -> None:

@@ -3,8 +3,9 @@
 Run it with `python -m benchmarks.projection_quality`.
 
 Trains the tiny LLaMA with APOLLO and APOLLO-Mini on the source of Python's standard
-library, once a seed for each projection, all else equal, and prints the validation
-perplexities. Takes half an hour on two cores; cut off, the same command goes on.
+library, and prints the validation perplexities. Each projection has a run per seed, and
+the runs differ in nothing else. This takes half an hour on two cores. If it is
+interrupted, the same command continues.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Trains the tiny LLaMA in several ways, all else equal, and compares perplexities.
+"""Trains the tiny LLaMA in several ways and compares the perplexities.
 
-Each way has one run per seed.
+Each way has one run per seed. The runs differ in nothing else.
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ from examples.llama.options import RunOptions
 from examples.llama.pretrain import pretrain
 from examples.llama.run.interrupt import StopRequest
 
-Ways = dict[str, dict[str, Any]]  # What sets each way apart, by its name.
+Ways = dict[
+    str, dict[str, Any]
+]  # The options that differ between the ways, by name of the way.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,17 +24,17 @@ class QualityOptions:
     """The same run in each way."""
 
     out: Path
-    """Folder for the runs; those that have ended are not run again."""
+    """Folder for the runs; finished runs are not repeated."""
     steps: int = 800
     """Training steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A run each."""
+    """The seeds; each way has a run per seed."""
     compute_dtype: str = "float32"
-    """float32 or bfloat16, of activations and products."""
+    """The dtype of activations and products: float32 or bfloat16."""
 
 
 def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
-    """Returns the perplexity of each way's runs; a run that was cut off goes on."""
+    """Returns the perplexities of each way; an interrupted run continues."""
 
     def run(way: str, seed: int, stop: StopRequest) -> float:
         name = f"{way.replace(', ', '-').replace(' ', '-')}-seed{seed}"
@@ -60,11 +62,11 @@ def table(
     """Returns a table of means, standard deviations, and differences to a baseline.
 
     Args:
-        options: of the runs.
-        what: what they have in common.
+        options: the options of the runs.
+        what: a description of the runs, for the line above the table.
         over: the head of the last column.
-        results: from `perplexities`.
-        reference: for each way, the name of the other.
+        results: the perplexities, from `perplexities`.
+        reference: the name of each way's baseline.
     """
 
     def row(way: str) -> tuple[str, ...]:

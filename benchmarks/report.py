@@ -1,4 +1,4 @@
-"""What the benchmarks' tables have in common: the machine, the versions, Markdown."""
+"""The machine, the versions and the Markdown of the benchmarks' tables."""
 
 import contextlib
 import datetime

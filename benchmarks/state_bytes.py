@@ -2,7 +2,7 @@
 
 Run it with `python -m benchmarks.state_bytes`.
 
-Nothing is allocated: every number is read off ``jax.eval_shape`` of the optimizer's own
+Nothing is allocated. The bytes are those of ``jax.eval_shape`` of each optimizer's
 ``init``.
 """
 
@@ -20,7 +20,7 @@ from examples.llama.model import Execution, init_params
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 
-# The values are hidden size, intermediate size, layers and rank, as in the paper's
+# The values are hidden size, intermediate size, layers and rank, from the paper's
 # tables. The vocabulary is 32000 and the head is untied.
 MODELS = {
     "60M": (512, 1376, 8, 128),
@@ -32,8 +32,8 @@ MODELS = {
 }
 VOCABULARY = 32000
 
-# A row is a rule: the optimizer that has it for kernels, the name of the rule for
-# embedding and head, and the rank if it is not the example's own.
+# Each rule has the optimizer that uses it for kernels, the name of the rule for
+# embedding and head, and the rank, or None for the example's default.
 RULES: dict[str, tuple[str, str, int | None]] = {
     "AdamW": ("adamw", "adam", None),
     "APOLLO, rank 256": ("apollo", "apollo", 256),
@@ -81,7 +81,7 @@ def optimizers(
     rank: int, dtype: str
 ) -> dict[str, Callable[[], optax.GradientTransformation]]:
     return {
-        "AdamW": lambda: optax.adamw(1e-3),  # Moments of the parameters' dtype.
+        "AdamW": lambda: optax.adamw(1e-3),  # Its moments have the parameters' dtype.
         "GaLore": lambda: optax.contrib.galore(1e-2, rank),
         "APOLLO": lambda: apollo_optax.apollo(1e-2, rank, moment_dtype=dtype),
         "APOLLO-Mini": lambda: apollo_optax.apollo_mini(1e-2, moment_dtype=dtype),

@@ -25,26 +25,23 @@ from examples.llama.optimizers import (
     path_name,
 )
 
-# The fewest times that are measured in a block, however slow the step.
+# The least number of measurements in a block, even of a slow step.
 FEWEST_TIMES = 3
-# The seconds of steps that are launched before the wait for them.
+# Seconds of steps that are launched together and then waited for.
 SECONDS_TOGETHER = 0.1
 LEARNING_RATE = 1e-3
-GALORE_GAP = 200  # Optax's default, and the paper's.
+GALORE_GAP = 200  # The default of Optax and of the paper.
 
 
 class Setting(NamedTuple):
-    """The kernels that are updated: those of a model's layers only.
-
-    Embeddings, head and norms are left out.
-    """
+    """The kernels to update. They are those of a model's layers, and no others."""
 
     model: str
     dtype: str  # The dtype of weights and gradients.
     # "unstacked" has a leaf per matrix, "stacked" a leaf for the matrices of all
     # layers.
     layout: str
-    layers: int | None = None  # How many of the model's layers; None: all.
+    layers: int | None = None  # The number of layers; None for all.
 
     @property
     def stacked(self) -> bool:
@@ -81,11 +78,10 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """An optimizer, and what its step must read and write.
+    """An optimizer, and how often its step must read gradients and weights.
 
-    Writing of weights, and reading and writing of the state, are the same for all. A
-    matrix is taken to be too large for any cache, so that a second pass over it is a
-    second read.
+    Every optimizer writes the weights, and reads and writes its state. Matrices are
+    assumed to exceed any cache, so that a second pass over one is a second read.
     """
 
     name: str
@@ -94,15 +90,15 @@ class Method:
     weight_reads: int = 1
     # The field of the state that an ordinary step does not write.
     read_only: str | None = None
-    refresh_every: int | None = None  # Steps from one dearer step to the next.
+    refresh_every: int | None = None  # Steps between two refreshes.
 
     def floor_bytes(self, kernels: dict[str, jax.ShapeDtypeStruct]) -> int:
         """Returns the bytes that an ordinary step must move.
 
-        Gradients have the weights' dtype. With W bytes of weights and S of state that
-        is `(gradient_reads + weight_reads + 1) W + 2 S`: SGD 3 W, Adam 3 W + 2 S, and
-        APOLLO 4 W + 2 S, as a gradient must be read whole, to be projected, before the
-        first number of it can be scaled.
+        Gradients have the weights' dtype. With W bytes of weights and S of state, they
+        are `(gradient_reads + weight_reads + 1) W + 2 S`. This is 3 W for SGD and
+        3 W + 2 S for Adam. It is 4 W + 2 S for APOLLO, which must read and project the
+        full gradient before it can scale the first number.
         """
         state = jax.eval_shape(self.make().init, kernels)
         unwritten = optax.tree.get(state, self.read_only) if self.read_only else ()
@@ -117,7 +113,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def adamw(setting: Setting, moments: str) -> optax.GradientTransformation:
-    # Optax gives the second moment the parameters' dtype, whatever one asks for.
+    # In Optax, the second moment always has the parameters' dtype.
     tx = optax.adamw(LEARNING_RATE)
     if moments == setting.dtype:
         return tx
@@ -148,7 +144,7 @@ def apollo(
 
 
 def methods(setting: Setting) -> dict[str, list[Method]]:
-    """Returns what there is to time, by the name that --optimizers has for it."""
+    """Returns the optimizers to time, by their names in --optimizers."""
     quarter = setting.quarter_rank()
     ranks = dict.fromkeys((quarter, 256))
     twice = functools.partial(Method, gradient_reads=2)
@@ -161,8 +157,8 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
             )
             for moments in ("float32", "bfloat16")
         ],
-        # The passes compute means of the squared gradient, the size of the scaled
-        # update, and the update. Its size is relative to that of the weights.
+        # Three passes compute means of the squared gradient, the size of the scaled
+        # update, and the update, whose size is relative to that of the weights.
         "adafactor": [
             Method(
                 "adafactor",
@@ -201,11 +197,11 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
                 of(apollo_optax.apollo_mini, projection="random"),
             ),
         ],
-        # The gradient is read for its largest entry, twice for a round, for the norm of
-        # the update, and for the update.
+        # The largest entry, two sums of a round, a norm and the update read the
+        # gradient.
         "racs": [Method("racs", of(apollo_optax.racs), gradient_reads=5)],
-        # The gradient is read for the norms of its rows, for those of its columns, four
-        # times for products, and for the update.
+        # The norms of rows, the norms of columns, four products and the update read the
+        # gradient.
         "apollo-zero": [
             Method("apollo-zero", of(apollo_optax.apollo_zero), gradient_reads=7)
         ],
@@ -214,23 +210,24 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
 
 @dataclasses.dataclass
 class Measured:
-    """What is known of a contender; times are in seconds."""
+    """The measurements of a contender; times are in seconds."""
 
     floor_bytes: int
     refresh_every: int | None = None
-    # Ordinary steps, by round.
+    # The times of ordinary steps, by round.
     blocks: list[list[float]] = dataclasses.field(default_factory=list)
     refreshes: list[float] = dataclasses.field(default_factory=list)
     compilations: list[float] = dataclasses.field(default_factory=list)
     temporaries_bytes: int | None = None
     state_bytes: int | None = None
     out_of_memory: bool = False
-    copy: "Measured | None" = None  # The large copy that was timed beside it.
+    copy: "Measured | None" = None  # The copy that took turns with it.
 
     def amortised(self, seconds: float) -> float:
-        """Returns the mean time of a step, with refreshes at their share.
+        """Returns the mean time of a step, with the share of refreshes.
 
-        An ordinary step takes `seconds`.
+        Args:
+            seconds: the time of an ordinary step.
         """
         if self.refresh_every is None:
             return seconds
@@ -242,19 +239,19 @@ class Measured:
 
 
 class Contender(Protocol):
-    """Something that steps, and uses the device's memory only within `run_block`."""
+    """A step to time. It uses the device's memory only in `run_block`."""
 
     measured: Measured
 
     def compile(self) -> None:
-        """Compiles, and adds what that took to what is measured."""
+        """Compiles the step, and adds the time to the measurements."""
         ...
 
     def run_block(self, seconds: float) -> None:
-        """Steps for so long, and adds the times to what is measured.
+        """Steps for some seconds, and adds the times to the measurements.
 
         Raises:
-            MemoryError: where the device has too little.
+            MemoryError: if the device has too little memory.
         """
         ...
 
@@ -262,16 +259,16 @@ class Contender(Protocol):
 def timed(
     step: Callable[[], None], wait: Callable[[], None], seconds: float
 ) -> list[float]:
-    """Returns the times of some steps, for about so many seconds.
+    """Returns the times of steps, measured for about `seconds`.
 
     Args:
-        step: begins a step; need not wait for it.
+        step: begins a step, and may return before its end.
         wait: waits for the last step.
-        seconds: how long to go on; there are `FEWEST_TIMES` at the least, however slow.
+        seconds: the duration; there are at least `FEWEST_TIMES` measurements.
 
     Returns:
-        The time of a step as the mean of a few that are waited for together, as in
-        training: the device need not idle while the next step is launched.
+        Times per step. Each is the mean of a few steps that are waited for together. As
+        in training, the device need not idle while the next step is launched.
     """
 
     def mean_of(steps: int) -> float:
@@ -289,11 +286,11 @@ def timed(
 
 
 class Draw:
-    """Draws arrays of the kernels' shapes, compiled once."""
+    """Draws arrays of the kernels' shapes by a program that is compiled once."""
 
     def __init__(self, kernels: dict[str, jax.ShapeDtypeStruct]) -> None:
         def draw(seed: jax.Array) -> dict[str, jax.Array]:
-            # The generator that the hardware has: the numbers need be of no quality.
+            # The generator of the hardware is fast, and its quality is enough here.
             keys = jax.random.split(
                 jax.random.key(seed, impl="unsafe_rbg"), len(kernels)
             )
@@ -309,9 +306,9 @@ class Draw:
 
 
 class OnJax:
-    """An Optax optimizer: one program updates and applies, and donates its arguments.
+    """An Optax optimizer. One program updates and applies.
 
-    The donated arguments are the parameters and the state.
+    It donates the parameters and the state.
     """
 
     def __init__(
@@ -323,11 +320,11 @@ class OnJax:
 
     @property
     def program(self) -> jax.stages.Compiled:
-        """The step, after `compile`."""
+        """The compiled step; it exists after `compile`."""
         return self._step
 
     def compile(self) -> None:
-        jax.clear_caches()  # Cold, as at the first step of a run.
+        jax.clear_caches()  # At the first step of a run, the caches are empty.
         start = time.perf_counter()
         self._step: Any = self._lowered().compile()
         self.measured.compilations.append(time.perf_counter() - start)
@@ -368,17 +365,17 @@ class OnJax:
             jax.block_until_ready((params, state))
 
         start = time.perf_counter()
-        step()  # Its count is 0, so a method with refreshes does one here.
+        step()  # The count is 0, so the first step refreshes.
         wait()
         self.measured.refreshes.append(time.perf_counter() - start)
         self.measured.blocks.append(timed(step, wait, seconds))
 
 
 class Copy:
-    """An array read and another written: what the machine's memory gives.
+    """A copy from one array to another, which measures the bandwidth of the memory.
 
     Args:
-        size: bytes of each, too many for any cache.
+        size: the bytes of each array, which should exceed any cache.
     """
 
     def __init__(self, size: int) -> None:

@@ -2,8 +2,8 @@
 
 They are for `python -m benchmarks.optimizer_step --against-torch`.
 
-The release (PyPI `apollo-torch`, under a non-commercial licence) is called as its
-README says.
+The release is `apollo-torch` on PyPI, under a non-commercial licence. It is called as
+its README says.
 """
 
 import functools
@@ -45,7 +45,7 @@ def device_type() -> str:
     """Returns torch's name of the device that JAX uses.
 
     Raises:
-        UsageError: where torch can't use it.
+        UsageError: if torch can't use it.
     """
     backend = jax.default_backend()
     if backend == "cpu":
@@ -64,13 +64,13 @@ def check() -> None:
 
 
 class OnTorch:
-    """A torch optimizer on the kernels as torch has them, (out, in).
+    """A torch optimizer of kernels in the layout of torch, (out, in).
 
     Args:
-        floor_bytes: what a step must move.
-        kernels: shapes and dtypes as JAX has them.
-        make: an optimizer of parameters, whose projections last for so many steps.
-        refresh_every: that number; None where there are no projections.
+        floor_bytes: the bytes that a step must move.
+        kernels: shapes and dtypes in JAX.
+        make: makes an optimizer from parameters and the steps between refreshes.
+        refresh_every: that number; None for optimizers without projections.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class OnTorch:
         self._torch.set_num_threads(cores())
 
     def compile(self) -> None:
-        pass  # Eager.
+        pass  # Torch steps eagerly.
 
     def run_block(self, seconds: float) -> None:
         try:
             if self.measured.refresh_every is not None:
-                # With a gap of 1, projections are drawn anew at each step. The state
-                # exists since the first step.
+                # With a gap of 1, each step draws new projections. The state exists
+                # since the first step.
                 self.measured.refreshes += self._times(1, 0)
             self.measured.blocks.append(self._times(RELEASE_GAP, seconds))
         except self._torch.OutOfMemoryError as error:
@@ -141,7 +141,7 @@ def contenders(
 ) -> dict[str, OnTorch]:
     """Returns torch's contenders by name.
 
-    Their floors are those of ours, with moments in the weights' dtype.
+    They have the floors of the JAX contenders with moments in the weights' dtype.
     """
 
     def floor_bytes(

@@ -1,10 +1,12 @@
-"""What weights of few bits cost in perplexity: `python -m benchmarks.weights_quality`.
+"""The perplexity of training with bfloat16 and int8 weights.
 
-Trains the tiny LLaMA with APOLLO-Mini on the source of Python's standard library, once
-a seed for each way to keep the weights, all else equal, and prints the validation
-perplexities. Takes half an hour on two cores; cut off, the same command goes on. In
-float32 all are computed with the same numbers, so that only the weights differ:
-`--compute-dtype float32`.
+Run it with `python -m benchmarks.weights_quality`.
+
+Trains the tiny LLaMA with APOLLO-Mini on the source of Python's standard library, and
+prints the validation perplexities. Each storage of the weights has a run per seed, and
+the runs differ in nothing else. This takes half an hour on two cores. If it is
+interrupted, the same command continues. Activations are in float32 by default
+(`--compute-dtype`), so that only the weights differ.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""How many matrices are updated at once: memory and compile time.
+"""The number of matrices that are updated at once: memory and compile time.
 
 Without XLA's optimizations, the machine code is slower. The sizes of temporaries, the
 loops and the kernels, which tests read from compiled programs, stay the same.
@@ -58,11 +58,11 @@ def temporaries(tx, params):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-# ---------------------------------------------------------------- one after the other
+# ------------------------------------------------------------- leaves one by one
 
 
 @pytest.mark.parametrize("projection", RANDOM)
-def test_leaves_that_are_drawn_together_draw_what_they_do_alone(projection):
+def test_leaves_draw_the_same_together_and_alone(projection):
     """Bit for bit, in the first draw and later ones, with other leaves between."""
     gradients = {
         f"layer_{i}": normal((8, 24) if i % 3 else (24, 8), i) for i in range(10)
@@ -83,8 +83,8 @@ def test_leaves_that_are_drawn_together_draw_what_they_do_alone(projection):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("projection", RANDOM)
-def test_leaves_of_one_shape_share_the_loop_that_draws(projection):
-    """More leaves compile no more loops, as long as memory asks for no more draws."""
+def test_leaves_of_one_shape_share_the_drawing_loop(projection):
+    """More leaves compile no more loops, unless memory limits need more draws."""
 
     def loops(leaves, shape, rank):
         gradients = {str(i): normal(shape) for i in range(leaves)}
@@ -197,7 +197,7 @@ def test_temporaries_of_separate_leaves(limit, projection, rank, scale_type):
     assert temporaries(tx, params) <= 2 * 4 * 256 * 688
 
 
-# ---------------------------------------------------------------- row by row
+# ------------------------------------------------------------- rows one by one
 
 
 ROWS = [
@@ -221,8 +221,8 @@ ROWS = [
         for projection in (*RANDOM, "svd", jax.random.uniform)
     ],
 )
-def test_row_by_row_is_all_at_once(shape, numbers, projection):
-    """On a mesh of eight devices, which replicate the stack, rows are a batch."""
+def test_row_by_row_gives_the_result_of_all_at_once(shape, numbers, projection):
+    """Eight devices that replicate the stack update its rows in one batch."""
     gradients = [normal(shape, seed) for seed in range(3)]
     assert leaf_of(gradients[0], numbers).is_by_rows
     assert not leaf_of(on_mesh(gradients[0]), numbers).is_by_rows
@@ -242,8 +242,8 @@ def test_row_by_row_is_all_at_once(shape, numbers, projection):
         )
 
 
-def test_a_stack_of_one_is_not_taken_by_rows():
-    """A loop over the single row of a layer-wise step's slice saves nothing."""
+def test_a_stack_of_one_is_not_updated_by_rows():
+    """Slices of a layer-wise step have one row, for which a loop saves nothing."""
     for layers, by_rows in ((1, False), (2, True)):
         gradient = normal((layers, 64, 64))
         leaf = leaf_of(gradient, ApolloDimensionNumbers(1, 2), rank=40)
@@ -268,11 +268,11 @@ def test_temporaries_of_a_stack(rank, scale_type):
     assert temporaries(tx, params) <= 2 * 4 * 256 * 688
 
 
-# ---------------------------------------------------------------- on one device, or not
+# ------------------------------------------------------------- arrays on one device
 
 
 def seen_devices(gradient, context=None, jit=True):
-    """Whether an update of `gradient` takes it as being on one device."""
+    """Whether an update of `gradient` treats it as an array on one device."""
     seen = []
 
     def update(gradient):
@@ -285,7 +285,7 @@ def seen_devices(gradient, context=None, jit=True):
 
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-def test_one_device_of_a_host_with_eight(jit):
+def test_an_array_on_one_of_eight_devices(jit):
     """An array on one device is updated as on a host that has no other."""
     assert jax.device_count() == 8
     single = normal((8, 24))
@@ -297,11 +297,11 @@ def test_one_device_of_a_host_with_eight(jit):
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P(), P("x"), P(None, "x")])
-def test_a_mesh_of_eight_is_not_one_device(spec, kind, jit):
+def test_an_array_on_a_mesh_of_eight(spec, kind, jit):
     assert not seen_devices(on_mesh(normal((8, 24)), spec=spec, kind=kind), jit=jit)
 
 
-def test_a_mesh_in_the_context_counts_where_the_type_has_none():
+def test_a_mesh_in_the_context_counts_if_the_type_has_none():
     """``jit`` with ``in_shardings`` may be lowered from shapes alone."""
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
     sharding, seen = NamedSharding(mesh, P("x")), []
@@ -378,8 +378,8 @@ def test_temporaries_on_a_tpu(name, layout):
     assert int(result.stdout.split()[-1]) <= 2 * 2 * 1024 * 2752
 
 
-def test_keys_and_small_draws_take_no_loop_over_leaves():
-    """A GPU launches each iteration's kernels, which took longer than the update."""
+def test_keys_and_small_draws_need_no_loop_over_leaves():
+    """On a GPU, launching the kernels of such a loop took longer than the update."""
 
     def loops(leaves):
         gradients = {str(i): normal((32, 128)) for i in range(leaves)}

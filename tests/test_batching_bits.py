@@ -20,7 +20,7 @@ def normal(shape, seed=0):
 
 
 def plain_loop(update_one, draw_one, keys, leaves):
-    """What :func:`_batching.update_all` is without batching: one matrix at a time."""
+    """Replaces :func:`_batching.update_all` and updates one matrix at a time."""
     draw = jax.jit(lambda matrix, keys: draw_one(matrix, keys), static_argnums=0)
     update = jax.jit(lambda matrix, *args: update_one(matrix, *args), static_argnums=0)
 

@@ -1,4 +1,4 @@
-"""The state in Flax's boxes: what frameworks read a state's sharding off."""
+"""The state in Flax's boxes, from which frameworks read its sharding."""
 
 import functools
 import math
@@ -197,11 +197,11 @@ def mu_of(params, rank=8, numbers=None) -> Any:
             (16, 32),
             8,
             (None, "fsdp"),
-        ),  # One device counts for none.
+        ),  # A mesh axis of one device shards nothing.
     ],
 )
 @every_box
-def test_names_move_as_mesh_axes_do(make_box, names, shape, rank, moved):
+def test_names_move_like_mesh_axes(make_box, names, shape, rank, moved):
     params = boxed_params(make_box, {"w": {"kernel": (shape, names)}})
     with jax.set_mesh(make_mesh()):
         mu = mu_of(params, rank)
@@ -236,7 +236,7 @@ def test_the_mesh_of_a_box_is_read():
     assert moment.get_metadata()["out_sharding"] == (None, "fsdp")
 
 
-def test_sharding_for_the_optimizer_alone_is_moved_too():
+def test_sharding_for_the_optimizer_only_is_moved_too():
     variable = nnx.Param(
         jnp.ones((16, 32)),
         out_sharding=(None, None),
@@ -262,7 +262,7 @@ def test_names_of_older_releases_do_not_come_back():
     assert metadata["sharding_names"] == (None, "fsdp")
 
 
-def test_a_logical_name_that_moves_beside_one_of_a_single_device_stays_logical():
+def test_a_logical_name_that_moves_stays_logical():
     mesh = jax.make_mesh((8, 1), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     kernel = nn.LogicallyPartitioned(jnp.ones((16, 32)), ("embed", "mlp"), rules=RULES)
     with jax.set_mesh(mesh):
@@ -282,7 +282,7 @@ def test_norms_scalars_and_parameters_without_names_get_no_box(make_box):
     assert not any(map(is_box, jax.tree.leaves(state.norm, is_leaf=is_box)))
 
 
-# What a state in boxes must still do.
+# A state in boxes trains and is restored like any other.
 
 
 def train(tx, params, steps=2) -> Any:
@@ -381,7 +381,7 @@ def test_tabulate_and_state_bytes_see_through_the_boxes_of_the_state():
 
 
 def test_a_state_of_plain_arrays_is_restored_into_boxes(tmp_path):
-    """As a version made it that gave the state no boxes."""
+    """Versions without boxes have saved such states."""
     tx = apollo_optax.apollo(0.1, rank=8, weight_dimension_numbers=NUMBERS)
     boxed = boxed_params("linen", ON_MESH)
     _, trained = train(tx, nn.meta.unbox(boxed))

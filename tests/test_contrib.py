@@ -16,7 +16,7 @@ SHAPES = {
     "wide": {"kernel": (8, 24), "bias": (24,)},
     "tall": {"kernel": (24, 8)},
     "thin": {"kernel": (3, 16)},  # Its smaller side is below the rank.
-    "row": {"kernel": (1, 16)},  # A vector to both.
+    "row": {"kernel": (1, 16)},  # Both take it for a vector.
 }
 
 
@@ -36,7 +36,7 @@ def random_tree(seed: int) -> Any:
         {"rank": 4, "norm_growth_limit": None, "b1": 0.8, "eps": 1e-4},
     ],
 )
-def test_updates_and_states_are_the_librarys(options: Any) -> None:
+def test_updates_and_states_equal_those_of_the_library(options: Any) -> None:
     # The file for Optax draws normal entries, as the paper does.
     ours = apollo_optax.apollo(0.01, weight_decay=0.1, projection="random", **options)
     theirs = contrib.apollo(0.01, weight_decay=0.1, **options)

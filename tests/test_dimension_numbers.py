@@ -277,7 +277,7 @@ def test_converts_objects_of_other_types_and_in_boxes():
 
 
 @pytest.mark.parametrize("given", [MUON(), GALORE(), lambda params: MUON()])
-def test_one_object_of_another_optimizer_is_for_leaves_of_two_axes_or_more(given):
+def test_one_object_of_another_optimizer_is_for_leaves_of_two_or_more_axes(given):
     params = {"embedding": leaf(9, 4), "stack": leaf(4, 6, 3), "bias": leaf(4)}
     found = matrices(params, dimension_numbers_from(given))
     assert found == {"embedding": (1,), "stack": (0,)}
@@ -317,7 +317,7 @@ def test_rejects_a_tree_without_dimension_numbers(given, message):
         scale_by_apollo(2, weight_dimension_numbers=converted).init({"a": leaf(4, 6)})
 
 
-def test_converted_numbers_that_do_not_fit_are_refused():
+def test_rejects_converted_numbers_that_do_not_fit():
     tx = scale_by_apollo(
         2, weight_dimension_numbers=dimension_numbers_from({"w": MUON(0, 2)})
     )
@@ -375,7 +375,7 @@ class Pair:
         return self.first @ self.second
 
 
-def test_the_recipe_for_maxtext_is_the_patch_that_was_run():
+def test_the_recipe_for_maxtext_is_the_tested_patch():
     root = pathlib.Path(__file__).parents[1]
     patch = (root / "integrations/maxtext/maxtext.patch").read_text()
     added = "\n".join(re.findall(r"^\+(?!\+\+)(.*)$", patch, re.MULTILINE))
@@ -489,7 +489,7 @@ def test_one_vector_of_parameters_warns(wrap):
         ) as caught:
             make().init(params)
         assert len(caught) == 1
-    # Whoever gives dimension numbers has said that it is no matrix.
+    # With given dimension numbers, the user knows that it is no matrix.
     scale_by_apollo(2, weight_dimension_numbers=lambda _: None).init(params)
     # Vectors in a tree, as biases are, need no warning.
     scale_by_apollo(2).init({"bias": params})

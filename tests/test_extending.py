@@ -1,4 +1,4 @@
-"""The snippets of docs/extending.md run, and do what the page says of them."""
+"""The snippets of docs/extending.md run and give the results that the page states."""
 
 import pathlib
 import re
@@ -169,7 +169,7 @@ def test_a_stored_projection_is_a_class():
     norms = np.linalg.norm(gradient[0], axis=1)
     chosen = np.asarray(state.projection["kernel"]).argmax(1)
     np.testing.assert_array_equal(chosen, np.argsort(-norms)[:4])
-    # Between refreshes it stays, whatever the gradient.
+    # Between refreshes it stays, even if the gradient changes.
     _, later = jax.jit(tx.update)({"kernel": gradient[1]}, state)
     chex.assert_trees_all_equal(later.projection, state.projection)
     assert "(4, 8) x 1" in tabulate(tx, params)

@@ -111,7 +111,7 @@ def test_other_leaves_get_adam(method):
 
 
 def test_methods_agree():
-    """On a gradient whose large directions fit the rank."""
+    """The gradient has fewer large directions than the rank."""
     rng = np.random.default_rng(0)
     low = rng.normal(size=(64, 2)) @ rng.normal(size=(2, 96))
     gradient = jnp.asarray(low + 0.1 * rng.normal(size=(64, 96)), jnp.float32)
@@ -250,7 +250,7 @@ def test_rejects_untrainable_leaves(dtype):
         scale_by_flattening().init(params)
 
 
-def test_rejects_states_of_others():
+def test_rejects_foreign_states():
     tx, wrong = scale_by_flattening(), scale_by_apollo(4).init(PARAMS)
     with pytest.raises(ValueError, match="mu for 'kernel' has shape.*no array"):
         tx.update(PARAMS, wrong)

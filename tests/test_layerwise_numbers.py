@@ -262,7 +262,7 @@ def test_runs_without_jit():
 
 
 def test_runs_under_vmap():
-    """As in a run over several seeds."""
+    """A run over several seeds does this."""
     model, tx = toy(), optax.sgd(0.1, momentum=0.9)
     copies = jax.tree.map(lambda x: np.stack([x, 1.5 * x]), model.params)
     in_axes = (0, 0, None)

@@ -138,7 +138,7 @@ def test_rejects_a_state_that_changes_its_dtype():
 @pytest.mark.parametrize("rank", [1, 2, 8])
 @pytest.mark.parametrize("limit", [1.01, None])
 def test_rejects_stacked_vectors_taken_for_a_matrix(depth, rank, limit):
-    """The default rule does so if they are called neither `scale` nor `bias`."""
+    """The default rule takes them for one unless they are called `scale` or `bias`."""
     model = toy(depth)
     model.params["layers"]["weight"] = model.params["layers"]["scale"]
     tx = scale_by_apollo(

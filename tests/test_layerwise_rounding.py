@@ -65,7 +65,7 @@ def test_layers_are_rounded_as_in_the_whole_stack(few_bits):
 def test_int8_weights_train():
     """They follow the ordinary step on dequantized weights.
 
-    The exceptions are weights whose rounding the last digit of a gradient decides.
+    Only weights whose rounding depends on the last digit of a gradient may differ.
     """
     steps, tx = 30, apollo(0.02, projection="rademacher")
     model, keys = in_int8(toy()), jax.random.split(KEY, steps)

@@ -123,7 +123,8 @@ def test_updates_keep_their_dtype_and_norms_are_float32(dtype):
     assert state.norm.dtype == new.norm.dtype == jnp.float32
 
 
-# Norms that `eps` and the 1e-8 decide, rather than the gradient, are not remembered.
+# The limiter does not remember norms that depend on `eps` or the 1e-8, rather than on
+# the gradient.
 
 
 def update_norms(scales, **options):
@@ -196,7 +197,7 @@ def test_the_limiter_limits_growth_that_eps_does_not_decide():
 
 
 def test_norms_without_a_gradient_of_their_own_do_not_count():
-    """Channels without gradient, and NaN, decide nothing about the rest of a matrix."""
+    """Channels without gradient, and NaN, have no effect on the rest of a matrix."""
     tx = scale_by_apollo(2)
     gradient = normal(1, (4, 6)).at[:, 2].set(0)
     state = tx.init(gradient)

@@ -54,7 +54,7 @@ def random_arrays(matrix, dtype=jnp.float32):
 def test_bfloat16_products_are_exact_for_the_rounded_projection(
     shape, numbers, monkeypatch
 ):
-    """As accelerators compute them; and within 0.2% for the unrounded projection."""
+    """Accelerators compute them so. The unrounded projection gives them within 0.2%."""
     # Takes the branch for accelerators, which CPUs can compute as well.
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, **_: default(*args)
@@ -101,7 +101,7 @@ def test_rank_1_is_the_first_row_of_any_rank(shape, numbers, dtype):
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 @pytest.mark.parametrize(("shape", "numbers"), LAYOUTS)
 def test_norms_per_scaling_factor(shape, numbers, scale_type):
-    """Those of R and those of G belong to the same factors."""
+    """The norms of R and the norms of G belong to the same factors."""
     matrix = matrix_of(shape, numbers)
     projection, tensor = random_arrays(matrix)
     moment = project(matrix, projection, tensor)

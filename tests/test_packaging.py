@@ -1,4 +1,4 @@
-"""The pages' links lead somewhere, in a clone as in the source distribution."""
+"""The links of the pages work in a clone and in the source distribution."""
 
 import pathlib
 import re

@@ -76,7 +76,7 @@ def test_quantized_updates(settings):
 
 @pytest.mark.parametrize("columns", [31, 32, 45])
 def test_rademacher_takes_the_same_bits_as_ever(columns):
-    """The draws are part of the format, since a checkpoint resumes with the same."""
+    """The draws are part of the format, since a resumed run must repeat them."""
     key, rows = jax.random.key(3), 4
     drawn = NAMED["rademacher"].draw_one(key, (rows, columns), jnp.float32)
     words = np.asarray(jax.random.bits(key, (rows, -(-columns // 32)), jnp.uint32))

@@ -1,4 +1,4 @@
-"""The Python of README and docs/recipes.md runs, and does what the pages say of it."""
+"""The Python of README and docs/recipes.md runs and gives the results stated there."""
 
 import inspect
 import pathlib

@@ -172,7 +172,7 @@ def test_raw_key_keeps_the_generator_that_was_the_default():
     chex.assert_trees_all_equal(run(tx), run(make(jax.random.key(5, impl="rbg"))))
 
 
-# Nothing depends on where and how the run is computed.
+# The run does not depend on where and how it is computed.
 
 
 def test_jit_equals_eager():
@@ -249,7 +249,7 @@ def test_updates_take_the_key_from_the_state():
 
 
 def restricted(updates, expected):
-    """Of each step's updates, those of the leaves that are in `expected`."""
+    """The updates of each step, for the leaves in `expected` only."""
     return [
         {name: ours[name] for name in theirs}
         for ours, theirs in zip(updates, expected, strict=True)

@@ -48,7 +48,7 @@ def full_spec(spec, ndim):
 # A parameter's shape, its dimension numbers (or 1 for a rank of 1 instead of 4) and its
 # spec; then the specs of its moments, its norm, and its SVD's projection.
 SHARDINGS = [
-    # Sharded along the channels, the contracted side, both, neither.
+    # Parameters sharded along the channels, the contracted side, both, and neither.
     ((8, 16), None, P(None, "model"), P(None, "model"), P(), P(None, None)),
     ((8, 16), None, P("model"), P(None, "model"), P(), P(None, "model")),
     (
@@ -99,7 +99,7 @@ SHARDINGS = [
     ),
     # No mesh axis divides the channels or a rank of 1, so the moments are replicated.
     ((4, 43), 1, P("model"), P(), P(), P(None, "model")),
-    # Stacked and sharded along the layers as well; then with the layers in the middle.
+    # Stacks sharded along the layers, too. The layers are the first or the middle axis.
     (
         (2, 8, 16),
         STACKED,

@@ -1,4 +1,4 @@
-"""Rows, columns and singular values evened out, beside NumPy's SVD in float64."""
+"""Flattening of rows, columns and singular values, compared with NumPy's SVD."""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def error(actual, expected):
     )
 
 
-# The methods beside each other.
+# Comparisons of the methods.
 
 
 @every_spectrum
@@ -136,7 +136,7 @@ def test_newton_schulz_has_the_errors_that_it_documents(power):
 
 
 def test_low_rank_is_its_formula():
-    """By an SVD: the largest directions times ``c``, the others as they are."""
+    """An SVD gives it: the largest directions times ``c``, the others unchanged."""
     X = with_spectrum(SPECTRA["peaks of 60"])
     matrix = matrix_of(X.shape)
     actual = apply("low_rank", matrix, jnp.asarray(X, jnp.float32))
@@ -180,7 +180,7 @@ def test_axes_in_any_order(shape, numbers, method):
 @every_method
 @pytest.mark.parametrize("name", ["peaks of 60", "decay by 600"])
 def test_bfloat16_products(name, method, monkeypatch):
-    """As accelerators compute them, on the branch that CPUs do not take."""
+    """The test takes the branch for accelerators, which CPUs do not take."""
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, **_: default(*args)
     )

@@ -409,7 +409,7 @@ ON_TPUS = [
     ],
 )
 def test_tpus_exchange_projected_gradients_only(topology, devices, cases):
-    """In the first of the cases on TPUs, or in all."""
+    """Compiles the first of the cases for TPUs, or all."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",

@@ -163,7 +163,7 @@ def first_update_rms(tx_of_seed, shape, seeds=40):
 
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (2, 64), (64, 4), (4, 4)])
-def test_no_chance_in_updates_at_full_rank(shape, scale_type):
+def test_updates_at_full_rank_do_not_depend_on_the_seed(shape, scale_type):
     def make(seed):
         return scale_by_apollo(4, scale_type=scale_type, key=seed)
 
@@ -210,12 +210,12 @@ def test_moments_at_full_rank_are_those_of_the_gradient(projection, shape, numbe
 
 @pytest.mark.parametrize("shape", [(64, 1), (1, 64)])
 def test_rejects_a_state_that_projected_a_vector(shape):
-    """As versions before 0.1 made it, where its shapes tell."""
+    """Versions before 0.1 made such states, which often have other shapes."""
     tx, params = scale_by_apollo(1), {"w": jnp.zeros(shape)}
     state = tx.init(params)
     old = state._replace(mu={"w": jnp.zeros((1, 64))}, nu={"w": jnp.zeros((1, 64))})
     if shape == (1, 64):
-        tx.update(params, old)  # A state of these shapes can't be told from the new.
+        tx.update(params, old)  # With these shapes, an old state looks like a new one.
     else:
         with pytest.raises(ValueError, match="'w'.*a side of 1 is a vector"):
             tx.update(params, old)

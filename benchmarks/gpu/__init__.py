@@ -1,6 +1,7 @@
-"""Everything that wants a GPU, by one command: python -m benchmarks.gpu [PART ...].
+"""All measurements that need a GPU.
 
-A GPU may be at hand for minutes only. So every part keeps a time budget, writes each
-row as soon as it is known, and runs each row in a process of its own: a row that
-crashes, hangs or runs out of memory costs itself alone.
+One command runs them: `python -m benchmarks.gpu [PART ...]`. A GPU may be available
+for a few minutes only. So every part keeps a time budget and writes each row as soon as
+it is known. Each row runs in its own process, so that a row that crashes, hangs or runs
+out of memory does not stop the others.
 """

@@ -27,7 +27,7 @@ PARTS = tuple(DEFAULT_SECONDS)
 
 
 def arguments(args: list[str] | None) -> argparse.Namespace:
-    # argparse, since tyro is not on every machine that has a GPU.
+    # This is argparse, because machines with a GPU may lack tyro.
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description="Measures what only a GPU can show.",
@@ -133,8 +133,7 @@ def is_positive(text: str) -> bool:
 
 def runners(given: argparse.Namespace) -> dict[str, Callable[..., None]]:
     """Returns the parts as functions of a `Bench`."""
-    # The imports are here since they load JAX and more, and --needs is for machines
-    # that lack them.
+    # The imports are here because they load JAX, which --needs must do without.
     from benchmarks.gpu import check, memory, step, throughput, train
     from examples.llama.optimizers import RECIPES
     from examples.llama.run.errors import unknown_name

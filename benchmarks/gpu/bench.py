@@ -1,4 +1,4 @@
-"""What the parts share: the device, the time that is left, and rows in waves."""
+"""The device, the time budget and the measuring of rows, which all parts share."""
 
 import contextlib
 import dataclasses
@@ -24,16 +24,16 @@ NO_TIME = Failed("no time left")
 
 
 class Device(NamedTuple):
-    """Where the rows run."""
+    """The device that the rows run on."""
 
     platform: str
     kind: str
-    memory_bytes: int | None  # All there is; None where the device does not tell.
+    memory_bytes: int | None  # The device's memory; None if unknown.
     made_with: str
 
 
 def device_row() -> Generator[Device]:
-    """Yields the device; a process that has looked for one holds some of its memory."""
+    """Yields the device, in a process of its own, since JAX allocates memory on it."""
     fraction = 0.5
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     yield Device(
@@ -45,10 +45,10 @@ def device_row() -> Generator[Device]:
 
 
 def this_device() -> Device:
-    """Returns the device that JAX finds, as a process of its own sees it.
+    """Returns the device that JAX finds in a new process.
 
     Raises:
-        RuntimeError: where JAX cannot start on it.
+        RuntimeError: if JAX cannot start on it.
     """
     with Worker(device_row, variables={"XLA_CLIENT_MEM_FRACTION": "0.5"}) as worker:
         found = worker.prepared(time.monotonic() + 120)
@@ -68,7 +68,7 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A part that is under way."""
+    """A part that is being measured."""
 
     report: Report
     device: Device
@@ -92,16 +92,16 @@ class Bench:
     def measure(
         self, jobs: Iterable[Job], put: Callable[[Job, Any, Any], None]
     ) -> None:
-        """Measures each job; `put` gets the job, what it prepared and what it found.
+        """Measures each job; `put` gets the job, what it prepared and what it measured.
 
-        As many jobs as the host has cores for prepare at a time. None of them measures
-        before the last of these has prepared, since compiling tries kernels on the GPU.
+        A wave has as many jobs as the host has cores, which prepare at the same time.
+        They measure when all have prepared, because compiling tries kernels on the GPU.
         """
         wanted = [job for job in jobs if self.wants(job.name)]
         for wave in batched(wanted, rows_per_wave()):
             with contextlib.ExitStack() as stack:
                 started = self._start(stack, wave)
-                # A row that hangs leaves half of the time to the others.
+                # A row that hangs takes at most half of the time that is left.
                 half = self.deadline - self.left() / 2
                 prepared = [worker.prepared(half) for worker in started]
                 rows = zip(wave[: len(started)], started, prepared, strict=True)
@@ -112,7 +112,7 @@ class Bench:
                 put(job, NO_TIME, NO_TIME)
 
     def measure_alone(self, job: Job) -> Any:
-        """Returns what one job found, or `Failed`."""
+        """Returns the result of one job, or `Failed`."""
         found: list[Any] = []
         self.measure([job], lambda job, known, result: found.append(result))
         return found[0]
@@ -130,7 +130,7 @@ class Bench:
         return started
 
     def quick(self) -> dict[str, str]:
-        """Returns variables with which a rehearsal compiles with less care."""
+        """Returns environment variables that make a rehearsal compile faster."""
         return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} if self.rehearse else {}
 
     def measure_one(
@@ -145,12 +145,12 @@ class Bench:
             put(job, known, known)
             return
         notice(f"{self.report.part}: measuring {job.name} ({self.left():.0f} s left)")
-        with worker:  # Its memory is for the next row.
+        with worker:  # The end of the worker frees its memory for the next row.
             found = worker.ask(time.monotonic() + seconds)
         put(job, known, found)
 
     def hlo(self, name: str) -> Path | None:
-        """Returns where a row keeps its program, or None where it need not."""
+        """Returns the file for a row's program; None without --dump."""
         if not self.dump:
             return None
         return self._hlo_folder() / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.txt"
@@ -171,7 +171,7 @@ class Bench:
 
 
 def rows_per_wave() -> int:
-    """Returns how many rows prepare at a time: one a core."""
+    """Returns how many rows prepare at a time: one per core."""
     return max(2, cores())
 
 

@@ -1,4 +1,4 @@
-"""`check`: whether this device computes what the CPU does in the tests."""
+"""`check`: whether this device computes the numbers that the tests expect of CPUs."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from examples.llama.options import RunOptions
 from examples.llama.run import setup
 
 UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-STEPS = 5  # Each comparison of two ways to train takes so many steps.
+STEPS = 5  # The steps of each comparison of two ways to train.
 HEAD = ("check", "measured", "limit", "")
 
 
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 def checked(
     check: Callable[..., list[Outcome] | Failed], *args: Any
 ) -> Generator[list[Outcome] | Failed | None]:
-    """Makes a row of a check, which needs no device of its own: all is preparation."""
+    """Makes a check a row that does all when it prepares, so that checks overlap."""
     found = check(*args)
     yield None
     yield found
@@ -164,7 +164,8 @@ def compared(what: str, ours: RunOptions, theirs: RunOptions) -> list[Outcome]:
 
 
 def layerwise_against_ordinary() -> list[Outcome]:
-    jax.config.update("jax_default_matmul_precision", "highest")  # Else TF32 on a GPU.
+    # A GPU would multiply float32 in TF32.
+    jax.config.update("jax_default_matmul_precision", "highest")
     layerwise = small_run(layerwise=True)
     return compared("layer-wise against ordinary step", layerwise, small_run())
 
@@ -183,7 +184,7 @@ def in_host_memory(offload: str) -> list[Outcome] | Failed:
 def flash_attention(head_size: int) -> list[Outcome] | Failed:
     if not cudnn_has_flash_attention():
         return Failed("needs cuDNN's flash attention")
-    # Queries, keys, values and the gradient of the result.
+    # The keys are for queries, keys, values and the gradient of the result.
     keys = jax.random.split(jax.random.key(0), 4)
     given = [
         jax.random.normal(key, (4, 256, 8, head_size), jnp.bfloat16) for key in keys
@@ -237,8 +238,8 @@ def jobs(on_gpu: bool) -> list[Job]:
             for what in ("weights", "activations")
         ),
     ]
-    # The checks are of what a program computes, not of its speed. Trying kernels would
-    # take most of the time.
+    # Speed does not matter to the checks, and trying kernels would take most of the
+    # time.
     variables = (
         {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"} if on_gpu else {}
     )

@@ -1,7 +1,8 @@
-"""Counts what `--dump` kept: python -m benchmarks.gpu.launches OUT/step-hlo.zip.
+"""Counts the kernels of programs that `--dump` kept.
 
-A GPU takes some microseconds to launch a kernel, so a step of many small ones waits for
-them.
+Run it with `python -m benchmarks.gpu.launches OUT/step-hlo.zip`. A GPU takes some
+microseconds to launch a kernel, which is most of the time of a step with many small
+kernels.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`memory`: 7B trained a layer at a time, the allocator's peak beside the planner's."""
+"""`memory`: the allocator's peak of layer-wise 7B steps, and the planned peak."""
 
 import dataclasses
 import time
@@ -31,10 +31,10 @@ HEAD = (
 
 
 class Trained(NamedTuple):
-    """What some steps showed."""
+    """The time and the memory of some steps."""
 
     seconds: float  # The median time of a step.
-    peak_bytes: int | None  # The allocator's peak; None where the device does not tell.
+    peak_bytes: int | None  # The allocator's peak; None if unknown.
     initial_peak_bytes: int | None  # The same before the first step.
 
 
@@ -43,7 +43,7 @@ def peak_bytes_in_use() -> int | None:
 
 
 def trained(run: RunOptions, hlo: Path | None) -> Generator[Memory | Trained]:
-    """Yields the step's planned memory, then what training shows; see `worker.Row`."""
+    """Yields the planned memory, then the measurements; see `worker.Row`."""
     config = setup.model_config(run)
     setup.check_offload(run)
     tx, _ = make_optimizer(run, config)
@@ -57,7 +57,7 @@ def trained(run: RunOptions, hlo: Path | None) -> Generator[Memory | Trained]:
 def timed_steps(
     run: RunOptions, step: Any, state: Any, mesh: jax.sharding.Mesh
 ) -> Trained:
-    """Returns what training on random tokens for some seconds shows."""
+    """Returns the measurements of training on random tokens for some seconds."""
     vocab_size = setup.model_config(run).vocab_size
     drawn = np.random.default_rng(0).integers(vocab_size, size=(run.batch, run.seq + 1))
     tokens = jax.device_put(drawn.astype(np.int32), over_data(mesh))
@@ -69,12 +69,12 @@ def timed_steps(
         state, metrics = step(state, Batch(tokens), number)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - start)
-    # The first step finds caches and pools empty.
+    # The first step is left out, because its caches and pools are empty.
     return Trained(float(np.median(times[1:])), peak_bytes_in_use(), before)
 
 
 def planned_runs(model: str, seq: int) -> list[RunOptions]:
-    """Returns the runs in the order of their worth."""
+    """Returns the runs, the most important first."""
     int8 = {"weights": "int8"}
     on_host = {"offload": "weights", "embeddings": "apollo"}
     resident = {"embeddings": "apollo"}

@@ -3,8 +3,7 @@
 from importlib import metadata
 from pathlib import Path
 
-# Each distribution comes with the reason why it is needed. An index adds the
-# requirements of the distributions.
+# The distributions and what needs them. Their own requirements come with them.
 REQUIRED = {
     "jax": "everything; on a GPU with its CUDA plugin",
     "jaxlib": "everything",

@@ -10,10 +10,10 @@ from examples.llama.text.cache import write_whole
 
 
 class Table:
-    """Rows by name; putting one again replaces it.
+    """The rows of a table by name; a row that is put again is replaced.
 
     Args:
-        report: what to write after each row.
+        report: the report, which is written after each row.
         title: the line above the table.
         head: the columns.
         numbers_from: the first column to align to the right.
@@ -28,7 +28,7 @@ class Table:
         self._values: dict[str, Any] = {}
 
     def put(self, name: str, cells: Sequence[str], values: Any = None) -> None:
-        """Adds a row: its cells, and beside them in the JSON what they were made of."""
+        """Adds a row: its cells, and for the JSON the values behind them."""
         self._cells[name] = [*cells, *[""] * (len(self._head) - len(cells))]
         self._values[name] = values
         self._report.write()
@@ -47,7 +47,7 @@ class Table:
 
 
 class Report:
-    """What a part has found: OUT/PART.md for people and OUT/PART.json for programs.
+    """The results of a part: OUT/PART.md for people and OUT/PART.json for programs.
 
     Args:
         folder: OUT.

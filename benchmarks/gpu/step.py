@@ -36,14 +36,14 @@ from benchmarks.step_contenders import (
 
 # Half of 7B's 32 layers are stepped, so that AdamW with float32 moments fits 78 GiB.
 LAYERS = 16
-ROUNDS = 3  # How often the copy and the step take turns.
-BLOCK_SECONDS = 0.2  # How long a turn is at least.
+ROUNDS = 3  # Rounds in which the copy and the step take turns.
+BLOCK_SECONDS = 0.2  # The least seconds of a turn.
 MINI, RANK_256 = "apollo-mini", "apollo, rank 256"
 ROWS = (
     *(ADAMW["float32"], ADAMW["bfloat16"], "sgd", "lion", MINI, RANK_256),
     *(f"{RANK_256}, normal", "racs", "apollo-zero", "muon"),
 )
-# The last is slow, and the table of one layout says enough of it.
+# The last row is slow, and one layout is enough for it.
 STACKED_ROWS = ROWS[:-1]
 TORCH_ROWS = ("torch adamw, fused", "apollo-torch, mini", "apollo-torch, rank 256")
 REHEARSED = (ADAMW["float32"], MINI, TORCH_ROWS[0])
@@ -51,7 +51,7 @@ HEAD = (*STEP_HEAD[:7], "copy, GB/s", *STEP_HEAD[9:])
 
 
 class Sizes(NamedTuple):
-    """What is stepped, and how much a copy moves."""
+    """The kernels to update, and the size of the copy."""
 
     model: str
     layers: int | None
@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
 def timed(
     setting: Setting, name: str, copy_bytes: int, hlo: Path | None
 ) -> Generator[Measured | Failed | None]:
-    """Yields once when compiled, then what is measured; see `worker.Row`."""
+    """Yields None when compiled, then the measurement; see `worker.Row`."""
     kernels = setting.kernels()
     contender: Contender
     if name in TORCH_ROWS:
@@ -84,7 +84,8 @@ def timed(
     copy = Copy(copy_bytes)
     copy.compile()
     contender.compile()
-    contender.measured.compilations.clear()  # Other rows compiled at the same time.
+    # Other rows compiled at the same time, so these times mean nothing.
+    contender.measured.compilations.clear()
     if isinstance(contender, OnJax):
         keep_hlo(hlo, contender.program)
     yield None
@@ -96,7 +97,7 @@ def timed(
 
 
 def goals() -> list[Goal]:
-    """Returns what a step on a GPU is to reach."""
+    """Returns the goals of a step on a GPU."""
     setting = Setting("7b", "bfloat16", "unstacked", LAYERS)
     gpu = functools.partial(Goal, place="GPU", setting=setting)
 

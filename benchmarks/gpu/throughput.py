@@ -1,9 +1,8 @@
-"""`throughput`: what a small state is worth, the larger batch that fits beside it.
+"""`throughput`: the speed of training with the larger batch that a small state allows.
 
 AdamW with bfloat16 moments, and APOLLO-Mini by the ordinary and by the layer-wise step,
-each train 7B at the largest batch that fits a part of the GPU's memory, on random
-tokens. The largest batch is where a line through the memory of two compiled batches
-meets it.
+train 7B on random tokens. Each has the largest batch that fits a part of the GPU's
+memory. That batch is computed from a line through the memory of two compiled batches.
 """
 
 import contextlib
@@ -27,10 +26,10 @@ from examples.llama.options import RunOptions
 from examples.llama.run.errors import notice
 from examples.llama.run.setup import model_config
 
-# Large enough for activations, not gradients, to make the peak.
+# These batches are so large that activations, not gradients, decide the peak.
 PLANNED_BATCHES = (64, 256)
-MARGIN = 0.97  # The rest of the memory is for what the compiler does not count.
-STEP_DOWN = 0.9  # A batch that does not fit is multiplied by this.
+MARGIN = 0.97  # The share of the memory to fill; the compiler does not count all.
+STEP_DOWN = 0.9  # The factor for a batch that did not fit.
 HEAD = (
     *("memory", "optimizer", "batch", "tokens/s", "over adamw", "of the peak flops"),
     "allocator's peak, GB",
@@ -40,7 +39,7 @@ HEAD = (
 class Case(NamedTuple):
     """A row of the table."""
 
-    # The memory that the run gets; None: all, at the run's batch.
+    # The memory for the run. With None it has all memory and its own batch.
     limit_bytes: int | None
     name: str
     run: RunOptions
@@ -51,7 +50,7 @@ class Case(NamedTuple):
 
 
 def cases(model: str, seq: int, limits: list[int]) -> list[Case]:
-    """Returns what to run; what comes last may find no time left."""
+    """Returns the cases, the most important first, as time may run out."""
     step = functools.partial(step_of, model, target="gpu", seq=seq)
     adamw = step("adamw", remat="full")
     mini = step("apollo-mini", remat="full", embeddings="apollo")
@@ -69,7 +68,7 @@ def cases(model: str, seq: int, limits: list[int]) -> list[Case]:
 
 
 def line(run: RunOptions, platform: str) -> Generator[tuple[float, float]]:
-    """Yields the bytes at batch 0 and those per sequence, by two compiled batches."""
+    """Yields the bytes at batch 0 and the bytes per sequence, from two batches."""
     (low, base), (high, top) = (
         (batch, memory_of(dataclasses.replace(run, batch=batch), platform).peak_bytes)
         for batch in PLANNED_BATCHES
@@ -85,7 +84,7 @@ def largest_batch(line: tuple[float, float], limit: float) -> int:
 
 
 class Step(NamedTuple):
-    """What a line depends on."""
+    """The settings of a step that its line depends on."""
 
     optimizer: str
     layerwise: bool
@@ -98,14 +97,14 @@ def step_of_run(run: RunOptions) -> Step:
 def planned_lines(
     bench: Bench, cases: list[Case]
 ) -> dict[Step, tuple[float, float] | Failed]:
-    """Returns the line of each step that gets a part of the memory."""
+    """Returns the line of each step that has a limit of memory."""
     runs = {
         step_of_run(case.run): case.run
         for case in cases
         if case.limit_bytes is not None
     }
     notice(f"throughput: planning {len(runs)} steps")
-    # Programs that are not run need not be tuned.
+    # These programs are not run, so their kernels need no tuning.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     variables = {"XLA_FLAGS": flags} if bench.on_gpu else bench.quick()
     with contextlib.ExitStack() as stack:
@@ -124,7 +123,7 @@ def planned_lines(
 def measured(
     bench: Bench, case: Case, line: tuple[float, float] | Failed | None
 ) -> tuple[int, Trained | Failed]:
-    """Returns the batch and its result; a batch that does not fit is made smaller."""
+    """Returns the batch and its result, after smaller batches if one does not fit."""
     variables, batch = {}, case.run.batch
     if case.limit_bytes is not None:
         if isinstance(line, Failed):
@@ -164,7 +163,7 @@ def run(bench: Bench) -> None:
         "for int8); GB of 1e9 bytes"
     )
     table = bench.report.table(title, HEAD, numbers_from=2)
-    adamw: dict[int | None, float] = {}  # Tokens a second by the memory.
+    adamw: dict[int | None, float] = {}  # Tokens per second by the limit of memory.
     wanted = [
         case
         for case in cases(model, seq, limits)[: 2 if bench.rehearse else None]

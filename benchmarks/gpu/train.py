@@ -1,8 +1,8 @@
 """`train`: model-flops utilisation, then the quality of optimizers at 60M parameters.
 
-All optimizers train on the same batches, for as many tokens each as fit the time. Runs
-are kept in OUT/train.json with their curves; another call with the same OUT adds seeds
-and rates to them.
+All optimizers train on the same batches, and each for as many tokens as the time
+allows. OUT/train.json keeps the runs with their curves. Another call with the same OUT
+adds seeds and learning rates to them.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ from examples.llama.run.errors import notice
 from examples.llama.text import corpus
 from examples.llama.text.windows import Windows, token_count, validation_batches
 
-UTILISATION_SECONDS = 75.0  # At most, of a part's time.
+UTILISATION_SECONDS = 75.0  # The most seconds for the first table.
 OPTIMIZERS = (
     *("adamw", "apollo-mini", "muon", "apollo-zero", "racs", "apollo", "adafactor"),
 )
-# What a wave of runs takes to compile, for the plan of the time.
+# The planned seconds for compiling a wave of runs.
 PREPARE_SECONDS = 25.0
-RUN_SECONDS = 4.0  # What a run takes beside its steps: initial weights, evaluations.
-SHARE_OF_TIME = 0.9  # That the plan fills, as not all optimizers are as fast as AdamW.
+RUN_SECONDS = 4.0  # Planned seconds of a run beside its steps.
+SHARE_OF_TIME = 0.9  # The planned share; some optimizers are slower than AdamW.
 EVALUATIONS = 10
 EVALUATION_WINDOWS = 1024
 CURVE_POINTS = 100
@@ -77,12 +77,12 @@ REHEARSED = ("adamw", "apollo-mini")
 
 
 class Sizes(NamedTuple):
-    """What is trained."""
+    """The runs of the part."""
 
-    # The model and the batch of the quality runs, whichever optimizer.
+    # The quality run with any one optimizer; the others differ in it only.
     quality: RunOptions
     utilisation: tuple[RunOptions, ...]
-    data_tokens: int | None  # None: all there are.
+    data_tokens: int | None  # None for all tokens.
 
 
 def bfloat16_run(model: str, optimizer: str, **options: Any) -> RunOptions:
@@ -91,8 +91,8 @@ def bfloat16_run(model: str, optimizer: str, **options: Any) -> RunOptions:
 
 
 def sizes(rehearse: bool, batch: int | None = None) -> Sizes:
-    """Returns what is trained, with `batch` sequences a step in the quality runs."""
-    # Weights in float32 and products in bfloat16: AdamW at its best.
+    """Returns the runs; `batch` is the sequences per step of the quality runs."""
+    # Float32 weights and bfloat16 products suit AdamW best.
     mixed = {
         "weights": "float32",
         "compute_dtype": "bfloat16",
@@ -127,16 +127,16 @@ def load(data: str, config: LlamaConfig, max_tokens: int | None) -> corpus.Corpu
 def tokenised(
     data: str, config: LlamaConfig, max_tokens: int | None
 ) -> Generator[Text]:
-    """Yields once the tokens are on disk."""
+    """Yields the corpus when its tokens are on disk."""
     text = load(data, config, max_tokens)
     yield Text(token_count(text.train), text.key)
 
 
 class Curve(NamedTuple):
-    """What a run of an optimizer showed."""
+    """The losses and the speed of a run."""
 
-    train: list[tuple[int, float]]  # Steps, and the mean loss since the one before.
-    validation: list[tuple[int, float]]  # Steps and losses.
+    train: list[tuple[int, float]]  # Steps, and the mean loss since the last entry.
+    validation: list[tuple[int, float]]  # Steps and their losses.
     tokens_per_s: float
 
     @property
@@ -148,7 +148,7 @@ class Curve(NamedTuple):
 def quality_run(
     run: RunOptions, data: str, max_tokens: int | None, hlo: Path | None
 ) -> Generator[Curve | None]:
-    """Yields when compiled, then the curves of a run; see `worker.Row`."""
+    """Yields None when compiled, then the curves of a run; see `worker.Row`."""
     config, mesh = setup.model_config(run), make_mesh(run.mesh)
     compiled = compiled_step(run, config, mesh)
     keep_hlo(hlo, compiled)
@@ -160,7 +160,7 @@ def quality_run(
         count=EVALUATION_WINDOWS,
         batch=min(128, run.batch),
     )
-    # The same order for every optimizer.
+    # All optimizers see the windows in the same order.
     order = np.random.default_rng(run.seed).permutation(len(windows))
     # All batches are read beforehand, so that the disk is not timed.
     batches = [
@@ -214,9 +214,9 @@ class QualityOptions:
     seeds: tuple[int, ...] = (0,)
     lr_factors: tuple[float, ...] = (1.0,)
     optimizers: tuple[str, ...] = OPTIMIZERS
-    lr_embeddings: tuple[float | None, ...] = (None,)  # None: the default.
-    batch: int | None = None  # None: 131,072 tokens.
-    steps: int | None = None  # None: those of the runs in OUT, else as many as fit.
+    lr_embeddings: tuple[float | None, ...] = (None,)  # None for the default.
+    batch: int | None = None  # None for 131,072 tokens.
+    steps: int | None = None  # None for those of the runs in OUT, if any.
 
 
 def utilisation(bench: Bench, planned: tuple[RunOptions, ...]) -> dict[str, float]:
@@ -322,7 +322,7 @@ def quality(
     rate: float | None,
     kept: dict[str, dict[str, Any]],
 ) -> None:
-    """Fills the second table, earlier calls' runs first, and draws the curves."""
+    """Fills the second table, with runs of earlier calls first; draws the curves."""
     base = sizes.quality
     rates = len(options.lr_factors) * len(options.lr_embeddings)
     count = len(options.seeds) * rates * len(options.optimizers)
@@ -380,7 +380,7 @@ def put_quality(table: Table, job: Job, found: Curve | Failed) -> None:
 
 
 def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
-    """Draws validation perplexity by tokens, a line a run."""
+    """Draws validation perplexity by tokens, with a line per run."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name, row in found.items():
@@ -401,11 +401,12 @@ def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
 
 
 def run(bench: Bench, options: QualityOptions) -> None:
-    kept = kept_runs(json_of(bench))  # The first row of this call replaces the file.
+    # The first row of this call replaces the file, so it is read before.
+    kept = kept_runs(json_of(bench))
     planned = sizes(bench.rehearse, options.batch)
     base = planned.quality
     config = setup.model_config(base)
-    # The CPU makes the tokens while the GPU is measured.
+    # The CPU tokenizes the text while the GPU is measured.
     on_cpu = {"JAX_PLATFORMS": "cpu"}
     with Worker(
         tokenised, options.data, config, planned.data_tokens, variables=on_cpu

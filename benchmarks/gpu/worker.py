@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from examples.llama.run.errors import UsageError
 
 Row = Callable[..., Generator[Any, Any, None]]
-"""A measurement, as a generator: it prepares until its first `yield`, which may carry
-what is known by then. It measures after that and yields the result."""
+"""A measurement as a generator. It prepares until its first `yield`, which may already
+have a result. Then it measures and yields the measurement."""
 
 ENDS_WITHIN_SECONDS = 10.0  # A process that takes longer to end is killed.
 # Only one worker at a time inherits a changed environment.
@@ -24,7 +24,7 @@ _environment = threading.Lock()
 class Failed(NamedTuple):
     """A row without a result."""
 
-    reason: str  # The table shows this text.
+    reason: str  # The text in the table.
 
 
 class Worker:
@@ -48,17 +48,17 @@ class Worker:
         # JAX would preallocate three quarters of a GPU, and rows prepare side by side.
         with inherited({"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **variables}):
             self._process.start()
-        # The end of the process shows only if no other process has this end open.
+        # The pipe breaks with the end of the process only if this copy is closed.
         theirs.close()
         self._failed: Failed | None = None
-        self._is_asked = True  # Whether it has not answered yet.
+        self._is_asked = True  # Whether its answer is awaited.
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        if not self._is_asked:  # Then it waits, and ends as the connection does.
+        if not self._is_asked:  # Then it waits for a question, and ends.
             self._process.join(ENDS_WITHIN_SECONDS)
         self._process.kill()
         self._process.join()
@@ -71,10 +71,10 @@ class Worker:
         return self._receive(deadline)
 
     def ask(self, deadline: float) -> Any:
-        """Sends the row on and returns what it yields next, or `Failed`."""
+        """Lets the row continue, and returns its next result, or `Failed`."""
         if self._failed is None:
             self._is_asked = True
-            # A process that has ended is noticed by what is received.
+            # `_receive` notices that the process has ended.
             with contextlib.suppress(BrokenPipeError):
                 self._connection.send(None)
         return self._receive(deadline)
@@ -118,23 +118,23 @@ def inherited(variables: Mapping[str, str]) -> Iterator[None]:
 def _serve(connection: Any, row: Row, args: tuple[Any, ...]) -> None:
     steps = row(*args)
     with contextlib.suppress(EOFError, StopIteration):
-        # The exception means that the caller is gone or the row is over.
+        # These exceptions mean that the caller has gone or the row has ended.
         while True:
             try:
                 answer = next(steps)
             except StopIteration:
                 raise
-            except UsageError as error:  # What this machine cannot do.
+            except UsageError as error:  # This machine lacks something.
                 answer = Failed(str(error).partition(";")[0])
             except Exception as error:
-                traceback.print_exc()  # The table has room for a line of it only.
+                traceback.print_exc()  # The table has room for one line only.
                 answer = Failed(reason_of(error))
             connection.send(answer)
             connection.recv()
 
 
 def reason_of(error: Exception) -> str:
-    """Returns what a table says of a row that raised `error`."""
+    """Returns the text of the table for a row that raised `error`."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory"
     line = next(iter(str(error).splitlines()), "")

@@ -220,7 +220,7 @@ PRESETS: dict[str, LlamaConfig] = {
 def preset(name: str) -> LlamaConfig:
     """Returns the preset called `name`; raises `UsageError` where there is none."""
     if name not in PRESETS:
-        raise unknown_name("--model", name, PRESETS)
+        raise unknown_name("`model`", name, PRESETS)
     return PRESETS[name]
 
 

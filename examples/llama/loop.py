@@ -67,7 +67,7 @@ def run_steps(
                 checkpoints.wait()
                 raise RunInterrupted(
                     f"stopped by {signal.Signals(asked).name} after step {step} of "
-                    f"{options.steps}; {checkpoints.newest()}, and --resume auto "
+                    f"{options.steps}; {checkpoints.newest()}, and `resume` auto "
                     "continues from it"
                 )
 

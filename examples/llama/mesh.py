@@ -29,29 +29,29 @@ def axis_sizes(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, equals, size = part.partition("=")
         if equals and name not in AXES:
-            raise unknown_name("--mesh", name, AXES)
+            raise unknown_name("`mesh`", name, AXES)
         if not size.isdecimal() or int(size) < 1:
             raise UsageError(
-                f"--mesh {text} is malformed; give numbers above 0, as in data=2,fsdp=4"
+                f"`mesh` {text} is malformed; give numbers above 0, as in data=2,fsdp=4"
             )
         if name in sizes:
-            raise UsageError(f"--mesh {text} gives {name} twice; give it once")
+            raise UsageError(f"`mesh` {text} gives {name} twice; give it once")
         sizes[name] = int(size)
     return dict.fromkeys(AXES, 1) | sizes
 
 
 def device_count(text: str) -> int:
-    """Returns how many devices `--mesh` asks for."""
+    """Returns how many devices a mesh such as `data=2,fsdp=4` takes."""
     return math.prod(axis_sizes(text).values())
 
 
 def batch_shards(text: str) -> int:
-    """Returns how many shards the sequences of a batch have on `--mesh`."""
+    """Returns how many shards the sequences of a batch have on such a mesh."""
     return math.prod(axis_sizes(text)[axis] for axis in ROWS)
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Returns the mesh that `--mesh` asks for.
+    """Returns the mesh that `text`, such as `data=2,fsdp=4`, asks for.
 
     It is made of all `devices`, by default those of all processes. A mesh of one is of
     the first device, if they are all this process's.
@@ -75,7 +75,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
             else ""
         )
         raise UsageError(
-            f"--mesh {text} needs {count} devices, and the devices here are {here} "
+            f"`mesh` {text} needs {count} devices, and the devices here are {here} "
             f"({devices[0].device_kind}); give {axes} = {here} in place of "
             f"{product}{shown}"
         )

@@ -96,11 +96,11 @@ def sharded_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
 
 
 def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
-    """Raises `UsageError` for a model size that an axis of --mesh does not divide."""
+    """Raises `UsageError` for a model size that an axis of the mesh does not divide."""
     model = (
-        f"--init-from {options.init_from}"
+        f"`init_from` {options.init_from}"
         if options.init_from
-        else f"--model {options.model}"
+        else f"`model` {options.model}"
     )
     for axis, parts in axis_sizes(options.mesh).items():
         sizes = sharded_sizes(config).get(axis, {})
@@ -108,7 +108,7 @@ def check_sizes(options: TrainingOptions, config: LlamaConfig) -> None:
         for what, size in sizes.items():
             if size % parts:
                 raise UsageError(
-                    f"--mesh {options.mesh} shards the {what} of {model}, {size}, over "
+                    f"`mesh` {options.mesh} shards the {what} of {model}, {size}, over "
                     f"{axis}={parts}, which does not divide it; give {axis}={most}"
                     + (" or a divisor of it" if most > 1 else "")
                 )

@@ -103,7 +103,7 @@ def test_table_has_bytes_sent_and_held_per_device(capsys):
         # The model's size is constant, so each of k devices sends (k - 1) / k of it.
         assert sent_by_8 <= 2 * sent_by_2
         assert held_by_8 < held_by_2 / 3
-    # APOLLO-Mini sends norms alone.
+    # APOLLO-Mini sends norms only.
     assert 0 < numbers["apollo-mini"][0] < 0.001
 
 

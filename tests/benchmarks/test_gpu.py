@@ -24,7 +24,7 @@ from examples.llama.options import RunOptions
 from tests.benchmarks.rows import counting, failing, variable
 
 ROOT = Path(__file__).parents[2]
-SOON = 60.0  # Seconds; a process starts in a few.
+SOON = 60.0  # Seconds. A process starts in a few.
 
 
 def deadline(seconds: float = SOON) -> float:
@@ -38,7 +38,7 @@ def test_a_worker_answers_as_often_as_it_is_asked() -> None:
         assert worker.ask(deadline()) == "a 2"
 
 
-def test_a_worker_has_more_variables_and_leaves_none() -> None:
+def test_variables_of_a_worker_do_not_stay_in_the_environment() -> None:
     before = dict(os.environ)
     with Worker(variable, "APOLLO_TEST", variables={"APOLLO_TEST": "1"}) as worker:
         assert worker.prepared(deadline()) == "1"
@@ -54,12 +54,12 @@ def test_a_worker_has_more_variables_and_leaves_none() -> None:
         ("hang", True, "ran out of time"),
     ],
 )
-def test_a_failing_row_says_why(kind: str, prepared: bool, reason: str) -> None:
+def test_a_failed_row_has_a_reason(kind: str, prepared: bool, reason: str) -> None:
     started = time.monotonic()
     with Worker(failing, kind) as worker:
         assert worker.prepared(deadline()) == (None if prepared else Failed(reason))
         assert worker.ask(deadline(1 if kind == "hang" else SOON)) == Failed(reason)
-        assert worker.ask(deadline()) == Failed(reason)  # And goes on saying so.
+        assert worker.ask(deadline()) == Failed(reason)  # The answer stays the same.
     assert time.monotonic() - started < 100  # A row that hangs is ended.
 
 
@@ -84,7 +84,7 @@ def make_bench(folder: Path, **changed: Any) -> Bench:
     return Bench(report, device, **fields)
 
 
-def test_each_job_is_put_and_a_failure_costs_its_row_only(
+def test_each_job_is_put_and_a_failure_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benches, "rows_per_wave", lambda: 2)
@@ -114,7 +114,7 @@ def test_a_row_that_hangs_leaves_time_to_the_others(tmp_path: Path) -> None:
     assert found == {"hang": Failed("ran out of time"), "fine": "a 1"}
 
 
-def test_without_time_nothing_is_started(tmp_path: Path) -> None:
+def test_no_row_starts_without_time(tmp_path: Path) -> None:
     found = []
     make_bench(tmp_path, deadline=deadline(-1)).measure(
         [Job("late", counting, ("a",))],
@@ -158,7 +158,7 @@ def test_every_row_of_the_step_is_known() -> None:
     setting = Setting("7b", "bfloat16", "unstacked", step.LAYERS)
     known = {method.name for group in methods(setting).values() for method in group}
     assert known.issuperset(step.ROWS)
-    # AdamW with float32 moments, and what an update adds, fit a card of 78 GiB.
+    # AdamW with float32 moments, and the temporaries of a step, fit 78 GiB.
     adamw = next(
         m for m in methods(setting)["adamw"] if m.name == step.ADAMW["float32"]
     )
@@ -180,7 +180,7 @@ def test_checks_fail_where_the_numbers_differ(tmp_path: Path) -> None:
     )
 
 
-def test_memory_rows_come_in_the_order_of_their_worth() -> None:
+def test_important_memory_rows_come_first() -> None:
     names = [memory.name_of(run) for run in memory.planned_runs("7b", 256)]
     assert names[:3] == [
         "int8, embeddings under adam, batch 1",
@@ -204,7 +204,7 @@ def test_the_line_gives_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> No
     assert throughput.largest_batch(line, 99.0) < 1
 
 
-def test_a_batch_that_does_not_fit_is_tried_smaller(
+def test_tries_a_smaller_batch_if_one_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, tried = make_bench(tmp_path), []
@@ -226,7 +226,7 @@ def test_a_batch_that_does_not_fit_is_tried_smaller(
     assert throughput.measured(bench, case, Failed("crashed"))[1] == Failed("crashed")
 
 
-def test_steps_fill_the_time_but_not_more_than_one_pass(tmp_path: Path) -> None:
+def test_steps_fill_the_time_up_to_one_epoch(tmp_path: Path) -> None:
     run = train.sizes(True).quality
     tokens = run.batch * run.seq
     text = train.Text(10**9, "key")
@@ -262,7 +262,7 @@ def test_losses_are_thinned_to_means() -> None:
         (["--optimizers", "adam"], "'adam'"),
     ],
 )
-def test_bad_options_are_named(
+def test_rejects_bad_options(
     args: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -270,7 +270,7 @@ def test_bad_options_are_named(
     assert named in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_says_so(
+def test_rejects_a_machine_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -282,7 +282,7 @@ def test_without_a_gpu_it_says_so(
     assert not (tmp_path / "out").exists()
 
 
-def test_needs_are_listed_without_jax() -> None:
+def test_lists_its_needs_without_jax() -> None:
     code = "import sys; sys.modules['jax'] = None; from benchmarks.gpu import __main__ as m; m.main(['--needs'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -296,7 +296,7 @@ def test_needs_are_listed_without_jax() -> None:
     assert all("MISSING" not in lines[name] for name in needs.REQUIRED)
 
 
-def test_a_missing_package_is_named(
+def test_names_a_missing_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(needs.REQUIRED, "no-such-package", "nothing")
@@ -390,7 +390,7 @@ def test_a_second_call_adds_to_the_runs_of_the_first(
     ]
     assert call(0) == first
     assert call(0, 1) == [*first, *(name.replace("seed 0", "seed 1") for name in first)]
-    assert len(measured) == 4  # None of the first again.
+    assert len(measured) == 4  # The runs of the first call are not repeated.
     assert (tmp_path / "train.png").exists()
 
 
@@ -430,11 +430,11 @@ ENTRY %main (x.1: f32[4]) -> f32[4] {
 """
 
 
-def test_launches_count_loops_and_the_dearest_branch(
+def test_launches_count_loops_and_the_largest_branch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A fusion is a kernel, whatever it fuses: five times two, a copy, a branch and the
-    # last.
+    # The loop launches two kernels in each of five iterations. Then come a copy, the
+    # larger branch and the last fusion. A fusion is one kernel.
     assert hlo.launches(PROGRAM) == 5 * 2 + 1 + 1 + 1
     unknown = PROGRAM.replace('{"known_trip_count":{"n":"5"}}', "{}")
     assert hlo.launches(unknown) == math.inf
@@ -444,7 +444,7 @@ def test_launches_count_loops_and_the_dearest_branch(
     assert "| adamw | 13 |" in capsys.readouterr().out
 
 
-def test_a_file_that_is_no_dump_is_refused(
+def test_rejects_a_file_that_is_no_dump(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "step.md").write_text("no zip")

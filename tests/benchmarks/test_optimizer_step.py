@@ -21,7 +21,9 @@ SMALL = config.LlamaConfig(
     num_layers=2,
     max_seq_len=128,
 )
-MATRICES = [(16, 16)] * 4 + [(16, 24)] * 2 + [(24, 16)]  # Of a layer, (in, out).
+MATRICES = (
+    [(16, 16)] * 4 + [(16, 24)] * 2 + [(24, 16)]
+)  # The shapes of a layer, (in, out).
 RANK = 4  # A quarter of the hidden size.
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes `tiny` compile in a moment and the copy small, and does not wait."""
+    """Makes the model `tiny` and the copy small, and removes the pause."""
     monkeypatch.setitem(config.PRESETS, "tiny", SMALL)
     monkeypatch.setattr(
         optimizer_step, "COPY_BYTES", dict.fromkeys(("cpu", "gpu"), 4096)
@@ -55,7 +57,7 @@ def method(name: str, of: Setting) -> Method:
 
 
 @pytest.mark.parametrize(("model", "leaves"), [("60m", 56), ("7b", 224)])
-def test_kernels_are_those_of_the_model(model: str, leaves: int) -> None:
+def test_kernels_have_the_shapes_of_the_model(model: str, leaves: int) -> None:
     shape = config.PRESETS[model]
     expected = config.matmul_param_count(shape) - shape.vocab_size * shape.hidden_size
     for layout, count in (("unstacked", leaves), ("stacked", 7)):
@@ -66,7 +68,7 @@ def test_kernels_are_those_of_the_model(model: str, leaves: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["unstacked", "stacked"])
-def test_bytes_that_must_move(layout: str) -> None:
+def test_floor_bytes(layout: str) -> None:
     numbers = SMALL.num_layers * sum(m * n for m, n in MATRICES)
     channels = SMALL.num_layers * sum(max(m, n) for m, n in MATRICES)
     contracted = SMALL.num_layers * sum(min(m, n) for m, n in MATRICES)
@@ -89,17 +91,16 @@ def test_bytes_that_must_move(layout: str) -> None:
     ):
         state = 4 * 2 * rank * channels + 4 * matrices + count + key
         assert floor(name) == 8 * numbers + 2 * state
-    # The contracted side of Optax's is the larger one; moments are of the other, in
-    # bfloat16.
+    # Optax's GaLore contracts the larger side, and its bfloat16 moments have the other.
     moments, projections = 2 * 2 * RANK * contracted, 2 * RANK * channels
-    counts = 2 * count  # GaLore's and its Adam's.
+    counts = 2 * count  # One count is GaLore's, the other that of its Adam.
     assert (
         floor(f"galore, rank {RANK}")
         == 6 * numbers + 2 * (moments + counts) + projections
     )
 
 
-def test_a_time_is_the_mean_of_steps_that_are_waited_for_together(
+def test_a_time_is_the_mean_of_steps_launched_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(step_contenders, "SECONDS_TOGETHER", 3.5)
@@ -111,7 +112,7 @@ def test_a_time_is_the_mean_of_steps_that_are_waited_for_together(
 
     def wait() -> None:
         nonlocal clock, queued
-        clock += 1.0 * queued + 0.4  # A launch that is not hidden.
+        clock += 1.0 * queued + 0.4  # The launch of the first step takes 0.4 s.
         queued = 0
 
     monkeypatch.setattr(step_contenders.time, "perf_counter", lambda: clock)
@@ -119,14 +120,16 @@ def test_a_time_is_the_mean_of_steps_that_are_waited_for_together(
     assert step_contenders.timed(step, wait, 1e-9) == pytest.approx([1 + 0.4 / 3] * 3)
 
 
-def test_a_refresh_counts_as_its_share() -> None:
+def test_refreshes_are_amortised() -> None:
     measured = Measured(
         floor_bytes=1, refresh_every=4, blocks=[[1.0, 9.0, 1.0], [3.0]], refreshes=[5.0]
     )
     assert measured.by_round() == [2.0, 3.5]
     plain = Measured(floor_bytes=1, blocks=[[1.0], [1.0]])
     assert optimizer_step.ratio(measured, plain) == 2.75
-    copy = Measured(floor_bytes=10, blocks=[[2.0], [2.0]])  # 5 bytes a second.
+    copy = Measured(
+        floor_bytes=10, blocks=[[2.0], [2.0]]
+    )  # This is 5 bytes per second.
     assert optimizer_step.over_floor(plain) is None
     plain.copy = copy
     assert optimizer_step.over_floor(plain) == 5.0
@@ -161,7 +164,7 @@ def test_each_step_runs_in_place(layout: str, dtype: str) -> None:
     assert re.search(rf"galore, rank {RANK}: one step in 200 takes \d", table)
 
 
-def test_the_command_prints_a_row_each(
+def test_the_command_prints_a_row_per_optimizer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -192,7 +195,7 @@ def test_the_command_prints_a_row_each(
     assert rows.count("CPU, 60m, float32") == 8
 
 
-def test_what_does_not_fit_has_a_row() -> None:
+def test_an_optimizer_that_does_not_fit_has_a_row() -> None:
     class TooLarge:
         measured = Measured(floor_bytes=8)
 
@@ -214,7 +217,7 @@ def test_what_does_not_fit_has_a_row() -> None:
     assert optimizer_step.ratio(too_large.measured, fine) is None
 
 
-def test_goals_say_what_came_of_them() -> None:
+def test_goals_have_verdicts() -> None:
     goal = optimizer_step.Goal(
         "a ratio",
         0.6,
@@ -240,7 +243,7 @@ def test_goals_say_what_came_of_them() -> None:
     ]
 
 
-def test_every_goal_names_what_is_measured() -> None:
+def test_every_goal_names_measured_optimizers() -> None:
     for goal in [*optimizer_step.goals(), *gpu_goals()]:
         of = goal.setting
         names = [COPY, *(m.name for group in methods(of).values() for m in group)]
@@ -264,7 +267,7 @@ def test_every_goal_names_what_is_measured() -> None:
         (["--rounds", "0"], "--rounds 0"),
     ],
 )
-def test_bad_options_are_named(
+def test_rejects_bad_options(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -272,7 +275,7 @@ def test_bad_options_are_named(
     assert named in capsys.readouterr().err
 
 
-def test_without_the_release_it_says_how_to_get_it(
+def test_names_the_command_that_installs_the_release(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "apollo_torch", None)

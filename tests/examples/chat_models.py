@@ -63,7 +63,7 @@ TEMPLATES = {"chatml": CHATML, "llama-3": LLAMA_3, "mistral": MISTRAL}
 
 
 def chat_tokenizer() -> tokenizers.Tokenizer:
-    """A token for each byte and the special ones."""
+    """A tokenizer with a token for each byte, and special tokens."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=False
@@ -82,10 +82,10 @@ def chat_tokenizer() -> tokenizers.Tokenizer:
 
 
 def write_tokenizer(folder: Path, template: str | None = CHATML) -> None:
-    """Writes what a model's folder has of its tokenizer."""
+    """Writes the files of a tokenizer in a model's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     chat_tokenizer().save(str(folder / "tokenizer.json"))
-    # Both forms that transformers writes.
+    # transformers writes special tokens in both of these forms.
     eos = {"__type": "AddedToken", "content": EOS, "special": True}
     eos |= dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
     fields: dict[str, Any] = {"bos_token": BOS, "eos_token": eos}

@@ -17,12 +17,12 @@ SMALL = config.LlamaConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_examples(quick_compilation: None) -> None:
-    """Tests of the examples compare runs that were compiled with the same settings."""
+    """Compiles all examples alike, so that the tests can compare their runs."""
 
 
 @pytest.fixture
 def small() -> config.LlamaConfig:
-    """A shape that compiles in a moment; its sides differ, so that swapped axes show."""
+    """A shape that compiles fast, with sides that differ, so that swapped axes show."""
     return SMALL
 
 
@@ -33,7 +33,7 @@ def tiny_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, which is the current one, and a cache of its own."""
+    """An empty current folder, and a new cache."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -42,9 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A standard library of 40 short files, and a cache of its own; returns the
-    library.
-    """
+    """Returns a standard library of 40 short files; the cache is new too."""
     folder = tmp_path / "stdlib"
     (folder / "test").mkdir(parents=True)
     (folder / "test" / "skipped.py").write_text("skipped = True\n")
@@ -60,5 +58,5 @@ def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def out(stdlib: Path, tiny_is_small: None, tmp_path: Path) -> Path:
-    """A folder for a run, not there yet."""
+    """The path of a run's folder, which does not exist yet."""
     return tmp_path / "runs" / "one"

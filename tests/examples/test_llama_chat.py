@@ -45,7 +45,7 @@ def encoder_of(
     write_tokenizer(folder, template)
     files = pretrained.find_files(str(folder), None)
     return ChatEncoder(
-        "--data 'x'",
+        "`data` 'x'",
         load_tokenizer(str(folder), 400),
         find_template(files, {}, TODAY),
         learn_all=learn_all,
@@ -85,7 +85,7 @@ def test_the_assistants_tokens_are_learnt(name: str, tmp_path: Path) -> None:
     assert example.weights.all()
 
 
-def test_an_answer_that_shares_a_token_with_the_prompt_is_said(
+def test_says_that_an_answer_shares_a_token_with_the_prompt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = (
@@ -95,7 +95,7 @@ def test_an_answer_that_shares_a_token_with_the_prompt_is_said(
     encoder = encoder_of(tmp_path, template)
     chat = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "ttt"})
     (example,) = encoder.examples([Conversation("x:1", chat)])
-    # " t" is a token, so the answer begins with its second letter.
+    # " t" is one token, so the answer begins with the second "t" of "ttt".
     assert decoded(encoder, example.tokens[example.weights == 1]) == "tt</s>"
     assert "1 answers begin in the middle of a token" in capsys.readouterr().err
 
@@ -106,7 +106,7 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
     chat = Conversation("x:3", CHAT)
     encoder = encoder_of(tmp_path, None)
     examples = encoder.examples([text, asked])
-    # A special token's name in plain text is spelled out.
+    # In plain text, the name of a special token is encoded letter by letter.
     assert [decoded(encoder, each.tokens) for each in examples] == [
         "A text.</s>",
         "What is 1? One. <|im_end|></s>",
@@ -119,7 +119,8 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
     assert decoded(encoder, encoder.prompt(asked)) == "What is 1?"
     with pytest.raises(UsageError, match=r"x:3: the model has no chat template"):
         encoder.examples([chat])
-    # A template makes turns of a prompt and its completion. The rows keep their order.
+    # With a template, a prompt and its completion become turns. The order of the rows
+    # stays the same.
     encoder = encoder_of(tmp_path)
     examples = encoder.examples([chat, asked, text])
     assert decoded(encoder, examples[1].tokens).endswith(
@@ -143,9 +144,9 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
         ),
         (
             "{% for m in messages %}{{ m.content if loop.last }}{% endfor %}",
-            "does not let the assistant's tokens be told: message 2 .* --loss-on all",
+            "does not let the assistant's tokens be told: message 2 .* `loss_on` all",
         ),
-        # It can neither reach files, nor run code, nor change the messages.
+        # A template can neither read files, nor run code, nor change the messages.
         ("{% include '/etc/passwd' %}", "fails on it"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "is unsafe"),
         ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "is unsafe"),
@@ -157,14 +158,12 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
         ("{{ range(10**9) | list }}", "Range too big"),
     ],
 )
-def test_templates_that_are_refused(
-    template: str, message: str, tmp_path: Path
-) -> None:
+def test_rejects_templates(template: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         encoder_of(tmp_path, template).examples([Conversation("x:1", list(CHAT))])
 
 
-def test_where_a_template_is(tmp_path: Path) -> None:
+def test_finds_the_template_among_the_files(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     config = tmp_path / "tokenizer_config.json"
     files = {"tokenizer_config.json": config}
@@ -187,7 +186,8 @@ def test_where_a_template_is(tmp_path: Path) -> None:
     config.write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(UsageError, match="is int, not a string"):
         found()
-    # The file counts more. HTML is not escaped in JSON, nor a letter outside of ASCII.
+    # The file overrides the field. `tojson` escapes neither HTML nor letters outside of
+    # ASCII.
     files["chat_template.jinja"] = tmp_path / "chat_template.jinja"
     files["chat_template.jinja"].write_text(
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}\n"
@@ -199,7 +199,7 @@ def test_where_a_template_is(tmp_path: Path) -> None:
 def rows_of(folder: Path, *rows: Any) -> list[Conversation]:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
-    return list(map(conversation_of, open_conversations("--data", "chat.jsonl")))
+    return list(map(conversation_of, open_conversations("`data`", "chat.jsonl")))
 
 
 def test_rows_of_all_kinds(folder: Path) -> None:
@@ -219,7 +219,7 @@ def test_rows_of_all_kinds(folder: Path) -> None:
     names = ("messages", "prompt", "completion", "text", "id")
     table = [{name: row.get(name) for name in names} for row in rows]
     parquet.write_table(pyarrow.Table.from_pylist(table), "chat.parquet")
-    source = open_conversations("--data", "chat.parquet")
+    source = open_conversations("`data`", "chat.parquet")
     from_parquet = list(map(conversation_of, source))
     assert [each[1:] for each in from_parquet] == [each[1:] for each in read]
     assert from_parquet[1].place == "chat.parquet row 2"
@@ -249,20 +249,20 @@ def test_rows_of_all_kinds(folder: Path) -> None:
         ),
     ],
 )
-def test_rows_that_are_refused(row: Any, message: str, folder: Path) -> None:
+def test_rejects_rows(row: Any, message: str, folder: Path) -> None:
     with pytest.raises(UsageError, match=message):
         rows_of(folder, {"text": "fine"}, row)
 
 
-def test_data_without_rows_is_refused(folder: Path) -> None:
+def test_rejects_data_without_rows(folder: Path) -> None:
     (folder / "a.txt").write_text("text")
     with pytest.raises(UsageError, match="a.txt is plain text, which has no rows"):
-        list(open_conversations("--data", "a.txt"))
-    with pytest.raises(UsageError, match="--data 'stdlib' does not exist; give a file"):
-        open_conversations("--data", "stdlib")
+        list(open_conversations("`data`", "a.txt"))
+    with pytest.raises(UsageError, match="`data` 'stdlib' does not exist; give a file"):
+        open_conversations("`data`", "stdlib")
 
 
-def test_nothing_to_learn_is_refused(tmp_path: Path) -> None:
+def test_rejects_conversations_with_nothing_to_learn(tmp_path: Path) -> None:
     asked = Conversation("x:7", CHAT[:1])
     with pytest.raises(UsageError, match="x:7: no message is the assistant's"):
         encoder_of(tmp_path).examples([asked])
@@ -313,7 +313,7 @@ def test_a_data_set_with_splits(folder: Path) -> None:
     for name, rows in {"train": 3, "validation": 1}.items():
         lines = [json.dumps({"messages": list(CHAT[:2])}) for _ in range(rows)]
         (folder / "set" / f"{name}.jsonl").write_text("\n".join(lines))
-    source = open_conversations("--data", f"hf:{folder}/set")
+    source = open_conversations("`data`", f"hf:{folder}/set")
     read = list(map(conversation_of, source))
     assert [each.place for each in read] == [
         f"row {number} of split 'train'" for number in (1, 2, 3)

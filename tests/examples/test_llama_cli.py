@@ -72,7 +72,7 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(out: Path, finished_runs: Path) -> Callable[..., None]:
-    """Fills `out` with a finished run, and trains only once per command line."""
+    """Fills `out` with a finished run; each command line is trained only once."""
 
     def train(*args: str) -> None:
         kept = finished_runs / " ".join(args)
@@ -155,7 +155,7 @@ def test_training_lowers_the_loss_and_repeats_exactly(out: Path) -> None:
         pytest.param("adafactor", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_was_cut_off_goes_on_exactly(
+def test_an_interrupted_run_continues_exactly(
     optimizer: str,
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -178,9 +178,9 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
         3,
         4,
         5,
-    ]  # The sixth was on the device.
+    ]  # The sixth step was still on the device.
     with (cut / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # As a kill would leave it.
+        file.write('{"step": 6, "lo')  # A killed process leaves such a line.
     capsys.readouterr()
     pretrain.main(["--out", str(cut), *args])
     assert "continuing after step 4 of 12" in capsys.readouterr().err
@@ -195,9 +195,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
 
 
 def interrupting(loader: Callable[..., Any], at: int, by: Any) -> Callable[..., Any]:
-    """Returns a loader in which `by` happens when batch `at` is asked for: raised, or
-    called.
-    """
+    """Returns a loader that raises or calls `by` when batch `at` is asked for."""
 
     class Batches:
         def __init__(self, batches: Any) -> None:
@@ -234,7 +232,7 @@ def test_a_batch_over_eight_devices_trains_as_on_one(out: Path) -> None:
     rows = [run_log.read_metrics(out / name) for name in ("one", "eight")]
     for one, eight in zip(*rows, strict=True):
         assert eight["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    # A checkpoint of eight devices goes on on one.
+    # One device continues from a checkpoint of eight.
     shutil.rmtree(out / "eight" / "checkpoints" / "12")
     pretrain.main(["--out", str(out / "eight"), "--resume", "auto", *args])
     for one, moved in zip(rows[0], run_log.read_metrics(out / "eight"), strict=True):
@@ -242,7 +240,7 @@ def test_a_batch_over_eight_devices_trains_as_on_one(out: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_stop_saves_and_ends(
+def test_a_signal_makes_a_run_save_and_end(
     number: signal.Signals,
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -265,7 +263,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(
     assert [step for step, _ in losses(out)] == list(range(1, 13))
 
 
-def test_a_run_is_continued_with_the_options_it_began_with_only(
+def test_rejects_resuming_with_other_options(
     out: Path, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(*RESUMED)
@@ -276,7 +274,7 @@ def test_a_run_is_continued_with_the_options_it_began_with_only(
         "holds another run (batch: 4 -> 8; lr: 0.007 -> 0.5); give the same options"
         in error
     )
-    # Not by its config.json alone, which may have been edited.
+    # config.json may have been edited, so the checkpoint is compared too.
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"lr": 0.5, "batch": 8}))
     metrics = (out / "metrics.jsonl").read_bytes()
@@ -301,7 +299,7 @@ def test_a_run_is_continued_with_the_options_it_began_with_only(
         path: content for path, content in files.items() if path.name != "config.json"
     }
     assert all(path.read_bytes() == content for path, content in unchanged.items())
-    # What does not change what is computed may change, and the text may have moved.
+    # Options that change no result may differ, and the text may have moved.
     more = ["--keep-checkpoints", "5", "--workers", "1", "--vocab", "384"]
     shutil.rmtree(checkpoint)
     cut_to(out, 11)
@@ -340,7 +338,7 @@ def test_text_can_be_tokenised_before_the_run(
         ("metrics.jsonl", "{\n", "is not the metrics of step 1; mend it"),
     ],
 )
-def test_a_damaged_run_is_refused_not_overwritten(
+def test_rejects_a_damaged_run_and_overwrites_nothing(
     name: str,
     content: str,
     message: str,
@@ -360,9 +358,7 @@ def test_a_damaged_run_is_refused_not_overwritten(
 def test_a_run_without_its_checkpoints(
     out: Path, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that has ended stays as it is; another starts again, and its metrics are
-    kept.
-    """
+    """A finished run stays as it is. Another starts again, and its metrics are kept."""
     train(*RESUMED)
     shutil.rmtree(out / "checkpoints")
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -383,12 +379,12 @@ def test_a_run_without_its_checkpoints(
     assert losses(out) == expected
 
 
-def test_fields_that_are_newer_than_a_run_have_their_defaults(
+def test_a_run_without_newer_fields_has_their_defaults(
     out: Path, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(*SHORT)
     config = json.loads((out / "config.json").read_text())
-    assert config["rounding"] == "nearest"  # Not the field's default, which is None.
+    assert config["rounding"] == "nearest"  # The field's default is None.
     for name in ("accumulate", "attention", "rounding", "head", "b2", "clip_norm"):
         del config[name]
     (out / "config.json").write_text(json.dumps(config))
@@ -410,7 +406,7 @@ def write_bos_tokenizer(folder: Path) -> Path:
 
 
 class BeginsError(Exception):
-    """A run has passed all checks and written its first files."""
+    """Ends a run that has passed all checks and written its first files."""
 
 
 @pytest.fixture
@@ -422,7 +418,7 @@ def only_begins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("only_begins")
-def test_a_run_from_before_bos_goes_on_without(
+def test_a_run_older_than_bos_continues_without_bos(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_bos_tokenizer(tmp_path / "given")
@@ -438,7 +434,7 @@ def test_a_run_from_before_bos_goes_on_without(
         resumed = json.loads((out / "config.json").read_text())
         assert resumed["bos"] == "never"
         assert resumed["corpus"] == config["corpus"]
-    # A run of now has BOS.
+    # A new run has BOS.
     config["bos"] = "auto"
     (out / "config.json").write_text(json.dumps(config))
     error = exits_with_message(pretrain.main, args, capsys)
@@ -446,9 +442,7 @@ def test_a_run_from_before_bos_goes_on_without(
 
 
 @pytest.mark.usefixtures("only_begins")
-def test_a_run_keeps_what_its_tokenizer_has_beside_it(
-    out: Path, tmp_path: Path
-) -> None:
+def test_a_run_keeps_the_files_beside_its_tokenizer(out: Path, tmp_path: Path) -> None:
     folder = write_bos_tokenizer(tmp_path / "given")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     args = ["--out", str(out), "--tokenizer", str(folder), *SHORT, "--resume", "auto"]
@@ -457,18 +451,18 @@ def test_a_run_keeps_what_its_tokenizer_has_beside_it(
         with pytest.raises(BeginsError):
             pretrain.main(args)
         kept = {path.name: path.read_text() for path in (out / "pretrained").iterdir()}
-        # A run that is resumed has those that it began with.
+        # A resumed run keeps the files that it began with.
         assert kept == {
             "chat_template.jinja": "{{ messages }}",
             "tokenizer.json": (folder / "tokenizer.json").read_text(),
         }
-    # A run from before runs kept them has those that are there.
+    # A run that is older than this folder takes the files that exist now.
     shutil.rmtree(out / "pretrained")
     files = export.passed_on(out, json.loads((out / "config.json").read_text()))
     assert files["chat_template.jinja"].read_text() == "another"
 
 
-def test_an_export_says_what_it_has_not_got(
+def test_an_export_says_which_files_it_lacks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = {"init_from": str(tmp_path / "gone" / "it" / "is"), "tokenizer": None}
@@ -480,7 +474,7 @@ def test_an_export_says_what_it_has_not_got(
     assert capsys.readouterr().err == ""
 
 
-def test_two_runs_in_one_folder_are_one_too_many(
+def test_rejects_a_second_run_in_a_folder(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with run_log.only_run_in(out):
@@ -518,7 +512,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert (out / "checkpoints" / "8.1" / "state").is_dir()
 
 
-def test_where_no_checkpoint_can_be_read_none_is_touched(
+def test_unreadable_checkpoints_are_left_as_they_are(
     out: Path,
     train: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -541,7 +535,7 @@ def test_where_no_checkpoint_can_be_read_none_is_touched(
         in error
     )
     damage(out, 8)
-    for _ in range(2):  # As in a loop that restarts it.
+    for _ in range(2):  # A supervisor may restart the run.
         error = exits_with_message(pretrain.main, ["--out", str(out), *RESUMED], capsys)
         assert (
             f"none of the checkpoints in {out / 'checkpoints'} can be read (8: "
@@ -552,9 +546,7 @@ def test_where_no_checkpoint_can_be_read_none_is_touched(
 
 
 def poisoned(steps: set[int]) -> Callable[..., Any]:
-    """Returns a loader whose batches of `steps` have a token that the embedding has not
-    got.
-    """
+    """Returns a loader whose batches of `steps` have a token outside the vocabulary."""
     train_loader = loader.train_loader
 
     class Batches:
@@ -606,10 +598,10 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
         2,
         2,
     ]
-    assert rows[2]["lr"] == rows[3]["lr"]  # The schedule waits.
+    assert rows[2]["lr"] == rows[3]["lr"]  # A skipped step does not advance it.
     assert rows[-1]["val_loss"] < 6
     check_curves(out)
-    # It waits too in a run that goes on without skipping.
+    # The same holds in a resumed run that does not skip.
     cut_to(out, 10)
     shutil.rmtree(out / "checkpoints" / "12")
     pretrain.main(["--out", str(out), *RESUMED])
@@ -618,7 +610,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     ]
 
 
-def test_skipping_comes_to_an_end(
+def test_a_run_ends_after_too_many_skipped_steps(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loader, "train_loader", poisoned(set(range(5, 40))))
@@ -636,7 +628,7 @@ def test_skipping_comes_to_an_end(
 def test_exported_weights_are_those_of_the_checkpoint(
     out: Path, tmp_path: Path
 ) -> None:
-    """And training that starts from them starts where the run ended."""
+    """Training that starts from them starts where the run ended."""
     pretrain.main(["--out", str(out), *SHORT, "--checkpoint-every", "2"])
     exported = tmp_path / "exported"
     export.main(["--run", str(out), "--to", str(exported)])
@@ -654,7 +646,7 @@ def test_exported_weights_are_those_of_the_checkpoint(
     tokenizer_config |= {"chat_template": "{{ messages }}", "pad_token": "<|end|>"}
     (exported / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     pretrain.main(["--out", str(tuned), "--init-from", str(exported), *SHORT])
-    # What the model had beside its weights outlives it.
+    # The run has its own copy of the tokenizer's files.
     shutil.rmtree(exported)
     export.main(["--run", str(tuned), "--to", str(tmp_path / "chat")])
     found = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
@@ -680,7 +672,7 @@ def held_out(out: Path) -> np.ndarray:
         (["--dtype", "int8"], "--dtype 'int8'"),
     ],
 )
-def test_exports_that_cannot_be(
+def test_rejects_exports(
     args: list[str],
     message: str,
     out: Path,
@@ -715,7 +707,7 @@ def test_flops_utilisation_is_shown_where_the_peak_is_known(
     rows = run_log.read_metrics(out)
     for row in rows:
         flops = recorder.flops.flops_per_token(PRESETS["tiny"], 16)
-        # The machine has eight devices, of which one trains.
+        # Only one of the eight devices trains.
         assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops / 1e12)
     assert "MFU" in capsys.readouterr().err
 
@@ -841,7 +833,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 @pytest.mark.parametrize("main", [pretrain.main, compare.main])
 @pytest.mark.parametrize("name", run_log.OF_A_RUN)
-def test_a_folder_with_a_run_is_refused(
+def test_rejects_a_folder_with_a_run(
     main: Any, name: str, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out.mkdir(parents=True)
@@ -859,7 +851,7 @@ def test_a_folder_with_a_run_is_refused(
     assert [path.read_text() for path in out.iterdir()] == ["earlier"]
 
 
-def test_a_file_is_refused_as_folder(
+def test_rejects_a_file_as_folder(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out.parent.mkdir()
@@ -893,9 +885,7 @@ def test_a_command_line_that_does_not_parse_exits_with_status_2(out: Path) -> No
 
 
 @pytest.mark.parametrize("main", [pretrain.main, compare.main])
-def test_help_names_everything_there_is(
-    main: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_names_every_choice(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     assert exit_.value.code == 0

@@ -40,9 +40,7 @@ def exits_with_message(args: list[str], capsys: pytest.CaptureFixture[str]) -> s
     return capsys.readouterr().err
 
 
-def test_compare_ends_with_a_table(
-    out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare_prints_a_table(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare.main(
         ["--out", str(out), "--lr", "0.01", "--lr-embeddings", "0.003", *SHORT]
     )
@@ -57,13 +55,13 @@ def test_compare_ends_with_a_table(
         metrics = run_log.read_metrics(out / f"{row[0]}-0.01-0.003-seed0")
         losses.append([line["loss"] for line in metrics])
         assert row[3] == f"{min(m['val_ppl'] for m in metrics[1:]):.2f}*"
-        assert row[4] == "1"  # Seeds; one has no spread.
+        assert row[4] == "1"  # One seed, so no spread.
         assert row[7:9] == [
             "98.3",
             "kB",
-        ]  # Two moments of embeddings and head, in float32.
+        ]  # Two float32 moments of embeddings and head.
     assert rows[0][5:7] == ["52.2", "kB"]
-    # Both see the same batches, and the first step's learning rate is 0.
+    # Both runs have the same batches, and the learning rate of the first step is 0.
     assert losses[0][:2] == pytest.approx(losses[1][:2], abs=1e-6)
     assert losses[0][2] != losses[1][2]
 
@@ -110,8 +108,7 @@ def test_the_best_rates_are_run_again_with_the_other_seeds(
         ]
         folder = f"{name}-{float(best[1]):g}-{float(best[2]):g}-seed7"
         assert json.loads((out / folder / "config.json").read_text())["seed"] == 7
-    # Nothing is run twice; a run that was cut off goes on, and the table comes out the
-    # same.
+    # No run is repeated, an interrupted run continues, and the table stays the same.
     cut = out / f"{names[-1]}-{optimizers.RECIPES[names[-1]].lr:g}-0.03-seed0"
     shutil.rmtree(cut / "checkpoints" / "3")
     metrics = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -161,7 +158,7 @@ def test_compare_runs_every_optimizer_at_every_pair_of_rates(
     ]
 
 
-def test_compare_goes_on_after_a_run_that_diverged(
+def test_compare_continues_after_a_diverged_run(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = [
@@ -209,7 +206,7 @@ def test_compare_checks_every_run_before_the_first(
     assert not out.exists()
 
 
-def test_what_only_some_optimizers_take_is_kept_from_the_others(
+def test_an_option_goes_only_to_the_optimizers_that_use_it(
     tmp_path: Path, small: LlamaConfig
 ) -> None:
     names = ("adamw", "apollo", "galore")
@@ -247,7 +244,7 @@ def test_a_stop_in_the_last_step_of_a_run_stops_the_comparison(
     assert len(table_rows(capsys.readouterr().out)) == 2
 
 
-def test_compare_refuses_a_folder_with_other_runs(
+def test_compare_rejects_a_folder_with_other_runs(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["--out", str(out), "--optimizers", "sgd", *SHORT]

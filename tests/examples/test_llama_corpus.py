@@ -17,9 +17,7 @@ from examples.llama.text.split import TRAIN, VALIDATION, in_validation, split
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: 40 short texts in `corpus`, and a cache of its own in
-    `cache`.
-    """
+    """The current folder with 40 short texts in `corpus`, and a new cache in `cache`."""
     (tmp_path / "corpus").mkdir()
     for number in range(40):
         (tmp_path / "corpus" / f"{number}.txt").write_text(
@@ -35,7 +33,7 @@ def load(data: str = "corpus", **settings: object) -> corpus.Corpus:
 
 
 def texts(built: corpus.Corpus, rows: list[np.ndarray]) -> list[str]:
-    """Returns the documents that a split's tokens spell."""
+    """Returns the decoded documents of a split."""
     tokens = np.concatenate(rows)
     ends = np.flatnonzero(tokens == built.end_id) + 1
     *documents, rest = np.split(tokens, ends)
@@ -79,7 +77,7 @@ def fail(*_: object, **__: object) -> NoReturn:
 
 def test_corpus_splits_by_document(stdlib: Path) -> None:
     built = load("stdlib")
-    by_name = dict(sources.open_source("--data", "stdlib"))
+    by_name = dict(sources.open_source("`data`", "stdlib"))
     held_out = [name for name in by_name if in_validation(name)]
     assert 0 < len(held_out) < 10
     assert texts(built, built.validation) == [by_name[name] for name in held_out]
@@ -88,10 +86,10 @@ def test_corpus_splits_by_document(stdlib: Path) -> None:
     ]
 
 
-def test_more_documents_move_none_between_the_splits() -> None:
-    before = set(split(sources.open_source("--data", "corpus"), "corpus"))
+def test_added_documents_move_no_other_between_the_splits() -> None:
+    before = set(split(sources.open_source("`data`", "corpus"), "corpus"))
     Path("corpus/added.txt").write_text("added\n")
-    assert before < set(split(sources.open_source("--data", "corpus"), "corpus"))
+    assert before < set(split(sources.open_source("`data`", "corpus"), "corpus"))
 
 
 def test_a_twentieth_is_held_out() -> None:
@@ -102,7 +100,7 @@ def test_a_twentieth_is_held_out() -> None:
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_both_splits_get_a_document_where_there_are_two(held_out: bool) -> None:
+def test_of_two_documents_each_split_gets_one(held_out: bool) -> None:
     names = [name for name in map(str, range(1000)) if in_validation(name) == held_out][
         :3
     ]
@@ -113,13 +111,13 @@ def test_both_splits_get_a_document_where_there_are_two(held_out: bool) -> None:
         assert [label for label, _ in labelled].count(moved) == 1
 
 
-def test_the_split_reads_no_further_than_it_must() -> None:
+def test_the_split_reads_only_as_far_as_needed() -> None:
     endless = (Document(str(number), "") for number in itertools.count())
     assert len(list(itertools.islice(split(endless, "x"), 1000))) == 1000
 
 
-def test_one_document_is_refused_unless_validation_is_given() -> None:
-    message = r"--data 'corpus/1.txt' has 1 document, .*; add documents .*, or give --validation"
+def test_rejects_one_document_without_validation() -> None:
+    message = r"`data` 'corpus/1.txt' has 1 document, .*; add documents .*, or give `validation`"
     with pytest.raises(UsageError, match=message):
         load("corpus/1.txt")
     assert built_folders() == []
@@ -147,14 +145,14 @@ def test_given_validation_takes_none_of_the_training_documents() -> None:
     assert len(texts(built, built.train)) == 40
 
 
-def test_errors_name_the_flag_whose_value_is_wrong() -> None:
+def test_errors_name_the_option_whose_value_is_wrong() -> None:
     with pytest.raises(
-        UsageError, match="--validation 'std' is unknown; choose one of: stdlib"
+        UsageError, match="`validation` 'std' is unknown; choose one of: stdlib"
     ):
         load(validation="std")
     Path("held.jsonl").write_text("{}")
     with pytest.raises(
-        UsageError, match="--validation 'held.jsonl': held.jsonl:1 has no string called"
+        UsageError, match="`validation` 'held.jsonl': held.jsonl:1 has no string called"
     ):
         load(validation="held.jsonl")
     assert built_folders() == []
@@ -168,13 +166,13 @@ def test_hub_dataset_validates_on_its_own_split() -> None:
     built = load("hf:./hub/en")
     assert texts(built, built.train) == [f"train {row} spam" for row in range(300)]
     assert texts(built, built.validation) == [f"held out {row}" for row in range(20)]
-    # Named as --validation, it gives the same.
+    # `validation` may name a hub data set too, and reads the same split of it.
     built = load(validation="hf:./hub/en")
     assert len(texts(built, built.train)) == 40
     assert texts(built, built.validation) == [f"held out {row}" for row in range(20)]
 
 
-def test_hub_dataset_without_one_is_split() -> None:
+def test_hub_dataset_without_a_validation_split_is_split() -> None:
     write_hub_dataset(train=300, validation=0)
     built = load("hf:./hub/en")
     found = texts(built, built.train) + texts(built, built.validation)
@@ -194,7 +192,7 @@ def test_hub_validation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_hub_corpus_once_made_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_hub_corpus_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     write_hub_dataset(train=30, validation=2)
     first = load("hf:./hub/en")
     monkeypatch.setattr("datasets.load_dataset", fail)
@@ -237,7 +235,9 @@ def test_max_tokens_stops_reading(
     assert read < 2000
 
 
-def test_batches_and_shards_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_batches_and_shards_change_no_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole = load(max_tokens=700)
     monkeypatch.setenv("XDG_CACHE_HOME", "other")
     monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
@@ -255,7 +255,7 @@ def test_batches_and_shards_change_no_token(monkeypatch: pytest.MonkeyPatch) -> 
     assert whole.key == cut.key
 
 
-def test_a_shard_that_is_just_full_is_followed_by_none(
+def test_no_empty_shard_follows_a_full_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_TOKENS", 4)
@@ -269,7 +269,7 @@ def test_a_shard_that_is_just_full_is_followed_by_none(
     ]
 
 
-def test_tokens_are_mapped_and_no_wider_than_they_need(tmp_path: Path) -> None:
+def test_tokens_are_memory_mapped_in_the_smallest_dtype(tmp_path: Path) -> None:
     built = load()
     assert isinstance(built.train[0], np.memmap)
     assert built.train[0].dtype == np.uint16
@@ -307,29 +307,27 @@ def test_given_tokenizer_makes_the_tokens() -> None:
     [
         (
             {"vocab": 256},
-            r"--vocab 256 is out of range; give 257 .* to 384 \(the model's vocabulary\)",
+            r"`vocab` 256 is out of range; give 257 .* to 384 \(the model's vocabulary\)",
         ),
-        ({"vocab": 385}, "--vocab 385 is out of range; give 257"),
+        ({"vocab": 385}, "`vocab` 385 is out of range; give 257"),
         (
             {"vocab_size": 100},
-            "--model has a vocabulary of 100, too small .* give one with 257 or more",
+            "`model` has a vocabulary of 100, too small .* give one with 257 or more",
         ),
         (
             {"vocab": 300, "tokenizer": "x"},
-            "--vocab 300 is for a tokenizer trained here, and --tokenizer 'x'",
+            "`vocab` 300 is for a tokenizer trained here, and `tokenizer` 'x'",
         ),
-        ({"max_tokens": 0}, "--data-tokens 0 is out of range; give a number above 0"),
+        ({"max_tokens": 0}, "`data_tokens` 0 is out of range; give a number above 0"),
     ],
 )
-def test_sizes_out_of_range_are_refused(
-    settings: dict[str, object], message: str
-) -> None:
+def test_rejects_sizes_out_of_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load(**settings)
 
 
 def write_chat_tokenizer() -> tokenizers.Tokenizer:
-    """Writes a tokenizer that puts <s> before a text, as a model for chats has it."""
+    """Writes a tokenizer that puts <s> before a text, as those of chat models do."""
     given = load(vocab=300).tokenizer
     given.add_special_tokens(["<s>"])
     given.post_processor = tokenizers.processors.TemplateProcessing(
@@ -348,7 +346,7 @@ def test_bos_precedes_each_document_once() -> None:
         ends = np.flatnonzero(tokens == built.end_id)
         assert starts.tolist() == [0, *(ends[:-1] + 1)]
     assert built.prefix == (bos,)
-    # The cache gives the same.
+    # The same corpus comes out of the cache.
     assert load(tokenizer="tokenizer.json").prefix == (bos,)
 
 
@@ -358,7 +356,7 @@ def test_bos_never_is_a_corpus_of_its_own() -> None:
     assert built[1].prefix == ()
     assert bos not in np.concatenate(built[1].train)
     assert built[0].key != built[1].key
-    # A cache from before there was a choice is found, as it has the same tokens.
+    # A cache that is older than the option has the same tokens, and is found.
     folders = built_folders()
     for manifest in Path("cache").rglob("manifest.json"):
         fields = json.loads(manifest.read_text())
@@ -383,7 +381,7 @@ def test_second_load_reads_no_document_and_trains_nothing(
     np.testing.assert_array_equal(first.train[0], second.train[0])
     assert first.key == second.key
     assert first.tokenizer.to_str() == second.tokenizer.to_str()
-    (built,) = built_folders()  # No temporary one is left over.
+    (built,) = built_folders()  # No temporary folder is left.
     assert {path.name for path in built.iterdir()} == {
         "manifest.json",
         "tokenizer.json",
@@ -392,7 +390,7 @@ def test_second_load_reads_no_document_and_trains_nothing(
     }
 
 
-def test_manifest_says_what_is_there() -> None:
+def test_manifest_describes_the_corpus() -> None:
     built = load()
     (folder,) = built_folders()
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -429,7 +427,7 @@ def test_what_changes_the_tokens_changes_cache_and_key() -> None:
     assert len(keys) == len(built_folders()) == 5
 
 
-def test_losing_the_race_to_build_is_harmless(tmp_path: Path) -> None:
+def test_two_processes_may_build_the_same_corpus(tmp_path: Path) -> None:
     winner, loser = tmp_path / "winner", tmp_path / "loser"
     for folder, text in ((winner, "first"), (loser, "second")):
         folder.mkdir()
@@ -461,7 +459,7 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> N
     assert load().train
 
 
-def test_a_cache_folder_that_is_none_is_refused(
+def test_rejects_a_file_as_cache_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path("file").write_text("")
@@ -472,9 +470,9 @@ def test_a_cache_folder_that_is_none_is_refused(
         load()
 
 
-def test_unknown_source_is_refused() -> None:
+def test_rejects_an_unknown_source() -> None:
     with pytest.raises(
-        UsageError, match="--data 'c4' is unknown; choose one of: stdlib"
+        UsageError, match="`data` 'c4' is unknown; choose one of: stdlib"
     ):
         load("c4")
 
@@ -497,7 +495,7 @@ def test_tokenizer_is_trained_on_a_prefix_of_the_training_documents(
 
 
 def test_python_comes_with_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the model's vocabulary has room for it, and none is asked for."""
+    """It is used if the vocabulary has room for it and no other is asked for."""
     monkeypatch.setattr(sources, "stdlib_folder", lambda: Path("corpus"))
     monkeypatch.setattr(sources, "site_folders", lambda: {"purelib": Path("packages")})
     for number in range(40):

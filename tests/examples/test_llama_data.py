@@ -9,8 +9,8 @@ from examples.llama.run.errors import UsageError
 from examples.llama.text import loader
 from examples.llama.text.windows import Windows, validation_batches
 
-# The windows of 9 begin with 0, 9, ... 540, then 700, 709, ...: none has a token of two
-# shards.
+# Windows of 9 tokens begin with 0, 9, ... 540, then with 700, 709, ... No window has
+# tokens of both shards.
 SHARDS = [np.arange(550, dtype=np.uint16), np.arange(700, 1151, dtype=np.uint32)]
 STARTS = [*range(0, 541, 9), *range(700, 1142, 9)]
 
@@ -34,7 +34,7 @@ def test_windows_overlap_by_one_token() -> None:
 
 
 def test_windows_stay_within_a_shard() -> None:
-    # The second has too few tokens for a window.
+    # The second shard has too few tokens for a window.
     windows = Windows([np.arange(7), np.arange(10, 13), np.arange(20, 28)], 3)
     assert [windows[i].tolist() for i in range(len(windows))] == [
         [0, 1, 2, 3],
@@ -115,23 +115,23 @@ def test_validation_windows_are_spread_and_fixed() -> None:
     assert validation_batches(shards, seq=10, batch=200).shape == (1, 200, 11)
 
 
-def test_too_few_tokens_are_refused() -> None:
-    message = "--batch 4 of --seq 300 needs 1201 training tokens and there are 1001; lower one of them, or"
+def test_rejects_too_few_tokens() -> None:
+    message = "`batch` 4 of `seq` 300 needs 1201 training tokens and there are 1001; lower one of them, or"
     with pytest.raises(UsageError, match=message):
         batches_of(seq=300)
-    message = "--seq 10 in validation batches of 8 needs 81 validation tokens and there are 50; lower --seq, or"
+    message = "`seq` 10 in validation batches of 8 needs 81 validation tokens and there are 50; lower `seq`, or"
     with pytest.raises(UsageError, match=message):
         validation_batches([np.arange(50)], seq=10)
     with pytest.raises(
         UsageError,
-        match="there are 1001; lower --seq, or give more text with --validation",
+        match="there are 1001; lower `seq`, or give more text with `validation`",
     ):
         validation_batches(SHARDS, seq=1000, batch=1)
 
 
 def test_processes_must_divide_the_batch() -> None:
     with pytest.raises(
-        UsageError, match="--batch 4 is not a multiple of the 3 processes; change one"
+        UsageError, match="`batch` 4 is not a multiple of the 3 processes; change one"
     ):
         batches_of(process_count=3)
 

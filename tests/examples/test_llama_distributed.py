@@ -1,6 +1,4 @@
-"""Runs of two processes with four devices each, on one machine: what they compute and
-how they end.
-"""
+"""Runs of two processes with four devices each: what they compute and how they end."""
 
 import dataclasses
 import json
@@ -28,7 +26,7 @@ from examples.llama.run import log as run_log
 from examples.llama.run.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]
-# Eight heads, and sizes that eight devices divide.
+# The model has eight heads, and eight devices divide its sizes.
 WIDE = LlamaConfig(384, 64, 48, 8, 2, max_seq_len=128)
 SCRIPT = f"""
 import sys
@@ -38,7 +36,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 config.PRESETS["tiny"] = config.LlamaConfig(**{dataclasses.asdict(WIDE)})
 pretrain.main()
 """
-# With time to do something to a run between two steps.
+# The steps are slowed, so that a test can act between two of them.
 SLOWED = f"""
 import time
 from examples.llama.text import loader
@@ -59,7 +57,7 @@ MESH = ["--mesh", "data=2,fsdp=2,tensor=2"]
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text to train on; compiled programs and tokens are kept beside it."""
+    """A folder with text to train on, and caches of programs and tokens beside it."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "text").mkdir()
     words = random.Random(0).choices(
@@ -73,7 +71,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Processes:
-    """Starts two processes of a run, which differ in what they are given apart."""
+    """Starts the two processes of a run, each with options of its own if need be."""
 
     def __init__(self, workshop: Path, out: Path) -> None:
         self.out = out
@@ -144,7 +142,7 @@ class Processes:
     def run(
         self, *both: str, apart: tuple[list[str], list[str]] = ([], [])
     ) -> list[tuple[int, str, str]]:
-        """Returns what has become of each: status, output, errors."""
+        """Returns the exit status, the output and the errors of each process."""
         return ended(self.start(*both, apart=apart))
 
     def rows(self) -> list[dict[str, float]]:
@@ -165,7 +163,7 @@ def ended(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str]
 
 
 def errors_of(ends: list[tuple[int, str, str]]) -> list[str]:
-    """Returns the one line that each has for an error."""
+    """Returns the one line of error of each process."""
     assert [status for status, _, _ in ends] == [2] * len(ends), ends
     lines = [
         [line for line in errors.splitlines() if line.startswith("error: ")]
@@ -193,7 +191,7 @@ def straight(
     losses = alone.losses()
     assert (
         losses[-1] < losses[0] - 0.5
-    )  # It learns, so the losses tell the states apart.
+    )  # The loss falls, so that other states would have other losses.
     return losses
 
 
@@ -203,7 +201,7 @@ def test_two_processes_train_as_one(
     first, second = processes.run(*MESH)
     assert first[0] == second[0] == 0, (first, second)
     np.testing.assert_allclose(processes.losses(), straight, rtol=1e-5)
-    # The second computes and says nothing.
+    # The second process prints nothing.
     assert "best validation perplexity" in first[1]
     assert "parameters in float32" in first[2]
     assert "8/8" in first[2]
@@ -226,9 +224,7 @@ def test_processes_with_different_options(processes: Processes) -> None:
 
 
 def test_bad_input_ends_every_process(processes: Processes) -> None:
-    """Each with a line of its own: here of the mesh, and of what the first alone looks
-    at.
-    """
+    """Each prints a line, also if only the first process sees the error."""
     lines = errors_of(processes.run("--mesh", "data=4"))
     assert lines[0] == lines[1]
     assert lines[0].startswith(
@@ -249,9 +245,7 @@ def test_bad_input_ends_every_process(processes: Processes) -> None:
 def test_one_process_is_killed(
     victim: int, processes: Processes, straight: list[float]
 ) -> None:
-    """The other ends within a minute, and both go on from the last checkpoint, on
-    another mesh.
-    """
+    """The other ends within a minute. Both continue from a checkpoint on a new mesh."""
     long = ["--checkpoint-every", "2", "--keep-checkpoints", "9"]
     both = processes.start(*MESH, *long, script=SLOWED)
     when(both, lambda: len(processes.rows()) >= 5)
@@ -259,7 +253,7 @@ def test_one_process_is_killed(
     other = both[1 - victim]
     _, errors = other.communicate(
         timeout=60
-    )  # It neither waits for ever nor goes on alone.
+    )  # It neither waits forever nor trains alone.
     assert other.returncode not in (0, None)
     assert re.search("another has ended|another task died", errors), errors
     both[victim].communicate()
@@ -290,7 +284,7 @@ def test_one_process_is_asked_to_stop(
 
 
 def when(processes: list["subprocess.Popen[str]"], happens: Callable[[], bool]) -> None:
-    """Returns as soon as `happens`, in processes that have not ended."""
+    """Waits until `happens` is true, and fails if a process ends before."""
     while not happens():
         assert all(process.poll() is None for process in processes), ended(processes)
         time.sleep(0.05)
@@ -314,13 +308,13 @@ def when(processes: list["subprocess.Popen[str]"], happens: Callable[[], bool]) 
         ({"processes": 0}, "--processes 0 is out of range; give a number above 0"),
     ],
 )
-def test_flags_that_make_no_process(given: dict[str, Any], message: str) -> None:
+def test_rejects_process_options(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         RunOptions(out=Path("nowhere"), **given)
     assert str(error.value).startswith(message)
 
 
-def test_who_waits_for_the_others_says_so(
+def test_a_process_that_waits_for_the_others_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def initialize(*args: Any, **settings: Any) -> None:

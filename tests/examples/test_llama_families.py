@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3 and Mistral beside LLaMA, and models by their names on the hub."""
+"""Models of the families Qwen2, Qwen3 and Mistral, and models named as on the hub."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def write_model(folder: Path, family: str = "qwen2", **options: Any) -> Path:
     return folder
 
 
-# config.json.
+# Reading config.json.
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def write_model(folder: Path, family: str = "qwen2", **options: Any) -> Path:
         ),
     ],
 )
-def test_what_a_family_is_not_computed_with(
+def test_rejects_settings_of_a_family_that_are_not_computed(
     family: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = write_model(tmp_path / "model", family) / hf_weights.CONFIG
@@ -103,7 +103,7 @@ def test_what_a_family_is_not_computed_with(
 def test_a_family_has_its_own_defaults(
     transformers: Any, family: str, tmp_path: Path
 ) -> None:
-    """For missing fields, and for fields that are null."""
+    """The defaults stand for missing fields and for fields that are null."""
     sizes = {
         "model_type": family,
         "vocab_size": 384,
@@ -129,7 +129,7 @@ def test_a_family_has_its_own_defaults(
         assert ours.sliding_window == getattr(theirs, "sliding_window", None)
 
 
-def test_a_window_of_attention_bounds_the_sequence(tmp_path: Path) -> None:
+def test_the_attention_window_limits_the_sequence(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", "mistral")
     fields = json.loads((folder / hf_weights.CONFIG).read_text())
     assert fields["sliding_window"] is None
@@ -137,18 +137,18 @@ def test_a_window_of_attention_bounds_the_sequence(tmp_path: Path) -> None:
     options = RunOptions(out=tmp_path / "out", init_from=str(folder), seq=32)
     config = setup.model_config(options)
     assert config == dataclasses.replace(CONFIGS["mistral"], sliding_window=32)
-    # An export has the model's own window again.
+    # An export has the model's own window.
     assert hf_weights.hf_config(config, "float32", None)["sliding_window"] == 32
     with pytest.raises(
-        UsageError, match="--seq 33 is longer than the sliding_window 32"
+        UsageError, match="`seq` 33 is longer than the sliding_window 32"
     ):
         setup.model_config(dataclasses.replace(options, seq=33))
 
 
-# Runs from before there were families.
+# Runs that are older than the families.
 
 
-def test_a_run_from_before_families_is_the_same_run(tmp_path: Path) -> None:
+def test_a_run_older_than_the_families_is_the_same_run(tmp_path: Path) -> None:
     now = {"corpus": "a", "model_config": dataclasses.asdict(CONFIGS["llama"])}
     shape = {
         name: value
@@ -165,7 +165,7 @@ def test_a_run_from_before_families_is_the_same_run(tmp_path: Path) -> None:
     assert export.config_of_run(tmp_path)[0] == CONFIGS["llama"]
 
 
-# Models on the hub, and in files that are not safetensors.
+# Models on the hub, and weights in other files than safetensors.
 
 
 @pytest.fixture
@@ -212,18 +212,20 @@ def test_a_hub_name_is_found_in_the_cache(
         ) == hf_weights.read_config(snapshot)
 
 
-def test_what_the_cache_has_not_got(hub: Callable[..., Path], tmp_path: Path) -> None:
+def test_rejects_a_model_that_the_cache_lacks(
+    hub: Callable[..., Path], tmp_path: Path
+) -> None:
     snapshot = hub(write_model(tmp_path / "model", max_shard_bytes=9000), "acme/model")
     absent = r"is no file or folder here, nor to be had from the hub \(.*\); check the "
     for name in ("acme/other", "acme/model@v2"):
-        with pytest.raises(UsageError, match=f"^--init-from '{name}' {absent}"):
+        with pytest.raises(UsageError, match=f"^`init_from` '{name}' {absent}"):
             hf_folder.config_folder(name)
     for name in ("model", "a/b/c", "/acme/model", "acme/model@"):
         with pytest.raises(
-            UsageError, match=rf"^--init-from '{name}' does not exist; give a folder "
+            UsageError, match=rf"^`init_from` '{name}' does not exist; give a folder "
         ):
             hf_folder.config_folder(name)
-    # A plan needs no weights, and a run says which file is not there.
+    # A plan needs no weights. A run says which file is missing.
     shard = sorted(snapshot.glob("*.safetensors"))[1]
     shard.unlink()
     assert hf_folder.config_folder("acme/model") == snapshot
@@ -254,12 +256,12 @@ def test_a_hub_model_is_trained_in_int8_and_exported(
     kind = "k_proj.bias" if family == "qwen2" else "k_norm.weight"
     name = f"model.layers.1.self_attn.{kind}"
     assert after[name].dtype.name == "bfloat16"
-    # Adam's updates move all of them, and not far.
+    # Adam moves every element a little.
     moved = np.abs(after[name].astype(np.float32) - before[name])
     assert 0 < moved.min() <= moved.max() < 0.2
 
 
-def test_weights_that_cannot_be_read_begin_no_run(
+def test_rejects_unreadable_weights_before_a_run_begins(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_model(tmp_path / "model")
@@ -272,7 +274,9 @@ def test_weights_that_cannot_be_read_begin_no_run(
     assert not out.exists()
 
 
-def test_the_command_that_converts_weights(transformers: Any, tmp_path: Path) -> None:
+def test_the_error_has_a_command_that_converts_the_weights(
+    transformers: Any, tmp_path: Path
+) -> None:
     import torch
 
     folder = write_model(tmp_path / "it's 1")
@@ -305,11 +309,13 @@ def test_a_run_reads_weights_a_layer_at_a_time(weights: str, tmp_path: Path) -> 
         compute_dtype="float32",
     )
     mesh = make_mesh("data=1")
-    setup.initial_params(options, config, mesh)  # Compiled programs are not counted.
+    setup.initial_params(
+        options, config, mesh
+    )  # This call compiles, so that the second one is measured without compiling.
     tracemalloc.start()
     found = setup.initial_params(options, config, mesh)
-    # The parameters themselves are not traced, since JAX allocates them. A layer is a
-    # twenty-fifth of the model, and the rest is what Python needs for the programs.
+    # JAX allocates the parameters, which tracemalloc does not see. A layer is 1/25 of
+    # the model. Python needs the rest of the limit for the programs.
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < model / 4

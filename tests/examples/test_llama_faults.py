@@ -1,8 +1,7 @@
-"""What a run survives, in processes of its own: kills, damaged files, a full disk, bad
-gradients.
+"""Runs survive kills, damaged files, a full disk and gradients that are not finite.
 
-Steps are so short that a kill "at step k" lands a step or two later; where exactly is
-left to chance.
+Each run is a process. Steps are so short that a kill "at step k" comes one or two steps
+later, at a point that differs from run to run.
 """
 
 import contextlib
@@ -22,8 +21,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 60
 REPOSITORY = Path(__file__).parents[2]
-# Makes the batches of some steps impossible to train on: a token that the embedding has
-# not got.
+# Trains with batches that have a token outside the vocabulary at some steps, so that
+# the gradients of these steps are not finite.
 POISONED = """
 import sys
 from examples.llama.text import loader
@@ -48,7 +47,7 @@ pretrain.main(sys.argv[1:])
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text to train on; compiled programs and tokens are kept beside it."""
+    """A folder with text to train on, and caches of programs and tokens beside it."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "text").mkdir()
     words = random.Random(0).choices(
@@ -62,7 +61,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Pretraining:
-    """Starts runs that differ in nothing but what is done to them."""
+    """Starts runs with the same options, so that they should have the same losses."""
 
     def __init__(self, workshop: Path, out: Path) -> None:
         self.workshop, self.out = workshop, out
@@ -132,7 +131,7 @@ class Pretraining:
     def when(
         self, process: "subprocess.Popen[str]", happens: Callable[[], bool]
     ) -> None:
-        """Returns as soon as `happens`, in a process that has not ended."""
+        """Waits until `happens` is true, and fails if the process ends before."""
         while not happens():
             assert process.poll() is None, process.communicate()
             time.sleep(0.001)
@@ -147,7 +146,7 @@ def pretraining(workshop: Path, tmp_path: Path) -> Pretraining:
 def straight(
     workshop: Path, quick_examples: None, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[float, float]]:
-    """The losses of a run to which nothing happens, compiled as the others are."""
+    """The losses of an undisturbed run, compiled like the others."""
     run = Pretraining(workshop, tmp_path_factory.mktemp("straight") / "run")
     status, _, errors = run.run()
     assert status == 0, errors
@@ -155,7 +154,7 @@ def straight(
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert (
         losses[-1][1] < losses[0][1] - 0.5
-    )  # It learns, so the losses tell the states apart.
+    )  # The loss falls, so that other states would have other losses.
     return losses
 
 
@@ -198,7 +197,7 @@ def test_killed_in_the_middle_of_a_save(
         process.kill()
         process.communicate()
         if not any("tmp" in path.name for path in checkpoints.iterdir()):
-            continue  # The save was over before the kill.
+            continue  # The save had ended before the kill.
         landed += 1
         last = max(pretraining.checkpoints())
         status, _, errors = pretraining.run()
@@ -212,7 +211,7 @@ def test_killed_in_the_middle_of_a_save(
 
 
 def stopped(pretraining: Pretraining) -> int:
-    """Starts a run and stops it half-way; returns the step of its last checkpoint."""
+    """Starts a run and stops it halfway; returns the step of its last checkpoint."""
     process = pretraining.start()
     pretraining.when(process, lambda: len(pretraining.rows()) >= 30)
     process.terminate()
@@ -221,7 +220,7 @@ def stopped(pretraining: Pretraining) -> int:
     return pretraining.checkpoints()[-1]
 
 
-# Of everything, and of the arrays alone, which are read last.
+# Either all files are truncated, or only those of the arrays, which are read last.
 @pytest.mark.parametrize("part", ["", "state/ocdbt.process_0"])
 def test_newest_checkpoint_truncated(
     part: str, pretraining: Pretraining, straight: list[tuple[float, float]]
@@ -245,7 +244,7 @@ def test_every_checkpoint_truncated(pretraining: Pretraining) -> None:
         if path.is_file():
             os.truncate(path, 0)
     metrics = (pretraining.out / "metrics.jsonl").read_bytes()
-    for _ in range(2):  # As in a loop that restarts it.
+    for _ in range(2):  # A supervisor may restart the run.
         status, _, errors = pretraining.run()
         assert status == 2
         assert "error: none of the checkpoints in " in errors.splitlines()[-1]
@@ -253,7 +252,7 @@ def test_every_checkpoint_truncated(pretraining: Pretraining) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(
+def test_stopped_by_a_signal(
     number: signal.Signals,
     pretraining: Pretraining,
     straight: list[tuple[float, float]],
@@ -339,7 +338,7 @@ def test_disk_full_at_any_other_time(workshop: Path, tmp_path: Path) -> None:
                 file.flush()
         _, errors = process.communicate(
             timeout=60
-        )  # It neither waits for ever nor goes on unrecorded.
+        )  # It neither waits forever nor trains without a record.
         assert process.returncode == 2, errors
         assert "No space left on device" in errors.splitlines()[-1]
         assert "make room there" in errors.splitlines()[-1]
@@ -366,7 +365,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(pretraining: Pretraining) -
         f"the last good checkpoint is {pretraining.out / 'checkpoints' / '7'}" in last
     )
     assert [row["step"] for row in pretraining.rows()] == list(range(1, 12))
-    # The run goes on past the step when it is told to skip it.
+    # A resumed run can skip the step.
     status, _, errors = pretraining.run("--on-nonfinite", "skip", script=script)
     assert status == 0, errors
     assert "continuing after step 7 " in errors
@@ -389,6 +388,8 @@ def test_gradients_that_are_not_finite_are_skipped(
         3,
         3,
     ]
-    assert rows[11]["lr"] == rows[12]["lr"] == rows[13]["lr"]  # The schedule waits.
+    assert (
+        rows[11]["lr"] == rows[12]["lr"] == rows[13]["lr"]
+    )  # Skipped steps do not advance it.
     assert [(row["step"], row["loss"]) for row in rows[:11]] == straight[:11]
     assert "val_loss" in rows[-1]

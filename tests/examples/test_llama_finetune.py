@@ -1,4 +1,4 @@
-"""The fine-tuning command: what it writes, how it goes on, and what it refuses."""
+"""The fine-tuning command: what it writes, how it resumes, and what it rejects."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def test_best_weights_are_the_best_of_those_that_are_left(tmp_path: Path) -> Non
     (tmp_path / run_log.METRICS).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     def evaluated(*steps: int, after: int) -> list[str]:
-        """Goes on from a step with evaluations, and returns what best/ has then."""
+        """Evaluates at some steps of a resumed run; returns the steps in best/."""
         with BestWeights(tmp_path, step=after, config={}) as best:
             evaluate = best.kept_by(lambda params, step: {"val_loss": losses[step]})
             for step in steps:
@@ -41,13 +41,13 @@ def test_best_weights_are_the_best_of_those_that_are_left(tmp_path: Path) -> Non
         return [path.name for path in (tmp_path / run_log.BEST).iterdir()]
 
     assert evaluated(1, 2, 3, 4, after=0) == ["4"]
-    # The weights of step 2 are gone, so those of step 5 are the best there are.
+    # The weights of step 2 are gone, so those of step 5 are the best of the rest.
     assert evaluated(5, after=3) == ["5"]
     losses[6] = 0.65
     assert evaluated(6, after=5) == ["5"]
 
 
-def test_a_run_its_resumption_and_its_export(
+def test_trains_resumes_and_exports(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "tuned"
@@ -68,7 +68,7 @@ def test_a_run_its_resumption_and_its_export(
     best = min(losses, key=lambda step: losses[step])
     assert [path.name for path in (out / "best").iterdir()] == [str(best)]
     assert f"lowest held-out perplexity {np.exp(losses[best]):.2f}" in output.out
-    # A run that was killed after step 7 goes on as one that was not.
+    # A run that was killed after step 7 continues as if it had not been.
     whole = without_times(out)
     shutil.rmtree(out / "checkpoints" / "8")
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -77,7 +77,7 @@ def test_a_run_its_resumption_and_its_export(
     assert without_times(out) == whole
     assert "continuing after step 4" in capsys.readouterr().err
     assert [path.name for path in (out / "best").iterdir()] == [str(best)]
-    # The best weights are exported with the template, and have the loss of the run.
+    # The export has the best weights and the template, and gives the loss of the run.
     exported = tmp_path / "exported"
     export.main(["--run", str(out), "--to", str(exported), "--best"])
     kept = json.loads((exported / "tokenizer_config.json").read_text())
@@ -97,10 +97,8 @@ def test_a_run_its_resumption_and_its_export(
     assert loss == pytest.approx(losses[best], abs=1e-5)
 
 
-@pytest.mark.slow  # The parts are tested on their own: packing layer by layer, int8.
-def test_layers_one_by_one_in_int8_with_a_template_of_ones_own(
-    start: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow  # By default, packing by layers and int8 are tested separately.
+def test_layerwise_int8_with_a_given_template(start: Path, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
@@ -132,7 +130,7 @@ def test_layers_one_by_one_in_int8_with_a_template_of_ones_own(
         (["--init-from", "no"], "no"),
     ],
 )
-def test_bad_options_are_refused_in_a_line_and_nothing_is_written(
+def test_rejects_bad_options_before_writing(
     more: list[str],
     message: str,
     start: Path,
@@ -155,7 +153,7 @@ def test_bad_options_are_refused_in_a_line_and_nothing_is_written(
         ("vocabulary", "tokens and the model's vocabulary is 384"),
     ],
 )
-def test_bad_files_are_refused_in_a_line_and_nothing_is_written(
+def test_rejects_bad_files_before_writing(
     edit: str,
     message: str,
     start: Path,
@@ -195,7 +193,7 @@ def test_bad_files_are_refused_in_a_line_and_nothing_is_written(
         ["--bos", "never"],
     ],
 )
-def test_options_of_pre_training_alone_are_not_taken(
+def test_rejects_options_of_pretraining_only(
     more: list[str], start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused(words(start, tmp_path / "no", *more), capsys, finetune.main)
@@ -210,7 +208,7 @@ def test_another_day_does_not_change_a_run(start: Path, tmp_path: Path) -> None:
     assert given.as_begun({"date": "2020-02-29"}).date == "2021-01-01"
 
 
-def test_rates(small: LlamaConfig, tmp_path: Path) -> None:
+def test_learning_rates(small: LlamaConfig, tmp_path: Path) -> None:
     for name, recipe in RECIPES.items():
         options = with_defaults(
             FinetuneOptions(out=tmp_path, init_from=tmp_path, data="x", optimizer=name),
@@ -226,11 +224,11 @@ def test_rates(small: LlamaConfig, tmp_path: Path) -> None:
     assert rates == pytest.approx([0, 0.25, 0.5, 0.275, 0.05])
 
 
-def test_the_folder_of_a_fine_tuning_is_not_continued_by_other_options(
+def test_rejects_resuming_with_other_options(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with StopRequest() as stop, pytest.MonkeyPatch.context() as patch:
-        # Nothing is trained: the first step ends the run.
+        # The run ends before its first step, so nothing is trained.
         patch.setattr(setup, "initial_state", interrupted)
         options = FinetuneOptions(
             out=tmp_path / "tuned",

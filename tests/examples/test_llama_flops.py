@@ -12,36 +12,36 @@ from examples.llama.flops import flops_per_token, mfu, peak_flops
 
 
 def test_flops_of_a_shape_counted_by_hand() -> None:
-    # Queries and outputs 2 * 8 * 12, keys and values 2 * 8 * 4, feed-forward 3 * 8 *
-    # 10, head 32 * 8.
+    # Parameters of a layer: 2 * 8 * 12 of queries and outputs, 2 * 8 * 4 of keys and
+    # values, and 3 * 8 * 10 of the MLP. The head has 32 * 8.
     config = LlamaConfig(
         32, 8, 10, num_heads=3, num_layers=2, num_kv_heads=1, head_size=4
     )
     matmul_params = 2 * (192 + 64 + 240) + 256
-    # Scores and their product with the values: 2 * 2 * 3 * 4 * 5 flops a layer, thrice
-    # with the gradient.
+    # Per layer, the scores and their product with the values take 2 * 2 * 3 * 4 * 5
+    # flops. With the gradient, they take three times as many.
     assert flops_per_token(config, seq=5) == 6 * matmul_params + 3 * 2 * 240
 
 
 def test_flops_of_the_papers_1b() -> None:
-    # 24 layers of 4 * 2048^2 + 3 * 2048 * 5461, a head of 32000 * 2048; attention 12 *
-    # 24 * 2048 * 1024.
+    # Each of the 24 layers has 4 * 2048^2 + 3 * 2048 * 5461 parameters, and the head
+    # has 32000 * 2048. Attention takes 12 * 24 * 2048 * 1024 flops.
     assert flops_per_token(PRESETS["1b"], seq=1024) == 6 * 1_273_446_400 + 603_979_776
 
 
 @pytest.mark.parametrize(
     ("name", "vectors"),
     [
-        # The norms of 32 layers and the last one.
+        # 32 layers have two norms each, and one norm is last.
         ("llama-3.1-8b", 65 * 4096),
         ("mistral-7b", 65 * 4096),
-        # Biases on 28 heads of queries and 4 of keys and of values, too.
+        # These have biases for 28 heads of queries, 4 of keys and 4 of values, too.
         ("qwen2.5-7b", 57 * 3584 + 28 * 36 * 128),
-        # Norms of a head's size on queries and keys, too.
+        # These have norms of a head's size for queries and for keys, too.
         ("qwen3-8b", 73 * 4096 + 36 * 2 * 128),
     ],
 )
-def test_norms_biases_and_the_embedding_do_no_flops(name: str, vectors: int) -> None:
+def test_norms_biases_and_the_embedding_take_no_flops(name: str, vectors: int) -> None:
     config = PRESETS[name]
     embedding = config.vocab_size * config.hidden_size
     assert matmul_param_count(config) == param_count(config) - embedding - vectors
@@ -51,7 +51,7 @@ def test_norms_biases_and_the_embedding_do_no_flops(name: str, vectors: int) -> 
     )
 
 
-def test_the_embedding_does_no_flops_and_a_tied_head_does() -> None:
+def test_the_embedding_takes_no_flops_but_a_tied_head_does() -> None:
     untied = LlamaConfig(32, 8, 10, 2, 2)
     tied = LlamaConfig(32, 8, 10, 2, 2, tied_head=True)
     assert flops_per_token(untied, 4) == flops_per_token(tied, 4)
@@ -104,7 +104,7 @@ def test_devices_of_unknown_peak(kind: str) -> None:
     assert peak_flops(kind, "bfloat16") is None
 
 
-def test_utilisation_is_of_all_devices_together() -> None:
+def test_utilisation_is_relative_to_all_devices_together() -> None:
     config = PRESETS["350m"]
     half = 0.5 * 989e12 / flops_per_token(config, 1024)
     h200, cpu = (

@@ -1,4 +1,4 @@
-"""What a user's files are read as, and what is said about those that are not read."""
+"""How files of each format are read, and the messages about those that are not."""
 
 import bz2
 import codecs
@@ -48,7 +48,7 @@ def write_parquet(path: str, **columns: object) -> None:
 
 
 def texts(data: str, **options: str) -> list[str]:
-    source = sources.open_source("--data", data, **options)
+    source = sources.open_source("`data`", data, **options)
     return [document.text for document in source]
 
 
@@ -83,11 +83,11 @@ def test_rows_are_read_by_suffix_and_content(name: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_what_is_compressed_is_read_as_what_it_holds(suffix: str) -> None:
+def test_compressed_files_are_read_as_their_content(suffix: str) -> None:
     compress = COMPRESS[suffix]
     for name in ("a.jsonl", "a.JSON", "a.csv"):
         content = TABLE if name == "a.csv" else LINES
-        # Two streams, one after the other, as `cat` and parallel compressors make them.
+        # Parallel compressors, and `cat` of two files, write one stream after another.
         halves = content[:100].encode(), content[100:].encode()
         write(name + suffix, b"".join(map(compress, halves)))
         assert texts(name + suffix) == TEXTS
@@ -99,7 +99,7 @@ def test_what_is_compressed_is_read_as_what_it_holds(suffix: str) -> None:
     assert f"a.jsonl{suffix} is not a whole" in refusal("a.jsonl" + suffix)
 
 
-def test_parquet_by_its_other_names() -> None:
+def test_parquet_has_other_suffixes_too() -> None:
     write_parquet("a.pq", text=["one"])
     write_parquet("b.PARQUET", text=["two"])
     assert texts("*.*") == ["one", "two"]
@@ -110,7 +110,7 @@ def test_one_object_over_several_lines_is_a_document() -> None:
     assert texts("paper.json") == ["body"]
 
 
-def test_quoted_cells_hold_anything() -> None:
+def test_quoted_cells_may_hold_anything() -> None:
     text = 'a "quoted", word\nand a line ' + "x" * 200_000
     quoted = text.replace('"', '""')
     write("table.csv", f'text,id\r\n"{quoted}",1\r\n\r\nplain,2\r\n,3\r\n')
@@ -132,17 +132,15 @@ def test_quoted_cells_hold_anything() -> None:
         ("rows.parquet.gz", "a compressed Parquet file that is not read here; decomp"),
     ],
 )
-def test_known_formats_without_a_reader_are_refused_by_name(
-    name: str, said: str
-) -> None:
+def test_rejects_known_formats_without_a_reader(name: str, said: str) -> None:
     write(name, "text that gives no hint")
     write("first.txt", "text")
     error = refusal("*")
-    assert error.startswith(f"--data '*': {name} is ")
+    assert error.startswith(f"`data` '*': {name} is ")
     assert said in error
-    # Before anything is read, which may take hours.
+    # The error comes before any file is read, since reading may take hours.
     with pytest.raises(UsageError, match="is not read here"):
-        sources.open_source("--data", "*")
+        sources.open_source("`data`", "*")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +162,7 @@ def test_known_formats_without_a_reader_are_refused_by_name(
         ("rows", b"PAR1", "holds Parquet, not plain text; name it .parquet"),
     ],
 )
-def test_a_file_that_is_not_what_its_name_says_is_refused(
+def test_rejects_a_file_of_another_format_than_its_suffix(
     name: str, content: str | bytes, said: str
 ) -> None:
     write(name, content)
@@ -172,7 +170,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet", "a.json"])
-def test_a_clone_without_git_lfs_is_told_so(name: str) -> None:
+def test_rejects_a_pointer_of_git_lfs(name: str) -> None:
     write(name, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "is a pointer of Git LFS, not the file itself; run git lfs" in refusal(name)
 
@@ -202,7 +200,7 @@ def test_prose_with_brackets_is_text(text: str) -> None:
         ),
     ],
 )
-def test_broken_tables_are_refused(content: str, said: str) -> None:
+def test_rejects_broken_tables(content: str, said: str) -> None:
     write("t.csv", content)
     assert said in refusal("t.csv")
 
@@ -217,14 +215,14 @@ def test_broken_tables_are_refused(content: str, said: str) -> None:
         ("nul", "is not JSON (Expecting value: column 24); give one JSON object a"),
     ],
 )
-def test_json_that_python_does_not_read_is_named_by_line(
+def test_rejects_json_that_python_does_not_read(
     name: str, value: str, said: str
 ) -> None:
     write(name, '{"text": "one"}\n{"text": "pi", "more": ' + value + "}\n")
-    assert f"--data '{name}': {name}:2 {said}" in refusal(name)
+    assert f"`data` '{name}': {name}:2 {said}" in refusal(name)
 
 
-def test_json_arrays_that_are_broken_are_named_by_line() -> None:
+def test_rejects_broken_json_arrays() -> None:
     write("a.json", '[\n{"text": "one"},\n{"text" "two"}\n]\n')
     expected = "a.json is not JSON (Expecting ':' delimiter: line 3 column 9); mend it"
     assert expected in refusal("a.json")
@@ -264,33 +262,33 @@ def test_nulls_of_tables_and_data_sets_are_skipped_too(
 
 
 @pytest.mark.parametrize("content", ['{"text": null}\n' * 3, '{"text": ""}\n'])
-def test_rows_of_which_none_has_text_are_refused(content: str) -> None:
+def test_rejects_rows_without_any_text(content: str) -> None:
     write("nulls.jsonl", content)
     assert "'nulls.jsonl' has no text in its 1 files" in refusal("nulls.jsonl")
 
 
-def test_a_field_that_no_row_has_ends_a_stream_early(
+def test_rejects_a_field_that_the_first_rows_lack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rows, "ROWS_WITHOUT_FIELD", 3)
     row = '{"body": "x"}\n'
     write("late.jsonl", row * 2 + '{"text": "one"}\n' + row * 5)
     assert texts("late.jsonl") == ["one"]
-    # What follows is not looked at.
+    # The rest of the file is not read.
     write("never.jsonl", row * 3 + "{")
     assert "never.jsonl:1 has no string called 'text'" in refusal("never.jsonl")
 
 
-def test_a_corpus_says_once_what_was_skipped(
+def test_a_corpus_says_once_how_many_rows_it_skipped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Though it is read twice, for the tokenizer and for the tokens."""
+    """The corpus is read twice, for the tokenizer and for the tokens."""
     lines = [json.dumps({"text": f"Document {n} of spam."}) for n in range(60)]
     write("nulls.jsonl", "\n".join([*lines, '{"text": null}']))
     corpus.load_corpus("nulls.jsonl", vocab_size=300)
     said = capsys.readouterr().err
     assert said.count("skipped 1 of 61 documents") == said.count("\n") == 1
-    # A reader that stops before the end has counted what it read.
+    # A reader that stops before the end counts the rows that it has read.
     write("nulls.jsonl", "\n".join(['{"text": null}', *lines]))
     corpus.load_corpus("nulls.jsonl", vocab_size=300, max_tokens=50)
     assert "'nulls.jsonl': skipped 1 of " in capsys.readouterr().err
@@ -321,7 +319,7 @@ def test_utf_16_is_read_in_either_order_and_split_as_utf_8() -> None:
     assert texts("wide.txt") == texts("narrow.txt")
 
 
-def test_each_file_of_a_folder_loses_its_mark() -> None:
+def test_the_byte_order_mark_of_each_file_is_dropped() -> None:
     for name in ("a.txt", "b.txt"):
         write(f"d/{name}", "Hello".encode("utf-8-sig"))
     write("d/c.py", "Hello".encode("utf-8-sig"))
@@ -359,10 +357,10 @@ def test_errors_name_the_text_field(data: str) -> None:
     }.items():
         assert f" {name!r}; its " in error
         assert "content" in error
-        assert error.endswith("name the one with the text with --text-field")
+        assert error.endswith("name the one with the text with `text_field`")
 
 
-def test_a_field_of_another_type_is_refused() -> None:
+def test_rejects_a_field_of_another_type() -> None:
     write("a.jsonl", '{"messages": [{"role": "user"}]}\n')
     error = refusal("a.jsonl", field="messages")
     assert (
@@ -371,11 +369,11 @@ def test_a_field_of_another_type_is_refused() -> None:
     )
 
 
-def test_a_text_field_is_for_rows() -> None:
+def test_rejects_a_text_field_for_files_without_rows() -> None:
     for number in range(3):
         write(f"d/{number}.txt", f"text {number}")
     with pytest.raises(
-        UsageError, match="--text-field 'content' is for rows, and the files of --data"
+        UsageError, match="`text_field` 'content' is for rows, and the files of `data`"
     ):
         corpus.load_corpus("d", vocab_size=300, text_field="content")
     write("held.jsonl", '{"content": "held"}\n')
@@ -409,7 +407,7 @@ def test_the_command_line_takes_a_text_field(
 # Folders.
 
 
-def test_a_clone_of_a_data_set_gives_its_rows_alone(
+def test_a_clone_of_a_data_set_gives_only_its_rows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_parquet("clone/data/train.parquet", text=["one", "two"])
@@ -426,7 +424,7 @@ def test_a_clone_of_a_data_set_gives_its_rows_alone(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.json", "a.csv"])
-def test_rows_of_any_format_leave_out_the_card(name: str) -> None:
+def test_the_card_is_left_out_beside_rows_of_any_format(name: str) -> None:
     write("clone/README.md", "A card.\n")
     write("clone/dataset_infos.json", '{"default": {}}')
     content = "text\none\n" if name == "a.csv" else '{"text": "one"}\n'
@@ -455,8 +453,8 @@ def test_a_glob_reads_what_it_matches_and_says_how(
     )
 
 
-def test_a_saved_data_set_is_refused_with_its_remedy() -> None:
-    """As datasets' save_to_disk leaves it, with JSON beside what holds the rows."""
+def test_rejects_a_saved_data_set() -> None:
+    """save_to_disk of datasets writes JSON files beside the files with the rows."""
     write("saved/data-00000-of-00001.arrow", b"\xff\xff\xff\xff")
     write("saved/dataset_info.json", "{}")
     write("saved/state.json", "{}")

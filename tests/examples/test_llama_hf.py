@@ -22,8 +22,8 @@ from examples.llama.hf import weights as hf_weights
 from examples.llama.model import Params, graphdef_of, init_params
 from examples.llama.run.errors import UsageError
 
-# Weights so large that attention is far from uniform: else rotary embeddings would
-# hardly matter.
+# With these large weights, attention is far from uniform. Otherwise rotary embeddings
+# would hardly matter.
 LLAMA = functools.partial(LlamaConfig, max_seq_len=96, initializer_range=0.3)
 CONFIGS = {
     "multi-head": LLAMA(64, 16, 24, 2, 3),
@@ -65,7 +65,7 @@ def transformers() -> Any:
 
 
 def random_params(config: LlamaConfig, dtype: str = "float32") -> Params:
-    """Parameters of which all differ, norms too, so that any that is misplaced shows."""
+    """Parameters that all differ, norms too, so that a misplaced one is noticed."""
     generator = np.random.default_rng(1)
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -103,9 +103,7 @@ def logits_of(config: LlamaConfig, params: Params) -> np.ndarray:
 
 
 def their_model(transformers: Any, config: LlamaConfig) -> Any:
-    """A transformers model of random weights, its config written out apart from
-    `hf_config`.
-    """
+    """A transformers model of random weights, configured without `hf_config`."""
     import torch
 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -118,7 +116,7 @@ def their_model(transformers: Any, config: LlamaConfig) -> Any:
             "original_max_position_embeddings": scaling.original_max_seq_len,
         }
     name = config.model_type.capitalize()
-    # A Mistral has a window of 4096 tokens unless its configuration says otherwise.
+    # By default, transformers gives a Mistral a window of 4096 tokens.
     more = {"sliding_window": None} if name == "Mistral" else {}
     model = getattr(transformers, f"{name}ForCausalLM")(
         getattr(transformers, f"{name}Config")(
@@ -270,7 +268,7 @@ def test_their_tokenizer_encodes_as_ours(
     assert transformers.AutoConfig.from_pretrained(folder).eos_token_id == end_id
 
 
-# What a model has beside its weights.
+# The files beside the weights.
 
 CHAT = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -291,7 +289,7 @@ def chat_tokenizer() -> tokenizers.Tokenizer:
 
 @pytest.fixture
 def chat(tmp_path: Path, exported: Callable[..., Path]) -> Path:
-    """A folder of a model with the files of one for chats."""
+    """A model's folder with the files of a chat model."""
     given = chat_tokenizer()
     folder = exported(CHAT_CONFIG, tokenizer=given, end_token=END)
     folder = folder.rename(tmp_path / "chat")
@@ -364,13 +362,13 @@ def test_ids_of_special_tokens(chat: Path, tmp_path: Path) -> None:
     end_id = given.token_to_id(END)
     fields = {"bos_token_id": None, "eos_token_id": end_id}
     ids = functools.partial(pretrained.with_token_ids, fields, tokenizer=given)
-    # A field that is missing stays so, and the text's own end is one of the model's.
+    # A missing field stays missing. The end token of the text is one of the model's.
     edit_json(
         chat / hf_weights.CONFIG, bos_token_id=..., pad_token_id=None, eos_token_id=5
     )
     files = pretrained.find_files(None, chat)
     assert ids(files) == {"pad_token_id": None, "eos_token_id": end_id}
-    # Those of another tokenizer's model mean nothing.
+    # The ids of a model with another tokenizer are ignored.
     other = tmp_path / "other"
     other.mkdir()
     (other / hf_weights.TOKENIZER).write_text(given.to_str())
@@ -385,7 +383,7 @@ def test_ids_of_special_tokens(chat: Path, tmp_path: Path) -> None:
     assert ids({}) == fields
 
 
-def test_an_end_that_no_file_names_is_written(chat: Path, tmp_path: Path) -> None:
+def test_an_end_token_that_no_file_names_is_written(chat: Path, tmp_path: Path) -> None:
     fields = {name: value for name, value in CHAT.items() if name != "eos_token"}
     hf_weights.write_json(chat / hf_weights.TOKENIZER_CONFIG, fields)
     folder = export_of(tmp_path, pretrained.find_files(None, chat))
@@ -403,13 +401,13 @@ def test_a_byte_order_mark_is_not_passed_on(
     assert transformers.AutoTokenizer.from_pretrained(folder).bos_token == "<s>"
 
 
-# There and back.
+# Round trips.
 
 
 @every_config
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 3000])
-def test_what_is_written_is_read_bit_for_bit(
+def test_exported_weights_are_read_bit_for_bit(
     config: LlamaConfig, dtype: str, max_shard_bytes: int, exported: Callable[..., Path]
 ) -> None:
     folder = exported(config, dtype, max_shard_bytes=max_shard_bytes)
@@ -492,7 +490,7 @@ def test_shards_hold_no_more_than_asked_and_the_index_says_where(
     }
 
 
-def test_files_say_what_transformers_4_wants_to_know(
+def test_files_have_the_fields_that_transformers_4_needs(
     exported: Callable[..., Path],
 ) -> None:
     folder = exported(
@@ -505,7 +503,7 @@ def test_files_say_what_transformers_4_wants_to_know(
     ]
 
 
-def test_runs_of_tensors_fill_shards() -> None:
+def test_consecutive_tensors_fill_shards() -> None:
     assert hf_weights.cut_into_shards("abcde", [2, 2, 9, 1, 3], 4) == [
         ["a", "b"],
         ["c"],
@@ -603,7 +601,7 @@ def test_fields_that_early_versions_did_not_write(
         ({"rope_theta": None}, {"rope_theta": 10_000.0}),
     ],
 )
-def test_fields_that_transformers_has_a_default_or_another_word_for(
+def test_fields_with_a_default_or_another_name(
     changes: dict[str, Any], read: dict[str, Any], exported: Callable[..., Path]
 ) -> None:
     config = dataclasses.replace(UNTIED, rms_norm_eps=1e-3, rope_theta=10_000.0)
@@ -733,7 +731,7 @@ def test_tensors_that_early_versions_wrote(exported: Callable[..., Path]) -> Non
         ),
     ],
 )
-def test_unusable_config(
+def test_rejects_unusable_configs(
     changes: dict[str, Any], message: str, exported: Callable[..., Path]
 ) -> None:
     folder = exported(UNTIED)
@@ -753,14 +751,16 @@ def test_unusable_config(
         (b"[" * 100_000, "is JSON with brackets nested too deep"),
     ],
 )
-def test_unreadable_config(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_rejects_unreadable_configs(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
     if content is not None:
         (tmp_path / hf_weights.CONFIG).write_bytes(content)
     with pytest.raises(UsageError, match=f"config.json {message}"):
         hf_weights.read_config(tmp_path)
 
 
-def test_config_that_is_a_folder(tmp_path: Path) -> None:
+def test_rejects_a_config_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / hf_weights.CONFIG).mkdir()
     with pytest.raises(UsageError, match="cannot read .*config.json: Is a directory"):
         hf_weights.read_config(tmp_path)
@@ -795,7 +795,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
     ],
 )
-def test_unusable_tensors(
+def test_rejects_unusable_tensors(
     changes: dict[str, np.ndarray | None], message: str, exported: Callable[..., Path]
 ) -> None:
     folder = exported(UNTIED)
@@ -815,7 +815,7 @@ def test_errors_name_the_fields_that_make_a_shape() -> None:
         assert tuple(sizes) == tensor.shape, tensor.name
 
 
-def test_tied_head_that_differs(exported: Callable[..., Path]) -> None:
+def test_rejects_a_tied_head_that_differs(exported: Callable[..., Path]) -> None:
     folder = exported(TIED)
     edit_weights(
         folder / hf_weights.WEIGHTS, **{hf_weights.HEAD: np.ones((64, 16), np.float32)}
@@ -827,7 +827,7 @@ def test_tied_head_that_differs(exported: Callable[..., Path]) -> None:
         hf_weights.load_params(folder, TIED, "float32")
 
 
-def test_missing_and_repeated_shards(exported: Callable[..., Path]) -> None:
+def test_rejects_missing_and_repeated_shards(exported: Callable[..., Path]) -> None:
     folder = exported(UNTIED, max_shard_bytes=9000)
     first, second, *_ = sorted(folder.glob("*.safetensors"))
     repeated = load_file(first)
@@ -854,7 +854,9 @@ def test_missing_and_repeated_shards(exported: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 4, 100, -5])
-def test_truncated_weights(kept_bytes: int, exported: Callable[..., Path]) -> None:
+def test_rejects_truncated_weights(
+    kept_bytes: int, exported: Callable[..., Path]
+) -> None:
     file = exported(UNTIED) / hf_weights.WEIGHTS
     file.write_bytes(file.read_bytes()[:kept_bytes])
     with pytest.raises(
@@ -863,7 +865,7 @@ def test_truncated_weights(kept_bytes: int, exported: Callable[..., Path]) -> No
         hf_weights.load_params(file.parent, UNTIED, "float32")
 
 
-def test_git_lfs_pointer_in_place_of_weights(exported: Callable[..., Path]) -> None:
+def test_rejects_a_pointer_of_git_lfs(exported: Callable[..., Path]) -> None:
     file = exported(UNTIED) / hf_weights.WEIGHTS
     file.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
@@ -872,7 +874,7 @@ def test_git_lfs_pointer_in_place_of_weights(exported: Callable[..., Path]) -> N
         hf_weights.load_params(file.parent, UNTIED, "float32")
 
 
-def test_unknown_dtypes(exported: Callable[..., Path], tmp_path: Path) -> None:
+def test_rejects_unknown_dtypes(exported: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="dtype 'bfloat' is unknown; choose one of: bfloat16, float32"
     ):
@@ -888,7 +890,7 @@ def test_unknown_dtypes(exported: Callable[..., Path], tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_parameters_of_another_shape(tmp_path: Path) -> None:
+def test_rejects_parameters_of_another_shape(tmp_path: Path) -> None:
     deeper = dataclasses.replace(UNTIED, num_layers=4)
     with pytest.raises(
         UsageError,
@@ -903,7 +905,7 @@ def test_parameters_of_another_shape(tmp_path: Path) -> None:
         hf_weights.save_pretrained(random_params(UNTIED), tied, tmp_path / "new")
 
 
-def test_arguments_of_an_export(tmp_path: Path) -> None:
+def test_rejects_arguments_of_an_export(tmp_path: Path) -> None:
     save = functools.partial(
         hf_weights.save_pretrained, random_params(UNTIED), UNTIED, tmp_path / "new"
     )
@@ -968,7 +970,7 @@ def test_an_export_takes_an_empty_folder_and_makes_a_missing_one(
         (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
     ],
 )
-def test_an_export_that_ends_early_leaves_nothing(
+def test_an_interrupted_export_leaves_no_files(
     error: BaseException,
     raised: type[BaseException],
     message: str,
@@ -991,7 +993,7 @@ def test_an_export_that_ends_early_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_to_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_rejects_an_export_to_an_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
         UsageError, match="cannot write .*new: .*; free space or choose another folder"

@@ -1,5 +1,6 @@
-"""The layer-wise step of LLaMA with the trainer's optimizers takes the numbers of the
-ordinary one.
+"""The layer-wise step of LLaMA computes the ordinary step's numbers.
+
+The optimizers are those of the trainer.
 """
 
 import dataclasses
@@ -37,15 +38,14 @@ from examples.llama.step import (
 
 STEPS = 20
 OPTIMIZERS = ["apollo", "apollo-mini", "apollo-svd", "racs", "adamw", "lion", "muon"]
-# Less than 20: projections are drawn anew at steps 1, 8 and 15.
+# New projections are drawn at steps 1, 8 and 15.
 GAP = 7
-# XLA for CPU leaves sums and products to a library, which takes them in an order that
-# follows from the shape of the whole array: those of a stack differ in the last digit
-# from those of its layers. float32 needs that digit. Adam's first update of an
-# embedding, of a token not met before, is a whole step up or down, also where the
-# gradient is 0 but for a rounding: two runs of the ordinary step whose weights differ
-# by a unit in the last place end as far apart. The option is experimental; a jaxlib
-# without it refuses it by name.
+# XLA for CPU leaves sums and products to a library. The order of its sums depends on
+# the shape of the whole array, so sums of a stack differ from those of its layers in
+# the last digit. In float32, that digit matters: Adam's first update of an embedding is
+# a full step up or down, even if the gradient is nothing but a rounding error. Two runs
+# of the ordinary step whose weights differ in the last digit end as far apart. The
+# option is experimental. A jaxlib without it raises an error that names it.
 SUMS_BY_XLA = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -57,7 +57,7 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer has no flag for it."""
+    """Draws projections more often than the trainer does; it has no option for that."""
     scale_by_apollo = functools.partial(
         apollo_optax.scale_by_apollo, update_proj_gap=GAP
     )
@@ -91,7 +91,7 @@ def tokens_of(config: LlamaConfig, steps: int = STEPS, batch: int = 2) -> np.nda
 def trained(
     steps: Sequence[TrainStep], state: TrainState, tokens: np.ndarray
 ) -> tuple[TrainState, list[StepMetrics]]:
-    """Takes the steps in turn; what they consume is not what the caller has."""
+    """Takes the steps in turn, from a copy of the state, since steps donate it."""
     state, metrics = jax.tree.map(jnp.copy, state), []
     for number, step in enumerate(steps):
         state, of_step = step(state, Batch(tokens[number]), number + 1)
@@ -100,16 +100,12 @@ def trained(
 
 
 def summed_by_xla(step: Any, state: TrainState, tokens: np.ndarray) -> TrainStep:
-    """The step compiled for these shapes with sums of matrices that are the same in a
-    stack.
-    """
+    """Compiles the step so that sums in a stack equal those of its layers."""
     return step.lower(state, Batch(tokens[0]), 1).compile(compiler_options=SUMS_BY_XLA)
 
 
 def assert_agree(actual: Any, expected: Any, highest: float) -> None:
-    """Every leaf's largest error is at most this part of its largest element; types are
-    the same.
-    """
+    """Asserts equal types, and errors up to `highest` times a leaf's largest value."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(actual),
@@ -158,7 +154,7 @@ def assert_same_training(
     np.testing.assert_allclose(
         [m.grad_norm for m in metrics],
         [m.grad_norm for m in expected_metrics + last_metrics],
-        rtol=max(highest, 1e-5),  # The ordinary step takes it in float32.
+        rtol=max(highest, 1e-5),  # The ordinary step computes this norm in float32.
     )
     assert len({float(m.loss) for m in metrics}) == STEPS
     changing, _ = trained(
@@ -171,7 +167,7 @@ def assert_same_training(
     ("name", "remat", "tied_head", "rules"),
     [
         ("apollo", "dots", True, {}),
-        # test_in_float32 has apollo-mini, too.
+        # By default, test_in_float32 tests apollo-mini.
         pytest.param("apollo-mini", "dots", False, {}, marks=pytest.mark.slow),
         pytest.param("apollo-svd", "dots", False, {}, marks=pytest.mark.slow),
         ("adamw", "none", False, {}),
@@ -185,20 +181,20 @@ def assert_same_training(
         ),
     ],
 )
-def test_twenty_steps_and_changes_between_the_two(
+def test_twenty_steps_also_if_the_kind_of_step_changes(
     name: str, remat: str, tied_head: bool, rules: dict[str, str], small: LlamaConfig
 ) -> None:
     config = dataclasses.replace(small, num_kv_heads=1, tied_head=tied_head)
-    # Moments are in float32, so that the last digit of a gradient may be the eighth of
-    # a moment.
+    # The moments are in float32. A difference in the last digit of a float64 gradient
+    # can therefore change the eighth digit of a moment.
     assert_same_training(name, config, "float64", 1e-6, remat, **rules)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_biases_and_norms_of_heads(model_type: str, small: LlamaConfig) -> None:
-    # Large weights, so that attention is far from uniform. Without rotary embeddings a
-    # bias on keys would change nothing, and with small weights it changes so little
-    # that Adam's update of it is a matter of rounding.
+    # With these large weights, attention is far from uniform. A bias on keys has an
+    # effect only through rotary embeddings. With small weights the effect is so small
+    # that rounding errors decide Adam's update of the bias.
     config = dataclasses.replace(
         small, num_kv_heads=1, initializer_range=0.3, model_type=model_type
     )
@@ -235,9 +231,7 @@ def test_in_float32(small: LlamaConfig) -> None:
 
 
 def test_rematerialisation_within_a_layer(small: LlamaConfig) -> None:
-    """What is kept of a layer for its gradient; that its numbers are the same is tested
-    above.
-    """
+    """Each policy keeps less of a layer than the next; other tests check the numbers."""
     params = jax.tree.map(lambda leaf: leaf[0], init_params(small, seed=0)["layers"])
     x = jnp.zeros((2, 8, small.hidden_size), jnp.float32)
 
@@ -249,16 +243,14 @@ def test_rematerialisation_within_a_layer(small: LlamaConfig) -> None:
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert kept("full") < weights + 1.1 * x.size  # The layer's input.
+    assert kept("full") < weights + 1.1 * x.size  # The weights and the layer's input.
     assert kept("full") < kept("dots") < kept("none")
 
 
 def test_attention_goes_backward_after_the_gradients_of_the_mlp(
     small: LlamaConfig,
 ) -> None:
-    """Nothing but a barrier takes the gradients of the MLP and the one that attention
-    goes on with.
-    """
+    """All gradients depend on a barrier, which takes those of the MLP directly."""
     params = jax.tree.map(lambda leaf: leaf[0], init_params(small, seed=0)["layers"])
     x = jnp.zeros((2, 8, small.hidden_size), jnp.float32)
     layer = pieces_of(small, in_dtype("float32", "none")).layer
@@ -284,18 +276,18 @@ def test_attention_goes_backward_after_the_gradients_of_the_mlp(
 
 
 @pytest.mark.slow  # test_llama_mesh.py trains layer-wise on a mesh by default.
-@pytest.mark.parametrize("cut", ["fsdp", "data"])
-def test_meshes(cut: str, small: LlamaConfig) -> None:
-    """Of eight devices: batches cut over all, weights whole on each or cut over all as
-    well.
-    """
+@pytest.mark.parametrize("sharded", ["fsdp", "data"])
+def test_meshes(sharded: str, small: LlamaConfig) -> None:
+    """Shards batches over eight devices, and weights too if `sharded` is "fsdp"."""
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
     execution, tx = in_dtype("float64"), optimizer_of("apollo", small)
     state, tokens = initial_state(small, execution, tx), tokens_of(small, 3, batch=8)
     layerwise = make_layerwise_train_step(pieces_of(small, execution), tx)
     expected, expected_metrics = trained([layerwise] * 3, state, tokens)
 
-    def place(leaf: jax.Array) -> NamedSharding:
+    replicated = NamedSharding(mesh, P())
+
+    def sharding_of(leaf: jax.Array) -> NamedSharding:
         axis = next(
             (
                 axis
@@ -304,28 +296,31 @@ def test_meshes(cut: str, small: LlamaConfig) -> None:
             ),
             None,
         )
-        is_cut = cut == "fsdp" and axis is not None
-        return NamedSharding(mesh, P(*[None] * axis, "devices") if is_cut else P())
+        if sharded == "data" or axis is None:
+            return replicated
+        return NamedSharding(mesh, P(*[None] * axis, "devices"))
 
-    places = jax.tree.map(place, state.params)
-    params = jax.device_put(state.params, places)
+    shardings = jax.tree.map(sharding_of, state.params)
+    params = jax.device_put(state.params, shardings)
     numbers = apollo_optax.dimension_numbers_by_path(
         [(r"^layers/.*/kernel$", apollo_optax.ApolloDimensionNumbers(1, 2))]
     )
-    state_places = apollo_optax.state_sharding(
+    state_shardings = apollo_optax.state_sharding(
         state.opt_state, params, weight_dimension_numbers=numbers
     )
-    whole = NamedSharding(mesh, P())
-    out = (TrainState(places, state_places), StepMetrics(whole, whole))
+    out = (
+        TrainState(shardings, state_shardings),
+        StepMetrics(replicated, replicated),
+    )
     on_mesh = jax.jit(layerwise, donate_argnums=0, out_shardings=out)
-    placed = TrainState(params, jax.device_put(state.opt_state, state_places))
+    sharded_state = TrainState(params, jax.device_put(state.opt_state, state_shardings))
     metrics = None
     for number, rows in enumerate(tokens):
-        placed, metrics = on_mesh(
-            placed,
+        sharded_state, metrics = on_mesh(
+            sharded_state,
             Batch(jax.device_put(rows, NamedSharding(mesh, P("devices")))),
             number + 1,
         )
-    assert_agree(jax.device_get(placed), jax.device_get(expected), 1e-6)
+    assert_agree(jax.device_get(sharded_state), jax.device_get(expected), 1e-6)
     assert metrics is not None
     np.testing.assert_allclose(metrics[:2], expected_metrics[-1][:2], rtol=1e-6)

@@ -30,12 +30,12 @@ def relative_error(value: jax.Array, expected: jax.Array) -> float:
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 11])
-def test_loss_and_gradients_are_those_of_the_plain_one(chunks: int) -> None:
+def test_loss_and_gradients_equal_the_plain_ones(chunks: int) -> None:
     with jax.enable_x64(True):
         x, head, targets = inputs(jnp.float64)
 
         def scaled(loss: Any, x: jax.Array, head: jax.Array) -> jax.Array:
-            return 3 * loss(x, head) ** 2  # So that the cotangent is not one.
+            return 3 * loss(x, head) ** 2  # The cotangent of the loss is not 1 then.
 
         results = [
             jax.value_and_grad(functools.partial(scaled, loss), argnums=(0, 1))(x, head)
@@ -74,7 +74,7 @@ def test_bfloat16_is_summed_in_float32() -> None:
         assert relative_error(grad.astype(jnp.float32), expected_grad) < 1e-2
 
 
-def test_logits_of_the_whole_batch_never_exist() -> None:
+def test_logits_of_the_whole_batch_are_never_computed() -> None:
     batch, seq, hidden, vocab = 4, 64, 8, 512
     chunks = num_chunks(batch, seq, vocab, logits_bytes=4 * batch * 16 * vocab)
     assert chunks == 4
@@ -97,7 +97,7 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
     assert largest(chunked) == batch * seq * vocab // chunks
     assert (
         largest(compiled(plain)) == batch * seq * vocab
-    )  # What the check finds in the plain one.
+    )  # The plain loss has them, so the check can fail.
     assert (
         chunked.memory_analysis().temp_size_in_bytes
         < compiled(plain).memory_analysis().temp_size_in_bytes
@@ -105,7 +105,7 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
 
 
 def test_no_chunk_is_padding_alone() -> None:
-    """63 chunks of a sequence of 256 are 52 of 5 tokens, the last with 4 of padding."""
+    """63 chunks of 256 tokens become 52 chunks of 5, the last with 4 of padding."""
     x, head, targets = (jnp.ones(shape) for shape in ((1, 256, 2), (2, 3), (1, 256)))
     program = jax.make_jaxpr(chunked_cross_entropy, static_argnums=3)(
         x, head, targets.astype(int), 63
@@ -114,9 +114,11 @@ def test_no_chunk_is_padding_alone() -> None:
 
 
 def test_number_of_chunks() -> None:
-    assert num_chunks(8, 128, 2048) == 2  # Small as they are, never all of them.
-    assert num_chunks(512, 256, 32_000) == 63  # 16.8 GB of logits, 268 MB at a time.
+    assert num_chunks(8, 128, 2048) == 2  # Even small logits have two chunks.
+    assert (
+        num_chunks(512, 256, 32_000) == 63
+    )  # 16.8 GB of logits make chunks of 268 MB.
     assert (
         num_chunks(4096, 2, 128_256) == 2
-    )  # No more than there are tokens in a sequence.
+    )  # There are at most as many as tokens per sequence.
     assert num_chunks(1, 1, 10) == 1

@@ -1,6 +1,4 @@
-"""LLaMA on meshes of one process: the numbers, the places and the checkpoints are those
-of one device.
-"""
+"""LLaMA on meshes of one process: shardings, checkpoints, and one device's numbers."""
 
 import dataclasses
 import itertools
@@ -33,7 +31,7 @@ from examples.llama.step import TrainState
 
 STEPS = 20
 MESHES = ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"]
-# Eight heads, and sizes that eight devices divide.
+# The model has eight heads, and eight devices divide its sizes.
 WIDE = LlamaConfig(384, 64, 96, 8, 2, max_seq_len=128)
 INT8 = {"weights": "int8", "layerwise": True, "compute_dtype": "float32"}
 
@@ -62,7 +60,7 @@ def trained(run: Run, steps: int = STEPS) -> tuple[TrainState, list[float]]:
     state, step = setup.initial_state(*run), setup.training_step(*run)
     losses = []
     for number in range(1, steps + 1):
-        # Of a few of the tokens, which is soon learnt.
+        # Batches have only a few of the tokens, which the model learns fast.
         rows = np.random.default_rng(number).integers(
             0, 16, (options.batch, 17), np.int32
         )
@@ -80,7 +78,7 @@ def on_one_device() -> list[float]:
         return trained(run_of("data=1", optimizer="apollo"))[1]
 
 
-# All axes at once by default; each axis alone is slow.
+# The default test has all axes at once. Each axis alone is a slow test.
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -96,7 +94,7 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
     state, losses = trained(run)
     assert (
         on_one_device[-1] < on_one_device[0] - 1
-    )  # It learns, so the losses tell the states apart.
+    )  # The loss falls, so that other states would have other losses.
     np.testing.assert_allclose(losses, on_one_device, rtol=1e-5)
     for leaf, expected in zip(
         jax.tree.leaves(state), jax.tree.leaves(setup.abstract_state(*run)), strict=True
@@ -107,7 +105,7 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(INT8, marks=pytest.mark.slow),  # Layer-wise, too.
+        pytest.param(INT8, marks=pytest.mark.slow),  # This is the layer-wise step, too.
         pytest.param(
             {
                 "layerwise": True,
@@ -153,7 +151,7 @@ def test_biases_and_norms_of_heads_on_a_mesh(
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     attention = state.params["layers"]["attention"]
     if model_type == "qwen2":
-        # Each device has the biases of the head whose columns it has.
+        # The biases of a head are on the device that has its columns.
         for name in ("q_proj", "k_proj", "v_proj"):
             bias, kernel = attention[name]["bias"], attention[name]["kernel"]
             assert bias.sharding.spec == jax.P(None, "tensor")
@@ -163,7 +161,7 @@ def test_biases_and_norms_of_heads_on_a_mesh(
 
 
 def random_state(run: Run) -> TrainState:
-    """A state whose numbers all differ, without a step to compile."""
+    """A state whose numbers all differ, for which no step need be compiled."""
     rng = np.random.default_rng(0)
 
     def random_like(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -181,7 +179,7 @@ def random_state(run: Run) -> TrainState:
 def test_checkpoints_move_between_meshes_exactly(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of eight devices, of four and of one, and cut along other axes."""
+    """The meshes have eight devices, four or one, and shard along different axes."""
     before = saved = random_state(run_of("fsdp=8", **settings))
     for number, (mesh, devices) in enumerate(
         [("data=2,fsdp=2", 4), ("data=1", 1), ("tensor=8", 8), ("fsdp=2,tensor=2", 4)],
@@ -216,7 +214,7 @@ def test_evaluation_takes_batches_that_the_mesh_does_not_divide() -> None:
 
 
 def shards(tree: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """By path, the shape and that of a device's part."""
+    """The shape of each array and of its shard on a device, by path."""
     return {
         path_name(path): (leaf.shape, leaf.sharding.shard_shape(leaf.shape))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -230,12 +228,10 @@ def shards(tree: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         *(("apollo-mini", rule) for rule in EMBEDDING_RULES),
     ],
 )
-def test_state_is_cut_as_far_as_its_sizes_allow(
+def test_state_is_sharded_as_far_as_its_sizes_allow(
     optimizer: str, embeddings: str
 ) -> None:
-    """Of a model on 8 devices, parameters and all state of matrices are an eighth on
-    each.
-    """
+    """Each of 8 devices has 1/8 of the parameters and of the state of matrices."""
     run = run_of("fsdp=4,tensor=2", optimizer=optimizer, embeddings=embeddings)
     state = setup.abstract_state(*run)
     assert all(
@@ -244,7 +240,7 @@ def test_state_is_cut_as_far_as_its_sizes_allow(
         if "norm" not in name
     )
     for name, (shape, part) in shards(state.opt_state).items():
-        # The library keeps a projection beside what it multiplies, along one side only.
+        # The library shards a projection along one side only.
         if (
             np.prod(shape) >= WIDE.num_layers * WIDE.hidden_size * 8
             and "projection" not in name
@@ -252,7 +248,7 @@ def test_state_is_cut_as_far_as_its_sizes_allow(
             assert np.prod(part) * 8 == np.prod(shape), name
 
 
-def test_the_axis_of_layers_is_never_cut() -> None:
+def test_the_axis_of_layers_is_never_sharded() -> None:
     for offload in (None, "weights"):
         run = run_of("fsdp=2,tensor=4", **INT8, offload=offload)
         for name, (shape, part) in shards(
@@ -261,10 +257,10 @@ def test_the_axis_of_layers_is_never_cut() -> None:
             assert part[0] == shape[0] == WIDE.num_layers, name
 
 
-def test_groups_of_int8_stay_whole() -> None:
-    """Codes of a group are on the device that has their scale."""
-    # In the last case down_proj has six groups of inputs, which eight devices do not
-    # divide.
+def test_groups_of_int8_are_not_split() -> None:
+    """The codes of a group are on the device that has their scale."""
+    # In the last case, down_proj has six groups of inputs, and eight devices do not
+    # divide six.
     for mesh, sizes in itertools.product(
         ("fsdp=8", "fsdp=4,tensor=2", "tensor=8"), ((512, 384), (512, 1024), (512, 768))
     ):
@@ -288,7 +284,7 @@ def test_groups_of_int8_stay_whole() -> None:
             assert (codes[1], codes[4]) == (scale[1], scale[2])
 
 
-def cut_of(model: str, mesh: str, name: str) -> tuple[Any, ...]:
+def sharding_of(model: str, mesh: str, name: str) -> tuple[Any, ...]:
     config, on = PRESETS[model], make_mesh(mesh)
     shapes = setup.abstract_params(config, setup.Execution(), on)
     leaves = {
@@ -298,7 +294,7 @@ def cut_of(model: str, mesh: str, name: str) -> tuple[Any, ...]:
     return tuple(leaves[name].sharding.spec)
 
 
-def test_every_parameter_is_cut_by_both_axes() -> None:
+def test_both_axes_shard_every_parameter() -> None:
     mesh = make_mesh("fsdp=4,tensor=2")
     for config in PRESETS.values():
         shapes = setup.abstract_params(
@@ -328,15 +324,20 @@ def test_every_parameter_is_cut_by_both_axes() -> None:
             "fsdp=8",
             "attention/k_proj",
             (None, "fsdp", "tensor"),
-        ),  # 8192 x 1024.
-        ("1b", "fsdp=8", "mlp/up_proj", (None, "fsdp", "tensor")),  # Of 5461 columns.
+        ),  # The shape is 8192 x 1024.
+        (
+            "1b",
+            "fsdp=8",
+            "mlp/up_proj",
+            (None, "fsdp", "tensor"),
+        ),  # It has 5461 columns.
         ("1b", "fsdp=8", "mlp/down_proj", (None, "tensor", "fsdp")),
     ],
 )
-def test_fsdp_cuts_the_channels_that_it_divides(
+def test_fsdp_shards_the_channels_that_it_divides(
     model: str, mesh: str, kernel: str, spec: tuple[Any, ...]
 ) -> None:
-    assert cut_of(model, mesh, f"layers/{kernel}/kernel") == spec
+    assert sharding_of(model, mesh, f"layers/{kernel}/kernel") == spec
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,7 @@ def test_fsdp_cuts_the_channels_that_it_divides(
     ],
 )
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_weights_are_brought_together_over_fsdp_alone(
+def test_weights_are_gathered_over_fsdp_only(
     mesh: str, parts: int, layerwise: bool
 ) -> None:
     run = run_of(mesh, optimizer="adamw", layerwise=layerwise)
@@ -370,10 +371,8 @@ def test_weights_are_brought_together_over_fsdp_alone(
 @pytest.mark.parametrize(
     "optimizer", [pytest.param("apollo", marks=pytest.mark.slow), "apollo-mini"]
 )
-def test_the_update_sends_norms_alone(optimizer: str) -> None:
-    """Each device projects whole channels; what crosses is a scalar for each matrix of
-    a stack.
-    """
+def test_the_update_sends_norms_only(optimizer: str) -> None:
+    """Each device projects whole channels and sends one scalar per matrix."""
     for mesh in ("fsdp=8", "data=4,fsdp=2"):
         options, config, tx, on = run_of(mesh, optimizer=optimizer)
         state = setup.abstract_state(options, config, tx, on)
@@ -397,35 +396,35 @@ def test_the_update_sends_norms_alone(optimizer: str) -> None:
         (
             "1b",
             "fsdp=4,tensor=2",
-            "shards the feed-forward size of --model 1b, 5461, over tensor=2, which ",
+            "shards the feed-forward size of `model` 1b, 5461, over tensor=2, which ",
         ),
         (
             "llama-2-70b",
             "tensor=16",
-            "shards the number of key and value heads of --model llama-2-70b, 8, ",
+            "shards the number of key and value heads of `model` llama-2-70b, 8, ",
         ),
         (
             "60m",
             "tensor=3",
-            "shards the number of heads of --model 60m, 8, over tensor=3, which does ",
+            "shards the number of heads of `model` 60m, 8, over tensor=3, which does ",
         ),
         (
             "7b",
             "fsdp=3",
-            "shards the hidden size of --model 7b, 4096, over fsdp=3, which does not divide it; ",
+            "shards the hidden size of `model` 7b, 4096, over fsdp=3, which does not divide it; ",
         ),
     ],
 )
-def test_a_size_that_an_axis_does_not_divide(
+def test_rejects_a_size_that_an_axis_does_not_divide(
     model: str, mesh: str, message: str
 ) -> None:
     options = RunOptions(out=Path("nowhere"), model=model, mesh=mesh, batch=12)
     with pytest.raises(UsageError) as error:
         partition.check_sizes(options, setup.model_config(options))
-    assert str(error.value).startswith(f"--mesh {mesh} {message}")
+    assert str(error.value).startswith(f"`mesh` {mesh} {message}")
     partition.check_sizes(
         dataclasses.replace(options, mesh="data=4"), setup.model_config(options)
-    )  # It shards none.
+    )  # `data` shards no size of the model.
 
 
 @pytest.mark.parametrize(
@@ -433,25 +432,25 @@ def test_a_size_that_an_axis_does_not_divide(
     [
         (
             "data=3",
-            "--mesh data=3 needs 3 devices, and the devices here are 8 (cpu); give data x fsdp x ",
+            "`mesh` data=3 needs 3 devices, and the devices here are 8 (cpu); give data x fsdp x ",
         ),
         (
             "data=4,tensor=4",
-            "--mesh data=4,tensor=4 needs 16 devices, and the devices here are 8 (cpu); ",
+            "`mesh` data=4,tensor=4 needs 16 devices, and the devices here are 8 (cpu); ",
         ),
-        ("fsdp=2,fsdp=4", "--mesh fsdp=2,fsdp=4 gives fsdp twice; give it once"),
+        ("fsdp=2,fsdp=4", "`mesh` fsdp=2,fsdp=4 gives fsdp twice; give it once"),
         (
             "fsdp:8",
-            "--mesh fsdp:8 is malformed; give numbers above 0, as in data=2,fsdp=4",
+            "`mesh` fsdp:8 is malformed; give numbers above 0, as in data=2,fsdp=4",
         ),
         (
             "fsdp=0",
-            "--mesh fsdp=0 is malformed; give numbers above 0, as in data=2,fsdp=4",
+            "`mesh` fsdp=0 is malformed; give numbers above 0, as in data=2,fsdp=4",
         ),
-        ("model=2", "--mesh 'model' is unknown; choose one of: "),
+        ("model=2", "`mesh` 'model' is unknown; choose one of: "),
     ],
 )
-def test_meshes_that_cannot_be(mesh: str, message: str) -> None:
+def test_rejects_meshes(mesh: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         make_mesh(mesh)
     assert str(error.value).startswith(message)

@@ -27,7 +27,7 @@ from examples.llama.model import (
 from examples.llama.optimizers import lr_group, path_name
 from examples.llama.run.errors import UsageError
 
-# Those of the papers, and exactly those of published models.
+# Nominal sizes of the models in the papers, and exact sizes of published models.
 NOMINAL = {
     **{
         "60m": 58e6,
@@ -64,7 +64,7 @@ def tokens_of(config: LlamaConfig, shape: tuple[int, int], seed: int = 0) -> jax
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_parameter_count_is_that_of_the_model(name: str) -> None:
+def test_parameter_count(name: str) -> None:
     config = PRESETS[name]
     shapes = jax.tree.leaves(abstract_params(config))
     assert sum(math.prod(leaf.shape) for leaf in shapes) == param_count(config)
@@ -115,7 +115,7 @@ def test_parameter_paths_and_shapes(small: LlamaConfig) -> None:
         ),
     ],
 )
-def test_what_a_family_has_beside_the_parameters_of_llama(
+def test_additional_parameters_of_a_family(
     model_type: str, more: dict[str, tuple[int, ...]], small: LlamaConfig
 ) -> None:
     llama = dataclasses.replace(small, num_kv_heads=1)
@@ -130,7 +130,7 @@ def test_what_a_family_has_beside_the_parameters_of_llama(
     assert {lr_group(path) for path in more} <= {"rest"}
 
 
-def test_an_unknown_family() -> None:
+def test_rejects_an_unknown_family() -> None:
     with pytest.raises(
         ValueError, match="model_type 'gemma' is unknown; choose one of"
     ):
@@ -152,9 +152,7 @@ def test_grouped_queries_and_a_tied_head_have_smaller_kernels() -> None:
 
 
 def test_grouped_queries_share_keys_and_values() -> None:
-    """Multi-head attention whose heads repeat those of the groups gives the same
-    logits.
-    """
+    """Multi-head attention with the groups' heads repeated gives the same logits."""
     params = init_params(GROUPED, seed=0)
     repeated = jax.tree.map(lambda leaf: leaf, params)
     for name in ("k_proj", "v_proj"):
@@ -245,14 +243,14 @@ def test_remat_gives_the_same_loss_and_gradients(small: LlamaConfig) -> None:
         results.append(grad(params, batch))
     assert (
         products[0] < products[1] < products[2]
-    )  # none, dots, full: ever more computed again.
+    )  # In the order none, dots, full, more is computed again.
     for result in results[1:]:
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, atol=1e-6), result, results[0]
         )
 
 
-def test_the_more_is_computed_again_the_less_is_kept(small: LlamaConfig) -> None:
+def test_rematerialization_saves_memory(small: LlamaConfig) -> None:
     def temporaries(remat: str) -> int:
         grad = jax.grad(
             functools.partial(next_token_loss, graphdef_of(small, Execution(remat)))
@@ -295,7 +293,7 @@ def test_the_attention_kernel_is_the_one_asked_for(
 ) -> None:
     half = Execution(compute_dtype="bfloat16")
     assert Execution(attention="cudnn").attention_implementation(64) == "cudnn"
-    assert half.attention_implementation(64) == "xla"  # There is no GPU.
+    assert half.attention_implementation(64) == "xla"  # This machine has no GPU.
 
     def device(kind: str, version: str, capability: str) -> Any:
         client = types.SimpleNamespace(platform_version=version)
@@ -316,7 +314,7 @@ def test_the_attention_kernel_is_the_one_asked_for(
     )
     assert (
         Execution().attention_implementation(64) == "xla"
-    )  # cuDNN's takes no float32.
+    )  # cuDNN's kernel does not take float32.
     assert half.attention_implementation(160) == "xla"
     assert half.attention_implementation(12) == "xla"
     assert (
@@ -341,7 +339,7 @@ def test_rotary_scores_depend_on_relative_position_only() -> None:
     np.testing.assert_array_equal(rotary(q, jnp.array([0]), frequencies), q)
 
 
-def test_llama3_scaling_slows_the_slow_frequencies_and_keeps_the_fast() -> None:
+def test_llama3_scaling_lowers_low_frequencies_only() -> None:
     config = PRESETS["llama-3.2-1b"]
     scaled, plain = (
         rotary_frequencies(c)
@@ -369,7 +367,7 @@ def test_llama3_scaling_slows_the_slow_frequencies_and_keeps_the_fast() -> None:
         ),
     ],
 )
-def test_shapes_that_make_no_model_are_refused(
+def test_rejects_shapes_that_make_no_model(
     fields: dict[str, int], message: str
 ) -> None:
     sizes = {
@@ -385,6 +383,6 @@ def test_shapes_that_make_no_model_are_refused(
 
 def test_unknown_preset_lists_the_nearest_first() -> None:
     with pytest.raises(
-        UsageError, match=r"--model '130' is unknown; choose one of: 130m, "
+        UsageError, match=r"`model` '130' is unknown; choose one of: 130m, "
     ):
         preset("130")

@@ -50,9 +50,7 @@ def params() -> Params:
 def moments(
     options: RunOptions, config: LlamaConfig, params: Params
 ) -> dict[str, set[Any]]:
-    """Returns the shapes of the state's leaves by the name of the parameter they belong
-    to.
-    """
+    """Returns the shapes of the leaves of the state that belong to each parameter."""
     tx, _ = make_optimizer(options, config)
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     shapes: dict[str, set[Any]] = {name: set() for name in names}
@@ -108,7 +106,7 @@ def test_state_bytes_tell_the_groups_apart(small: LlamaConfig, params: Params) -
 
     adamw, apollo, mini = size("adamw"), size("apollo"), size("apollo-mini")
     assert mini.kernels < apollo.kernels < adamw.kernels
-    for apollos in (mini, apollo):  # A scalar each comes on top of Adam's moments.
+    for apollos in (mini, apollo):  # The rule may add a scalar to Adam's moments.
         assert 0 <= apollos.embeddings_and_head - adamw.embeddings_and_head <= 8
     assert (
         size("apollo-mini", embeddings="apollo").embeddings_and_head
@@ -136,7 +134,7 @@ def test_learning_rates_reach_their_groups(
         state = tx.init(params)
         _, state = tx.update(
             grads, state, params
-        )  # Its learning rate is 0, from the warm-up.
+        )  # The learning rate of the first warm-up step is 0.
         update, _ = tx.update(grads, state, params)
         leaves = jax.tree_util.tree_leaves_with_path(update)
         return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
@@ -149,8 +147,8 @@ def test_learning_rates_reach_their_groups(
         np.testing.assert_allclose(changed[path], factor * update, rtol=1e-5)
 
 
-# What Optax calls each optimizer; of rate 1, its updates are those of the example's
-# with the sign changed.
+# The same optimizers in Optax. With a learning rate of 1, their updates have the
+# opposite sign.
 ALIASES: dict[str, optax.GradientTransformation] = {
     "adamw": optax.adamw(1.0, weight_decay=0.0),
     "galore": optax.contrib.galore(1.0, 32, scale=0.25),
@@ -162,12 +160,12 @@ ALIASES: dict[str, optax.GradientTransformation] = {
 
 
 @pytest.mark.parametrize("name", ALIASES)
-def test_kernels_get_what_optax_calls_by_the_name_and_the_rest_gets_adam(
+def test_kernels_get_optaxs_optimizer_of_the_name_and_the_rest_gets_adam(
     name: str,
 ) -> None:
     config = LlamaConfig(
         64, 128, 160, 2, 2
-    )  # Wider than Adafactor's least size to factor, so that it does.
+    )  # The sides are long enough for Adafactor to factor its moments.
     params = init_params(config, seed=0)
     options = with_defaults(RunOptions(out=Path("unused"), optimizer=name), config)
     scaler, adam = RECIPES[name].scaler(options, config), optax.adam(1.0)
@@ -212,11 +210,11 @@ def swan(gradient: np.ndarray) -> np.ndarray:
     return left @ right * np.linalg.norm(standardized) / np.sqrt(min(gradient.shape))
 
 
-# What the papers say of the gradient of a kernel, (in, out), and the largest error.
+# The update of a kernel (in, out) by the formula of the paper, and the largest error.
 STATELESS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
     "sinkgd": (sinkgd, 1e-5),
     "scale-hidden": (lambda gradient: gradient / rms(gradient, 0), 1e-5),
-    # Five of Muon's steps bring singular values to within 0.7 and 1.2.
+    # Five of Muon's steps bring singular values to between 0.7 and 1.2.
     "swan": (swan, 0.35),
 }
 
@@ -280,9 +278,7 @@ def test_no_state_of_bfloat16_parameters_is_in_bfloat16(
 def test_bfloat16_parameters_get_the_updates_of_float32_ones(
     name: str, small: LlamaConfig
 ) -> None:
-    """Also when gradients shrink: a second moment in bfloat16 would not forget the
-    large ones.
-    """
+    """Gradients shrink. A bfloat16 second moment would not forget the large ones."""
     options = options_for(name)
     wide = init_params(small, seed=0)
     params = {
@@ -462,7 +458,7 @@ def test_a_resumed_run_keeps_its_projection(
 
     fresh = resolved(options, None)
     assert fresh["projection"] == new
-    # Runs were of normal entries before there was a choice, and by default after it.
+    # Runs that are older than the option drew normal entries.
     before = {k: v for k, v in fresh.items() if k != "projection"}
     for began in (fresh, before, before | {"projection": "random"}):
         resumed = resolved(options, began)
@@ -486,7 +482,7 @@ EMBEDDING_SHAPES = {
     "racs": {(384,), (16,)},
     "flattening": set(),
 }
-# The head of SCALE has momentum.
+# Only the head has momentum in SCALE.
 HEAD_SHAPES = EMBEDDING_SHAPES | {"scale": {(16, 384)}}
 ADAM_SHAPES = {"embed/embedding": {(384, 16)}, "lm_head/kernel": {(16, 384)}}
 
@@ -535,8 +531,8 @@ def by_library(tx: optax.GradientTransformation) -> Callable[..., np.ndarray]:
     return rule
 
 
-# The second update, from the first two gradients, of the embedding and of the head.
-# "exact" has no random projection, whose numbers depend on the parameter's name.
+# The second update of the embedding and of the head as a function of two gradients.
+# "exact" is free of random projections, which depend on the parameter's name.
 SECOND_UPDATES: dict[str, tuple[Callable[..., np.ndarray], ...]] = {
     "scale": (lambda first, second: second / rms(second, 0), scale_of_head),
     "adafactor": (adafactor, adafactor),
@@ -545,7 +541,7 @@ SECOND_UPDATES: dict[str, tuple[Callable[..., np.ndarray], ...]] = {
 
 
 def second_updates(config: LlamaConfig, params: Params, **rules: str) -> Any:
-    """Returns what APOLLO-Mini makes of the second of two gradients, but no rate."""
+    """Returns APOLLO-Mini's updates for the second of two gradients, without a rate."""
     options = options_for("apollo-mini", **rules)
     scaler = RECIPES["apollo-mini"].scaler(options, config)
     update = jax.jit(with_embedding_rules(scaler, options, config).update)
@@ -560,7 +556,7 @@ def adams(params: Params) -> Any:
 
 
 @pytest.mark.parametrize("name", SECOND_UPDATES)
-def test_embeddings_get_the_rule_and_other_parameters_get_what_they_had(
+def test_a_rule_changes_embeddings_only(
     name: str, small: LlamaConfig, params: Params, adams: Any
 ) -> None:
     expected = jax.tree.map(lambda leaf: leaf, adams)
@@ -575,7 +571,7 @@ def test_embeddings_get_the_rule_and_other_parameters_get_what_they_had(
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
-def test_flattened_embeddings_have_tokens_of_one_size_and_zeros_for_the_absent(
+def test_flattened_embeddings_give_all_tokens_one_size_and_absent_ones_zeros(
     small: LlamaConfig, params: Params
 ) -> None:
     options = options_for("adamw", embeddings="flattening")
@@ -643,9 +639,7 @@ def test_rules_of_embeddings_are_tabulated(
     assert f"  {treatment}  " in line
 
 
-def test_rules_of_embeddings_bring_a_learning_rate_that_is_safe_for_all_of_them() -> (
-    None
-):
+def test_rules_of_embeddings_have_a_safe_learning_rate() -> None:
     rates = {name: rule.lr for name, rule in EMBEDDING_RULES.items()}
     adam = RECIPES["adamw"].lr_embeddings
     assert options_for("adamw").lr_embeddings == adam

@@ -51,7 +51,7 @@ def packed(sequences: list[np.ndarray], weights: list[np.ndarray] | None) -> Bat
 
 
 def packed_rows(seed: int, rows: int) -> Batch:
-    """Rows of which every other one has many more targets to learn."""
+    """Rows with many more targets to learn in every other row."""
     batches = []
     for number in range(rows):
         sequences = [drawn(seed + 10 * number + n, n) for n in LENGTHS]
@@ -65,7 +65,7 @@ def packed_rows(seed: int, rows: int) -> Batch:
 def test_a_packed_batch_has_the_loss_and_gradients_of_its_sequences_alone(
     weighted: bool, small: LlamaConfig
 ) -> None:
-    """The ordinary step's loss without weights, and the layer-wise one's with weights."""
+    """The ordinary step has no weights of targets here, and the layer-wise one has."""
     sequences = [drawn(n, n) for n in LENGTHS]
     weights = [np.random.default_rng(n).random(n) + 0.1 for n in LENGTHS]
     pieces = pieces_of(small)
@@ -76,7 +76,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_sequences_alone(
     )
 
     def alone(parts: Any) -> np.ndarray:
-        """A row per sequence; padding at its end is seen by no token of it."""
+        """Puts each sequence in a row, followed by padding that it does not attend to."""
         return np.stack([np.pad(part, (0, max(LENGTHS) - part.size)) for part in parts])
 
     ones = [np.ones(n) for n in LENGTHS]
@@ -158,7 +158,7 @@ def test_micro_batches_meshes_and_layers_make_the_step_of_the_batch(
     small: LlamaConfig,
 ) -> None:
     batch = packed_rows(0, 4)
-    # Micro-batches are every other row.
+    # A micro-batch is every other row.
     weights = target_weights(batch)
     assert weights is not None
     assert weights[1::2].sum() > 1.5 * weights[::2].sum() > 0

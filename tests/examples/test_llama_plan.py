@@ -640,7 +640,7 @@ def test_a_process_of_its_own_gives_the_same_memory(small: LlamaConfig) -> None:
         memory = compiler(run)
         with pytest.raises(
             UsageError,
-            match="--mesh data=4 needs 4 devices, and the devices here are 2",
+            match="`mesh` data=4 needs 4 devices, and the devices here are 2",
         ):
             compiler(dataclasses.replace(run, batch=4, mesh="data=4"))
         with pytest.raises(CompilerError, match="(?s)Traceback.*KeyError: 'unknown'"):

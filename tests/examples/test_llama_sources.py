@@ -46,7 +46,7 @@ def json_lines(*texts: str) -> bytes:
 
 
 def write_hub_dataset(folder: Path) -> None:
-    """Writes a data set laid out as allenai/c4 is."""
+    """Writes a data set in the layout of allenai/c4."""
     write(f"{folder}/README.md", README)
     for shard in range(2):
         name = f"{folder}/en/c4-train.{shard:05}-of-00002.json.gz"
@@ -65,15 +65,15 @@ def write_hub_dataset(folder: Path) -> None:
 
 
 def texts(data: str) -> list[str]:
-    return [document.text for document in sources.open_source("--data", data)]
+    return [document.text for document in sources.open_source("`data`", data)]
 
 
 def names(data: str) -> list[str]:
-    return [document.name for document in sources.open_source("--data", data)]
+    return [document.name for document in sources.open_source("`data`", data)]
 
 
 def run(code: str, **environment: str) -> list[str]:
-    """Returns the lines that a fresh Python prints, for what is decided at import."""
+    """Returns the lines that a new Python process prints; it reads its environment."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,
@@ -102,7 +102,7 @@ def test_stdlib_needs_no_slow_imports(tmp_path: Path) -> None:
         (
             "import sys",
             "from examples.llama.text import corpus, loader, sources",
-            "next(iter(sources.open_source('--data', 'stdlib')))",
+            "next(iter(sources.open_source('`data`', 'stdlib')))",
             "print(sorted({'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))",
         )
     )
@@ -120,14 +120,14 @@ def test_text_files_are_documents_named_by_their_relative_path(folder: Path) -> 
         ("deep/a.md", "grüße 🚀\n"),
         ("deep/latin", "caf\N{REPLACEMENT CHARACTER}\n"),
     ]
-    assert list(sources.open_source("--data", "corpus")) == expected
-    assert list(sources.open_source("--data", str(folder / "corpus"))) == expected
-    assert list(sources.open_source("--data", "corpus/**")) == expected
-    assert list(sources.open_source("--data", "corpus/*.txt")) == expected[:1]
-    assert list(sources.open_source("--data", "corpus/b.txt")) == expected[:1]
+    assert list(sources.open_source("`data`", "corpus")) == expected
+    assert list(sources.open_source("`data`", str(folder / "corpus"))) == expected
+    assert list(sources.open_source("`data`", "corpus/**")) == expected
+    assert list(sources.open_source("`data`", "corpus/*.txt")) == expected[:1]
+    assert list(sources.open_source("`data`", "corpus/b.txt")) == expected[:1]
 
 
-def test_names_that_look_like_a_glob_are_names_where_they_exist(folder: Path) -> None:
+def test_an_existing_file_may_have_a_name_like_a_glob(folder: Path) -> None:
     write("a[1]/b*.txt", "found\n")
     write("a1/b.txt", "other\n")
     assert texts("a[1]") == texts("a[1]/b*.txt") == ["found\n"]
@@ -136,11 +136,11 @@ def test_names_that_look_like_a_glob_are_names_where_they_exist(folder: Path) ->
 
 def test_documents_can_be_read_again(folder: Path) -> None:
     write("one.txt", "one\n")
-    documents = sources.open_source("--data", "one.txt")
+    documents = sources.open_source("`data`", "one.txt")
     assert list(documents) == list(documents) == [("one.txt", "one\n")]
 
 
-def test_long_text_is_cut_after_blank_lines(folder: Path) -> None:
+def test_long_text_is_split_after_blank_lines(folder: Path) -> None:
     paragraphs = [f"{number} ".ljust(1000, "x") + "\n\n" for number in range(100)]
     write("book.txt", "".join(paragraphs))
     pieces = texts("book.txt")
@@ -151,8 +151,8 @@ def test_long_text_is_cut_after_blank_lines(folder: Path) -> None:
         for piece in pieces[:-1]
     )
     assert readers.PIECE_BYTES <= len(pieces[-1]) < 2 * (readers.PIECE_BYTES + 1002)
-    # A piece's name is a digest of its text, so text that is added in front leaves most
-    # as they are.
+    # The name of a piece is a digest of its text, so most names stay the same when text
+    # is added in front.
     before = set(names("book.txt"))
     write("book.txt", "y" * readers.PIECE_BYTES + "\n\n" + "".join(paragraphs))
     assert before < set(names("book.txt"))
@@ -181,7 +181,7 @@ def test_parquet(folder: Path) -> None:
         assert texts("rows.parquet") == rows
 
 
-def test_rows_are_named_by_their_text_wherever_they_are(folder: Path) -> None:
+def test_rows_are_named_by_their_text(folder: Path) -> None:
     write("a.jsonl", json_lines("one", "two"))
     parquet.write_table(pa.table({"text": ["two", "one"]}), "b.parquet")
     assert names("a.jsonl") == names("b.parquet")[::-1]
@@ -196,7 +196,7 @@ def test_a_glob_may_mix_formats(folder: Path) -> None:
 
 def test_hub_dataset(folder: Path) -> None:
     write_hub_dataset(folder / "c4")
-    source = sources.open_source("--data", f"hf:{folder}/c4/en")
+    source = sources.open_source("`data`", f"hf:{folder}/c4/en")
     assert [document.text for document in source][:2] == ["train 0 0", "train 0 1"]
     assert len(list(source)) == len({document.name for document in source}) == 60
     assert [document.text for document in source.held_out() or ()] == ["held", "out"]
@@ -204,7 +204,7 @@ def test_hub_dataset(folder: Path) -> None:
 
 def test_hub_dataset_without_a_validation_split(folder: Path) -> None:
     write_hub_dataset(folder / "c4")
-    source = sources.open_source("--data", "hf:./c4/fr")
+    source = sources.open_source("`data`", "hf:./c4/fr")
     assert [document.text for document in source] == ["un", "deux"]
     assert source.held_out() is None
 
@@ -218,7 +218,7 @@ def test_hub_dataset_without_a_validation_split(folder: Path) -> None:
     ],
 )
 def test_hub_names(data: str, parts: tuple[str | None, ...]) -> None:
-    source = hub.HubSource.parse("--data", data)
+    source = hub.HubSource.parse("`data`", data)
     assert (source.path, source.config, source.revision) == parts
 
 
@@ -228,33 +228,33 @@ def test_fingerprints_change_with_names_and_content_only(folder: Path) -> None:
     write("c/y.txt", "one")
     write("d/x.txt", "two")
     found = [
-        sources.open_source("--data", data).fingerprint()
+        sources.open_source("`data`", data).fingerprint()
         for data in ("a", "b/*.txt", "c", "d")
     ]
     assert found[0] == found[1]
     assert len(set(found)) == 3
 
 
-def test_files_are_hashed_again_only_when_size_or_time_change(folder: Path) -> None:
+def test_files_are_hashed_again_only_if_size_or_time_change(folder: Path) -> None:
     write("a/x.txt", "one")
     write("a/y.txt", "two")
     times = os.stat("a/x.txt").st_atime_ns, os.stat("a/x.txt").st_mtime_ns
-    first = sources.open_source("--data", "a").fingerprint()
+    first = sources.open_source("`data`", "a").fingerprint()
     write("a/x.txt", "six")
     os.utime("a/x.txt", ns=times)
-    assert sources.open_source("--data", "a").fingerprint() == first
+    assert sources.open_source("`data`", "a").fingerprint() == first
     os.utime("a/x.txt", ns=(times[0], times[1] + 1))
-    assert sources.open_source("--data", "a").fingerprint() != first
+    assert sources.open_source("`data`", "a").fingerprint() != first
 
 
 def test_a_hub_copy_has_the_fingerprint_of_its_files(folder: Path) -> None:
     write_hub_dataset(folder / "c4")
-    before = sources.open_source("--data", f"hf:{folder}/c4/fr").fingerprint()
+    before = sources.open_source("`data`", f"hf:{folder}/c4/fr").fingerprint()
     write(
         "c4/fr/c4-train.00000-of-00001.json.gz",
         gzip.compress(json_lines("trois", "quatre")),
     )
-    assert sources.open_source("--data", f"hf:{folder}/c4/fr").fingerprint() != before
+    assert sources.open_source("`data`", f"hf:{folder}/c4/fr").fingerprint() != before
 
 
 def bad_parquet() -> None:
@@ -269,37 +269,37 @@ def bad_parquet() -> None:
         (
             None,
             "std",
-            "--data 'std' is unknown; choose one of: stdlib, python, package-docs, or give a file, folder or glob that ex",
+            "`data` 'std' is unknown; choose one of: stdlib, python, package-docs, or give a file, folder or glob that ex",
         ),
         (
             None,
             "no/*.txt",
-            r"--data 'no/\*.txt' matches no file; give a glob that does",
+            r"`data` 'no/\*.txt' matches no file; give a glob that does",
         ),
         (
             lambda: Path("d").mkdir(),
             "d",
-            "--data 'd' is a folder without files; give one with text",
+            "`data` 'd' is a folder without files; give one with text",
         ),
         (
             lambda: write("e.txt", ""),
             "e.txt",
-            "--data 'e.txt' has no text in its 1 files; give files",
+            "`data` 'e.txt' has no text in its 1 files; give files",
         ),
         (
             lambda: write("e.jsonl", '{"text": ""}'),
             "e.jsonl",
-            "--data 'e.jsonl' has no text in its 1 files",
+            "`data` 'e.jsonl' has no text in its 1 files",
         ),
         (
             lambda: write("d/b.bin", b"\x7fELF\0\0"),
             "d",
-            r"--data 'd': d/b.bin is binary, not text .*; leave it out, as with a glob such as 'd/\*.txt'",
+            r"`data` 'd': d/b.bin is binary, not text .*; leave it out, as with a glob such as 'd/\*.txt'",
         ),
         (
             lambda: write("j.jsonl", '{"text": "x"}\n{"text": \n'),
             "j.jsonl",
-            "--data 'j.jsonl': j.jsonl:2 is not JSON .*; give one JSON object a line",
+            "`data` 'j.jsonl': j.jsonl:2 is not JSON .*; give one JSON object a line",
         ),
         (
             lambda: write("j.jsonl", '\n{"body": "x", "id": 1}\n'),
@@ -341,12 +341,12 @@ def bad_parquet() -> None:
             "corrupt.parquet",
             "corrupt.parquet is not a readable Parquet file .*; make or get it",
         ),
-        (None, "hf:c4", "--data 'hf:c4' is no name of a data set; give hf:OWNER/NAME"),
-        (None, "hf:a/b/c/d", "--data 'hf:a/b/c/d' is no name of a data set"),
+        (None, "hf:c4", "`data` 'hf:c4' is no name of a data set; give hf:OWNER/NAME"),
+        (None, "hf:a/b/c/d", "`data` 'hf:a/b/c/d' is no name of a data set"),
         (
             None,
             "hf:/nowhere",
-            "--data 'hf:/nowhere' cannot be read .*/nowhere.*; check the name",
+            "`data` 'hf:/nowhere' cannot be read .*/nowhere.*; check the name",
         ),
         (
             lambda: write_hub_dataset(Path("c4")),
@@ -366,40 +366,40 @@ def bad_parquet() -> None:
         (
             lambda: write("c/data.jsonl", '{"text": ""}\n'),
             "hf:./c",
-            "--data 'hf:./c' has no text in its split 'train'; give another",
+            "`data` 'hf:./c' has no text in its split 'train'; give another",
         ),
     ],
 )
-def test_what_holds_no_documents_is_refused(
+def test_rejects_sources_without_documents(
     folder: Path, prepare: Callable[[], object] | None, data: str, message: str
 ) -> None:
     if prepare:
         prepare()
     with pytest.raises(UsageError, match=message) as caught:
-        list(sources.open_source("--data", data))
+        list(sources.open_source("`data`", data))
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"--data {data!r}")
+    assert str(caught.value).startswith(f"`data` {data!r}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
-def test_a_file_that_cannot_be_read_is_refused(folder: Path) -> None:
-    # A superuser may read any file, but not the first page of memory.
+def test_rejects_an_unreadable_file(folder: Path) -> None:
+    # A superuser can read any file, but not the first page of memory.
     memory = "/proc/self/mem"
     with pytest.raises(
         UsageError,
-        match=f"--data '{memory}': {memory} cannot be read .*; make it readable",
+        match=f"`data` '{memory}': {memory} cannot be read .*; make it readable",
     ):
-        list(sources.open_source("--data", memory))
+        list(sources.open_source("`data`", memory))
     with pytest.raises(
-        UsageError, match=f"--validation '{memory}': {memory} cannot be read"
+        UsageError, match=f"`validation` '{memory}': {memory} cannot be read"
     ):
-        sources.open_source("--validation", memory).fingerprint()
+        sources.open_source("`validation`", memory).fingerprint()
 
 
 @pytest.mark.parametrize(
     ("module", "data"), [("pyarrow", "x.parquet"), ("datasets", "hf:./c")]
 )
-def test_missing_packages_are_named(
+def test_names_missing_packages(
     folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, data: str
 ) -> None:
     write("c/data.jsonl", json_lines("x"))
@@ -407,9 +407,9 @@ def test_missing_packages_are_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         UsageError,
-        match=rf"--data '{data}'.* needs .*; run pip install 'apollo-optax\[examples\]'",
+        match=rf"`data` '{data}'.* needs .*; run pip install 'apollo-optax\[examples\]'",
     ):
-        list(sources.open_source("--data", data))
+        list(sources.open_source("`data`", data))
 
 
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
@@ -417,20 +417,20 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 from examples.llama.text import sources
 from examples.llama.run.errors import UsageError
 try:
-    list(sources.open_source("--data", "hf:allenai/c4/en"))
+    list(sources.open_source("`data`", "hf:allenai/c4/en"))
 except UsageError as error:
     print(error)
 """
     (line,) = run(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert line.startswith(
-        "--data 'hf:allenai/c4/en' cannot be read (Couldn't reach 'allenai/c4' on the Hub"
+        "`data` 'hf:allenai/c4/en' cannot be read (Couldn't reach 'allenai/c4' on the Hub"
     )
     assert "check the name, the network" in line
 
 
 @pytest.fixture
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A standard library of one file, and a folder for packages beside it."""
+    """A standard library of one file, and a folder of packages beside it."""
     write("stdlib/os.py", "import sys\n")
     (folder / "packages").mkdir()
     monkeypatch.setattr(sources, "stdlib_folder", lambda: folder / "stdlib")
@@ -452,24 +452,24 @@ def test_python_has_each_text_and_each_opening_comment_once(installed: Path) -> 
     write("packages/a/notes.txt", "not Python")
     documents = {
         document.name: document.text
-        for document in sources.open_source("--data", "python")
+        for document in sources.open_source("`data`", "python")
     }
     assert documents == {
         "stdlib/os.py": "import sys\n",
         "purelib/a/one.py": LICENCE + "one = 1\n",
         "purelib/a/two.py": "two = 2\n",
     }
-    # Read again, it is the same: what was seen is of one reading.
+    # A second reading gives the same, since each reading looks for repeats anew.
     assert names("python") == list(documents)
 
 
 def test_the_fingerprint_of_python_follows_its_files(installed: Path) -> None:
     write("packages/a.py", "a = 1\n")
-    before = sources.open_source("--data", "python").fingerprint()
-    assert sources.open_source("--data", "python").fingerprint() == before
-    assert sources.open_source("--data", "stdlib").fingerprint() != before
+    before = sources.open_source("`data`", "python").fingerprint()
+    assert sources.open_source("`data`", "python").fingerprint() == before
+    assert sources.open_source("`data`", "stdlib").fingerprint() != before
     write("packages/a.py", "a = 22\n")
-    assert sources.open_source("--data", "python").fingerprint() != before
+    assert sources.open_source("`data`", "python").fingerprint() != before
 
 
 def test_package_docs_are_the_english_of_packages_each_paragraph_once(
@@ -518,7 +518,7 @@ def test_an_opening_comment_ends_with_the_first_line_of_code() -> None:
     assert sources.split_opening_comment('"""Doc."""\n')[0] == ""
 
 
-def test_the_folders_of_packages_are_of_this_python() -> None:
+def test_package_folders_belong_to_this_python() -> None:
     found = list(sources.site_folders().values())
     assert len(set(found)) == len(found)
     assert any((folder / "jax" / "__init__.py").exists() for folder in found)

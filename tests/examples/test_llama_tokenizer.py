@@ -18,7 +18,7 @@ SPECIAL = "<|end_of_text|>"
 
 
 def write_tokenizer(folder: Path, *specials: str, **config: object) -> Path:
-    """Writes a BPE with special tokens, in a model's folder; returns the folder."""
+    """Writes a BPE with special tokens to a model's folder; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = tokenizer.train_tokenizer(TEXTS, 300).tokenizer
     fields = json.loads(trained.to_str())
@@ -52,11 +52,11 @@ def test_encoded_texts_end_with_the_end_token_and_only_there() -> None:
     assert [encoder.tokenizer.decode(row[:-1].tolist()) for row in rows] == texts
 
 
-def test_given_tokenizer_encodes_whole_texts_and_adds_bos_alone(tmp_path: Path) -> None:
+def test_given_tokenizer_encodes_whole_texts_and_adds_only_bos(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, SPECIAL, "<s>")
     raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = f"spam{SPECIAL} " * 20
-    # What an inference tokenizer may come with.
+    # A tokenizer for inference may have these settings.
     raw.enable_truncation(4)
     raw.enable_padding(length=64)
     raw.post_processor = tokenizers.processors.TemplateProcessing(
@@ -132,12 +132,12 @@ except UsageError as error:
     end, refusal = done.stdout.splitlines()
     assert end == "<|eot_id|>"
     assert refusal.startswith(
-        "--tokenizer 'meta-llama/Llama-9' is no file or folder here, nor to be had from"
+        "`tokenizer` 'meta-llama/Llama-9' is no file or folder here, nor to be had from"
     )
     assert "check the name, the network" in refusal
 
 
-def test_vocabulary_larger_than_the_models_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_larger_vocabulary_than_the_models(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, SPECIAL)
     size = tokenizer.load_tokenizer(str(folder), 400).vocab_size
     assert tokenizer.load_tokenizer(str(folder), size).end_id == size - 1
@@ -157,11 +157,11 @@ def test_ids_with_gaps_count_by_the_largest(tmp_path: Path) -> None:
         tokenizer.load_tokenizer(str(folder), 400)
 
 
-def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
+def test_rejects_missing_tokenizers(tmp_path: Path) -> None:
     for name in (str(tmp_path / "tokenizer.json"), "my.json", "a/b/c"):
         with pytest.raises(
             UsageError,
-            match=f"--tokenizer '{name}' does not exist; give a tokenizer.json",
+            match=f"`tokenizer` '{name}' does not exist; give a tokenizer.json",
         ):
             tokenizer.load_tokenizer(name, 400)
     with pytest.raises(
@@ -171,15 +171,15 @@ def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"model": 1}'])
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
+def test_rejects_a_file_that_is_no_tokenizer(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(
-        UsageError, match=r"--tokenizer .*tokenizer.json is no tokenizer \(.*\); give a"
+        UsageError, match=r"`tokenizer` .*tokenizer.json is no tokenizer \(.*\); give a"
     ):
         tokenizer.load_tokenizer(str(tmp_path), 400)
 
 
-def test_bad_end_tokens_are_refused(tmp_path: Path) -> None:
+def test_rejects_bad_end_tokens(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, "<fin>")
     with pytest.raises(
         UsageError,
@@ -215,7 +215,7 @@ def test_files_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
         tokenizer.load_tokenizer(str(folder), 400)
 
 
-# What precedes a document.
+# Tokens before a document.
 
 
 def with_post_processor(folder: Path, single: str, *tokens: str) -> None:
@@ -237,11 +237,11 @@ def with_post_processor(folder: Path, single: str, *tokens: str) -> None:
         ("$A </s>", []),
         ("$A", []),
         ("<a> <s> $A", ["<a>", "<s>"]),
-        # One token that begins and ends texts stands once between two.
+        # A token that both begins and ends texts stands once between two texts.
         ("</s> $A", []),
     ],
 )
-def test_what_the_tokenizer_puts_before_a_text_precedes_documents(
+def test_documents_begin_with_the_tokens_that_the_tokenizer_adds(
     tmp_path: Path, single: str, prefix: list[str]
 ) -> None:
     folder = write_tokenizer(tmp_path, "<s>", "</s>", "<a>", eos_token="</s>")

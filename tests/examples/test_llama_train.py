@@ -48,7 +48,7 @@ def stepped(
     **arguments: int,
 ) -> tuple[TrainState, StepMetrics]:
     train_step = make_train_step(graphdef_of(config, execution), tx_of(), **arguments)
-    copied = jax.tree.map(jnp.copy, state)  # It consumes the state.
+    copied = jax.tree.map(jnp.copy, state)  # The step donates its state.
     return train_step(copied, batch_of(config, batch), 1)
 
 
@@ -137,7 +137,7 @@ def test_the_update_of_the_kernels_is_measured_at_the_steps_that_are_asked_for(
     assert jnp.isfinite(state.params["final_norm"]["scale"]).all()
 
 
-def test_a_step_that_is_not_finite_is_skipped_whole(small: LlamaConfig) -> None:
+def test_a_skipped_step_changes_nothing(small: LlamaConfig) -> None:
     state = initial_state(small)
     state.params["final_norm"]["scale"] = (
         state.params["final_norm"]["scale"].at[3].set(jnp.nan)
@@ -145,12 +145,12 @@ def test_a_step_that_is_not_finite_is_skipped_whole(small: LlamaConfig) -> None:
     skipped, metrics = stepped(small, state, skip_nonfinite=True)
     assert not np.isfinite(metrics.grad_norm)
     jax.tree.map(np.testing.assert_array_equal, skipped, state)
-    ruined, _ = stepped(small, state)  # What skipping saves from.
+    ruined, _ = stepped(small, state)  # Without skipping, the weights are lost.
     assert np.isnan(ruined.params["lm_head"]["kernel"]).any()
 
 
 @pytest.mark.usefixtures("fusion_emitters")
-def test_skipping_changes_no_step_that_is_finite(small: LlamaConfig) -> None:
+def test_skipping_changes_no_finite_step(small: LlamaConfig) -> None:
     state = initial_state(small)
     for a, b in zip(
         jax.tree.leaves(stepped(small, state, skip_nonfinite=True)),

@@ -1,6 +1,4 @@
-"""Weights in bfloat16, int8 and host memory, and the layer-wise step, as a run has
-them.
-"""
+"""Runs with weights in bfloat16, int8 and host memory, and layer-wise steps."""
 
 import dataclasses
 import json
@@ -60,12 +58,12 @@ def kernels(params: Any) -> list[Any]:
 
 
 def assert_same_numbers(a: jax.Array, b: jax.Array) -> None:
-    """Of whatever dtype: scales in host memory are in another."""
+    """Asserts equal values; scales in host memory have another dtype."""
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 @pytest.mark.parametrize("execution", [Execution(), Execution(param_dtype="bfloat16")])
-def test_a_layer_and_the_ends_are_drawn_as_all_are(
+def test_layers_and_ends_are_drawn_as_the_whole_model_is(
     small: LlamaConfig, execution: Execution
 ) -> None:
     whole = init_params(small, execution, seed=3)
@@ -148,8 +146,8 @@ def stepped(options: RunOptions, config: LlamaConfig, tx: Any, steps: int = 4) -
     ids=["float32", "bfloat16", "int8"],
 )
 @pytest.mark.usefixtures("tiny_is_small", "fusion_emitters")
-def test_what_is_in_host_memory_computes_the_same(settings: dict[str, Any]) -> None:
-    """The CPU has that kind of memory too, though a run refuses to use it there."""
+def test_host_memory_changes_no_result(settings: dict[str, Any]) -> None:
+    """The CPU has host memory too, though a run on a CPU does not take the option."""
     (there, there_losses), (here, here_losses) = (
         stepped(*run_options(**settings, layerwise=True, offload=offload))
         for offload in ("weights,activations", None)
@@ -165,10 +163,10 @@ def test_what_is_in_host_memory_computes_the_same(settings: dict[str, Any]) -> N
 @pytest.mark.parametrize("offload", [None, "weights"])
 @pytest.mark.usefixtures("tiny_is_small")
 def test_int8_checkpoints(tmp_path: Path, offload: str | None) -> None:
-    """They are read back exactly, also where scales are kept in another dtype."""
+    """They are restored exactly, also if scales have another dtype in memory."""
     options, config, tx = run_options(weights="int8", layerwise=True)
     params, opt_state = setup.initial_state(options, config, tx, make_mesh("data=1"))
-    # Zeros would look the same if they were not restored.
+    # A state of zeros would look the same without being restored.
     state = TrainState(params, jax.tree.map(lambda leaf: leaf + 1, opt_state))
     with Checkpoints(tmp_path, keep=1, config={"corpus": ""}) as checkpoints:
         checkpoints.save(1, state, {})
@@ -238,7 +236,7 @@ def test_an_int8_run_trains_resumes_and_is_exported(
     pretrain.main(["--out", str(out / "cut"), *args])
     assert losses(out / "cut") == losses(
         out / "straight"
-    )  # So rounding goes by the step.
+    )  # The draws of the rounding depend on the step's number only.
     rows = run_log.read_metrics(out / "straight")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
 
@@ -254,7 +252,7 @@ def test_an_int8_run_trains_resumes_and_is_exported(
     assert (
         json.loads((exported / "config.json").read_text())["torch_dtype"] == "bfloat16"
     )
-    # And back: what was int8 is int8 of the same values.
+    # The export starts another run, whose int8 weights have the same values.
     pretrain.main(
         ["--out", str(out / "tuned"), *INT8, "--init-from", str(exported), *RESUMED]
     )
@@ -293,8 +291,8 @@ def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
     tokens = jax.random.randint(jax.random.key(0), (2, 17), 0, config.vocab_size)
 
     def rounded(seed: int, number: int) -> jax.Array:
-        state = jax.tree.map(jnp.copy, initial)  # The step consumes it.
-        for _ in range(2):  # The rate of the first is 0.
+        state = jax.tree.map(jnp.copy, initial)  # The step donates its state.
+        for _ in range(2):  # The learning rate of the first step is 0.
             state, _ = steps[seed](state, Batch(tokens), number)
         return kernels(state.params)[0]
 
@@ -329,7 +327,7 @@ def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
         (["--rounding", "up"], ["--rounding 'up'", "nearest"]),
     ],
 )
-def test_what_cannot_be_is_one_line(
+def test_rejects_options_in_one_line(
     args: list[str], fragments: list[str], out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = exits_with_message(pretrain.main, ["--out", str(out), *args], capsys)
@@ -338,7 +336,7 @@ def test_what_cannot_be_is_one_line(
     assert not out.exists()
 
 
-def test_other_weights_are_another_run(
+def test_rejects_resuming_with_other_weights(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain.main(["--out", str(out), *RESUMED])

@@ -66,8 +66,8 @@ def read_config(folder: Path) -> LlamaConfig:
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
     if "model_config" in fields.values:
         raise UsageError(
-            f"{folder} is a run's folder; export it first: "
-            f"python -m examples.llama.export --run {folder} --to ..."
+            f"{folder} is a run's folder; give an export of it, which "
+            "python -m examples.llama.export writes"
         )
     model_type = read_family(fields)
     defaults = DEFAULTS[model_type]

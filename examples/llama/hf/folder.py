@@ -1,4 +1,4 @@
-"""The folder of the model that --init-from names: one here, or a copy of the hub's.
+"""The folder of the model to start from: one on this machine, or a copy of the hub's.
 
 The hub's models are in Hugging Face's own cache. The configuration and the tokenizer
 are downloaded first, so that a plan of a run needs no more of the model.
@@ -27,11 +27,11 @@ def config_folder(init_from: str) -> Path:
         return Path(init_from)
     if not re.fullmatch(rf"[\w.-]+/{NAME_AND_REVISION}", init_from):
         raise UsageError(
-            f"--init-from {init_from!r} does not exist; give a folder that "
+            f"`init_from` {init_from!r} does not exist; give a folder that "
             "save_pretrained wrote, or OWNER/NAME[@REVISION] of a model on the hub"
         )
     return model_snapshot(
-        "--init-from",
+        "`init_from`",
         init_from,
         SMALL_FILES,
         is_complete=lambda folder: (folder / CONFIG).exists(),
@@ -51,7 +51,7 @@ def weights_folder(init_from: str) -> Path:
         return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
 
     folder = model_snapshot(
-        "--init-from", name, (*SMALL_FILES, WEIGHTS), is_complete=has_weights
+        "`init_from`", name, (*SMALL_FILES, WEIGHTS), is_complete=has_weights
     )
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return folder
@@ -59,7 +59,7 @@ def weights_folder(init_from: str) -> Path:
     # twice, in another format too.
     files = indexed_files(folder)
     return model_snapshot(
-        "--init-from",
+        "`init_from`",
         name,
         files,
         is_complete=lambda folder: all((folder / file).exists() for file in files),

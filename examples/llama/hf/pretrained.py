@@ -29,9 +29,10 @@ def find_files(tokenizer: str | None, init_from: str | Path | None) -> dict[str,
     """Returns the files to pass on.
 
     Args:
-        tokenizer: the value of --tokenizer.
-        init_from: that of --init-from. The ids in its configuration are those of its
-            own tokenizer, so they count only where `tokenizer` is the same.
+        tokenizer: path or name of the tokenizer; None for the model's own.
+        init_from: path or name of the model that the training begins from. The ids in
+            its configuration are those of its own tokenizer, so they count only if
+            `tokenizer` is the same.
 
     Raises:
         UsageError: where there is no such tokenizer or model.

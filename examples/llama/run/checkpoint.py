@@ -175,7 +175,7 @@ class Checkpoints:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise UsageError(
                 f"none of the checkpoints in {self.folder} can be read ({reasons}); "
-                "put back one that can, or choose another --out"
+                "put back one that can, or choose another `out`"
             )
         return None
 
@@ -192,7 +192,7 @@ class Checkpoints:
         if differing := differing_fields(self._config, small["config"]):
             raise UsageError(
                 f"checkpoint {self.folder / str(step)} is of another run "
-                f"({'; '.join(differing)}); give the same options, or another --out"
+                f"({'; '.join(differing)}); give the same options, or another `out`"
             )
         # After the configuration: of another one, the shapes would differ.
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
@@ -210,7 +210,7 @@ class Checkpoints:
             raise UsageError(
                 f"a checkpoint could not be written to {self.folder} "
                 f"({first_line(error)}); {self.newest()}; {remedy} and run again with "
-                "--resume auto"
+                "`resume` auto"
             ) from error
 
 
@@ -304,5 +304,5 @@ def restore_params(
     except Exception as error:
         # TensorStore raises all sorts of them for damaged files.
         raise UsageError(
-            f"{path} cannot be read ({first_line(error)}); give another --step"
+            f"{path} cannot be read ({first_line(error)}); give another `step`"
         ) from error

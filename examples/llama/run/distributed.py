@@ -26,6 +26,7 @@ from examples.llama.run.errors import (
     explained,
     first_line,
     is_first,
+    print_error,
 )
 
 # A process without a sign of life for so many seconds is dead, and JAX ends the others.
@@ -47,7 +48,7 @@ def start(options: ProcessOptions) -> None:
     """
     if options.processes == 1:
         return
-    by_flags = options.coordinator is not None
+    by_options = options.coordinator is not None
     place = options.coordinator or "the place that the cluster names"
     waits = (
         f"this process waits for the others at {place}, "
@@ -63,14 +64,14 @@ def start(options: ProcessOptions) -> None:
             options.coordinator,
             options.processes,
             options.process_id,
-            # Slurm's plan of a device a process is not that of who gives the flags.
-            cluster_detection_method="deactivate" if by_flags else None,
+            # Slurm plans one device per process. The options may mean something else.
+            cluster_detection_method="deactivate" if by_options else None,
             initialization_timeout=MEETING_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except ValueError as error:
-        if by_flags or "coordinator_address" not in str(error):
+        if by_options or "coordinator_address" not in str(error):
             raise
         # What it says where it finds no cluster.
     except RuntimeError as error:
@@ -78,7 +79,7 @@ def start(options: ProcessOptions) -> None:
             f"the other processes were not met at {place} ({first_line(error)}); see "
             "whether one ended with an error of its own, start all of them within "
             f"{MEETING_SECONDS} seconds, with a HOST:PORT that is process 0's and "
-            "free, or give --processes 1"
+            "free, or give `processes` 1"
         ) from error
     finally:
         said.cancel()
@@ -204,16 +205,15 @@ def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
             raise
         line = explained(error)
         if line is None and isinstance(error, jax.errors.JaxRuntimeError):
-            print(
-                f"error: process {jax.process_index()} of {jax.process_count()} cannot "
-                f"go on, as when another has ended ({first_line(error)}); see what "
-                "that one says, and start all again with --resume auto",
-                file=sys.stderr,
+            print_error(
+                f"process {jax.process_index()} of {jax.process_count()} cannot go on, "
+                f"as when another has ended ({first_line(error)}); see what that one "
+                "says, and start all again with `resume` auto"
             )
         elif line is None:
             traceback.print_exc()
         else:
-            print(f"error: {line}", file=sys.stderr)
+            print_error(line)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1 if line is None else 2)

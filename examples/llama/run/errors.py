@@ -1,7 +1,13 @@
-"""What a user did wrong, or should know, said in one line."""
+"""What a user did wrong, or should know, said in one line.
+
+Messages name an option by its field, as in "`eval_every` 0 is out of range". So code
+that raises them knows no command line. Where a command prints a message, the field
+becomes the flag: --eval-every.
+"""
 
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -26,19 +32,31 @@ class RunInterrupted(Exception):  # noqa: N818 (it is no error)
         self.status = status
 
 
-def unknown_name(flag: str, value: str, known: Iterable[str]) -> UsageError:
+def with_flags(message: str) -> str:
+    """Returns the message with flags, such as --out, in place of fields like `out`."""
+    return re.sub(
+        "`([a-z_]+)`", lambda field: f"--{field[1].replace('_', '-')}", message
+    )
+
+
+def print_error(message: str) -> None:
+    print(f"error: {with_flags(message)}", file=sys.stderr)
+
+
+def unknown_name(option: str, value: str, known: Iterable[str]) -> UsageError:
     """Returns the error for an unknown name; it lists the known ones, nearest first."""
 
     def likeness(name: str) -> float:
         return difflib.SequenceMatcher(None, value.lower(), name).ratio()
 
     names = ", ".join(sorted(known, key=likeness, reverse=True))
-    return UsageError(f"{flag} {value!r} is unknown; choose one of: {names}")
+    return UsageError(f"{option} {value!r} is unknown; choose one of: {names}")
 
 
 def first_line(error: BaseException) -> str:
     """Returns what an error of a library says, short enough for a line."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    line = line.replace("`", "'")  # What a library names is no option.
     return line if len(line) <= 200 else line[:197] + "..."
 
 
@@ -53,7 +71,7 @@ def is_first() -> bool:
 def notice(text: str) -> None:
     """Writes a line to stderr above the progress bar, if any; only process 0 writes."""
     if is_first():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(with_flags(text), file=sys.stderr)
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -72,7 +90,7 @@ def explained(error: Exception) -> str | None:
     if isinstance(error, OSError):
         if disk_is_full(error):
             return (
-                f"{error}; make room there, and give --resume auto to a run that had "
+                f"{error}; make room there, and give `resume` auto to a run that had "
                 "begun"
             )
         return f"{error}; make it readable and writable, or give another path"
@@ -81,8 +99,8 @@ def explained(error: Exception) -> str | None:
     ):
         return (
             f"the device's memory is too small ({first_line(error)}); raise "
-            "--accumulate, lower --batch or --seq, "
-            "or give --remat full or --weights bfloat16"
+            "`accumulate`, lower `batch` or `seq`, "
+            "or give `remat` full or `weights` bfloat16"
         )
     return None
 
@@ -97,7 +115,7 @@ def exit_on_usage_error(command: Callable[[], object]) -> None:
         command()
     except RunInterrupted as interruption:
         if interruption.status or is_first():
-            print(interruption)
+            print(with_flags(str(interruption)))
         if interruption.status:
             sys.exit(interruption.status)
     except KeyboardInterrupt:
@@ -109,5 +127,5 @@ def exit_on_usage_error(command: Callable[[], object]) -> None:
     except Exception as error:
         if (line := explained(error)) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print_error(line)
         sys.exit(2)

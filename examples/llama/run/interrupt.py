@@ -55,7 +55,7 @@ class StopRequest:
             self.signal, self._when = signal.Signals(number), time.monotonic()
             if not self._deferred:
                 raise RunInterrupted(
-                    f"stopped by {self.signal.name} outside of training; --resume auto "
+                    f"stopped by {self.signal.name} outside of training; `resume` auto "
                     "goes on with what is on disk",
                     status=128 + number,
                 )

@@ -35,7 +35,7 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
         resume: a run that is there may be continued.
     """
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file; choose a folder")
+        raise UsageError(f"`out` {folder} is a file; choose a folder")
     if resume and (folder / CONFIG).exists():
         return
     for name in OF_A_RUN:
@@ -43,10 +43,10 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
             remedy = (
                 f"its {CONFIG} is missing, so put that back,"
                 if resume
-                else "continue it with --resume auto,"
+                else "continue it with `resume` auto,"
             )
             raise UsageError(
-                f"--out {folder} already holds a run ({name}); "
+                f"`out` {folder} already holds a run ({name}); "
                 f"{remedy} choose another folder or remove it"
             )
 
@@ -63,7 +63,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"--out {folder} is in use by another run; wait for its end, "
+                f"`out` {folder} is in use by another run; wait for its end, "
                 "or choose another folder"
             ) from error
         yield
@@ -75,8 +75,8 @@ def check_same_run(folder: Path, config: dict[str, Any]) -> None:
         return
     if differing := differing_fields(config, read_config(folder)):
         raise UsageError(
-            f"--out {folder} holds another run ({'; '.join(differing)}); give the same "
-            "options, or another --out"
+            f"`out` {folder} holds another run ({'; '.join(differing)}); give the same "
+            "options, or another `out`"
         )
 
 
@@ -125,7 +125,7 @@ class RunLog:
         if len(rows) < step:
             raise UsageError(
                 f"{folder / METRICS} has {len(rows)} of the {step} steps that the "
-                "checkpoint goes on from; put it back, or choose another --out"
+                "checkpoint goes on from; put it back, or choose another `out`"
             )
         if rows and not step:
             kept = set_aside(folder / METRICS)
@@ -218,7 +218,7 @@ def read_metrics(folder: Path) -> list[Row]:
         if not isinstance(row, dict) or row.get("step") != number:
             raise UsageError(
                 f"line {number} of {path} is not the metrics of step {number}; mend "
-                "it, or choose another --out"
+                "it, or choose another `out`"
             )
         rows.append(row)
     return rows

@@ -150,8 +150,8 @@ class Recorder:
             if self._options.on_nonfinite == "stop":
                 raise DivergedError(
                     f"the loss is {loss:.4g} and the gradient's norm {grad_norm:.4g} "
-                    f"at step {step}; lower --lr or --lr-embeddings, "
-                    "or give --on-nonfinite skip"
+                    f"at step {step}; lower `lr` or `lr_embeddings`, "
+                    "or give `on_nonfinite` skip"
                 )
             self._skipped += 1
             self._skipped_in_a_row += 1
@@ -162,20 +162,20 @@ class Recorder:
             if self._skipped_in_a_row == MOST_SKIPPED:
                 raise DivergedError(
                     f"no loss or gradient was finite in the {MOST_SKIPPED} steps up to "
-                    f"{step}; lower --lr or --lr-embeddings"
+                    f"{step}; lower `lr` or `lr_embeddings`"
                 )
             return
         self._skipped_in_a_row = 0
         if loss > self._ceiling:
             raise DivergedError(
-                f"the loss is {loss:.4g} at step {step}; lower --lr or --lr-embeddings"
+                f"the loss is {loss:.4g} at step {step}; lower `lr` or `lr_embeddings`"
             )
 
     def _check_validation(self, loss: float, step: int) -> None:
         if not loss < self._ceiling:  # The condition also holds for NaN.
             raise DivergedError(
                 f"the validation loss is {loss:.4g} at step {step}; "
-                "lower --lr or --lr-embeddings"
+                "lower `lr` or `lr_embeddings`"
             )
 
     def _show(self, row: Row) -> None:

@@ -43,26 +43,26 @@ from examples.llama.text import corpus
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
-    """Returns the shape that --model or --init-from gives.
+    """Returns the shape that `model` or `init_from` gives.
 
-    Raises `UsageError` if --seq is longer than the model's context or its window of
+    Raises `UsageError` if `seq` is longer than the model's context or its window of
     attention.
     """
     if options.init_from:
-        name = f"--init-from {options.init_from}"
+        name = f"`init_from` {options.init_from}"
         config = hf_weights.read_config(config_folder(options.init_from))
     else:
         assert options.model is not None
-        name, config = f"--model {options.model}", preset(options.model)
+        name, config = f"`model` {options.model}", preset(options.model)
     if options.seq > config.max_seq_len:
         raise UsageError(
-            f"--seq {options.seq} is too long; {name} takes {config.max_seq_len}"
+            f"`seq` {options.seq} is too long; {name} takes {config.max_seq_len}"
         )
     if config.sliding_window and options.seq > config.sliding_window:
         raise UsageError(
-            f"--seq {options.seq} is longer than the sliding_window "
+            f"`seq` {options.seq} is longer than the sliding_window "
             f"{config.sliding_window} of {name}, and attention is computed without "
-            f"windows; give --seq {config.sliding_window} or less"
+            f"windows; give `seq` {config.sliding_window} or less"
         )
     if isinstance(options, TuningOptions) and options.lora:
         assert options.lora_alpha is not None
@@ -91,7 +91,7 @@ def execution_of(
 ) -> Execution:
     """Returns how the model is computed.
 
-    Raises `UsageError` for an --attention that this machine does not have.
+    Raises `UsageError` for an `attention` that this machine does not have.
     """
     assert options.compute_dtype is not None
     execution = Execution(
@@ -109,7 +109,7 @@ def execution_of(
         and automatic.attention_implementation(config.head_size) != "cudnn"
     ):
         raise UsageError(
-            "--attention cudnn takes an NVIDIA GPU from Ampere on, --compute-dtype "
+            "`attention` cudnn takes an NVIDIA GPU from Ampere on, `compute_dtype` "
             "bfloat16 and heads of a multiple of 8 up to 128; this is "
             f"{jax.devices()[0].device_kind}, {execution.compute_dtype}, "
             f"{config.head_size}; leave it out"
@@ -118,12 +118,12 @@ def execution_of(
 
 
 def check_offload(options: TrainingOptions) -> None:
-    """Raises `UsageError` for --offload if the devices share the host's memory."""
+    """Raises `UsageError` for `offload` if the devices share the host's memory."""
     device = jax.local_devices()[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     if options.offload and (device.platform == "cpu" or "pinned_host" not in kinds):
         raise UsageError(
-            f"--offload {options.offload} moves what a GPU or TPU has no room for to "
+            f"`offload` {options.offload} moves what a GPU or TPU has no room for to "
             f"the host's memory, and this is {device.device_kind}, "
             "which has no other; leave it out"
         )
@@ -281,9 +281,9 @@ def initial_state(
 def initial_params(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> Params:
-    """Returns the weights to start from, as --weights and --offload keep them.
+    """Returns the weights to start from, as `weights` and `offload` keep them.
 
-    With --lora they are the adapters alone.
+    With `lora` they are the adapters alone.
     """
     execution, storage = execution_of(options, config), storage_of(options, mesh)
     shapes = abstract_params(config, execution, mesh)
@@ -343,7 +343,7 @@ def read_params(
 def pretrained_weights(
     options: TrainingOptions, config: LlamaConfig
 ) -> hf_weights.WeightReader:
-    """Returns the reader of the weights that --init-from names.
+    """Returns the reader of the weights that `init_from` names.
 
     They are downloaded if need be. Raises `UsageError` where they are missing or are
     not of `config`.

@@ -62,8 +62,8 @@ class Conversation(NamedTuple):
         return next(said, self.prompt)
 
 
-def open_conversations(flag: str, data: str) -> Source:
-    """Returns the conversations that `data`, a value of `flag`, names.
+def open_conversations(option: str, data: str) -> Source:
+    """Returns the conversations that `data` names; errors say that `option` gave it.
 
     It is a file, a folder or a glob of rows, or a data set of the hub, as
     `sources.open_source` says. A document's text is a conversation as JSON.
@@ -72,12 +72,12 @@ def open_conversations(flag: str, data: str) -> Source:
         UsageError: where there is no such source, or a file has no rows.
     """
     if data.startswith(PREFIX):
-        return HubSource.parse(flag, data, MESSAGES, conversation_documents)
+        return HubSource.parse(option, data, MESSAGES, conversation_documents)
     if files := find_files(data):
         return FileSource(
-            flag, data, chosen(flag, data, files), read_conversations, MESSAGES
+            option, data, chosen(option, data, files), read_conversations, MESSAGES
         )
-    raise no_files(flag, data)
+    raise no_files(option, data)
 
 
 def read_conversations(name: str, path: Path, field: str) -> Iterator[Document]:
@@ -163,7 +163,7 @@ class ChatEncoder:
     """Turns conversations into tokens and their weights as targets.
 
     Args:
-        flag: the option that the conversations are from, and its value, for errors.
+        option: what errors call the option that names the conversations, and its value.
         encoder: the model's tokenizer. Names of its special tokens are ordinary text in
             rows without messages, and special tokens in what the template writes.
         template: the model's chat template, if it has one.
@@ -173,13 +173,13 @@ class ChatEncoder:
 
     def __init__(
         self,
-        flag: str,
+        option: str,
         encoder: Encoder,
         template: ChatTemplate | None,
         *,
         learn_all: bool,
     ) -> None:
-        self._flag, self._encoder, self._template = flag, encoder, template
+        self._option, self._encoder, self._template = option, encoder, template
         self._learn_all = learn_all
         self._joined = 0  # The answers that share their first token with what precedes.
         self.chat_tokenizer = tokenizers.Tokenizer.from_str(encoder.tokenizer.to_str())
@@ -208,7 +208,7 @@ class ChatEncoder:
                 bar.update(len(chunk))
         if self._joined:
             notice(
-                f"{self._flag}: {self._joined:,} answers begin in the middle of a "
+                f"{self._option}: {self._joined:,} answers begin in the middle of a "
                 "token, which is not learnt; the chat template should end what "
                 "precedes an answer with a special token or a line feed, not a space"
             )
@@ -272,7 +272,7 @@ class ChatEncoder:
                 raise self._error(
                     conversation,
                     f"the chat template in {self._where} writes {name!r}, which is no "
-                    "token of the tokenizer; add it there, or give a --chat-template "
+                    "token of the tokenizer; add it there, or give a `chat_template` "
                     "with tokens that it has",
                 )
         if self._learn_all:
@@ -294,7 +294,7 @@ class ChatEncoder:
                     conversation,
                     f"the chat template in {self._where} does not let the assistant's "
                     f"tokens be told: message {number + 1} is written otherwise where "
-                    "it is the last; give --loss-on all, or another --chat-template",
+                    "it is the last; give `loss_on` all, or another `chat_template`",
                 )
             # What follows an end-of-turn token, such as a line feed, is no answer.
             bare = turn.rstrip()
@@ -304,7 +304,7 @@ class ChatEncoder:
             raise self._error(
                 conversation,
                 "no message is the assistant's, so there is nothing to learn; remove "
-                "the row, or give --loss-on all",
+                "the row, or give `loss_on` all",
             )
         return spans
 
@@ -325,7 +325,7 @@ class ChatEncoder:
                 conversation,
                 "the model has no chat template to write out messages with "
                 "(chat_template.jinja, or chat_template in tokenizer_config.json); "
-                "give --chat-template, or rows with prompt and completion",
+                "give `chat_template`, or rows with prompt and completion",
             )
         try:
             return self._template.render(messages, answer=answer)
@@ -356,7 +356,7 @@ class ChatEncoder:
         )
 
     def _error(self, conversation: Conversation, message: str) -> UsageError:
-        return UsageError(f"{self._flag}: {conversation.place}: {message}")
+        return UsageError(f"{self._option}: {conversation.place}: {message}")
 
 
 def digest(*parts: Sequence[Example]) -> str:

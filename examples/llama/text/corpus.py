@@ -64,7 +64,7 @@ def load_corpus(
     text_field: str = FIELD,
     bos: str = "auto",
 ) -> Corpus:
-    """Returns the corpus that `--data` names, which is tokenized at its first use.
+    """Returns the corpus that `data` names, which is tokenized at its first use.
 
     Args:
         data: see `sources.open_source`.
@@ -87,7 +87,7 @@ def load_corpus(
             written.
     """
     check_sizes(vocab_size, tokenizer, vocab, max_tokens)
-    source = open_source("--data", data, text_field)
+    source = open_source("`data`", data, text_field)
     if (
         data == "python"
         and not tokenizer
@@ -96,11 +96,11 @@ def load_corpus(
     ):
         tokenizer = str(PYTHON_TOKENIZER)
     held_out = (
-        open_source("--validation", validation, text_field) if validation else None
+        open_source("`validation`", validation, text_field) if validation else None
     )
     if text_field != FIELD and not any(s.has_rows() for s in (source, held_out) if s):
         raise UsageError(
-            f"--text-field {text_field!r} is for rows, and the files of --data "
+            f"`text_field` {text_field!r} is for rows, and the files of `data` "
             f"{data!r} have none; leave it out"
         )
     encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
@@ -131,21 +131,21 @@ def check_sizes(
 ) -> None:
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(
-            f"--data-tokens {max_tokens} is out of range; give a number above 0"
+            f"`data_tokens` {max_tokens} is out of range; give a number above 0"
         )
     if vocab is not None and tokenizer:
         raise UsageError(
-            f"--vocab {vocab} is for a tokenizer trained here, and --tokenizer "
+            f"`vocab` {vocab} is for a tokenizer trained here, and `tokenizer` "
             f"{tokenizer!r} gives one; leave one of them out"
         )
     if not tokenizer and vocab_size < SMALLEST_VOCAB:
         raise UsageError(
-            f"--model has a vocabulary of {vocab_size}, too small for every byte and "
-            f"an end; give one with {SMALLEST_VOCAB} or more, or a --tokenizer"
+            f"`model` has a vocabulary of {vocab_size}, too small for every byte and "
+            f"an end; give one with {SMALLEST_VOCAB} or more, or a `tokenizer`"
         )
     if vocab is not None and not SMALLEST_VOCAB <= vocab <= vocab_size:
         raise UsageError(
-            f"--vocab {vocab} is out of range; give {SMALLEST_VOCAB} (every byte and "
+            f"`vocab` {vocab} is out of range; give {SMALLEST_VOCAB} (every byte and "
             f"an end) to {vocab_size} (the model's vocabulary)"
         )
 

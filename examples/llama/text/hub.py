@@ -33,7 +33,7 @@ def text_documents(rows: Iterable[Row], field: str) -> Iterator[Document]:
 class HubSource:
     """The splits `train` and, if there is one, `validation` of a hub data set."""
 
-    flag: str
+    option: str
     data: str
     path: str  # OWNER/NAME, or a folder.
     config: str | None
@@ -45,7 +45,7 @@ class HubSource:
     @classmethod
     def parse(
         cls,
-        flag: str,
+        option: str,
         data: str,
         field: str = FIELD,
         documents_of: Callable[
@@ -60,16 +60,18 @@ class HubSource:
         name = data.removeprefix(PREFIX)
         if name.startswith(("/", "./", "../", "~")):
             path, config = local_parts(Path(name).expanduser().absolute())
-            return cls(flag, data, path, config, field=field, documents_of=documents_of)
+            return cls(
+                option, data, path, config, field=field, documents_of=documents_of
+            )
         name, _, revision = name.partition("@")
         owner, *rest = name.split("/")
         if not owner or not all(rest) or len(rest) not in (1, 2):
             raise UsageError(
-                f"{flag} {data!r} is no name of a data set; give hf:OWNER/NAME, "
+                f"{option} {data!r} is no name of a data set; give hf:OWNER/NAME, "
                 "hf:OWNER/NAME/CONFIG, or hf:/FOLDER for one on disk"
             )
         return cls(
-            flag,
+            option,
             data,
             f"{owner}/{rest[0]}",
             rest[1] if len(rest) == 2 else None,
@@ -81,7 +83,7 @@ class HubSource:
     def __iter__(self) -> Iterator[Document]:
         if "train" not in self._splits:
             raise UsageError(
-                f"{self.flag} {self.data!r} has no split 'train'; its splits are: "
+                f"{self.option} {self.data!r} has no split 'train'; its splits are: "
                 f"{', '.join(self._splits)}; give a data set or configuration that has "
                 "one"
             )
@@ -111,7 +113,7 @@ class HubSource:
             if self.field != FIELD:
                 content.append(self.field)
         except DocumentError as error:
-            raise UsageError(f"{self.flag} {self.data!r}: {error}") from error
+            raise UsageError(f"{self.option} {self.data!r}: {error}") from error
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def has_rows(self) -> bool:
@@ -127,7 +129,7 @@ class HubSource:
             import datasets  # The import is here since it is slow and few need it.
         except ImportError as error:
             raise UsageError(
-                f"{self.flag} {self.data!r} needs Hugging Face's datasets; "
+                f"{self.option} {self.data!r} needs Hugging Face's datasets; "
                 "run pip install 'apollo-optax[examples]'"
             ) from error
         with self._one_line_errors():
@@ -144,14 +146,14 @@ class HubSource:
         )
         documents = self.documents_of(rows, self.field)
         tally = self.tallies.setdefault(split, Tally())
-        source = f"{self.flag} {self.data!r}, split {split!r}"
+        source = f"{self.option} {self.data!r}, split {split!r}"
         with self._one_line_errors():
             for document in tally.with_text(documents, source):
                 empty = False
                 yield document
         if empty:
             raise UsageError(
-                f"{self.flag} {self.data!r} has no text in its split {split!r}; "
+                f"{self.option} {self.data!r} has no text in its split {split!r}; "
                 "give another"
             )
 
@@ -162,13 +164,13 @@ class HubSource:
         try:
             yield
         except DocumentError as error:
-            raise UsageError(f"{self.flag} {self.data!r}: {error}") from error
+            raise UsageError(f"{self.option} {self.data!r}: {error}") from error
         # Network and hub errors are OSErrors. An unknown configuration or a malformed
         # row is a ValueError. A data set that is a script, which is no longer run, is a
         # RuntimeError.
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UsageError(
-                f"{self.flag} {self.data!r} cannot be read ({first_line(error)}); "
+                f"{self.option} {self.data!r} cannot be read ({first_line(error)}); "
                 "check the name, the network and, for a data set with terms to agree "
                 "to, `hf auth login`"
             ) from error
@@ -187,7 +189,7 @@ def local_parts(path: Path) -> tuple[str, str | None]:
 def tokenizer_folder(name: str) -> Path:
     """Returns a folder with a hub model's tokenizer; raises as `model_snapshot`."""
     return model_snapshot(
-        "--tokenizer",
+        "`tokenizer`",
         name,
         TOKENIZER_FILES,
         is_complete=lambda folder: (folder / TOKENIZER).exists(),
@@ -195,7 +197,7 @@ def tokenizer_folder(name: str) -> Path:
 
 
 def model_snapshot(
-    flag: str,
+    option: str,
     name: str,
     patterns: Iterable[str],
     *,
@@ -204,7 +206,7 @@ def model_snapshot(
     """Returns a folder with files of a hub model, downloaded at their first use.
 
     Args:
-        flag: the option that names the model, for errors.
+        option: what errors call the option that names the model, as "`init_from`".
         name: the model's name on the hub, or NAME@REVISION.
         patterns: patterns of the files' names.
         is_complete: whether a folder in the cache has the files that are needed.
@@ -236,7 +238,7 @@ def model_snapshot(
         return download(local_files_only=False)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{flag} {name!r} is no file or folder here, nor to be had from the "
+            f"{option} {name!r} is no file or folder here, nor to be had from the "
             f"hub ({first_line(error)}); check the name, the network and, for a model "
             "with terms to agree to, `hf auth login`"
         ) from error

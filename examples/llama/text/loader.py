@@ -44,9 +44,9 @@ def train_loader(
     windows = Windows(shards, seq)
     if len(windows) < batch:
         raise UsageError(
-            f"--batch {batch} of --seq {seq} needs {batch * seq + 1} training tokens "
+            f"`batch` {batch} of `seq` {seq} needs {batch * seq + 1} training tokens "
             f"and there are {token_count(shards)}; lower one of them, "
-            "or give more text with --data"
+            "or give more text with `data`"
         )
     return batches_of(
         windows,
@@ -90,7 +90,7 @@ def batches_of(
     """
     if batch % process_count:
         raise UsageError(
-            f"--batch {batch} is not a multiple of the {process_count} processes; "
+            f"`batch` {batch} is not a multiple of the {process_count} processes; "
             "change one"
         )
     source: Any = rows  # Grain's type of a source says what its rows are.

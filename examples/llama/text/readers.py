@@ -166,7 +166,7 @@ def read_parquet(
 def no_column(
     path: Path, fields: Sequence[str], columns: Sequence[str]
 ) -> DocumentError:
-    remedy = "name the one with the text with --text-field"
+    remedy = "name the one with the text with `text_field`"
     if len(fields) > 1:
         remedy = "rename them"
     return DocumentError(

@@ -83,7 +83,7 @@ def no_text(row: Row, field: str) -> DocumentError:
     )
     return DocumentError(
         f"{row.place} has no string called {field!r}; its fields are: "
-        f"{fields or 'none'}; name the one with the text with --text-field"
+        f"{fields or 'none'}; name the one with the text with `text_field`"
     )
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from: what `--data` and `--validation` can name."""
+"""Where documents come from, by the name of a data set, a file, folder or glob."""
 
 import dataclasses
 import glob
@@ -88,9 +88,9 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """The documents of files on disk; `flag` and `data` are the user's, for errors."""
+    """The documents of files on disk; errors call them by `option` and `data`."""
 
-    flag: str
+    option: str
     data: str
     files: dict[str, Path]  # The paths by document name, in reading order.
     read: Callable[[str, Path, str], Iterable[Document]]
@@ -101,13 +101,13 @@ class FileSource:
     def __iter__(self) -> Iterator[Document]:
         empty, documents = True, self._read()
         if self.skips_empty:
-            documents = self.tally.with_text(documents, f"{self.flag} {self.data!r}")
+            documents = self.tally.with_text(documents, f"{self.option} {self.data!r}")
         for document in documents:
             empty = False
             yield document
         if empty:
             raise UsageError(
-                f"{self.flag} {self.data!r} has no text in its {len(self.files)} "
+                f"{self.option} {self.data!r} has no text in its {len(self.files)} "
                 "files; give files with text"
             )
 
@@ -139,11 +139,11 @@ class FileSource:
         return None
 
     def _error(self, error: DocumentError) -> UsageError:
-        return UsageError(f"{self.flag} {self.data!r}: {error}")
+        return UsageError(f"{self.option} {self.data!r}: {error}")
 
 
-def open_source(flag: str, data: str, field: str = FIELD) -> Source:
-    """Returns the documents that `data`, a value of `flag`, names.
+def open_source(option: str, data: str, field: str = FIELD) -> Source:
+    """Returns the documents that `data` names.
 
     It is one of
 
@@ -163,8 +163,8 @@ def open_source(flag: str, data: str, field: str = FIELD) -> Source:
     Documents without text are skipped.
 
     Args:
-        flag: the option, for errors.
-        data: its value.
+        option: what errors call the option that `data` is the value of, as "`data`".
+        data: the name of the documents.
         field: the field of rows that has their text.
 
     Raises:
@@ -172,33 +172,33 @@ def open_source(flag: str, data: str, field: str = FIELD) -> Source:
             text.
     """
     if data == "stdlib":
-        return stdlib(flag)
+        return stdlib(option)
     if data == "python":
-        return installed_python(flag)
+        return installed_python(option)
     if data == "package-docs":
-        return package_docs(flag)
+        return package_docs(option)
     if data.startswith(PREFIX):
-        return HubSource.parse(flag, data, field)
+        return HubSource.parse(option, data, field)
     if files := find_files(data):
-        return FileSource(flag, data, chosen(flag, data, files), read_file, field)
-    raise no_files(flag, data, ["stdlib", "python", "package-docs"])
+        return FileSource(option, data, chosen(option, data, files), read_file, field)
+    raise no_files(option, data, ["stdlib", "python", "package-docs"])
 
 
-def no_files(flag: str, data: str, names: Sequence[str] = ()) -> UsageError:
+def no_files(option: str, data: str, names: Sequence[str] = ()) -> UsageError:
     """Returns the error for a value that names no file; `names` are other values."""
     if Path(data).expanduser().is_dir():
         return UsageError(
-            f"{flag} {data!r} is a folder without files; give one with text"
+            f"{option} {data!r} is a folder without files; give one with text"
         )
     if glob.has_magic(data):
         return UsageError(
-            f"{flag} {data!r} matches no file; give a glob that does, "
+            f"{option} {data!r} matches no file; give a glob that does, "
             "such as 'corpus/**/*.txt'"
         )
     found = (
-        f"{unknown_name(flag, data, names)}, or give"
+        f"{unknown_name(option, data, names)}, or give"
         if names
-        else f"{flag} {data!r} does not exist; give"
+        else f"{option} {data!r} does not exist; give"
     )
     return UsageError(
         f"{found} a file, folder or glob that exists, or hf:OWNER/NAME for a data set "
@@ -210,14 +210,14 @@ def stdlib_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def stdlib(flag: str = "--data") -> FileSource:
+def stdlib(option: str = "`data`") -> FileSource:
     """Returns the `.py` files of the running Python's standard library, by path."""
     folder = stdlib_folder()
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
     kept = [path for path in paths if not SKIPPED_FOLDERS.intersection(path.parts)]
     files = {path.as_posix(): folder / path for path in kept}
     # The measured results count empty modules as documents.
-    return FileSource(flag, "stdlib", files, read_module, skips_empty=False)
+    return FileSource(option, "stdlib", files, read_module, skips_empty=False)
 
 
 def read_module(name: str, path: Path, field: str) -> list[Document]:
@@ -318,22 +318,24 @@ def site_folders() -> dict[str, Path]:
     )
 
 
-def installed_python(flag: str = "--data") -> WithoutRepeats:
+def installed_python(option: str = "`data`") -> WithoutRepeats:
     """Returns the `.py` files of the running Python and of all installed packages.
 
     They are hundreds of megabytes where PyTorch and JAX are installed, and need no
     network. Tests are among them: there are too few other files for a model of 60M
     parameters.
     """
-    library = stdlib(flag)
+    library = stdlib(option)
     files = {f"stdlib/{name}": path for name, path in library.files.items()}
     for start, folder in site_folders().items():
         paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
         files |= {f"{start}/{path.as_posix()}": folder / path for path in paths}
-    return WithoutRepeats(FileSource(flag, "python", files, read_module), modules_once)
+    return WithoutRepeats(
+        FileSource(option, "python", files, read_module), modules_once
+    )
 
 
-def package_docs(flag: str = "--data") -> WithoutRepeats:
+def package_docs(option: str = "`data`") -> WithoutRepeats:
     """Returns the English that installed packages bring, by path.
 
     It is their `.rst`, `.md` and `.txt` files and the descriptions in their metadata,
@@ -347,7 +349,7 @@ def package_docs(flag: str = "--data") -> WithoutRepeats:
         for path in sorted(path.relative_to(folder) for path in folder.rglob("*"))
         if is_prose(path) and (folder / path).is_file()
     }
-    source = FileSource(flag, "package-docs", files, read_prose)
+    source = FileSource(option, "package-docs", files, read_prose)
     return WithoutRepeats(source, paragraphs_once)
 
 
@@ -389,7 +391,7 @@ def find_files(data: str) -> dict[str, Path]:
     return {name.as_posix(): root / name for name in names}
 
 
-def chosen(flag: str, data: str, files: dict[str, Path]) -> dict[str, Path]:
+def chosen(option: str, data: str, files: dict[str, Path]) -> dict[str, Path]:
     """Returns the files to read, and says what is left out or read in several ways.
 
     Of a folder, they are those of the first sort that it holds, as `formats` orders
@@ -408,19 +410,19 @@ def chosen(flag: str, data: str, files: dict[str, Path]) -> dict[str, Path]:
         try:
             check_format(path)
         except DocumentError as error:
-            raise UsageError(f"{flag} {data!r}: {error}") from error
+            raise UsageError(f"{option} {data!r}: {error}") from error
     left_out = [name for name in files if name not in kept]
     texts = [name for name in kept if sorts[name] is Sort.TEXT]
     rows = {name: path for name, path in kept.items() if has_rows(path)}
     if left_out:
         notice(
-            f"{flag} {data!r}: files that are read: {len(kept)} of {len(files)}, those "
-            f"of {formats_of(kept)}; left out: {listed(left_out)}; to read others, "
-            f"give a glob, such as {str(Path(data) / '**')!r}"
+            f"{option} {data!r}: files that are read: {len(kept)} of {len(files)}, "
+            f"those of {formats_of(kept)}; left out: {listed(left_out)}; to read "
+            f"others, give a glob, such as {str(Path(data) / '**')!r}"
         )
     elif texts and rows:
         notice(
-            f"{flag} {data!r}: files that are read as rows: {len(rows)}, of "
+            f"{option} {data!r}: files that are read as rows: {len(rows)}, of "
             f"{formats_of(rows)}; as plain text: {listed(texts)}"
         )
     return kept

@@ -49,9 +49,9 @@ def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
         return
     if len(waiting) < 2:
         raise UsageError(
-            f"--data {data!r} has 1 document, and training and validation need one "
+            f"`data` {data!r} has 1 document, and training and validation need one "
             "each; add documents (a long text is cut at its blank lines), "
-            "or give --validation"
+            "or give `validation`"
         )
     if found == {False}:
         nearest, its_split, others = (

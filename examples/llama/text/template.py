@@ -73,7 +73,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"line {error.lineno} of the chat template in {where} is not Jinja "
-                f"({first_line(error)}); mend it, or give --chat-template"
+                f"({first_line(error)}); mend it, or give `chat_template`"
             ) from error
 
     def render(self, messages: Sequence[Message], *, answer: bool = False) -> str:
@@ -100,7 +100,7 @@ class ChatTemplate:
             line = f"line {lines[-1]} of the" if lines else "the"
             raise DocumentError(
                 f"{line} chat template in {self.where} fails on it "
-                f"({first_line(error)}); change the messages, or give --chat-template"
+                f"({first_line(error)}); change the messages, or give `chat_template`"
             ) from error
 
 
@@ -148,7 +148,7 @@ def find_template(
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
                 f"the chat template {path} cannot be read ({first_line(error)}); give "
-                "a readable text file with --chat-template"
+                "a readable text file with `chat_template`"
             ) from error
         return ChatTemplate(str(path), source, named, today)
     source = config.get("chat_template")
@@ -165,7 +165,7 @@ def find_template(
     if not isinstance(source, str):
         raise UsageError(
             f"the chat_template in {where} is {type(source).__name__}, not a string; "
-            "mend it, or give --chat-template"
+            "mend it, or give `chat_template`"
         )
     return ChatTemplate(where, source, named, today)
 

@@ -23,7 +23,8 @@ END = "<|end|>"
 # What other tokenizers call it where no tokenizer_config.json says.
 KNOWN_ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 SMALLEST_VOCAB = 256 + 1  # A token for each byte, and `END`.
-# A BPE of 32,000 tokens for `--data python`, so that no GPU waits for its training.
+# A BPE of 32,000 tokens for the data set `python`, so that no GPU waits for its
+# training.
 PYTHON_TOKENIZER = Path(__file__).parent / "tokenizers" / "python-32k.json"
 PYTHON_VOCAB = 32_000
 
@@ -92,7 +93,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
 
 
 def load_tokenizer(name: str, vocab_size: int) -> Encoder:
-    """Returns the tokenizer that a value of `--tokenizer` names.
+    """Returns the tokenizer that a name stands for, which fits the model.
 
     Args:
         name: path of a tokenizer.json, a folder with one, or the name of a model on the
@@ -108,14 +109,14 @@ def load_tokenizer(name: str, vocab_size: int) -> Encoder:
         tokenizer = read_tokenizer(path)
     except Exception as error:  # The library raises nothing more specific.
         raise UsageError(
-            f"--tokenizer {name!r}: {path} is no tokenizer ({first_line(error)}); "
+            f"`tokenizer` {name!r}: {path} is no tokenizer ({first_line(error)}); "
             f"give a {TOKENIZER_FILE} in the format of Hugging Face's tokenizers"
         ) from error
     end_id = find_end(name, tokenizer, path.parent / TOKENIZER_CONFIG)
     encoder = Encoder(tokenizer, end_id, find_prefix(tokenizer, end_id))
     if encoder.vocab_size > vocab_size:
         raise UsageError(
-            f"--tokenizer {name!r} has {encoder.vocab_size} tokens and the model's "
+            f"`tokenizer` {name!r} has {encoder.vocab_size} tokens and the model's "
             f"vocabulary is {vocab_size}; give a smaller tokenizer, "
             "or a model with a larger vocabulary"
         )
@@ -135,12 +136,12 @@ def tokenizer_path(name: str) -> Path:
         folder = tokenizer_folder(name)
     else:
         raise UsageError(
-            f"--tokenizer {name!r} does not exist; give a {TOKENIZER_FILE}, a folder "
+            f"`tokenizer` {name!r} does not exist; give a {TOKENIZER_FILE}, a folder "
             "with one, or OWNER/NAME[@REVISION] of a model on the hub"
         )
     if not (folder / TOKENIZER_FILE).exists():
         raise UsageError(
-            f"--tokenizer {name!r} has no {TOKENIZER_FILE}; write one with "
+            f"`tokenizer` {name!r} has no {TOKENIZER_FILE}; write one with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return folder / TOKENIZER_FILE
@@ -154,11 +155,11 @@ def find_end(name: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
             return end_id
     if named is not None:
         raise UsageError(
-            f"--tokenizer {name!r} has no token {named!r}, "
+            f"`tokenizer` {name!r} has no token {named!r}, "
             f"the eos_token of {config}; correct one of them"
         )
     raise UsageError(
-        f"--tokenizer {name!r} has none of {', '.join(KNOWN_ENDS)} to end a document "
+        f"`tokenizer` {name!r} has none of {', '.join(KNOWN_ENDS)} to end a document "
         f'with; name its own in {config}: {{"eos_token": "..."}}'
     )
 
@@ -188,7 +189,7 @@ def eos_token(name: str, config: Path) -> str | None:
         return token
     except (OSError, ValueError, DocumentError, AttributeError) as error:
         raise UsageError(
-            f"--tokenizer {name!r}: {config} holds no JSON object of a tokenizer "
+            f"`tokenizer` {name!r}: {config} holds no JSON object of a tokenizer "
             f"({type(error).__name__}: {first_line(error)}); get it again, or remove it"
         ) from error
 

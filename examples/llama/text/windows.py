@@ -56,9 +56,9 @@ def validation_batches(
     windows = Windows(shards, seq)
     if len(windows) < batch:
         raise UsageError(
-            f"--seq {seq} in validation batches of {batch} needs {batch * seq + 1} "
-            f"validation tokens and there are {token_count(shards)}; lower --seq, or "
-            "give more text with --validation"
+            f"`seq` {seq} in validation batches of {batch} needs {batch * seq + 1} "
+            f"validation tokens and there are {token_count(shards)}; lower `seq`, or "
+            "give more text with `validation`"
         )
     count = max(batch, min(count, len(windows)) // batch * batch)
     chosen = np.linspace(0, len(windows) - 1, count).astype(int)

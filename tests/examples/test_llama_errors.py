@@ -1,0 +1,81 @@
+"""Messages name options by their fields; the commands print them as flags."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from examples import llama
+from examples.llama.export import ExportOptions
+from examples.llama.options import FinetuneOptions, RunOptions
+from examples.llama.run.errors import (
+    RunInterrupted,
+    UsageError,
+    exit_on_usage_error,
+    first_line,
+    notice,
+    with_flags,
+)
+
+FOLDER = Path(llama.__file__).parent
+# Modules that define, parse or check a command line, and the one that prints flags.
+WITH_FLAGS = (
+    *("compare", "export", "finetune", "plan", "pretrain", "tokenise", "options"),
+    *("optimizers", "step", "memory/options", "memory/report", "memory/search"),
+    *("memory/target", "run/errors"),
+)
+LIBRARY = {
+    str(path.relative_to(FOLDER).with_suffix("")): path
+    for path in sorted(FOLDER.rglob("*.py"))
+    if str(path.relative_to(FOLDER).with_suffix("")) not in WITH_FLAGS
+}
+OPTIONS = (RunOptions, FinetuneOptions, ExportOptions)
+FIELDS = {field.name for kind in OPTIONS for field in dataclasses.fields(kind)}
+
+
+def texts_of(path: Path) -> list[str]:
+    """Returns the strings of a module that are not docstrings, with f-strings' text."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    statements = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if node not in statements
+    ]
+
+
+def test_a_field_is_printed_as_its_flag() -> None:
+    message = "`eval_every` 0 in `data` 'x=`y z`' needs `hf auth login`"
+    shown = "--eval-every 0 in --data 'x=`y z`' needs `hf auth login`"
+    assert with_flags(message) == shown
+
+
+def test_names_in_the_errors_of_libraries_are_no_fields() -> None:
+    assert first_line(ValueError("`data` is bad\nmore")) == "'data' is bad"
+
+
+def test_commands_print_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UsageError("`batch` 7 is odd")
+
+    def stop() -> None:
+        raise RunInterrupted("`resume` auto goes on")
+
+    with pytest.raises(SystemExit):
+        exit_on_usage_error(fail)
+    exit_on_usage_error(stop)
+    notice("`out` holds a run")
+    out, err = capsys.readouterr()
+    assert out == "--resume auto goes on\n"
+    assert err == "error: --batch 7 is odd\n--out holds a run\n"
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_library_knows_no_flags_but_fields(name: str) -> None:
+    for text in texts_of(LIBRARY[name]):
+        ours = text.replace("jupyter nbconvert --to", "")
+        assert not re.search(r"(^|[ (`'])--[a-z]", ours)
+        assert set(re.findall("`([a-z_]+)`", text)) <= FIELDS
