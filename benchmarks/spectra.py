@@ -26,12 +26,12 @@ from benchmarks import report
 from benchmarks.memory_figure import INK
 from benchmarks.variants import VARIANTS
 from examples.llama.mesh import make_mesh
-from examples.llama.model import Batch, graphdef_of
+from examples.llama.model import Batch, graphdef_of, init_params
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.pretrain import load_text
 from examples.llama.run.errors import UsageError, exit_on_usage_error
-from examples.llama.run.setup import execution_of, initial_params, model_config
+from examples.llama.run.setup import execution_of, model_config
 from examples.llama.step import TrainState, make_train_step
 
 # The kernels whose updates are looked at, as (module, name).
@@ -194,11 +194,14 @@ class Observed(NamedTuple):
 def observe(options: SpectraOptions) -> Observed:
     """Trains with AdamW and returns what the rules make of its gradients."""
     run = run_of(options, Rule("adamw"))
-    config, mesh = model_config(run), make_mesh(run.mesh)
-    _, text = load_text(run, config, mesh)
+    config = model_config(run)
+    _, text = load_text(run, config, make_mesh(run.mesh))
     tx = recorded(make_optimizer(run, config)[0])
-    train_step = make_train_step(graphdef_of(config, execution_of(run, config)), tx)
-    params = initial_params(run, config, mesh)
+    execution = execution_of(run, config)
+    train_step = make_train_step(graphdef_of(config, execution), tx)
+    # Parameters on a mesh would have the second step compiled anew, as the states of
+    # the first one are on none.
+    params = init_params(config, execution, seed=run.seed)
     followers = {
         name: Follower(scaler_of(options, rule), watched_part(params))
         for name, rule in RULES.items()

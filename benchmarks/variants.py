@@ -30,6 +30,7 @@ from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.recorder import DivergedError
+from examples.llama.run.result import read_result
 from examples.llama.run.setup import abstract_params, execution_of, model_config
 
 Momentum = Callable[[RunOptions], optax.GradientTransformation]
@@ -189,6 +190,8 @@ class VariantOptions:
     """A run each."""
     out: Path = Path("runs/variants")
     """Folder for the runs."""
+    finished_only: bool = False
+    """Train nothing, and print the rows whose runs have ended."""
 
     def __post_init__(self) -> None:
         for name in self.parts:
@@ -214,16 +217,23 @@ def run_of(options: VariantOptions, way: Way, seed: int) -> RunOptions:
 
 def perplexities(
     options: VariantOptions, way: Way, stop: StopRequest
-) -> tuple[float, ...]:
-    """Returns the perplexity by seed, infinite for a run that diverged."""
+) -> tuple[float, ...] | None:
+    """Returns the perplexity by seed, infinite for a run that diverged.
 
-    def result(seed: int) -> float:
+    Returns None with `finished_only`, if a run has not ended.
+    """
+    perplexities = []
+    for seed in options.seeds:
+        run = run_of(options, way, seed)
         try:
-            return perplexity(pretrain(run_of(options, way, seed), stop).val_loss)
+            result = read_result(run) if options.finished_only else pretrain(run, stop)
         except DivergedError:
-            return math.inf
-
-    return tuple(map(result, options.seeds))
+            perplexities.append(math.inf)
+            continue
+        if result is None:
+            return None
+        perplexities.append(perplexity(result.val_loss))
+    return tuple(perplexities)
 
 
 def state_in_all(run: RunOptions) -> int:
@@ -242,19 +252,32 @@ def kernels_state(run: RunOptions) -> int:
     return state_in_all(run) - state_in_all(with_defaults(sgd, model_config(sgd)))
 
 
+HEAD = ("momentum or limit", "optimizer", "lr", "val ppl", "±", "kernels' state, MB")
+
+
 def row(options: VariantOptions, way: Way, results: tuple[float, ...]) -> list[str]:
-    spread = f"{statistics.stdev(results):.2f}" if len(results) > 1 else ""
+    has_spread = len(results) > 1 and all(map(math.isfinite, results))
     return [
         way.label,
         way.optimizer,
         f"{way.lr:g}",
         f"{statistics.mean(results):.2f}",
-        spread,
+        f"{statistics.stdev(results):.2f}" if has_spread else "",
         f"{kernels_state(run_of(options, way, options.seeds[0])) / 1e6:.3f}",
     ]
 
 
-HEAD = ("way", "optimizer", "lr", "val ppl", "±", "kernels' state, MB")
+def table(options: VariantOptions, part: str, stop: StopRequest) -> str:
+    rows = []
+    for way in PARTS[part]:
+        results = perplexities(options, way, stop)
+        if results is not None:
+            rows.append(row(options, way, results))
+    return (
+        f"{part}: tiny, {options.steps} steps of 1,024 tokens, {len(options.seeds)} "
+        f"seeds; {report.made_with(('jax', 'flax', 'optax'))}\n\n"
+        f"{report.markdown(HEAD, rows, 2)}\n"
+    )
 
 
 def main(args: list[str] | None = None) -> None:
@@ -263,17 +286,7 @@ def main(args: list[str] | None = None) -> None:
         RECIPES.update(VARIANTS)
         with StopRequest() as stop:
             for part in options.parts:
-                rows = [
-                    row(options, way, perplexities(options, way, stop))
-                    for way in PARTS[part]
-                ]
-                print(
-                    f"{part}: tiny, {options.steps} steps of 1,024 tokens, "
-                    f"{len(options.seeds)} seeds; "
-                    f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
-                    f"{report.markdown(HEAD, rows, 2)}\n",
-                    flush=True,
-                )
+                print(table(options, part, stop), flush=True)
 
     exit_on_usage_error(command)
 

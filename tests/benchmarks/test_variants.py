@@ -162,6 +162,25 @@ def test_a_run_that_diverges_has_an_infinite_perplexity(
     assert variants.perplexities(options, way, stop) == (pytest.approx(40), math.inf)
     row = variants.row(options, way, (40.0, 42.0))
     assert row[:5] == ["none", "apollo-zero", "0.002", "41.00", "1.41"]
+    row = variants.row(options, way, (40.0, math.inf))
+    assert row[3:5] == ["inf", ""]
+
+
+def test_rows_of_runs_that_have_not_ended_can_be_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Result:
+        val_loss = math.log(40)
+
+    def read_result(run: RunOptions) -> Any:
+        return Result if run.optimizer == "apollo-zero" and run.lr == 2e-3 else None
+
+    monkeypatch.setattr(variants, "read_result", read_result)
+    stop: Any = None
+    table = variants.table(VariantOptions(finished_only=True), "momentum", stop)
+    assert [line.split(" | ")[1:4] for line in table.splitlines()[4:]] == [
+        ["apollo-zero", "0.002", "40.00"]
+    ]
 
 
 @pytest.mark.parametrize(
