@@ -245,6 +245,7 @@ def apollo(
     *,
     scale_type: Literal["channel", "tensor"],
     svd: bool = False,
+    norm_growth_limit: float | None = 1.01,
 ) -> optax.GradientTransformation:
     assert options.rank is not None
     assert options.scale is not None
@@ -255,6 +256,7 @@ def apollo(
         # The paper's order for models of up to 130M parameters.
         scale_front=config.hidden_size <= 768,
         b2=second_moment_decay(options),
+        norm_growth_limit=norm_growth_limit,
         projection="svd" if svd else cast(Any, options.projection),
         key=options.seed,
         weight_dimension_numbers=dimension_numbers(options),
