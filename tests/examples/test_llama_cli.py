@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 
 from examples.llama import compare, export, optimizers, pretrain, tokenise
+from examples.llama import train as training
 from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
 from examples.llama.hf.weights import load_params
@@ -23,9 +25,12 @@ from examples.llama.model import (
     next_token_loss,
     pieces_of,
 )
-from examples.llama.options import CHOICES
+from examples.llama.options import CHOICES, RunOptions
 from examples.llama.run import checkpoint, recorder, setup
 from examples.llama.run import log as run_log
+from examples.llama.run.errors import UsageError
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.step import StepMetrics, TrainState
 from examples.llama.text import corpus, loader, tokenizer
 from examples.llama.text.windows import validation_batches
 
@@ -113,6 +118,7 @@ def test_pretrain_writes_its_files(
         assert row["grad_norm"] > 0
     assert rows[2]["val_ppl"] == pytest.approx(math.exp(rows[2]["val_loss"]))
     assert [isinstance(row.get("sample"), str) for row in rows] == [False, True, True]
+    assert not any("update_rms_over_lr" in row for row in rows)
     output = capsys.readouterr()
     best = min(row["val_ppl"] for row in rows[1:])
     assert f"best validation perplexity {best:.2f} in 3 steps" in output.out
@@ -121,6 +127,39 @@ def test_pretrain_writes_its_files(
     assert "tokens/s" in output.err
     assert f"tiny: {param_count(PRESETS['tiny']):,} parameters in float32" in output.err
     assert "on 1 of 8 cpu; 96 tokens, " in output.err
+
+
+def test_the_size_of_updates_is_recorded_at_evaluations_if_asked_for(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_step(state: Any, *_: Any) -> tuple[TrainState, StepMetrics]:
+        params = jax.tree.map(lambda p: p + 0.5, state.params)
+        return TrainState(params, ()), StepMetrics(jnp.ones(()), jnp.ones(()))
+
+    state = TrainState({"layers": {"up": {"kernel": jnp.zeros((2, 3, 4))}}}, ())
+    monkeypatch.setattr(setup, "training_step", lambda *_: train_step)
+    monkeypatch.setattr(setup, "initial_state", lambda *_: state)
+    evaluated = {"val_loss": 1.0, "sample": ""}
+    monkeypatch.setattr(
+        training, "make_evaluation", lambda *_: lambda params, step: dict(evaluated)
+    )
+    options = RunOptions(out=out, steps=3, batch=2, seq=16, eval_every=2)
+    with StopRequest() as stop:
+        pretrain.pretrain(options, stop, measure_updates=True)
+    rows = run_log.read_metrics(out)
+    assert "update_rms_over_lr" not in rows[0]
+    for row in rows[1:]:
+        assert row["update_rms_over_lr"] == pytest.approx(0.5 / row["lr"])
+
+
+def test_updates_of_weights_that_are_rounded_are_not_measured(out: Path) -> None:
+    options = RunOptions(out=out, weights="bfloat16")
+    with (
+        StopRequest() as stop,
+        pytest.raises(UsageError, match="--weights bfloat16 .*--weights float32"),
+    ):
+        pretrain.pretrain(options, stop, measure_updates=True)
+    assert not out.exists()
 
 
 def test_training_lowers_the_loss_and_repeats_exactly(out: Path) -> None:
