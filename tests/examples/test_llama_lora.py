@@ -37,7 +37,7 @@ from examples.llama.model import (
     next_token_loss,
     pieces_of,
 )
-from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.optimizers import lr_group, make_optimizer, with_defaults
 from examples.llama.options import FinetuneOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup
@@ -347,6 +347,7 @@ def test_adapters_alone_are_written_only_of_a_run_that_has_them(
 def test_default_rate_and_alpha(small: LlamaConfig) -> None:
     options = with_defaults(PlannedTuning(lora=8, optimizer="adamw"), small)
     assert (options.lr, options.lora_alpha) == (pytest.approx(2e-4), 16)
+    assert lr_group("layers/mlp/up_proj/lora/lora_b") == "kernels"
 
 
 def test_the_plan_has_the_whole_model_and_the_state_of_adapters(
