@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from examples.llama import export, finetune, plan
 from examples.llama.config import (
@@ -36,7 +37,7 @@ from examples.llama.model import (
     next_token_loss,
     pieces_of,
 )
-from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.optimizers import lr_group, make_optimizer, with_defaults
 from examples.llama.options import FinetuneOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup
@@ -73,9 +74,9 @@ def tokens_of(config: LlamaConfig, rows: int = 2) -> np.ndarray:
 
 
 def logits_of(config: LlamaConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
-    from flax import nnx
-
-    return np.asarray(nnx.merge(graphdef_of(config), params)(jnp.asarray(tokens)))
+    graphdef = graphdef_of(config)
+    logits = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    return np.asarray(logits(params, tokens))
 
 
 def test_new_adapters_add_nothing_and_are_counted(small: LlamaConfig) -> None:
@@ -245,6 +246,8 @@ def options_of(start: Path, out: Path) -> FinetuneOptions:
     )
 
 
+# PEFT reads a deprecated attribute of Transformers.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_computes_what_the_run_does(family: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs peft: pip install '.[torch]'")
@@ -344,6 +347,7 @@ def test_adapters_alone_are_written_only_of_a_run_that_has_them(
 def test_default_rate_and_alpha(small: LlamaConfig) -> None:
     options = with_defaults(PlannedTuning(lora=8, optimizer="adamw"), small)
     assert (options.lr, options.lora_alpha) == (pytest.approx(2e-4), 16)
+    assert lr_group("layers/mlp/up_proj/lora/lora_b") == "kernels"
 
 
 def test_the_plan_has_the_whole_model_and_the_state_of_adapters(
