@@ -197,9 +197,9 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
                 of(apollo_optax.apollo_mini, projection="random"),
             ),
         ],
-        # Each of five rounds reads the gradient twice. Then the norm of the update and
-        # the update read it.
-        "racs": [Method("racs", of(apollo_optax.racs), gradient_reads=12)],
+        # The largest entry, one round (twice), the norm of the update and the update read
+        # the gradient.
+        "racs": [Method("racs", of(apollo_optax.racs), gradient_reads=5)],
         # The norms of rows, the norms of columns, four products and the update read the
         # gradient.
         "apollo-zero": [
