@@ -24,6 +24,8 @@ from apollo_optax import (
 from apollo_optax._dimension_numbers import resolve
 
 STACKED = ApolloDimensionNumbers(1, 2)
+# Flax before 0.12.7 calls it nnx.pure.
+as_pure = getattr(nnx, "as_pure", None) or nnx.pure
 
 
 def leaf(*shape):
@@ -215,7 +217,7 @@ def test_matches_by_path_whatever_the_node_types():
     }
     given["layers"][0] = {"kernel": ApolloDimensionNumbers(1, 0), "bias": None}
     expected = {"layers/0/kernel": (1,), "lm_head/kernel": (0,)}
-    assert matrices(state, given) == matrices(nnx.as_pure(state), given) == expected
+    assert matrices(state, given) == matrices(as_pure(state), given) == expected
     # A callable may return its numbers in boxes. jax.tree.map over an nnx.State does.
     boxed = jax.tree.map(
         lambda x: ApolloDimensionNumbers() if x.ndim == 2 else None, state
@@ -268,7 +270,7 @@ def test_converts_objects_of_other_types_and_in_boxes():
     assert isinstance(numbers["lm_head"]["kernel"], nnx.Variable)
     for converted in (
         dimension_numbers_from(numbers),
-        dimension_numbers_from(nnx.as_pure(numbers)),
+        dimension_numbers_from(as_pure(numbers)),
         dimension_numbers_from(numbers_of),
     ):
         found = matrices(state, converted)

@@ -27,6 +27,8 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+# Flax before 0.12.7 calls it nnx.pure.
+as_pure = getattr(nnx, "as_pure", None) or nnx.pure
 SHAPES = {"kernel": (8, 16), "bias": (16,), "merged": (2, 4, 16)}
 VALUES = {
     name: np.asarray(normal(i, shape)) for i, (name, shape) in enumerate(SHAPES.items())
@@ -212,7 +214,7 @@ MATRIX = ApolloDimensionNumbers()
 @pytest.mark.parametrize("pure", [True, False], ids=["arrays", "variables"])
 def test_dimension_numbers_of_an_nnx_state(pure, numbers, moment_shapes):
     params = nnx.state(Model(partitioned=False), nnx.Param)
-    params = nnx.as_pure(params) if pure else params
+    params = as_pure(params) if pure else params
     tx: Any = apollo_optax.scale_by_apollo(4, weight_dimension_numbers=numbers)
     state = tx.init(params)
     assert nnx.to_pure_dict(jax.tree.map(jnp.shape, state.mu)) == moment_shapes
