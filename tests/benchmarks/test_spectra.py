@@ -170,18 +170,20 @@ def test_the_table_has_sizes_at_the_rates_of_the_trainer(
     )
 
 
-def test_the_table_of_sizes_compares_with_its_first_row(
+def test_the_table_of_sizes_compares_with_the_same_rank_without_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rules = {"free": Rule("mini-no-limit"), "limited": Rule("apollo-mini")}
-    monkeypatch.setattr(spectra, "SIZE_RULES", rules)
+    names = ("rank 2, no limit", "rank 1, no limit", "rank 1, limit 3")
+    monkeypatch.setattr(spectra, "SIZE_RULES", dict.fromkeys(names))
     sizes = {
-        "free": np.array([[1.0], [4.0], [1.0]]),
-        "limited": np.array([[0.5], [0.5], [0.5]]),
+        "rank 2, no limit": np.array([[8.0], [8.0]]),
+        "rank 1, no limit": np.array([[1.0], [4.0], [1.0]]),
+        "rank 1, limit 3": np.array([[0.5], [0.5], [0.5]]),
     }
-    free, limited = spectra.size_table(sizes).splitlines()[-2:]
-    assert free == "| free | 1.587 | 1.00 | 1.386 |"  # 4^(1/3), and log 4.
-    assert limited == "| limited | 0.500 | 0.31 | 0.000 |"
+    _, free, limited = spectra.size_table(sizes).splitlines()[-3:]
+    # The mean is the cube root of 4, and the changes are plus and minus log 4.
+    assert free == "| rank 1, no limit | 1.587 | 1.00 | 1.386 |"
+    assert limited == "| rank 1, limit 3 | 0.500 | 0.31 | 0.000 |"
 
 
 def test_the_figure_has_a_panel_for_each_kernel_and_step(tmp_path: Path) -> None:
