@@ -46,8 +46,9 @@ class Rule(NamedTuple):
 
 
 # Without momentum, the update of SGD is the gradient.
+GRADIENT = "the gradient (SGD)"
 SPECTRUM_RULES = {
-    "the gradient (SGD)": Rule("sgd"),
+    GRADIENT: Rule("sgd"),
     "AdamW": Rule("adamw"),
     "Muon": Rule("muon"),
     "APOLLO-Mini": Rule("apollo-mini"),
@@ -68,7 +69,7 @@ RULES = SPECTRUM_RULES | SIZE_RULES
 
 # The colors of the lines, on light and dark.
 COLORS = {
-    "the gradient (SGD)": ("#6e7781", "#9198a1"),
+    GRADIENT: ("#afb8c1", "#6e7781"),
     "AdamW": ("#4c78a8", "#6b9bd1"),
     "Muon": ("#e45756", "#f0787a"),
     "APOLLO-Mini": ("#b279a2", "#d0a0c4"),
@@ -323,8 +324,13 @@ def draw_kernel(axes: Axes, updates: Updates, kernel: str, mode: str) -> None:
         # All points would be most of the file. The line is smooth after the first ones.
         shown = np.unique([*range(8), *range(8, len(values), 4), len(values) - 1])
         shown = shown[shown < len(values)]
-        color = COLORS[name][index]
-        axes.semilogy(shown + 1, values[shown], color=color, lw=1.2, label=name)
+        axes.semilogy(
+            *(shown + 1, values[shown]),
+            color=COLORS[name][index],
+            # APOLLO-Mini, which has the gradient's spectrum, is drawn over it.
+            lw=3.5 if name == GRADIENT else 1.2,
+            label=name,
+        )
     axes.set_ylim(0.02, 12)
     axes.tick_params(which="both", colors=INK[mode], labelsize="small")
     for side, spine in axes.spines.items():
@@ -349,7 +355,7 @@ def draw(updates: dict[int, Updates], mode: str, file: Path) -> None:
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(
         *(handles, labels),
-        loc="outside lower center",
+        loc="outside upper center",
         ncols=len(labels),
         frameon=False,
         labelcolor=ink,

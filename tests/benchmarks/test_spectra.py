@@ -126,7 +126,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         spectra,
         "RULES",
-        {"the gradient (SGD)": Rule("sgd"), "AdamW": Rule("adamw")},
+        {spectra.GRADIENT: Rule("sgd"), "AdamW": Rule("adamw")},
     )
 
     def load_text(options: Any, shape: Any, mesh: Any) -> Any:
@@ -144,7 +144,7 @@ def test_adamw_sees_the_gradients_that_are_shown() -> None:
     observed = spectra.observe(options)
     assert list(observed.updates) == [1, 3]
     first = observed.updates[1]
-    for kernel, gradient in first["the gradient (SGD)"].items():
+    for kernel, gradient in first[spectra.GRADIENT].items():
         assert rms(gradient) > 0
         # Adam's first update is the sign of the gradient, up to its epsilon.
         expected = gradient / (np.abs(gradient) + 1e-8)
