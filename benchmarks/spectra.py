@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from matplotlib.axes import Axes
@@ -361,8 +362,9 @@ def draw(updates: dict[int, Updates], mode: str, file: Path) -> None:
         labelcolor=ink,
         fontsize="small",
     )
-    # Without a date, the same numbers give the same file.
-    figure.savefig(file, transparent=True, metadata={"Date": None})
+    # Without a date and random names, the same numbers give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "spectra"}):
+        figure.savefig(file, transparent=True, metadata={"Date": None})
 
 
 def main(args: list[str] | None = None) -> None:
