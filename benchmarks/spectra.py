@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from matplotlib.axes import Axes
@@ -46,8 +47,9 @@ class Rule(NamedTuple):
 
 
 # Without momentum, the update of SGD is the gradient.
+GRADIENT = "the gradient (SGD)"
 SPECTRUM_RULES = {
-    "the gradient (SGD)": Rule("sgd"),
+    GRADIENT: Rule("sgd"),
     "AdamW": Rule("adamw"),
     "Muon": Rule("muon"),
     "APOLLO-Mini": Rule("apollo-mini"),
@@ -59,14 +61,16 @@ SIZE_RULES = {
     "rank 1, no limit": Rule("mini-no-limit"),
     "rank 1, limit 1.1": Rule("mini-limit-1.1"),
     "rank 1, limit 1.01": Rule("apollo-mini"),
+    "rank 8, no limit": Rule("mini-no-limit", {"rank": 8, "scale": 16.0}),
     "rank 8, limit 1.01": Rule("apollo-mini", {"rank": 8, "scale": 16.0}),
+    "rank 32, no limit": Rule("mini-no-limit", {"rank": 32, "scale": 4.0}),
     "rank 32, limit 1.01": Rule("apollo-mini", {"rank": 32, "scale": 4.0}),
 }
 RULES = SPECTRUM_RULES | SIZE_RULES
 
 # The colors of the lines, on light and dark.
 COLORS = {
-    "the gradient (SGD)": ("#6e7781", "#9198a1"),
+    GRADIENT: ("#afb8c1", "#6e7781"),
     "AdamW": ("#4c78a8", "#6b9bd1"),
     "Muon": ("#e45756", "#f0787a"),
     "APOLLO-Mini": ("#b279a2", "#d0a0c4"),
@@ -81,7 +85,7 @@ Updates = dict[str, dict[str, np.ndarray]]  # Matrices by rule and kernel.
 class SpectraOptions:
     """The updates that optimizers make of the same gradients."""
 
-    at: tuple[int, int] = (20, 400)
+    at: tuple[int, int] = (20, 200)
     """An early and a late step; the training ends at the late one."""
     model: str = "tiny"
     """As in pretrain."""
@@ -293,21 +297,23 @@ def spectrum_table(options: SpectraOptions, updates: Updates) -> str:
     return report.markdown(SPECTRUM_HEAD, map(row, SPECTRUM_RULES), 1)
 
 
-SIZE_HEAD = ("APOLLO-Mini with", "RMS", "over no limit", "variation by step")
+SIZE_HEAD = ("APOLLO-Mini with", "RMS", "over no limit", "change per step")
 
 
 def size_table(sizes: Mapping[str, np.ndarray]) -> str:
     """Returns a row per variant of APOLLO-Mini.
 
     The columns are the geometric mean of the RMS over steps and kernels, the same over
-    that of the first row, and how far its logarithm differs from one step to the next.
+    that of the rank without a limit, and how much the RMS changes in a step: the
+    standard deviation of the difference of its logarithm.
     """
-    first = geometric_mean(sizes[next(iter(SIZE_RULES))])
 
     def row(name: str) -> list[str]:
+        rank, _, _ = name.partition(",")
         mean = geometric_mean(sizes[name])
+        over_free = mean / geometric_mean(sizes[f"{rank}, no limit"])
         changes = np.diff(np.log(sizes[name]), axis=0)
-        return [name, f"{mean:.3f}", f"{mean / first:.2f}", f"{np.std(changes):.3f}"]
+        return [name, f"{mean:.3f}", f"{over_free:.2f}", f"{np.std(changes):.3f}"]
 
     return report.markdown(SIZE_HEAD, map(row, SIZE_RULES), 1)
 
@@ -316,8 +322,16 @@ def draw_kernel(axes: Axes, updates: Updates, kernel: str, mode: str) -> None:
     index = list(INK).index(mode)
     for name in SPECTRUM_RULES:
         values = over_flat(updates[name][kernel])
-        color = COLORS[name][index]
-        axes.semilogy(np.arange(1, len(values) + 1), values, color=color, label=name)
+        # All points would be most of the file. The line is smooth after the first ones.
+        shown = np.unique([*range(8), *range(8, len(values), 4), len(values) - 1])
+        shown = shown[shown < len(values)]
+        axes.semilogy(
+            *(shown + 1, values[shown]),
+            color=COLORS[name][index],
+            # APOLLO-Mini, which has the gradient's spectrum, is drawn over it.
+            lw=3.5 if name == GRADIENT else 1.2,
+            label=name,
+        )
     axes.set_ylim(0.02, 12)
     axes.tick_params(which="both", colors=INK[mode], labelsize="small")
     for side, spine in axes.spines.items():
@@ -342,14 +356,15 @@ def draw(updates: dict[int, Updates], mode: str, file: Path) -> None:
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(
         *(handles, labels),
-        loc="outside lower center",
+        loc="outside upper center",
         ncols=len(labels),
         frameon=False,
         labelcolor=ink,
         fontsize="small",
     )
-    # Without a date, the same numbers give the same file.
-    figure.savefig(file, transparent=True, metadata={"Date": None})
+    # Without a date and random names, the same numbers give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "spectra"}):
+        figure.savefig(file, transparent=True, metadata={"Date": None})
 
 
 def main(args: list[str] | None = None) -> None:

@@ -126,13 +126,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         spectra,
         "RULES",
-        {"the gradient (SGD)": Rule("sgd"), "AdamW": Rule("adamw")},
+        {spectra.GRADIENT: Rule("sgd"), "AdamW": Rule("adamw")},
     )
 
     def load_text(options: Any, shape: Any, mesh: Any) -> Any:
         del shape, mesh
         rng = np.random.default_rng(options.seed)
-        batches = iter(lambda: rng.integers(0, 32, (2, 9)).astype(np.int32), None)
+        batches = (rng.integers(0, 32, (2, 9)).astype(np.int32) for _ in range(3))
         return options, SimpleNamespace(batches=batches)
 
     monkeypatch.setattr(spectra, "load_text", load_text)
@@ -144,7 +144,7 @@ def test_adamw_sees_the_gradients_that_are_shown() -> None:
     observed = spectra.observe(options)
     assert list(observed.updates) == [1, 3]
     first = observed.updates[1]
-    for kernel, gradient in first["the gradient (SGD)"].items():
+    for kernel, gradient in first[spectra.GRADIENT].items():
         assert rms(gradient) > 0
         # Adam's first update is the sign of the gradient, up to its epsilon.
         expected = gradient / (np.abs(gradient) + 1e-8)
@@ -170,29 +170,30 @@ def test_the_table_has_sizes_at_the_rates_of_the_trainer(
     )
 
 
-def test_the_table_of_sizes_compares_with_its_first_row(
+def test_the_table_of_sizes_compares_with_the_same_rank_without_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rules = {"free": Rule("mini-no-limit"), "limited": Rule("apollo-mini")}
-    monkeypatch.setattr(spectra, "SIZE_RULES", rules)
+    names = ("rank 2, no limit", "rank 1, no limit", "rank 1, limit 3")
+    monkeypatch.setattr(spectra, "SIZE_RULES", dict.fromkeys(names))
     sizes = {
-        "free": np.array([[1.0], [4.0], [1.0]]),
-        "limited": np.array([[0.5], [0.5], [0.5]]),
+        "rank 2, no limit": np.array([[8.0], [8.0]]),
+        "rank 1, no limit": np.array([[1.0], [4.0], [1.0]]),
+        "rank 1, limit 3": np.array([[0.5], [0.5], [0.5]]),
     }
-    free, limited = spectra.size_table(sizes).splitlines()[-2:]
-    assert free == "| free | 1.587 | 1.00 | 1.386 |"  # 4^(1/3), and log 4.
-    assert limited == "| limited | 0.500 | 0.31 | 0.000 |"
+    _, free, limited = spectra.size_table(sizes).splitlines()[-3:]
+    # The mean is the cube root of 4, and the changes are plus and minus log 4.
+    assert free == "| rank 1, no limit | 1.587 | 1.00 | 1.386 |"
+    assert limited == "| rank 1, limit 3 | 0.500 | 0.31 | 0.000 |"
 
 
 def test_the_figure_has_a_panel_for_each_kernel_and_step(tmp_path: Path) -> None:
     seen = updates_of(**{name: np.eye(3) for name in spectra.SPECTRUM_RULES})
-    for mode in spectra.INK:
-        file = tmp_path / f"{mode}.svg"
-        spectra.draw({2: seen, 5: seen}, mode, file)
-        once = file.read_bytes()
-        spectra.draw({2: seen, 5: seen}, mode, file)
-        assert file.read_bytes() == once
-        assert once.count(b'id="axes_') == 2
+    files = tmp_path / "one.svg", tmp_path / "other.svg"
+    for file in files:
+        spectra.draw({2: seen, 5: seen}, "dark", file)
+    one, other = (file.read_bytes() for file in files)
+    assert one.count(b'id="axes_') == 2
+    assert one == other
 
 
 @pytest.mark.parametrize("at", [(0, 5), (5, 5), (9, 3)])
