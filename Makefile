@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-memory bench-collectives bench-quality bench-spectra bench-variants integrations clean
+.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-memory bench-collectives bench-quality bench-finetune bench-spectra bench-variants integrations clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -92,6 +92,9 @@ bench-collectives: $(VENV)/.tpu  ## the table of docs/distributed.md; an hour
 
 bench-quality: $(VENV)/.test  ## each optimizer at its best rates, with three seeds; days, and goes on where it was cut off
 	$(BIN)/python -m benchmarks.rate_search
+
+bench-finetune: $(VENV)/.test  ## fine-tuning by each optimizer, at five rates and with two seeds; two hours, and goes on where it was cut off
+	$(BIN)/python -m benchmarks.finetune_quality
 
 bench-spectra: $(VENV)/.test  ## what optimizers make of the same gradients: the figure and a table of docs/how-it-works.md; minutes
 	$(BIN)/python -m benchmarks.spectra
