@@ -57,7 +57,8 @@ def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation
 class Int8TraceState(NamedTuple):
     """State of `int8_trace`; matrices are in int8, with a scale per 128 entries."""
 
-    count: jax.Array  # Steps taken.
+    # Steps taken.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     trace: Any  # A `QuantizedArray` per leaf.
 
 

@@ -32,7 +32,7 @@ EMBEDDING = r"^embed/embedding$"  # (V, D)
 HEAD = r"^lm_head/kernel$"  # (D, V)
 ENDS = {"embedding": EMBEDDING, "head": HEAD}
 
-SECOND_MOMENT_DECAY = 0.999  # The decay unless --b2 gives another one.
+SECOND_MOMENT_DECAY = 0.999  # The decay unless `b2` gives another one.
 
 Schedules = dict[str, optax.Schedule]
 
@@ -463,10 +463,10 @@ class Recipe(NamedTuple):
     rank_of: Callable[[LlamaConfig], int | None] = lambda config: None
     scale: float | None = None
     layerwise: bool = True  # Whether it can be given some of the parameters at a time.
-    # What --projection auto stands for. An optimizer without projections has the value
+    # What `projection` auto stands for. An optimizer without projections has the value
     # that its runs had before there was a choice, so that they can be resumed.
     projection: str = "random"
-    has_b2: bool = False  # Whether the kernels have second moments, which --b2 is for.
+    has_b2: bool = False  # Whether the kernels have second moments, which `b2` is for.
 
 
 def quarter_of_width(config: LlamaConfig) -> int:
@@ -551,21 +551,21 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
             options ask for.
     """
     if options.optimizer not in RECIPES:
-        raise unknown_name("--optimizer", options.optimizer, RECIPES)
+        raise unknown_name("`optimizer`", options.optimizer, RECIPES)
     recipe = RECIPES[options.optimizer]
-    for flag, value in unused(options, config).items():
+    for name, value in unused(options, config).items():
         raise UsageError(
-            f"{flag} {value} means nothing to --optimizer {options.optimizer}; "
+            f"`{name}` {value} means nothing to `optimizer` {options.optimizer}; "
             "leave it out"
         )
     if options.head not in (None, options.embeddings) and config.tied_head:
         raise UsageError(
-            f"--head {options.head} means nothing to a model whose head is its "
-            "embedding, which --embeddings is for; leave it out"
+            f"`head` {options.head} means nothing to a model whose head is its "
+            "embedding, which `embeddings` is for; leave it out"
         )
     if options.layerwise and not recipe.layerwise:
         raise UsageError(
-            f"--layerwise can't be done with --optimizer {options.optimizer}: Optax's "
+            f"`layerwise` can't be done with `optimizer` {options.optimizer}: Optax's "
             "takes no tree in which all matrices are masked out; "
             "leave out one of the two"
         )
@@ -588,21 +588,21 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
 
 
 def check_lora(options: TuningOptions) -> None:
-    """Raises `UsageError` for options of what --lora does not train or how it does."""
+    """Raises `UsageError` for options of what `lora` does not train or how it does."""
     if options.optimizer != "adamw":
         raise UsageError(
-            f"--lora {options.lora} trains its adapters with AdamW, not with "
-            f"--optimizer {options.optimizer}; give --optimizer adamw"
+            f"`lora` {options.lora} trains its adapters with AdamW, not with "
+            f"`optimizer` {options.optimizer}; give `optimizer` adamw"
         )
-    for flag, value in (
-        ("--lr-embeddings", options.lr_embeddings),
-        ("--embeddings", None if options.embeddings == "adam" else options.embeddings),
-        ("--head", options.head),
+    for name, value in (
+        ("lr_embeddings", options.lr_embeddings),
+        ("embeddings", None if options.embeddings == "adam" else options.embeddings),
+        ("head", options.head),
     ):
         if value is not None:
             raise UsageError(
-                f"{flag} {value} means nothing to --lora {options.lora}, which leaves "
-                "embeddings, head and norms as they are; leave it out"
+                f"`{name}` {value} means nothing to `lora` {options.lora}, which "
+                "leaves embeddings, head and norms as they are; leave it out"
             )
 
 
@@ -617,22 +617,22 @@ def lr_of_embeddings(options: RunOptions, recipe: Recipe) -> float:
 
 
 def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
-    """Returns the flags that the optimizer does not use, with their values."""
+    """Returns the options that the optimizer does not use, with their values."""
     recipe = RECIPES[options.optimizer]
 
     def takes(rule: str | None) -> bool:
         return rule in EMBEDDING_RULES or options.optimizer.startswith("apollo")
 
     return {
-        flag: value
-        for flag, value, has_use in (
-            ("--rank", options.rank, recipe.rank_of(config) is not None),
-            ("--scale", options.scale, recipe.scale is not None),
-            ("--b2", options.b2, recipe.has_b2),
-            ("--embeddings", options.embeddings, takes(options.embeddings)),
-            ("--head", options.head, takes(options.head)),
+        name: value
+        for name, value, has_use in (
+            ("rank", options.rank, recipe.rank_of(config) is not None),
+            ("scale", options.scale, recipe.scale is not None),
+            ("b2", options.b2, recipe.has_b2),
+            ("embeddings", options.embeddings, takes(options.embeddings)),
+            ("head", options.head, takes(options.head)),
             (
-                "--projection",
+                "projection",
                 options.projection,
                 recipe.projection == "rademacher",
             ),

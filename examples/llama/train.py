@@ -62,7 +62,7 @@ def train(
         load_text: reads what the run trains on, before anything is written.
         keep_best: keep the weights of the evaluation with the lowest loss.
         measure_updates: record the RMS of the kernels' update, over the learning rate,
-            at the steps with an evaluation. It takes --weights float32.
+            at the steps with an evaluation. It takes float32 weights.
 
     Raises:
         UsageError: for input that makes no run, before anything is written; where a
@@ -73,8 +73,8 @@ def train(
     """
     if measure_updates and options.weights != "float32":
         raise UsageError(
-            f"--weights {options.weights} are rounded, and an update is measured as "
-            "the change of the weights; give --weights float32"
+            f"`weights` {options.weights} are rounded, and an update is measured as "
+            "the change of the weights; give `weights` float32"
         )
     distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
     resume = options.resume == "auto"

@@ -132,7 +132,7 @@ def test_pretrain_writes_its_files(
 def test_the_size_of_updates_is_recorded_at_evaluations_if_asked_for(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train_step(state: Any, *_: Any) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: Any, *_: Any, frozen: None) -> tuple[TrainState, StepMetrics]:
         params = jax.tree.map(lambda p: p + 0.5, state.params)
         return TrainState(params, ()), StepMetrics(jnp.ones(()), jnp.ones(()))
 
@@ -156,7 +156,7 @@ def test_updates_of_weights_that_are_rounded_are_not_measured(out: Path) -> None
     options = RunOptions(out=out, weights="bfloat16")
     with (
         StopRequest() as stop,
-        pytest.raises(UsageError, match="--weights bfloat16 .*--weights float32"),
+        pytest.raises(UsageError, match="`weights` bfloat16 .*`weights` float32"),
     ):
         pretrain.pretrain(options, stop, measure_updates=True)
     assert not out.exists()

@@ -174,7 +174,7 @@ def table(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> Table:
 
 
 def draw(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> None:
-    """Draws a stacked bar per row, and a line at the limit, into the file of --plot."""
+    """Draws a stacked bar per row, and a line at the limit, into the file of `plot`."""
     assert options.plot is not None
     figure = Figure(figsize=(9, 2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()

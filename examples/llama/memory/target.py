@@ -83,17 +83,17 @@ class Memory:
 
 
 def check_target(target: str) -> None:
-    """Raises `UsageError` for an unknown --target or one without its compiler."""
+    """Raises `UsageError` for an unknown `target` or one without its compiler."""
     if target in LOCAL:
         return
     if not TOPOLOGY.fullmatch(target):
         raise UsageError(
-            f"--target {target!r} is unknown; give cpu, gpu or a TPU topology: "
+            f"`target` {target!r} is unknown; give cpu, gpu or a TPU topology: "
             "v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
-            f"--target {target} needs libtpu, which compiles for TPUs; {INSTALL}"
+            f"`target` {target} needs libtpu, which compiles for TPUs; {INSTALL}"
         )
 
 
@@ -109,7 +109,7 @@ def for_target(options: RunOptions, target: str) -> RunOptions:
         return options  # `setup.execution_of` looks at the GPU.
     if options.attention == "cudnn":
         raise UsageError(
-            f"--attention cudnn takes a GPU, and --target is {target}; leave it out"
+            f"`attention` cudnn takes a GPU, and `target` is {target}; leave it out"
         )
     return dataclasses.replace(options, attention="xla")
 
@@ -131,7 +131,7 @@ def devices_of(target: str) -> Sequence[Any]:
             else "give one as v5e:1x1, v5e:4x4 or v5p:2x2x2"
         )
         raise UsageError(
-            f"--target {target} is not there ({first_line(error)}); {remedy}"
+            f"`target` {target} is not there ({first_line(error)}); {remedy}"
         ) from error
 
 
@@ -139,8 +139,8 @@ def mesh_on(options: RunOptions, config: LlamaConfig, target: str) -> jax.shardi
     devices, count = devices_of(target), device_count(options.mesh)
     if target not in LOCAL and count != len(devices):
         raise UsageError(
-            f"--mesh {options.mesh} is {count} of the {len(devices)} devices of "
-            f"--target {target}; use all, or give another topology"
+            f"`mesh` {options.mesh} is {count} of the {len(devices)} devices of "
+            f"`target` {target}; use all, or give another topology"
         )
     # A CPU shows as many devices as it is asked for.
     return setup.mesh_of(

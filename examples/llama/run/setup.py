@@ -208,7 +208,7 @@ def trained(config: LlamaConfig, params: Params) -> Params:
 def abstract_frozen(
     options: TrainingOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> Params | None:
-    """Returns the shapes of the parameters beside the adapters; None without --lora."""
+    """Returns the shapes of the parameters beside the adapters; None without `lora`."""
     if not config.lora_rank:
         return None
     params = abstract_params(config, execution_of(options, config), mesh)
@@ -218,7 +218,7 @@ def abstract_frozen(
 def frozen_params(
     options: TrainingOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> Params | None:
-    """Returns the weights of --init-from beside the adapters; None without --lora."""
+    """Returns the weights of `init_from` beside the adapters; None without `lora`."""
     shapes = abstract_frozen(options, config, mesh)
     if shapes is None:
         return None
