@@ -41,8 +41,8 @@ $(VENV)/.tpu: $(VENV)/.test
 	$(INSTALL) -e '.[test,tpu-aot]'
 	@touch $@
 
-train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW and APOLLO-Mini side by side
-	$(BIN)/python -m examples.llama.compare --out $(OUT)
+train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW, APOLLO-Mini and APOLLO-Zero side by side
+	$(BIN)/python -m examples.llama.compare --steps 500 --out $(OUT)
 
 test: $(VENV)/.test  ## all tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -221,7 +221,7 @@ def racs(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     b: jax.typing.ArrayLike = 0.9,
-    iterations: int = 5,
+    iterations: int = 1,
     norm_growth_limit: jax.typing.ArrayLike | None = 1.01,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -243,8 +243,8 @@ def racs(
       mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
         or a callable that returns one for the parameters.
       b: decay rate of the averages of a matrix's factors.
-      iterations: rounds in which the factors of rows and columns are computed from
-        each other.
+      iterations: rounds in a step in which the factors of rows and columns are computed
+        from each other.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
         least 1; None switches the limiter off.
       b1: decay rate of the first moment of leaves under Adam.

@@ -253,12 +253,15 @@ def _orthonormal(matrix: Matrix, V: jax.Array, axes: Axes, passes: int) -> jax.A
     orthonormal yet.
     """
     r, batch = axes[-1], matrix.axes.batch
-    for _ in range(passes):
+
+    def divided(_: jax.Array, V: jax.Array) -> jax.Array:
         inverse = _on_gram(matrix, _inverse_of_factor)(_gram(matrix, V, axes))
         new_axes = (*axes[:-1], r + 1)
         inverse_axes = (*batch, r, r + 1)
-        V = _product(matrix, matrix.dtype, V, axes, inverse, inverse_axes, new_axes)
-    return V
+        return _product(matrix, matrix.dtype, V, axes, inverse, inverse_axes, new_axes)
+
+    # A loop compiles faster than its passes one after the other.
+    return jax.lax.fori_loop(0, passes, divided, V)
 
 
 # Functions of Gram matrices, (*batch, r, r).
@@ -313,17 +316,25 @@ def _eigen_power(gram: jax.Array, power: Any) -> jax.Array:
 def _polynomial_power(gram: jax.Array, power: Any) -> jax.Array:
     """``gram^((p - 1) / 2)`` by products, for eigenvalues not far below the largest."""
     a, b, c = MUON_STEP
-    weights = newton_schulz_weights(power)
+    weights = jnp.asarray(newton_schulz_weights(power), gram.dtype)
     dot = functools.partial(jnp.matmul, precision=HIGHEST)
     norm = jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1), keepdims=True))
     norm = jnp.where(norm == 0, 1, norm)
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+
     # The iterate is K X, and A is its Gram matrix K X X^T K.
-    A, K, total = gram / norm, identity, weights[0] * identity
-    for weight in weights[1:]:
+    def next_iterate(
+        iterate: tuple[jax.Array, jax.Array, jax.Array], weight: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        A, K, total = iterate
         step = a * identity + b * A + c * dot(A, A)
         A, K = dot(dot(step, A), step), dot(step, K)
-        total += weight * K
+        return (A, K, total + weight * K), None
+
+    # A loop compiles faster than its steps one after the other.
+    K = jnp.broadcast_to(identity, gram.shape)
+    first = gram / norm, K, weights[0] * K
+    (_, _, total), _ = jax.lax.scan(next_iterate, first, weights[1:])
     return total * norm ** ((power - 1) / 2)
 
 

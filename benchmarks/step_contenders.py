@@ -201,9 +201,9 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
                 of(apollo_optax.apollo_mini, projection="random"),
             ),
         ],
-        # Five rounds read the gradient twice each. After them it is read for the norm
-        # of the update, and for the update.
-        "racs": [Method("racs", of(apollo_optax.racs), gradient_reads=12)],
+        # The gradient is read for its largest entry, twice for a round, for the norm of
+        # the update, and for the update.
+        "racs": [Method("racs", of(apollo_optax.racs), gradient_reads=5)],
         # The gradient is read for the norms of its rows, for those of its columns, four
         # times for products, and for the update.
         "apollo-zero": [

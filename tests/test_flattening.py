@@ -362,7 +362,9 @@ def test_low_rank_never_sends_a_gradient(name, axis_type):
     projected = RANK * case.channels
     found = collectives(program)
     assert {each.kind for each in found} <= {"all-reduce", "reduce-scatter"}
-    assert all(each.times == 1 for each in found)
+    # Only the passes that make a basis orthonormal are a loop.
+    in_loops = [each for each in found if each.times > 1]
+    assert all(each.size <= matrices * RANK**2 for each in in_loops)
     assert max((each.size for each in found), default=0) <= projected
     vectors = max(case.channels, size // case.channels * matrices)
     assert sum(each.size > vectors for each in found) <= 4

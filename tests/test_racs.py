@@ -44,10 +44,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 STACKED = ApolloDimensionNumbers(1, 2)
 
 
-def reference(gradients, b=0.9, iterations=5, limit=1.01):
+def reference(gradients, b=0.9, iterations=1, limit=1.01):
     """Algorithm 1 of the paper in float64, for gradients of one matrix.
 
-    Averages, scale, floors and clipping are those that scale_by_racs documents.
+    The first `q`, averages, scale, floors and clipping are those that scale_by_racs
+    documents.
 
     Returns:
       The updates, and the factors, with the root of ``s``, and the norm at the end.
@@ -58,7 +59,9 @@ def reference(gradients, b=0.9, iterations=5, limit=1.01):
         G = np.asarray(gradient, np.float64)
         H = G**2
         if H.any():
-            new_q, new_s = np.ones(len(G)), np.zeros(0)
+            new_q = np.ones(len(G)) if q is None else q
+            new_q = np.maximum(new_q / new_q.max(), LEAST_SHARE)
+            new_s = np.zeros(0)
             for _ in range(iterations):
                 new_s = H.T @ new_q / (new_q @ new_q)
                 new_q = H @ new_s / (new_s @ new_s)
@@ -114,7 +117,7 @@ def sequence(steps=4, shape=(6, 10), seed=0):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"b": 0.0}, {"b": 0.99}, {"iterations": 1}, {"limit": None}],
+    [{}, {"b": 0.0}, {"b": 0.99}, {"iterations": 5}, {"limit": None}],
     ids=str,
 )
 def test_updates_are_those_of_the_equations(arguments):
@@ -256,6 +259,16 @@ def test_zero_rows_get_zero_updates(alive):
         for update, gradient in zip(updates, gradients, strict=True):
             assert not np.any(np.asarray(update)[np.asarray(gradient) == 0])
             assert np.any(update)
+
+
+def test_rows_may_take_turns():
+    """Rows that had no gradient until now get factors of their own at once."""
+    first = normal(0, (6, 10)) * (np.arange(6) < 3)[:, None]
+    second = normal(1, (6, 10)) * (np.arange(6) >= 3)[:, None]
+    updates, states = assert_is_reference([first, second, first, second])
+    assert states[1].row.min() > 0
+    for update in updates:
+        assert 0.5 < rms(update[np.any(update, axis=1)]) < np.sqrt(2) * 1.01
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

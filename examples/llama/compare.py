@@ -52,7 +52,7 @@ RESULTS = "results.jsonl"
 class CompareOptions(TrainingOptions):
     """Several runs that differ only in optimizer, learning rates and seed."""
 
-    optimizers: tuple[str, ...] = ("adamw", "apollo-mini")
+    optimizers: tuple[str, ...] = ("adamw", "apollo-mini", "apollo-zero")
     """Any of adamw, apollo, apollo-mini, apollo-svd, apollo-zero, racs, sinkgd,
     scale-hidden, swan, galore, muon, adafactor, lion and sgd."""
     lr: tuple[float, ...] = ()

@@ -221,6 +221,7 @@ def test_biases_and_norms_of_heads(model_type: str, small: LlamaConfig) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize(("dtype", "highest"), [("float64", 1e-6), ("float32", 1e-4)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_tiny_model(name: str, dtype: str, highest: float) -> None:
