@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from examples.llama.run.log import CURVES, read_metrics
 
@@ -64,8 +65,11 @@ def plot_perplexities(
         # There are ten colours.
         style = f"C{number % 10}{LINE_STYLES[number // 10 % len(LINE_STYLES)]}"
         axes.semilogy(*zip(*drawn[label], strict=True), style, label=label)
+    # The default labels are powers of 10.
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set(xlabel=xlabel, ylabel="validation perplexity")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     axes.grid(which="both", alpha=0.3)
     figure.savefig(path, dpi=120)
 
