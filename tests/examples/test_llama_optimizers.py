@@ -593,7 +593,7 @@ def test_a_tied_embedding_is_one_leaf_with_the_rule_of_embeddings(name: str) -> 
     found = moments(with_defaults(options, tied), tied, params)
     assert found["embed/embedding"] - {()} == EMBEDDING_SHAPES[name]
     other = dataclasses.replace(options, head="adam")
-    with pytest.raises(UsageError, match="--head adam means nothing to a model whose"):
+    with pytest.raises(UsageError, match="`head` adam means nothing to a model whose"):
         with_defaults(other, tied)
 
 

@@ -592,7 +592,7 @@ def test_more_than_the_target_has_cannot_be_fitted() -> None:
     options = PlanOptions(fit="80GB", target="v5e:1x1")
     with pytest.raises(
         UsageError,
-        match=r"--fit 80GB is more than .* v5e:1x1 gives a program, 1.00 GB; ",
+        match=r"`fit` 80GB is more than .* v5e:1x1 gives a program, 1.00 GB; ",
     ):
         search.fitting_batch(options, 80 * 10**9, fake_memory(lambda b: b))
 
