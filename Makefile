@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-memory bench-collectives bench-quality integrations clean
+.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-memory bench-collectives bench-quality bench-finetune bench-spectra bench-variants integrations clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -50,7 +50,7 @@ test: $(VENV)/.test  ## all tests that take seconds
 test-slow: $(VENV)/.test  ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-torch: $(VENV)/.torch  ## PyTorch and Transformers, which some tests and a benchmark compare with
+torch: $(VENV)/.torch  ## PyTorch, Transformers and PEFT, which some tests and a benchmark compare with
 
 tpu: $(VENV)/.tpu  ## the TPU compiler, which needs no TPU; some tests and the memory planner use it
 
@@ -90,8 +90,17 @@ bench-memory: $(VENV)/.tpu  ## the tables of docs/memory.md; an hour, and goes o
 bench-collectives: $(VENV)/.tpu  ## the table of docs/distributed.md; an hour
 	$(BIN)/python -m benchmarks.collectives
 
-bench-quality: $(VENV)/.test  ## each optimizer at its best rates, with three seeds; a day, and goes on where it was cut off
-	$(BIN)/python -m benchmarks.rate_search --parts 1k 8k 6m long
+bench-quality: $(VENV)/.test  ## each optimizer at its best rates, with three seeds; days, and goes on where it was cut off
+	$(BIN)/python -m benchmarks.rate_search
+
+bench-finetune: $(VENV)/.test  ## fine-tuning by each optimizer, at five rates and with two seeds; two hours, and goes on where it was cut off
+	$(BIN)/python -m benchmarks.finetune_quality
+
+bench-spectra: $(VENV)/.test  ## what optimizers make of the same gradients: the figure and a table of docs/how-it-works.md; minutes
+	$(BIN)/python -m benchmarks.spectra
+
+bench-variants: $(VENV)/.test  ## what Mini's limiter costs and a momentum brings, for docs/how-it-works.md; an hour, and goes on where it was cut off
+	$(BIN)/python -m benchmarks.variants
 
 integrations: | $(BIN)/python  ## the optimizer inside MaxText, Flax, Tunix, Equinox and Haliax; minutes each, see integrations/README.md
 	$(BIN)/python -m integrations

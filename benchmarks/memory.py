@@ -2,11 +2,11 @@
 
 Run it with `python -m benchmarks.memory`.
 
-Two tables: what the paper claims and this project set out to reach, and models by
-optimizers. Numbers are of one device, in GB of 1e9 bytes, from `examples.llama.plan`. A
-compilation takes from half a minute to some minutes; what has been compiled is in
---out, so that a run that was cut off goes on. Delete that file when the code has
-changed.
+Three tables: what the paper claims and this project set out to reach, goals for
+fine-tuning beside LoRA, and models by optimizers. Numbers are of one device, in GB of
+1e9 bytes, from `examples.llama.plan`. A compilation takes from half a minute to some
+minutes; what has been compiled is in --out, so that a run that was cut off goes on.
+Delete that file when the code has changed.
 """
 
 import dataclasses
@@ -23,7 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.report import markdown
-from examples.llama.memory.options import PlanOptions, bytes_in
+from examples.llama.memory.options import (
+    PlanOptions,
+    TuningPlanOptions,
+    bytes_in,
+)
 from examples.llama.memory.report import versions
 from examples.llama.memory.search import fitting_batch, runs
 from examples.llama.memory.target import Compiler, Memory, check_target
@@ -35,7 +39,9 @@ LARGE = "v5p:1x1x1"
 SMALL = "v5e:1x1"
 # The published ranks of APOLLO.
 RANKS = {"60m": 128, "130m": 192, "350m": 256, "1b": 512, "7b": 256, "13b": 256}
-TABLES = ("goals", "models")
+TABLES = ("goals", "finetune", "models")
+# The models of the second table.
+TUNED = ("llama-3.1-8b", "qwen3-8b")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +53,9 @@ class Options:
     jobs: int = 2
     """Compilations at a time; each takes some GB of memory."""
     tables: tuple[str, ...] = TABLES
-    """goals, models or both."""
+    """Any of goals, finetune and models."""
     models: tuple[str, ...] = tuple(RANKS)
-    """Of the second table: any of 60m, 130m, 350m, 1b, 7b and 13b."""
+    """Of the last table: any of 60m, 130m, 350m, 1b, 7b and 13b."""
 
     def __post_init__(self) -> None:
         for flag, names, known in (
@@ -139,6 +145,34 @@ def step_of(model: str, optimizer: str, **options: Any) -> PlanOptions:
             **default,
             **options,
         }
+    )
+
+
+def tuning_of(model: str, **options: Any) -> TuningPlanOptions:
+    """Returns a fine-tuning by APOLLO-Mini, embeddings too, at the smallest batch."""
+    default = {
+        "batch": 1,
+        "seq": 1024,
+        "weights": "bfloat16",
+        "moment_dtype": "bfloat16",
+        "remat": "none",
+        "optimizer": "apollo-mini",
+        "embeddings": "apollo",
+        "layerwise": True,
+        "target": SMALL,
+    }
+    return TuningPlanOptions(**{"model": model, **default, **options})
+
+
+def lora_of(model: str) -> TuningPlanOptions:
+    """Returns LoRA of rank 32 with the least memory that it takes here."""
+    return tuning_of(
+        model,
+        lora=32,
+        optimizer="adamw",
+        embeddings="adam",
+        layerwise=False,
+        remat="full",
     )
 
 
@@ -361,9 +395,36 @@ VARIANTS = [
 ]
 
 
-def goals_table(compiled: Compiled, pool: ThreadPoolExecutor) -> str:
+def below_lora(
+    limit: float, options: TuningPlanOptions
+) -> Callable[[Compiled], tuple[str, bool]]:
+    """A goal of at most `limit` GB on the device, and less than LoRA takes."""
+
+    def outcome(compiled: Compiled) -> tuple[str, bool]:
+        ours, met = below(limit, options)(compiled)
+        assert options.model is not None
+        lora = compiled.plan(lora_of(options.model))
+        refused = f", refused by {SMALL}" if lora.refused else ""
+        beside = compiled.plan(options).peak_bytes < lora.peak_bytes
+        return f"{ours}; LoRA {gb(lora.peak_bytes)}{refused}", met and beside
+
+    return outcome
+
+
+def tuning_goals() -> list[Goal]:
+    """Returns the goals of fine-tuning, for models of the newest vocabularies."""
+    return [
+        Goal(f"{model} {what}", "", f"{limit} GB, below LoRA", below_lora(limit, plan))
+        for model in TUNED
+        for what, limit, plan in (
+            ("int8, layer-wise", 12, tuning_of(model, weights="int8")),
+            ("bfloat16, weights on the host", 4, tuning_of(model, offload="weights")),
+        )
+    ]
+
+
+def goals_table(given: list[Goal], compiled: Compiled, pool: ThreadPoolExecutor) -> str:
     """Returns what was to be reached, and what is."""
-    given = goals()
     outcomes = list(pool.map(lambda goal: goal.outcome(compiled), given))
     rows = [
         [goal.what, goal.paper, goal.goal, measured, "met" if met else "missed"]
@@ -419,7 +480,14 @@ def report(options: Options) -> None:
                     f"batch 1 of 256 tokens on {SMALL} unless said; "
                     "embeddings with Adam\n"
                 )
-                print(goals_table(compiled, pool) + "\n")
+                print(goals_table(goals(), compiled, pool) + "\n")
+            if "finetune" in options.tables:
+                print(
+                    f"fine-tuning, batch 1 of 1024 tokens on {SMALL}, embeddings and "
+                    "head by APOLLO-Mini too; LoRA of rank 32 in bfloat16 with AdamW "
+                    "and moments in bfloat16\n"
+                )
+                print(goals_table(tuning_goals(), compiled, pool) + "\n")
             if "models" in options.tables:
                 print(
                     f"GB, batch 1 of 256 tokens, for {LARGE}; *: refused, from the "

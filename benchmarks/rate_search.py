@@ -1,24 +1,29 @@
-"""Optimizers at their best rates: a search per optimizer, then several seeds.
+"""Optimizers at their best rates: a search per contender, then several seeds.
 
-Run it with `python -m benchmarks.rate_search --parts 1k 8k`. For each optimizer, the
-learning rate of the kernels is searched in factors of 2 until the rates on both sides
-of the best are known to be worse, then that of embeddings, head and norms in the same
-way. The best pair runs with the other seeds. Optimizers are searched side by side, one
-process per core. Runs that have ended are not run again, and one that was cut off goes
-on, so the same command continues an interrupted search.
+Run it with `python -m benchmarks.rate_search`, or with `--parts 1k 8k` for some of the
+parts. A contender is an optimizer with options of its own, such as AdamW with clipping.
+For each contender, the learning rate of the kernels is searched in factors of 2 until
+the rates on both sides of the best are known to be worse, then that of embeddings, head
+and norms in the same way. The best pair runs with the other seeds. The contenders of
+`--three-rates` get three rates of the kernels and the first seed only.
+
+Contenders are searched side by side, one process per core. Runs that have ended are not
+run again, and one that was cut off goes on, so the same command continues an
+interrupted search. Each part ends with a table and two figures beside its runs.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apollo_optax import state_bytes
+from apollo_optax import StateBytes, state_bytes
 from benchmarks import report
 from examples.llama.evaluate import perplexity
 from examples.llama.mesh import make_mesh
@@ -27,56 +32,127 @@ from examples.llama.options import RunOptions, parse
 from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
 from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.log import Row, read_metrics
+from examples.llama.run.plots import plot_perplexities
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import abstract_params, execution_of, model_config
 
-MOST_RATES = 8  # The most rates that a search tries.
-OPTIMIZERS = ("adamw", "muon", "apollo-mini", "apollo-zero", "racs", "sinkgd")
+# The options of each contender. Folders of runs begin with its name, so a name must
+# keep its options.
+CONTENDERS: dict[str, dict[str, Any]] = {
+    **{name: {"optimizer": name} for name in RECIPES},
+    # AdamW's own b2 is 0.999, and it does not clip.
+    "adamw-clip": {"optimizer": "adamw", "clip_norm": 1.0},
+    "adamw-b2-0.95": {"optimizer": "adamw", "b2": 0.95},
+    "adamw-b2-0.95-clip": {"optimizer": "adamw", "b2": 0.95, "clip_norm": 1.0},
+    # APOLLO-Zero has Adam for the embedding and the head. These have less state there.
+    "apollo-zero-emb-flattening": {
+        "optimizer": "apollo-zero",
+        "embeddings": "flattening",
+        "head": "flattening",
+    },
+    "apollo-zero-emb-scale": {
+        "optimizer": "apollo-zero",
+        "embeddings": "scale",
+        "head": "scale",
+    },
+}
+ADAMW_VARIANTS = tuple(
+    name for name, options in CONTENDERS.items() if options["optimizer"] == "adamw"
+)
+# `--contenders` replaces these where the parts on tiny show that others are better.
+FINALISTS = ("adamw", "muon", "apollo-mini", "apollo-zero", "racs", "sinkgd")
+SEARCHED = (
+    *ADAMW_VARIANTS,
+    *FINALISTS[1:],
+    *("apollo-zero-emb-flattening", "apollo-zero-emb-scale"),
+)
+THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)
 
-# The training of each part, as options of `pretrain`. The long one sees 20 tokens per
-# parameter.
-PARTS: dict[str, dict[str, Any]] = {
-    "1k": {"model": "tiny", "batch": 8, "steps": 800},
-    "8k": {"model": "tiny", "batch": 64, "steps": 300},
-    "6m": {"model": "6m", "batch": 64, "steps": 300},
-    "long": {"model": "tiny", "batch": 64, "steps": 3200},
+MOST_RATES = 8  # The most rates that a search tries.
+
+
+class Part(NamedTuple):
+    """A setting that contenders are compared in."""
+
+    run: dict[str, Any]  # The options of `pretrain` that all its runs share.
+    contenders: tuple[str, ...]
+    three_rates: tuple[str, ...] = ()
+
+
+ON_8K: dict[str, Any] = {"model": "tiny", "batch": 64, "steps": 300}
+PARTS: dict[str, Part] = {
+    "1k": Part({"model": "tiny", "batch": 8, "steps": 800}, SEARCHED, THREE_RATES),
+    "8k": Part(ON_8K, SEARCHED, THREE_RATES),
+    "6m": Part({"model": "6m", "batch": 64, "steps": 300}, FINALISTS),
+    # These are 20 tokens per parameter.
+    "long": Part({"model": "tiny", "batch": 64, "steps": 3200}, FINALISTS),
+    "docs": Part(
+        ON_8K | {"data": "package-docs"}, ("adamw", "muon", "apollo-zero", "racs")
+    ),
 }
 HEAD = (
-    *("optimizer", "lr", "lr emb", "val ppl", "±", "over adamw", "kernels' state, MB"),
+    *("contender", "lr", "lr emb", "seeds", "val ppl", "±", "over best adamw"),
+    *("update RMS / lr", "step time / adamw's"),
+    *("kernels' state, MB", "all state, MB"),
     *("val ppl by lr", "val ppl by lr emb"),
 )
+NOTE = """\
+val ppl: best of a run's evaluations, mean over the seeds; ±: their standard deviation;
+over best adamw: over the lowest val ppl of AdamW's variants in the table; update RMS /
+lr: RMS of the kernels' update in a step, over the learning rate, mean over the
+evaluations in the second half of the runs with all seeds; step time: the shortest of
+the runs' median step times. Runs share the machine, so step times are rough. `make
+bench-step` measures an optimizer's step alone. State is in 1e6 bytes."""
+BY_STEP, BY_SECOND = "perplexity-by-step.png", "perplexity-by-second.png"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """Each optimizer at the best of searched learning rates."""
+    """Each contender at the best of searched learning rates."""
 
-    parts: tuple[str, ...] = ("1k", "8k")
-    """Any of 1k and 8k (tiny, so many tokens per step), 6m and long."""
-    optimizers: tuple[str, ...] = OPTIMIZERS
-    """As in pretrain; adamw is always among them."""
+    parts: tuple[str, ...] = tuple(PARTS)
+    """Any of 1k and 8k (tiny, so many tokens per step), 6m, long, and docs (8k on the
+    documentation of installed packages)."""
+    contenders: tuple[str, ...] = ()
+    """Contenders to search, in place of those of each part: optimizers of pretrain,
+    adamw-clip, adamw-b2-0.95, adamw-b2-0.95-clip, apollo-zero-emb-flattening or
+    apollo-zero-emb-scale. adamw is always among them."""
+    three_rates: tuple[str, ...] = ()
+    """Contenders that get three rates of the kernels and one seed, in place of those of
+    each part."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The first one searches; the best rates run with all."""
-    data: str = "stdlib"
-    """As in pretrain."""
+    data: str | None = None
+    """As in pretrain; by default that of each part."""
     out: Path = Path("runs/rate-search")
     """Folder for the runs."""
     processes: int = report.cores()
-    """Optimizers that are searched at the same time, on one core each."""
+    """Contenders that are searched at the same time, on one core each."""
 
     def __post_init__(self) -> None:
-        for name in self.parts:
-            if name not in PARTS:
-                raise unknown_name("--parts", name, PARTS)
-        for name in self.optimizers:
-            if name not in RECIPES:
-                raise unknown_name("--optimizers", name, RECIPES)
+        for flag, names, known in (
+            ("--parts", self.parts, PARTS),
+            ("--contenders", self.contenders, CONTENDERS),
+            ("--three-rates", self.three_rates, CONTENDERS),
+        ):
+            for name in names:
+                if name not in known:
+                    raise unknown_name(flag, name, known)
         if not self.seeds:
             raise UsageError("--seeds is empty; give one or more")
         if self.processes < 1:
             raise UsageError(
                 f"--processes {self.processes} is out of range; give 1 or more"
             )
+
+    def searches(self, part: str) -> dict[str, bool]:
+        """Returns the contenders, and for each whether all its rates are searched."""
+        searched, three_rates = self.contenders, self.three_rates
+        if not searched and not three_rates:
+            searched, three_rates = PARTS[part].contenders, PARTS[part].three_rates
+        searches = dict.fromkeys(("adamw", *searched), True)
+        return searches | {name: False for name in three_rates if name not in searches}
 
 
 class Found(NamedTuple):
@@ -98,6 +174,16 @@ class Found(NamedTuple):
     def perplexity(self) -> float:
         """The mean over the seeds."""
         return statistics.mean(map(perplexity, self.by_seed.values()))
+
+
+class Record(NamedTuple):
+    """What the files of a contender's runs say beside their losses."""
+
+    # The RMS of the kernels' update over the learning rate. Runs of earlier versions
+    # have not measured it.
+    update_rms: float | None
+    step_seconds: float
+    curve: list[tuple[int, float]]  # Steps and validation perplexities of the best run.
 
 
 def best(by_rate: dict[float, float]) -> float:
@@ -154,41 +240,62 @@ def search(
     return Found(by_lr, by_lr_embeddings, by_seed)
 
 
-def base_run(options: SearchOptions, part: str, optimizer: str) -> RunOptions:
-    """Returns a part's run of an optimizer at its default rates."""
-    run = RunOptions(
-        out=options.out / part,
-        data=options.data,
-        optimizer=optimizer,
-        resume="auto",
-        **PARTS[part],
-    )
+def three_rates(
+    loss: Callable[[float, float, int], float], start: tuple[float, float], seed: int
+) -> Found:
+    """Tries half and twice the first rate of the kernels too, and no more.
+
+    Args:
+        loss: of a rate of the kernels, one of the embeddings and a seed.
+        start: the first rates of both.
+        seed: that of all runs.
+    """
+    lr, lr_embeddings = start
+    rates = (float(f"{lr * factor:.6g}") for factor in (0.5, 1.0, 2.0))
+    by_lr = {rate: loss(rate, lr_embeddings, seed) for rate in rates}
+    lowest = by_lr[best(by_lr)]
+    return Found(by_lr, {lr_embeddings: lowest}, {seed: lowest})
+
+
+def base_run(options: SearchOptions, part: str, contender: str) -> RunOptions:
+    """Returns a part's run of a contender at its default rates."""
+    data = {} if options.data is None else {"data": options.data}
+    settings: dict[str, Any] = PARTS[part].run | data | CONTENDERS[contender]
+    run = RunOptions(out=options.out / part, resume="auto", **settings)
     return with_defaults(run, model_config(run))
 
 
-def found_by(options: SearchOptions, part: str, optimizer: str) -> Found:
+def run_at(
+    base: RunOptions, contender: str, lr: float, lr_embeddings: float, seed: int
+) -> RunOptions:
+    """Returns the run at a pair of rates and a seed, in a folder of its own."""
+    name = f"{contender}-{lr:g}-{lr_embeddings:g}-seed{seed}"
+    rates = {"lr": lr, "lr_embeddings": lr_embeddings}
+    return dataclasses.replace(base, **rates, seed=seed, out=base.out / name)
+
+
+def found_by(
+    options: SearchOptions, part: str, contender: str, *, all_rates: bool = True
+) -> Found:
     """Searches in this process; runs that have ended are read."""
-    base = base_run(options, part, optimizer)
+    base = base_run(options, part, contender)
     assert base.lr is not None
     assert base.lr_embeddings is not None
+    start = base.lr, base.lr_embeddings
 
     with StopRequest() as stop:
 
+        @functools.cache
         def loss(lr: float, lr_embeddings: float, seed: int) -> float:
-            name = f"{optimizer}-{lr:g}-{lr_embeddings:g}-seed{seed}"
-            run = dataclasses.replace(
-                base,
-                lr=lr,
-                lr_embeddings=lr_embeddings,
-                seed=seed,
-                out=base.out / name,
-            )
+            run = run_at(base, contender, lr, lr_embeddings, seed)
             try:
-                return pretrain(run, stop).val_loss
+                return pretrain(run, stop, measure_updates=True).val_loss
             except DivergedError:
                 return math.inf
 
-        return search(loss, (base.lr, base.lr_embeddings), options.seeds)
+        if all_rates:
+            return search(loss, start, options.seeds)
+        return three_rates(loss, start, options.seeds[0])
 
 
 def use_one_core(cores: Any) -> None:
@@ -197,7 +304,10 @@ def use_one_core(cores: Any) -> None:
 
 
 def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
-    names = tuple(dict.fromkeys(("adamw", *options.optimizers)))
+    """Searches the contenders of a part in processes of their own.
+
+    If one of them fails or is interrupted, those that have not begun are left out.
+    """
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
     available = sorted(os.sched_getaffinity(0))
@@ -206,54 +316,133 @@ def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
     with concurrent.futures.ProcessPoolExecutor(
         options.processes, context, use_one_core, (cores,)
     ) as pool:
-        found = [pool.submit(found_by, options, part, name) for name in names]
-        return {name: each.result() for name, each in zip(names, found, strict=True)}
+        found = {
+            name: pool.submit(found_by, options, part, name, all_rates=all_rates)
+            for name, all_rates in options.searches(part).items()
+        }
+        try:
+            for each in concurrent.futures.as_completed(found.values()):
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return {name: each.result() for name, each in found.items()}
 
 
-def kernels_state(options: SearchOptions, part: str, optimizer: str) -> int:
-    """Returns the bytes of optimizer state for the kernels."""
-    run = base_run(options, part, optimizer)
+def record_of(
+    options: SearchOptions, part: str, contender: str, found: Found
+) -> Record:
+    """Reads the files of the runs of a search."""
+    base = base_run(options, part, contender)
+    assert base.lr_embeddings is not None
+
+    def rows_at(lr: float, lr_embeddings: float, seed: int) -> list[Row]:
+        return read_metrics(run_at(base, contender, lr, lr_embeddings, seed).out)
+
+    seed = options.seeds[0]
+    lr, lr_embeddings = found.lr, found.lr_embeddings
+    searched = [
+        *(rows_at(rate, base.lr_embeddings, seed) for rate in found.by_lr),
+        *(rows_at(lr, rate, seed) for rate in found.by_lr_embeddings),
+    ]
+    seeds = {seed: rows_at(lr, lr_embeddings, seed) for seed in found.by_seed}
+    sizes = [
+        row["update_rms_over_lr"]
+        for rows in seeds.values()
+        for row in rows
+        if row["step"] > base.steps / 2 and "update_rms_over_lr" in row
+    ]
+    return Record(
+        update_rms=statistics.mean(sizes) if sizes else None,
+        step_seconds=min(map(step_seconds, filter(None, [*searched, *seeds.values()]))),
+        curve=[
+            (row["step"], row["val_ppl"])
+            for row in seeds[min(seeds, key=found.by_seed.__getitem__)]
+            if "val_ppl" in row
+        ],
+    )
+
+
+def step_seconds(rows: list[Row]) -> float:
+    """Returns the median over a run's steps, which leaves out compilation."""
+    tokens = rows[-1]["tokens"] / rows[-1]["step"]
+    return tokens / statistics.median(row["tokens_per_s"] for row in rows)
+
+
+def state_of(options: SearchOptions, part: str, contender: str) -> StateBytes:
+    """Returns the bytes of optimizer state."""
+    run = base_run(options, part, contender)
     config = model_config(run)
     params = abstract_params(config, execution_of(run, config), make_mesh(run.mesh))
-    return state_bytes(make_optimizer(run, config)[0], params).kernels
+    return state_bytes(make_optimizer(run, config)[0], params)
 
 
-def table(found: dict[str, Found], state: dict[str, int]) -> str:
-    """Returns a row per optimizer; `found` has adamw, to which the others compare."""
+def table(
+    found: Mapping[str, Found],
+    records: Mapping[str, Record],
+    state: Mapping[str, StateBytes],
+) -> str:
+    """Returns a row per contender.
+
+    The perplexities are compared with the best of AdamW's variants, and the step times
+    with that of adamw, so both must be there.
+    """
+    best_adamw = min(found[name].perplexity for name in ADAMW_VARIANTS if name in found)
 
     def listed(by_rate: dict[float, float]) -> str:
         cells = (f"{rate:g}: {perplexity(loss):.2f}" for rate, loss in by_rate.items())
         return ", ".join(cells)
 
     def row(name: str) -> tuple[str, ...]:
-        result = found[name]
+        result, record = found[name], records[name]
         perplexities = list(map(perplexity, result.by_seed.values()))
-        spread = statistics.stdev(perplexities) if len(perplexities) > 1 else 0.0
-        over = result.perplexity / found["adamw"].perplexity - 1
+        seeds = len(perplexities)
+        spread = f"{statistics.stdev(perplexities):.2f}" if seeds > 1 else ""
+        over = result.perplexity / best_adamw - 1
+        rms = "" if record.update_rms is None else f"{record.update_rms:.3g}"
+        seconds = record.step_seconds / records["adamw"].step_seconds
         return (
-            *(name, f"{result.lr:g}", f"{result.lr_embeddings:g}"),
-            *(f"{result.perplexity:.2f}", f"{spread:.2f}", f"{over:+.1%}"),
-            f"{state[name] / 1e6:.2f}",
+            *(name, f"{result.lr:g}", f"{result.lr_embeddings:g}", str(seeds)),
+            *(f"{result.perplexity:.2f}", spread, f"{over:+.1%}", rms),
+            *(f"{seconds:.2f}", f"{state[name].kernels / 1e6:.2f}"),
+            f"{sum(state[name]) / 1e6:.2f}",
             *(listed(result.by_lr), listed(result.by_lr_embeddings)),
         )
 
     return report.markdown(HEAD, map(row, found), 1)
 
 
+def draw(records: Mapping[str, Record], folder: Path) -> None:
+    """Draws the best run of each contender by step and by second of training."""
+    by_step = {name: record.curve for name, record in records.items()}
+    plot_perplexities(by_step, "step", folder / BY_STEP)
+    by_second = {
+        name: [(step * record.step_seconds, loss) for step, loss in record.curve]
+        for name, record in records.items()
+    }
+    label = "seconds of training, at the contender's step time"
+    plot_perplexities(by_second, label, folder / BY_SECOND)
+
+
+def report_on(options: SearchOptions, part: str, found: Mapping[str, Found]) -> str:
+    """Returns the table of a part with its setting, and draws its figures."""
+    records = {name: record_of(options, part, name, found[name]) for name in found}
+    state = {name: state_of(options, part, name) for name in found}
+    run = base_run(options, part, "adamw")
+    draw(records, run.out)
+    return (
+        f"{part}: {run.model}, {run.steps} steps of {run.batch * run.seq:,} tokens of "
+        f"--data {run.data}; {report.made_with(('jax', 'flax', 'optax'))}\n\n"
+        f"{table(found, records, state)}\n\n{NOTE}\n"
+        f"Curves: {run.out / BY_STEP}, {run.out / BY_SECOND}\n"
+    )
+
+
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(SearchOptions, args, "python -m benchmarks.rate_search")
         for part in options.parts:
-            found = found_by_all(options, part)
-            state = {name: kernels_state(options, part, name) for name in found}
-            run = base_run(options, part, "adamw")
-            print(
-                f"{part}: {run.model}, {run.steps} steps of {run.batch * run.seq:,} "
-                f"tokens of --data {options.data}, {len(options.seeds)} seeds; "
-                f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
-                f"{table(found, state)}\n",
-                flush=True,
-            )
+            print(report_on(options, part, found_by_all(options, part)), flush=True)
 
     exit_on_usage_error(command)
 

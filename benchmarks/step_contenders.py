@@ -197,8 +197,8 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
                 of(apollo_optax.apollo_mini, projection="random"),
             ),
         ],
-        # The largest entry, one round (twice), the norm of the update, and the update
-        # read the gradient.
+        # The largest entry, two sums of a round, a norm and the update read the
+        # gradient.
         "racs": [Method("racs", of(apollo_optax.racs), gradient_reads=5)],
         # The norms of rows, the norms of columns, four products and the update read the
         # gradient.

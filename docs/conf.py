@@ -104,6 +104,35 @@ def link_files_outside_the_site(app: Sphinx, page: str, source: list[str]) -> No
     source[0] = LINK.sub(to_repository, source[0])
 
 
+# A figure in two colors, as GitHub takes it.
+PICTURE = re.compile(
+    r"<picture>\s*"
+    r'<source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">\s*'
+    r'<img alt="(?P<alt>[^"]+)" src="(?P<light>[^"]+)">\s*'
+    r"</picture>"
+)
+
+
+def show_pictures_by_theme(app: Sphinx, page: str, source: list[str]) -> None:
+    """Turns a `<picture>` into two images, of which the theme shows one.
+
+    Sphinx does not copy the files that HTML refers to, and a reader can choose the
+    theme's colors against those of the system.
+    """
+    del app, page
+
+    def two_images(picture: re.Match[str]) -> str:
+        return "\n".join(
+            f"```{{image}} {picture[mode]}\n"
+            f":alt: {picture['alt']}\n"
+            f":class: only-{mode}\n"
+            "```\n"
+            for mode in ("light", "dark")
+        )
+
+    source[0] = PICTURE.sub(two_images, source[0])
+
+
 def render_inline(translator: nodes.NodeVisitor, node: nodes.math) -> None:
     translator.body.append(mathml(node.astext(), "inline"))
     raise nodes.SkipNode
@@ -122,6 +151,7 @@ def mathml(latex: str, display: str) -> str:
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", link_files_outside_the_site)
+    app.connect("source-read", show_pictures_by_theme)
     app.add_html_math_renderer("mathml", (render_inline, None), (render_block, None))
 
 

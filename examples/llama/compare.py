@@ -113,7 +113,7 @@ def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
     for name in options.optimizers:
         run = dataclasses.replace(common, optimizer=name)
         # What is meant for some of the optimizers is kept from the others.
-        names = [flag[2:] for flag in unused(run, config)] if name in RECIPES else []
+        names = unused(run, config) if name in RECIPES else ()
         ignored = {
             field.name: field.default
             for field in dataclasses.fields(run)

@@ -71,6 +71,20 @@ class LlamaConfig:
     sliding_window: int | None = None
     """The tokens that a position attends to, itself included; None means all before it.
     Attention is computed without a window, so sequences must not be longer than it."""
+    lora_rank: int = 0
+    """The rank of the LoRA adapters beside the layers' kernels; 0 means none."""
+    lora_alpha: float = 0.0
+    """What the adapters add counts `lora_alpha / lora_rank` times."""
+
+    @property
+    def base(self) -> "LlamaConfig":
+        """The shape without adapters."""
+        return dataclasses.replace(self, lora_rank=0, lora_alpha=0.0)
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor of what the adapters add."""
+        return self.lora_alpha / self.lora_rank
 
     @property
     def qkv_bias(self) -> bool:
@@ -221,7 +235,7 @@ def matmul_param_count(config: LlamaConfig) -> int:
 
 
 def param_count(config: LlamaConfig) -> int:
-    """Returns the number of all parameters; a tied head is counted once."""
+    """Returns the number of the model's own parameters; a tied head is counted once."""
     D, H = config.hidden_size, config.head_size
     embedding = 0 if config.tied_head else config.vocab_size * D
     vectors = 2 * D
@@ -230,3 +244,11 @@ def param_count(config: LlamaConfig) -> int:
     if config.qk_norm:
         vectors += 2 * H
     return matmul_param_count(config) + embedding + config.num_layers * vectors + D
+
+
+def adapter_count(config: LlamaConfig) -> int:
+    """Returns the number of parameters in the LoRA adapters."""
+    D, H = config.hidden_size, config.head_size
+    attention = 4 * D + 2 * H * (config.num_heads + config.num_kv_heads)
+    sides = attention + 3 * (D + config.intermediate_size)
+    return config.num_layers * config.lora_rank * sides

@@ -13,8 +13,11 @@ from apollo_optax import dequantize
 from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.hf import pretrained
 from examples.llama.hf import weights as hf_weights
+from examples.llama.hf.adapters import save_adapters
+from examples.llama.hf.folder import weights_folder
+from examples.llama.lora import merge
 from examples.llama.mesh import make_mesh
-from examples.llama.model import Execution
+from examples.llama.model import Execution, Params
 from examples.llama.options import CHOICES, parse
 from examples.llama.run.checkpoint import restore_params
 from examples.llama.run.errors import (
@@ -25,7 +28,7 @@ from examples.llama.run.errors import (
     unknown_name,
 )
 from examples.llama.run.log import BEST, CHECKPOINTS, TOKENIZER, read_config
-from examples.llama.run.setup import abstract_params
+from examples.llama.run.setup import abstract_params, trained
 from examples.llama.storage import Storage
 from examples.llama.text.decoding import decode
 
@@ -46,6 +49,10 @@ class ExportOptions:
     dtype: str | None = None
     """float32 or bfloat16; by default that of the run's weights, which int8 is
     dequantized to."""
+    adapter: bool = False
+    """Of a run with --lora: write the adapters alone, in the format of PEFT."""
+    merge: bool = False
+    """Of a run with --lora: write the whole model, with what the adapters add."""
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *CHOICES["--compute-dtype"]):
@@ -54,6 +61,11 @@ class ExportOptions:
             raise UsageError(
                 f"--best and --step {self.step} both say which weights to take; give "
                 "one of them"
+            )
+        if self.adapter and self.merge:
+            raise UsageError(
+                "--adapter writes the adapters alone, and --merge the whole model; "
+                "give one of them"
             )
         hf_weights.check_free(self.to)
 
@@ -71,10 +83,11 @@ def export(options: ExportOptions) -> None:
     """Writes the weights.
 
     Raises:
-        UsageError: where there is no such run or checkpoint, or something would be
-            overwritten.
+        UsageError: where there is no such run or checkpoint, something would be
+            overwritten, or --adapter and --merge do not go with the run.
     """
     config, run = config_of_run(options.run)
+    check_adapters(options, config)
     path = options.run / TOKENIZER
     try:
         tokenizer = tokenizers.Tokenizer.from_str(decode(path.read_bytes()))
@@ -84,22 +97,61 @@ def export(options: ExportOptions) -> None:
         ) from error
     int8, mesh = run["weights"] == "int8", make_mesh("data=1")
     dtype = run["compute_dtype"] if int8 else run["weights"]
-    shapes = abstract_params(config, Execution(param_dtype=dtype), mesh)
+    shapes = trained(
+        config, abstract_params(config, Execution(param_dtype=dtype), mesh)
+    )
     params = restore_params(
         options.run,
         Storage(mesh, int8=int8).abstract(shapes),
         options.step,
         BEST if options.best else CHECKPOINTS,
     )
-    hf_weights.save_pretrained(
-        dequantize(params),
-        config,
-        options.to,
-        dtype=options.dtype,
-        tokenizer=tokenizer,
-        end_token=run["end_token"],
-        passed_on=passed_on(options.run, run),
-    )
+    arguments: dict[str, Any] = {
+        "dtype": options.dtype,
+        "tokenizer": tokenizer,
+        "end_token": run["end_token"],
+        "passed_on": passed_on(options.run, run),
+    }
+    if options.adapter:
+        save_adapters(params, config, options.to, base=run["init_from"], **arguments)
+        return
+    if options.merge:
+        params = with_adapters(options.run, run["init_from"], params, config, dtype)
+    hf_weights.save_pretrained(dequantize(params), config.base, options.to, **arguments)
+
+
+def check_adapters(options: ExportOptions, config: LlamaConfig) -> None:
+    """Raises `UsageError` if the options are not for what the run trained."""
+    if config.lora_rank and not (options.adapter or options.merge):
+        raise UsageError(
+            f"{options.run} has LoRA adapters and no whole model; give --adapter to "
+            "write them in PEFT's format, or --merge to write the model with what "
+            "they add"
+        )
+    flag = "--adapter" if options.adapter else "--merge"
+    if not config.lora_rank and (options.adapter or options.merge):
+        raise UsageError(
+            f"{flag} is for a run with --lora, and {options.run} has a whole model; "
+            "leave it out"
+        )
+
+
+def with_adapters(
+    run: Path, init_from: str, adapters: Params, config: LlamaConfig, dtype: str
+) -> Params:
+    """Returns the weights of the model that a run began from, and its adapters' sums.
+
+    Raises `UsageError` if the model is gone.
+    """
+    try:
+        folder = weights_folder(init_from)
+        params = hf_weights.load_params(folder, config.base, dtype)
+    except UsageError as error:
+        raise UsageError(
+            f"--merge needs the model that {run} began from: {error}"
+        ) from error
+    merge(params, adapters, config)
+    return params
 
 
 def passed_on(folder: Path, run: dict[str, Any]) -> pretrained.Files:

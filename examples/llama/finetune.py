@@ -1,4 +1,4 @@
-"""Fine-tunes a model on conversations: all of its parameters.
+"""Fine-tunes a model on conversations: all of its parameters, or LoRA adapters.
 
 Run it with `python -m examples.llama.finetune --init-from DIR --data chat.jsonl --out
 runs/tuned`.

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from examples.llama.config import LlamaConfig, matmul_param_count
+from examples.llama.config import LlamaConfig, adapter_count, matmul_param_count
 
 # Dense (no sparsity) bfloat16 flops per second of one JAX device, with products summed
 # in float32, by the start of its `device_kind`. The numbers are from the makers' data
@@ -52,7 +52,11 @@ def flops_per_token(config: LlamaConfig, seq: int) -> float:
         seq: tokens a sequence that the model is applied to.
     """
     attention = 12 * config.num_layers * config.num_heads * config.head_size * seq
-    return float(6 * matmul_param_count(config) + attention)
+    # Weights that are frozen have no gradients, which are a third of the flops.
+    flops = 4 if config.lora_rank else 6
+    return float(
+        flops * matmul_param_count(config) + 6 * adapter_count(config) + attention
+    )
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

@@ -54,7 +54,7 @@ def run_steps(
             state, metrics = train_step(state, batch, np.int32(step))
             recorder.add(step, metrics)
             last = step == options.steps
-            if last or step % options.eval_every == 0:
+            if options.evaluates_after(step):
                 recorder.flush(functools.partial(evaluate, state.params, step))
             asked = vote.highest(stop.signal or 0)
             if last or asked or step % options.checkpoint_every == 0:

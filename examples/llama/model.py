@@ -7,13 +7,13 @@ grow with the depth.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from examples.llama.config import LlamaConfig
 from examples.llama.loss import chunked_cross_entropy, num_chunks
@@ -21,6 +21,16 @@ from examples.llama.mesh import ROWS, constrained, shard_count
 
 # Parameters are nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
 Params = dict[str, Any]
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Returns the leaves by path: layers/mlp/up_proj/kernel."""
+    return dict(traverse_util.flatten_dict(params, sep="/"))
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Params:
+    """Returns the tree of leaves by path."""
+    return dict(traverse_util.unflatten_dict(leaves, sep="/"))
 
 
 class Batch(NamedTuple):
@@ -169,6 +179,53 @@ def linear(
     )
 
 
+class AdaptedLinear(nnx.LoRALinear):
+    """A linear layer with a LoRA adapter: xW + scale xAB."""
+
+    def __init__(self, *sizes: int, scale: float, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.scale = scale
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        y = nnx.Linear.__call__(self, x, out_sharding=out_sharding)
+        return y + self.scale * self.lora(x)
+
+
+def layer_linear(
+    config: LlamaConfig,
+    execution: Execution,
+    size_in: int,
+    size_out: int,
+    rngs: nnx.Rngs,
+    *,
+    use_bias: bool = False,
+) -> nnx.Linear:
+    """Returns a linear layer of a block, with an adapter if the model has them."""
+    if not config.lora_rank:
+        return linear(config, execution, size_in, size_out, rngs, use_bias=use_bias)
+    return AdaptedLinear(
+        size_in,
+        size_out,
+        scale=config.lora_scale,
+        use_bias=use_bias,
+        kernel_init=initializer(config),
+        dtype=execution.compute_dtype,
+        param_dtype=execution.param_dtype,
+        lora_rank=config.lora_rank,
+        lora_dtype=execution.compute_dtype,
+        lora_param_dtype=execution.param_dtype,
+        a_initializer=init_adapter,
+        rngs=rngs,
+    )
+
+
+def init_adapter(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Draws a matrix A (in, rank) as PEFT does; B is 0 at first."""
+    uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    # The draws are in float32 for the same reason as those of `initializer`.
+    return uniform(key, shape, jnp.float32).astype(dtype)
+
+
 def rms_norm(
     config: LlamaConfig, execution: Execution, size: int, rngs: nnx.Rngs
 ) -> nnx.RMSNorm:
@@ -194,10 +251,10 @@ class Attention(nnx.Module):
         D, H = config.hidden_size, config.head_size
         queries, keys = config.num_heads * H, config.num_kv_heads * H
         bias = config.qkv_bias
-        self.q_proj = linear(config, execution, D, queries, rngs, use_bias=bias)
-        self.k_proj = linear(config, execution, D, keys, rngs, use_bias=bias)
-        self.v_proj = linear(config, execution, D, keys, rngs, use_bias=bias)
-        self.o_proj = linear(config, execution, queries, D, rngs)
+        self.q_proj = layer_linear(config, execution, D, queries, rngs, use_bias=bias)
+        self.k_proj = layer_linear(config, execution, D, keys, rngs, use_bias=bias)
+        self.v_proj = layer_linear(config, execution, D, keys, rngs, use_bias=bias)
+        self.o_proj = layer_linear(config, execution, queries, D, rngs)
         if config.qk_norm:
             self.q_norm = rms_norm(config, execution, H, rngs)
             self.k_norm = rms_norm(config, execution, H, rngs)
@@ -244,9 +301,9 @@ class Mlp(nnx.Module):
     ) -> None:
         self.execution = execution
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear(config, execution, D, F, rngs)
-        self.up_proj = linear(config, execution, D, F, rngs)
-        self.down_proj = linear(config, execution, F, D, rngs)
+        self.gate_proj = layer_linear(config, execution, D, F, rngs)
+        self.up_proj = layer_linear(config, execution, D, F, rngs)
+        self.down_proj = layer_linear(config, execution, F, D, rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         hidden_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD)

@@ -23,13 +23,16 @@ import optax.contrib
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
-from examples.llama.options import FinetuneOptions, RunOptions
+from examples.llama.lora import ADAPTERS
+from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run.errors import UsageError, unknown_name
 
 KERNELS = r"^layers/.*/kernel$"  # (L, in, out)
 EMBEDDING = r"^embed/embedding$"  # (V, D)
 HEAD = r"^lm_head/kernel$"  # (D, V)
 ENDS = {"embedding": EMBEDDING, "head": HEAD}
+
+SECOND_MOMENT_DECAY = 0.999  # The decay unless `b2` gives another one.
 
 Schedules = dict[str, optax.Schedule]
 
@@ -44,9 +47,14 @@ def adamw(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformat
     # Without weight decay, as in the APOLLO paper's pre-training, AdamW is Adam.
     return in_float32(
         moments_in(
-            options.moment_dtype, optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+            options.moment_dtype,
+            optax.scale_by_adam(b1=0.9, b2=second_moment_decay(options), eps=1e-8),
         )
     )
+
+
+def second_moment_decay(options: RunOptions) -> float:
+    return SECOND_MOMENT_DECAY if options.b2 is None else options.b2
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -125,17 +133,24 @@ def galore(options: RunOptions, config: LlamaConfig) -> optax.GradientTransforma
     assert options.rank is not None
     assert options.scale is not None
     return with_adam_for_the_rest(
-        galore_over_layers(options.rank, options.scale), options, config
+        galore_over_layers(options.rank, options.scale, second_moment_decay(options)),
+        options,
+        config,
     )
 
 
-def galore_over_layers(rank: int, scale: float) -> optax.GradientTransformation:
+def galore_over_layers(
+    rank: int, scale: float, b2: float = SECOND_MOMENT_DECAY
+) -> optax.GradientTransformation:
     """Returns Optax's GaLore, which takes matrices, for stacks of them."""
     moments = optax.ScaleByAdamState(count=UNMAPPED, mu=0, nu=0)
     axes = optax.contrib.GaLoreState(
         count=UNMAPPED, base_optimizer_state=moments, projector=0
     )
-    return over_layers(optax.contrib.scale_by_galore(rank, scale=scale), axes)
+    projected = optax.scale_by_adam(b2=b2)
+    return over_layers(
+        optax.contrib.scale_by_galore(rank, scale=scale, base_optimizer=projected), axes
+    )
 
 
 # The axis of a count, which is not mapped. On a mapped count, GaLore would compute the
@@ -204,7 +219,10 @@ def dimension_numbers(options: RunOptions) -> Callable[[Any], Any]:
 
     An embedding or a head is a matrix only to some of its rules.
     """
-    rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2))]
+    rules = [
+        (KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2)),
+        (ADAPTERS, None),  # Adapters have Adam.
+    ]
     rules += [
         (ENDS[end], apollo_optax.ApolloDimensionNumbers(0, 1))
         for end, rule in embedding_rules(options).items()
@@ -227,6 +245,7 @@ def apollo(
     *,
     scale_type: Literal["channel", "tensor"],
     svd: bool = False,
+    norm_growth_limit: float | None = 1.01,
 ) -> optax.GradientTransformation:
     assert options.rank is not None
     assert options.scale is not None
@@ -236,6 +255,8 @@ def apollo(
         scale=options.scale,
         # The paper's order for models of up to 130M parameters.
         scale_front=config.hidden_size <= 768,
+        b2=second_moment_decay(options),
+        norm_growth_limit=norm_growth_limit,
         projection="svd" if svd else cast(Any, options.projection),
         key=options.seed,
         weight_dimension_numbers=dimension_numbers(options),
@@ -442,9 +463,10 @@ class Recipe(NamedTuple):
     rank_of: Callable[[LlamaConfig], int | None] = lambda config: None
     scale: float | None = None
     layerwise: bool = True  # Whether it can be given some of the parameters at a time.
-    # What --projection auto stands for. An optimizer without projections has the value
+    # What `projection` auto stands for. An optimizer without projections has the value
     # that its runs had before there was a choice, so that they can be resumed.
     projection: str = "random"
+    has_b2: bool = False  # Whether the kernels have second moments, which `b2` is for.
 
 
 def quarter_of_width(config: LlamaConfig) -> int:
@@ -463,11 +485,12 @@ def channel_wise(*, svd: bool = False) -> Recipe:
         rank_of=quarter_of_width,
         scale=1.0,
         projection="random" if svd else "rademacher",
+        has_b2=True,
     )
 
 
 RECIPES: dict[str, Recipe] = {
-    "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2),
+    "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2, has_b2=True),
     "apollo": channel_wise(),
     "apollo-mini": Recipe(
         functools.partial(apollo, scale_type="tensor"),
@@ -476,6 +499,7 @@ RECIPES: dict[str, Recipe] = {
         rank_of=lambda config: 1,
         scale=128.0,
         projection="rademacher",
+        has_b2=True,
     ),
     "apollo-svd": channel_wise(svd=True),
     "apollo-zero": Recipe(
@@ -492,6 +516,7 @@ RECIPES: dict[str, Recipe] = {
         rank_of=quarter_of_width,
         scale=0.25,
         layerwise=False,
+        has_b2=True,
     ),
     "muon": Recipe(muon, lr=7e-3, lr_embeddings=3e-2),
     "adafactor": Recipe(adafactor, lr=9e-2, lr_embeddings=3e-2),
@@ -500,6 +525,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+# Adapters are new, so they take higher rates than good weights do.
+LORA_FACTOR = 10
 # Fine-tuning starts from good weights, so its default rates of the kernels are the
 # pre-training rates divided by this. The rest gets AdamW's rate of the kernels. These
 # rates have not been swept.
@@ -509,9 +536,10 @@ FINETUNING_DIVISOR = 100
 def default_rates(options: RunOptions) -> tuple[float, float]:
     """Returns the learning rates of the kernels and of the rest."""
     recipe = RECIPES[options.optimizer]
-    if isinstance(options, FinetuneOptions):
-        adamw_lr = RECIPES["adamw"].lr
-        return recipe.lr / FINETUNING_DIVISOR, adamw_lr / FINETUNING_DIVISOR
+    if isinstance(options, TuningOptions):
+        adamw_lr = RECIPES["adamw"].lr / FINETUNING_DIVISOR
+        lr = adamw_lr * LORA_FACTOR if options.lora else recipe.lr / FINETUNING_DIVISOR
+        return lr, adamw_lr
     return recipe.lr, lr_of_embeddings(options, recipe)
 
 
@@ -523,24 +551,26 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
             options ask for.
     """
     if options.optimizer not in RECIPES:
-        raise unknown_name("--optimizer", options.optimizer, RECIPES)
+        raise unknown_name("`optimizer`", options.optimizer, RECIPES)
     recipe = RECIPES[options.optimizer]
-    for flag, value in unused(options, config).items():
+    for name, value in unused(options, config).items():
         raise UsageError(
-            f"{flag} {value} means nothing to --optimizer {options.optimizer}; "
+            f"`{name}` {value} means nothing to `optimizer` {options.optimizer}; "
             "leave it out"
         )
     if options.head not in (None, options.embeddings) and config.tied_head:
         raise UsageError(
-            f"--head {options.head} means nothing to a model whose head is its "
-            "embedding, which --embeddings is for; leave it out"
+            f"`head` {options.head} means nothing to a model whose head is its "
+            "embedding, which `embeddings` is for; leave it out"
         )
     if options.layerwise and not recipe.layerwise:
         raise UsageError(
-            f"--layerwise can't be done with --optimizer {options.optimizer}: Optax's "
+            f"`layerwise` can't be done with `optimizer` {options.optimizer}: Optax's "
             "takes no tree in which all matrices are masked out; "
             "leave out one of the two"
         )
+    if isinstance(options, TuningOptions) and options.lora:
+        check_lora(options)
     lr, lr_embeddings = default_rates(options)
     defaults = {
         "lr": lr,
@@ -557,6 +587,25 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
     return dataclasses.replace(options, **unset)
 
 
+def check_lora(options: TuningOptions) -> None:
+    """Raises `UsageError` for options of what `lora` does not train or how it does."""
+    if options.optimizer != "adamw":
+        raise UsageError(
+            f"`lora` {options.lora} trains its adapters with AdamW, not with "
+            f"`optimizer` {options.optimizer}; give `optimizer` adamw"
+        )
+    for name, value in (
+        ("lr_embeddings", options.lr_embeddings),
+        ("embeddings", None if options.embeddings == "adam" else options.embeddings),
+        ("head", options.head),
+    ):
+        if value is not None:
+            raise UsageError(
+                f"`{name}` {value} means nothing to `lora` {options.lora}, which "
+                "leaves embeddings, head and norms as they are; leave it out"
+            )
+
+
 def lr_of_embeddings(options: RunOptions, recipe: Recipe) -> float:
     """Returns the default learning rate of embeddings, head and norms.
 
@@ -568,21 +617,22 @@ def lr_of_embeddings(options: RunOptions, recipe: Recipe) -> float:
 
 
 def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
-    """Returns the flags that the optimizer does not use, with their values."""
+    """Returns the options that the optimizer does not use, with their values."""
     recipe = RECIPES[options.optimizer]
 
     def takes(rule: str | None) -> bool:
         return rule in EMBEDDING_RULES or options.optimizer.startswith("apollo")
 
     return {
-        flag: value
-        for flag, value, has_use in (
-            ("--rank", options.rank, recipe.rank_of(config) is not None),
-            ("--scale", options.scale, recipe.scale is not None),
-            ("--embeddings", options.embeddings, takes(options.embeddings)),
-            ("--head", options.head, takes(options.head)),
+        name: value
+        for name, value, has_use in (
+            ("rank", options.rank, recipe.rank_of(config) is not None),
+            ("scale", options.scale, recipe.scale is not None),
+            ("b2", options.b2, recipe.has_b2),
+            ("embeddings", options.embeddings, takes(options.embeddings)),
+            ("head", options.head, takes(options.head)),
             (
-                "--projection",
+                "projection",
                 options.projection,
                 recipe.projection == "rademacher",
             ),
@@ -614,7 +664,8 @@ def make_schedule(
 
 
 def lr_group(path: str) -> str:
-    return "kernels" if re.search(KERNELS, path) else "rest"
+    of_kernels = re.search(KERNELS, path) or re.search(ADAPTERS, path)
+    return "kernels" if of_kernels else "rest"
 
 
 def lr_groups(params: Any) -> Any:
@@ -644,4 +695,8 @@ def make_optimizer(
     }
     scaler = RECIPES[options.optimizer].scaler(options, config)
     scaler = with_embedding_rules(scaler, options, config)
-    return optax.chain(scaler, optax.partition(rates, lr_groups)), schedules
+    transformations = [scaler, optax.partition(rates, lr_groups)]
+    if options.clip_norm is not None:
+        # Without it, the chain stays as in the checkpoints of earlier runs.
+        transformations.insert(0, optax.clip_by_global_norm(options.clip_norm))
+    return optax.chain(*transformations), schedules

@@ -65,7 +65,8 @@ class TextOptions:
 
     data: str = "stdlib"
     """stdlib: the source of Python's standard library, which needs no network. python:
-    that and the source of all installed packages. Or a file, a folder or a quoted glob
+    that and the source of all installed packages. package-docs: the .rst, .md and .txt
+    files and the descriptions of these packages. Or a file, a folder or a quoted glob
     of text, .jsonl, .json, .parquet, .csv or .tsv, or hf:OWNER/NAME[/CONFIG] from the
     hub. Of a folder with rows, such as .jsonl, other files are left out."""
     validation: str | None = None
@@ -171,6 +172,13 @@ class TrainingOptions(TextOptions):
     """float32 or bfloat16, of the moments of APOLLO and Adam, and of the first of Muon
     and Lion. In bfloat16 a second moment hardly forgets, as 0.999 of it rounds to
     itself."""
+    b2: float | None = None
+    """Decay of the second moments, from 0 to below 1, of adamw, apollo, apollo-mini,
+    apollo-svd and galore, in Adam for embeddings, head and norms too; by default
+    0.999."""
+    clip_norm: float | None = None
+    """Scale each step's gradients down to this Euclidean norm over all parameters where
+    theirs is larger; by default they stay as they are."""
     embeddings: str = "adam"
     """The rule for the embeddings and the head: adam, apollo (what an optimizer of that
     name does with the kernels), or, beside any optimizer: scale, adafactor (without
@@ -195,6 +203,10 @@ class TrainingOptions(TextOptions):
         if self.workers > MOST_WORKERS:
             raise UsageError(
                 f"--workers {self.workers} is out of range; give 1 to {MOST_WORKERS}"
+            )
+        if self.b2 is not None and not 0 <= self.b2 < 1:
+            raise UsageError(
+                f"--b2 {self.b2} is out of range; give a number from 0 to below 1"
             )
         for name in ("model", "init_from", "data", "validation", "tokenizer"):
             if getattr(self, name) == "":
@@ -282,6 +294,13 @@ class TrainingOptions(TextOptions):
                 "and if the batch does not fit, add --remat full or devices to --mesh, "
                 "or lower --batch"
             )
+        if self.clip_norm is not None:
+            raise UsageError(
+                f"--clip-norm {self.clip_norm:g} can't be done with --layerwise, which "
+                "has updated other layers by the time it knows the norm over all; "
+                "leave one of the two out: APOLLO's limiter bounds each layer's update "
+                "without that norm"
+            )
         if self.on_nonfinite == "skip":
             raise UsageError(
                 "--on-nonfinite skip can't be done with --layerwise, which has updated "
@@ -294,6 +313,10 @@ class TrainingOptions(TextOptions):
     def warmup_steps(self) -> int:
         """In how many steps the learning rates rise."""
         return max(1, self.steps // 10)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether a step, counted from 1, is followed by an evaluation."""
+        return step == self.steps or step % self.eval_every == 0
 
     @property
     def offloaded(self) -> tuple[str, ...]:
@@ -311,6 +334,7 @@ class TrainingOptions(TextOptions):
                 "keep_checkpoints",
                 "rank",
                 "scale",
+                "clip_norm",
             ),
         )
         return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
@@ -412,18 +436,9 @@ class RunOptions(ProcessOptions, TrainingOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(RunOptions):
-    """One run: a model that exists, trained further on conversations."""
+class TuningOptions(RunOptions):
+    """A fine-tuning on conversations, whatever model and data it is of."""
 
-    data: str = dataclasses.field()
-    """A .jsonl or .parquet file, a folder or a quoted glob of such, or
-    hf:OWNER/NAME[/CONFIG] from the hub. Rows have messages (each with role and
-    content), or prompt and completion, or text."""
-    validation: str | None = None
-    """The same for held-out conversations; by default one in twenty of --data."""
-    init_from: str = dataclasses.field()
-    """The model to start from, with its tokenizer and its chat template: a folder in
-    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
     chat_template: Path | None = None
     """A file with a chat template (Jinja), instead of the model's own. An export gets
     it too."""
@@ -446,9 +461,14 @@ class FinetuneOptions(RunOptions):
     date: str | None = None
     """The day, as 2026-11-27, that a chat template is told which asks for it; by
     default the day on which the run began."""
+    lora: int | None = None
+    """Train LoRA adapters of this rank beside the layers' kernels, with --optimizer
+    adamw, and leave all other weights as they are."""
+    lora_alpha: float | None = None
+    """With --lora: what the adapters add counts alpha / rank times; by default twice
+    the rank."""
 
     # What pre-training decides about its text; these are no options here.
-    model: None = dataclasses.field(init=False, default=None)
     tokenizer: None = dataclasses.field(init=False, default=None)
     vocab: None = dataclasses.field(init=False, default=None)
     text_field: str = dataclasses.field(init=False, default=FIELD)
@@ -456,6 +476,14 @@ class FinetuneOptions(RunOptions):
     bos: str = dataclasses.field(init=False, default="auto")
 
     def __post_init__(self) -> None:
+        if self.lora is not None:
+            check_positive("--lora", self.lora)
+            self._check_adapters()
+        elif self.lora_alpha is not None:
+            raise UsageError(
+                f"--lora-alpha {self.lora_alpha} means nothing without --lora; give "
+                "that too, or leave this out"
+            )
         super().__post_init__()
         for flag, value, known in (
             ("--loss-on", self.loss_on, ("assistant", "all")),
@@ -476,6 +504,22 @@ class FinetuneOptions(RunOptions):
                     f"--date {self.date!r} is no day; give one as 2026-11-27"
                 ) from error
 
+    def _check_adapters(self) -> None:
+        """Resolves --lora-alpha, and refuses the options of another step."""
+        assert self.lora is not None
+        alpha = 2.0 * self.lora if self.lora_alpha is None else self.lora_alpha
+        object.__setattr__(self, "lora_alpha", alpha)
+        for flag, given in (
+            ("--layerwise", self.layerwise),
+            ("--weights int8", self.weights == "int8"),
+            (f"--offload {self.offload}", self.offload),
+        ):
+            if given:
+                raise UsageError(
+                    f"{flag} is for training all weights, and --lora {self.lora} "
+                    "trains adapters alone; leave out one of the two"
+                )
+
     @property
     def warmup_steps(self) -> int:
         return max(1, math.ceil(self.steps * self.warmup))
@@ -484,12 +528,31 @@ class FinetuneOptions(RunOptions):
         return super().numbers() | {
             "--steps": self.steps or None,
             "--epochs": self.epochs,
+            "--lora-alpha": self.lora_alpha,
         }
 
     def as_begun(self, config: dict[str, Any] | None) -> Self:
         today = self.date or datetime.date.today().isoformat()
         began = (config or {}).get("date") or today
         return dataclasses.replace(super().as_begun(config), date=self.date or began)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TuningOptions):
+    """One run: a model that exists, trained further on conversations."""
+
+    data: str = dataclasses.field()
+    """A .jsonl or .parquet file, a folder or a quoted glob of such, or
+    hf:OWNER/NAME[/CONFIG] from the hub. Rows have messages (each with role and
+    content), or prompt and completion, or text."""
+    validation: str | None = None
+    """The same for held-out conversations; by default one in twenty of --data."""
+    init_from: str = dataclasses.field()
+    """The model to start from, with its tokenizer and its chat template: a folder in
+    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
+
+    # The model is that of --init-from.
+    model: None = dataclasses.field(init=False, default=None)
 
 
 def check_positive(flag: str, value: float) -> None:

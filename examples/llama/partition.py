@@ -19,6 +19,7 @@ import optax
 
 import apollo_optax
 from examples.llama.config import LlamaConfig
+from examples.llama.lora import ADAPTERS
 from examples.llama.mesh import axis_sizes, shard_count
 from examples.llama.optimizers import KERNELS, dimension_numbers, path_name
 from examples.llama.options import RunOptions, TrainingOptions
@@ -59,7 +60,11 @@ def spec_of(
         parts: the number of indivisible parts per axis, such as groups of numbers with
             one scale; by default `shape`.
     """
-    spec = next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
+    if adapter := re.search(ADAPTERS, name):
+        layers, rows, columns = _rule_of(f"{adapter[1]}/kernel")
+        # The axis of the rank is too short to be sharded.
+        return jax.P(layers, *((rows, None) if adapter[2] == "a" else (None, columns)))
+    spec = _rule_of(name)
     # If `fsdp` and `tensor` shared a side, XLA would gather the shards of `tensor` too,
     # where `data` has as many devices.
     if not re.search(KERNELS, name) or mesh.shape["tensor"] > 1:
@@ -71,6 +76,10 @@ def spec_of(
         return spec
     layers, rows, columns = spec
     return jax.P(layers, columns, rows)
+
+
+def _rule_of(name: str) -> jax.P:
+    return next(spec for rule, spec in PARTITION_RULES if re.search(rule, name))
 
 
 def sharded_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:

@@ -5,6 +5,7 @@ Run it with `python -m examples.llama.plan --model 7b --target v5e:1x1`.
 Compiles the very step that `pretrain` runs, for this machine or for TPUs that are not
 there, and reads the memory off the compiled program; nothing is trained. All numbers
 are for one device, in bytes or in GB of 1e9 bytes, and of the training step alone.
+`python -m examples.llama.plan finetune` does the same for the step of `finetune`.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from examples.llama.memory.options import PlanOptions
+from examples.llama.memory.options import PlanOptions, TuningPlanOptions
 from examples.llama.memory.report import as_json, draw, table
 from examples.llama.memory.search import MemoryOf, plan
 from examples.llama.memory.target import (
@@ -26,6 +27,20 @@ from examples.llama.mesh import device_count
 from examples.llama.options import RunOptions, parse
 from examples.llama.run.errors import exit_on_usage_error
 from examples.llama.run.setup import model_config
+
+PROG = "python -m examples.llama.plan"
+# The options by the command that is planned, which the first word may name.
+COMMANDS: dict[str, type[PlanOptions]] = {
+    "pretrain": PlanOptions,
+    "finetune": TuningPlanOptions,
+}
+
+
+def parse_command(args: list[str]) -> PlanOptions:
+    """Returns the options that a command line gives, of pretrain by default."""
+    if args and args[0] in COMMANDS:
+        return parse(COMMANDS[args[0]], args[1:], f"{PROG} {args[0]}")
+    return parse(PlanOptions, args, PROG)
 
 
 def with_progress(memory_of: MemoryOf, console: Console) -> MemoryOf:
@@ -56,7 +71,7 @@ def report(options: PlanOptions, console: Console) -> None:
 
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
-        options = parse(PlanOptions, args, "python -m examples.llama.plan")
+        options = parse_command(sys.argv[1:] if args is None else args)
         try:
             report(options, Console())
         except CompilerError as error:

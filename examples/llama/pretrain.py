@@ -24,9 +24,11 @@ from examples.llama.text.windows import token_count, validation_batches
 from examples.llama.train import train
 
 
-def pretrain(options: RunOptions, stop: StopRequest) -> RunResult:
+def pretrain(
+    options: RunOptions, stop: StopRequest, *, measure_updates: bool = False
+) -> RunResult:
     """Runs one pre-training, or the rest of it; see `train`."""
-    return train(options, stop, load_text)
+    return train(options, stop, load_text, measure_updates=measure_updates)
 
 
 def load_text(

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from apollo_optax import apply_updates_stochastic, layerwise_step
+from examples.llama.lora import joined
 from examples.llama.model import (
     Batch,
     Llama,
@@ -18,6 +20,7 @@ from examples.llama.model import (
     next_token_loss,
     target_weights,
 )
+from examples.llama.optimizers import lr_group, path_name
 
 
 class TrainState(NamedTuple):
@@ -33,12 +36,13 @@ class StepMetrics(NamedTuple):
     loss: jax.Array  # Weighted mean over the batch, in nats, before the step.
     # The Euclidean norm over all parameters. It is not finite if any gradient is not.
     grad_norm: jax.Array
+    # The RMS of the kernels' update, at the steps at which it is measured.
+    update_rms: jax.Array | None = None
 
 
-# A step takes the state, which it consumes, the batch and the step's number.
-TrainStep = Callable[
-    [TrainState, Batch, jax.typing.ArrayLike], tuple[TrainState, StepMetrics]
-]
+# A step takes the state, which it consumes, the batch, the step's number and, if only
+# adapters are trained, the other parameters.
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def rounding_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
@@ -73,13 +77,19 @@ def make_train_step(
         out_shardings: of the state and the metrics, as `jax.jit` takes them; by default
             the compiler's.
     """
-    loss_and_grads = jax.value_and_grad(functools.partial(next_token_loss, graphdef))
 
     # The new state takes over the memory of the old one.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
-        state: TrainState, batch: Batch, step: jax.Array
+        state: TrainState,
+        batch: Batch,
+        step: jax.Array,
+        frozen: Params | None = None,
     ) -> tuple[TrainState, StepMetrics]:
+        def loss_of(params: Params, batch: Batch) -> jax.Array:
+            return next_token_loss(graphdef, joined(params, frozen), batch)
+
+        loss_and_grads = jax.value_and_grad(loss_of)
         if accumulate == 1:
             loss, grads = loss_and_grads(state.params, batch)
         else:
@@ -128,8 +138,9 @@ def make_layerwise_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(
-        state: TrainState, batch: Batch, step: jax.Array
+        state: TrainState, batch: Batch, step: jax.Array, frozen: None = None
     ) -> tuple[TrainState, StepMetrics]:
+        del frozen  # This step trains all parameters.
         key = None if rounding_seed is None else rounding_key(rounding_seed, step)
         params, opt_state, metrics = update(
             state.params, state.opt_state, batch, key=key
@@ -139,6 +150,51 @@ def make_layerwise_train_step(
         )
 
     return train_step
+
+
+def with_update_rms(train_step: TrainStep, at: Callable[[int], bool]) -> TrainStep:
+    """Returns `train_step`, which also measures the kernels' update at some steps.
+
+    The update is the difference of the weights after and before the step. So the
+    compiled step stays the same, and other steps cost nothing more. A step that is
+    measured needs memory for a copy of the kernels.
+
+    Args:
+        train_step: a step of float32 weights. In weights that are rounded, the
+            difference would be that of the rounding too.
+        at: whether to measure, by the number of the step.
+    """
+    copy_of = jax.jit(functools.partial(jax.tree.map, jnp.copy))
+
+    def measured_step(
+        state: TrainState, batch: Batch, step: jax.typing.ArrayLike
+    ) -> tuple[TrainState, StepMetrics]:
+        if not at(int(np.asarray(step))):
+            return train_step(state, batch, step)
+        # The step consumes the old weights.
+        before = copy_of(kernels_of(state.params))
+        state, metrics = train_step(state, batch, step)
+        update_rms = rms_of_difference(before, kernels_of(state.params))
+        return state, metrics._replace(update_rms=update_rms)
+
+    return measured_step
+
+
+def kernels_of(params: Params) -> list[jax.Array]:
+    return [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if lr_group(path_name(path)) == "kernels"
+    ]
+
+
+@jax.jit
+def rms_of_difference(before: list[jax.Array], after: list[jax.Array]) -> jax.Array:
+    """Returns the RMS over the entries of all arrays."""
+    squares = sum(
+        jnp.sum(jnp.square(b - a)) for a, b in zip(before, after, strict=True)
+    )
+    return jnp.sqrt(squares / sum(leaf.size for leaf in after))
 
 
 def accumulated(

@@ -1,6 +1,7 @@
 """One run from its options to its result, whatever it trains on."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,15 +10,22 @@ from tqdm import tqdm
 from examples.llama.config import LlamaConfig
 from examples.llama.hf import pretrained
 from examples.llama.loop import Text, make_evaluation, run_steps
-from examples.llama.model import pieces_of
+from examples.llama.lora import joined
+from examples.llama.model import Params, pieces_of
 from examples.llama.optimizers import make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import distributed, plots, setup
 from examples.llama.run.checkpoint import BestWeights, Checkpoints, steps_on_disk
-from examples.llama.run.errors import RunInterrupted, is_first, notice
+from examples.llama.run.errors import (
+    RunInterrupted,
+    UsageError,
+    is_first,
+    notice,
+)
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.log import (
     NoLog,
+    Row,
     RunLog,
     check_free,
     check_same_run,
@@ -27,11 +35,15 @@ from examples.llama.run.log import (
 )
 from examples.llama.run.recorder import DivergedError, Recorder
 from examples.llama.run.result import RunResult, read_result
+from examples.llama.step import with_update_rms
 
 # Returns the text of a run, and its options with what only the text decides.
 LoadText = Callable[
     [RunOptions, LlamaConfig, jax.sharding.Mesh], tuple[RunOptions, Text]
 ]
+
+# Returns the metrics of parameters at a step.
+Evaluate = Callable[[Params, int], Row]
 
 
 def train(
@@ -40,6 +52,7 @@ def train(
     load_text: LoadText,
     *,
     keep_best: bool = False,
+    measure_updates: bool = False,
 ) -> RunResult:
     """Runs one training, or the rest of it.
 
@@ -48,6 +61,8 @@ def train(
         stop: entered by the caller; a signal that comes in the last step is left to it.
         load_text: reads what the run trains on, before anything is written.
         keep_best: keep the weights of the evaluation with the lowest loss.
+        measure_updates: record the RMS of the kernels' update, over the learning rate,
+            at the steps with an evaluation. It takes float32 weights.
 
     Raises:
         UsageError: for input that makes no run, before anything is written; where a
@@ -56,6 +71,11 @@ def train(
             are kept.
         RunInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is on disk.
     """
+    if measure_updates and options.weights != "float32":
+        raise UsageError(
+            f"`weights` {options.weights} are rounded, and an update is measured as "
+            "the change of the weights; give `weights` float32"
+        )
     distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
     resume = options.resume == "auto"
     began = distributed.from_first(lambda: config_of(options.out)) if resume else None
@@ -71,9 +91,10 @@ def train(
         description = setup.describe(options, config, text)
         if is_first():
             check_same_run(options.out, description)
-        if options.init_from and not steps_on_disk(options.out):
+        if options.init_from and (config.lora_rank or not steps_on_disk(options.out)):
             # Weights that cannot be downloaded or read are an error before the run's
-            # folder is made. A run with a checkpoint does not read them.
+            # folder is made. Only a run with adapters reads them again, since its
+            # checkpoints have the adapters alone.
             setup.pretrained_weights(options, config)
     distributed.check_same({"corpus": text.key}, "text, or caches of it")
     if resume and (result := result_of(options)):
@@ -117,7 +138,13 @@ def train(
         if step:
             notice(f"continuing after step {step} of {options.steps} in {options.out}")
         stack.enter_context(distributed.ends_at_once(DivergedError, RunInterrupted))
-        evaluate = make_evaluation(options, pieces, text, mesh)
+        frozen = setup.frozen_params(options, config, mesh)
+        train_step = functools.partial(
+            setup.training_step(options, config, tx, mesh), frozen=frozen
+        )
+        if measure_updates:
+            train_step = with_update_rms(train_step, options.evaluates_after)
+        evaluate = with_frozen(make_evaluation(options, pieces, text, mesh), frozen)
         if keep_best:
             best = stack.enter_context(
                 BestWeights(options.out, step=step, config=description)
@@ -128,7 +155,7 @@ def train(
                 options,
                 step + 1,
                 state or setup.initial_state(options, config, tx, mesh),
-                train_step=setup.training_step(options, config, tx, mesh),
+                train_step=train_step,
                 batches=text.batches,
                 mesh=mesh,
                 stop=stop,
@@ -146,6 +173,11 @@ def train(
     result = result_of(options)
     assert result is not None
     return result
+
+
+def with_frozen(evaluate: Evaluate, frozen: Params | None) -> Evaluate:
+    """Returns `evaluate` as a function of the parameters that are trained alone."""
+    return lambda params, step: evaluate(joined(params, frozen), step)
 
 
 def result_of(options: RunOptions) -> RunResult | None:

@@ -1,12 +1,27 @@
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from apollo_optax import StateBytes
 from benchmarks import rate_search
-from benchmarks.rate_search import Found, best, search, searched
+from benchmarks.rate_search import (
+    BY_SECOND,
+    Found,
+    Record,
+    SearchOptions,
+    base_run,
+    best,
+    search,
+    searched,
+    three_rates,
+)
+from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
+from examples.llama.run.result import RunResult
 
 
 def valley(lowest: float, diverges_from: float = math.inf) -> Any:
@@ -68,56 +83,181 @@ def test_embeddings_are_searched_at_the_best_rate_of_the_kernels() -> None:
     assert {emb for lr, emb, seed in asked if lr == 4.0} == {0.5, 1.0, 2.0, 4.0}
 
 
-def test_the_table_compares_with_adamw_over_seeds() -> None:
-    adamw = Found({1.0: math.log(20)}, {1.0: math.log(20)}, {0: math.log(20)})
-    other = Found(
-        {1.0: math.inf, 0.5: math.log(9)},
-        {1.0: math.log(9)},
-        {0: math.log(9), 1: math.log(11)},
-    )
+def test_three_rates_are_tried_with_one_seed() -> None:
+    asked = []
+
+    def loss(lr: float, lr_embeddings: float, seed: int) -> float:
+        asked.append((lr, lr_embeddings, seed))
+        return -lr
+
+    found = three_rates(loss, (0.3, 0.03), seed=5)
+    assert asked == [(0.15, 0.03, 5), (0.3, 0.03, 5), (0.6, 0.03, 5)]
+    assert (found.lr, found.lr_embeddings, found.by_seed) == (0.6, 0.03, {5: -0.6})
+
+
+def found_at(*perplexities: float) -> Found:
+    first = math.log(perplexities[0])
+    by_seed = dict(enumerate(map(math.log, perplexities)))
+    return Found({1.0: math.inf, 0.5: first}, {1.0: first}, by_seed)
+
+
+def test_the_table_compares_with_the_best_of_adamw_over_seeds() -> None:
+    state = StateBytes(kernels=10**6, embeddings_and_head=2 * 10**6, other=0)
     text = rate_search.table(
-        {"adamw": adamw, "racs": other}, {"adamw": 8, "racs": 10**6}
+        {
+            "adamw": found_at(25),
+            "adamw-clip": found_at(20),
+            "racs": found_at(9, 11),
+        },
+        {
+            "adamw": Record(0.25, 2.0, []),
+            "adamw-clip": Record(0.25, 2.0, []),
+            "racs": Record(None, 3.0, []),
+        },
+        dict.fromkeys(("adamw", "adamw-clip", "racs"), state),
     )
-    row = text.splitlines()[-1]
-    assert row.startswith("| racs | 0.5 | 1 | 10.00 | 1.41 | -50.0% | 1.00 |")
-    assert "1: inf" in row
+    head, _, adamw, clipped, racs = text.splitlines()
+    assert adamw.startswith("| adamw | 0.5 | 1 | 1 | 25.00 |  | +25.0% | 0.25 | 1.00 |")
+    assert "| 20.00 |  | +0.0% |" in clipped
+    assert racs.startswith(
+        "| racs | 0.5 | 1 | 2 | 10.00 | 1.41 | -50.0% |  | 1.50 | 1.00 | 3.00 |"
+    )
+    assert "1: inf" in racs
+    assert len({line.count("|") for line in (head, adamw, racs)}) == 1
+
+
+@pytest.mark.parametrize("name", rate_search.CONTENDERS)
+def test_contenders_are_runs_of_pretrain(name: str, tmp_path: Path) -> None:
+    options = SearchOptions(out=tmp_path)
+    run = base_run(options, "1k", name)
+    assert run.lr is not None
+    assert run.lr_embeddings is not None
+    for field, value in rate_search.CONTENDERS[name].items():
+        assert getattr(run, field) == value
+
+
+def test_finished_runs_are_found_where_earlier_searches_left_them(
+    tmp_path: Path,
+) -> None:
+    run = base_run(SearchOptions(out=tmp_path), "1k", "adamw")
+    assert (run.lr, run.lr_embeddings) == (0.002, 0.03)
+    assert (run.b2, run.clip_norm, run.data) == (None, None, "stdlib")
+    at_rates = rate_search.run_at(run, "adamw", 0.002, 0.03, 0)
+    assert at_rates.out == tmp_path / "1k" / "adamw-0.002-0.03-seed0"
+    assert at_rates == dataclasses.replace(run, out=at_rates.out)
+
+
+def test_each_part_has_its_text_and_contenders(tmp_path: Path) -> None:
+    options = SearchOptions(out=tmp_path)
+    docs, on_8k = (base_run(options, part, "muon") for part in ("docs", "8k"))
+    assert docs.data == "package-docs"
+    assert dataclasses.replace(docs, data="stdlib", out=on_8k.out) == on_8k
+    assert base_run(SearchOptions(data="python"), "docs", "muon").data == "python"
+    # In 1k and 8k, every contender has a row.
+    assert options.searches("8k").keys() == rate_search.CONTENDERS.keys()
+    assert options.searches("8k")["muon"]
+    assert not options.searches("8k")["lion"]
+    assert "apollo-mini" not in options.searches("docs")
+    given = SearchOptions(contenders=("swan",), three_rates=("swan", "sgd"))
+    assert given.searches("6m") == {"adamw": True, "swan": True, "sgd": False}
 
 
 def test_a_search_trains_and_goes_on_from_what_was_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: list[Any] = []
-
-    class Result:
-        val_loss = 4.0
-
-    def pretrain(run: Any, stop: Any) -> Any:
-        del stop
-        runs.append(run)
-        return Result
-
-    monkeypatch.setattr(rate_search, "pretrain", pretrain)
-    options = rate_search.SearchOptions(out=tmp_path, seeds=(0, 1))
+    runs = stub_pretrain(monkeypatch)
+    options = SearchOptions(out=tmp_path, seeds=(0, 1))
     found = rate_search.found_by(options, "8k", "racs")
-    assert found.by_seed == {0: 4.0, 1: 4.0}
+    assert found.by_seed == {0: 4.0, 1: 5.0}
     assert {(run.optimizer, run.batch, run.steps) for run in runs} == {
         ("racs", 64, 300)
     }
     assert all(run.resume == "auto" for run in runs)
-    assert len({(run.lr, run.lr_embeddings, run.seed) for run in runs}) == len(
-        {run.out for run in runs}
-    )
+    # No run is asked for twice.
+    assert len({(run.lr, run.lr_embeddings, run.seed) for run in runs}) == len(runs)
+    assert len({run.out for run in runs}) == len(runs)
+
+
+def stub_pretrain(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
+    """Replaces training by metrics with round numbers; returns the runs asked for.
+
+    AdamW's steps take 2 seconds and those of others 1. The loss is 4 more than the
+    seed, and the update of the kernels is 1 more than it.
+    """
+    runs: list[RunOptions] = []
+
+    def pretrain(run: RunOptions, stop: Any, *, measure_updates: bool) -> RunResult:
+        del stop
+        assert measure_updates
+        runs.append(run)
+        run.out.mkdir(parents=True, exist_ok=True)
+        tokens, loss = run.batch * run.seq, 4.0 + run.seed
+        seconds = 2 if run.optimizer == "adamw" else 1
+        rows = [
+            {"step": step, "tokens": step * tokens, "tokens_per_s": tokens / seconds}
+            for step in range(1, run.steps + 1)
+        ]
+        rows[0]["tokens_per_s"] = 1.0  # It compiles.
+        for row in rows[99::100]:
+            # The first half of a run is left out of the mean.
+            size = 1.0 + run.seed if row["step"] > run.steps / 2 else 1e6
+            row |= {"val_ppl": math.exp(loss), "update_rms_over_lr": size}
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (run.out / "metrics.jsonl").write_text(lines)
+        return RunResult(run, loss, tokens / seconds)
+
+    monkeypatch.setattr(rate_search, "pretrain", pretrain)
+    return runs
+
+
+def test_a_part_ends_with_a_table_and_two_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = stub_pretrain(monkeypatch)
+    curves: dict[str, Any] = {}
+    plot = rate_search.plot_perplexities
+
+    def plotted(points: Any, xlabel: str, path: Path) -> None:
+        curves[path.name] = points
+        plot(points, xlabel, path)
+
+    def found_here(options: SearchOptions, part: str) -> dict[str, Found]:
+        return {
+            name: rate_search.found_by(options, part, name, all_rates=all_rates)
+            for name, all_rates in options.searches(part).items()
+        }
+
+    monkeypatch.setattr(rate_search, "plot_perplexities", plotted)
+    monkeypatch.setattr(rate_search, "found_by_all", found_here)
+    args = ["--contenders", "racs", "--three-rates", "lion", "--seeds", "0", "1"]
+    rate_search.main(["--parts", "docs", "--out", str(tmp_path), *args])
+    output = capsys.readouterr().out
+    assert "docs: tiny, 300 steps of 8,192 tokens of --data package-docs" in output
+    rows = {row.split(" | ")[0]: row.split(" | ") for row in output.split("\n| ")}
+    assert rows["racs"][6:9] == ["+0.0%", "1.5", "0.50"]
+    assert rows["lion"][3] == "1"
+    assert rows["lion"][7:9] == ["1", "0.50"]
+    assert float(rows["adamw"][9]) < float(rows["adamw"][10])  # The state.
+    assert {run.data for run in runs} == {"package-docs"}
+    losses = [math.exp(4.0)] * 3  # The best of the seeds.
+    by_step, by_second = curves["perplexity-by-step.png"], curves[BY_SECOND]
+    assert by_step["adamw"] == list(zip((100, 200, 300), losses, strict=True))
+    assert by_second["adamw"] == list(zip((200, 400, 600), losses, strict=True))
+    assert list(by_step) == list(by_second) == ["adamw", "racs", "lion"]
+    for name in curves:
+        assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"parts": ("2k",)}, "--parts"),
-        ({"optimizers": ("shampoo",)}, "--optimizers"),
+        ({"contenders": ("shampoo",)}, "--contenders"),
+        ({"three_rates": ("shampoo",)}, "--three-rates"),
         ({"seeds": ()}, "--seeds"),
         ({"processes": 0}, "--processes 0"),
     ],
 )
 def test_rejects_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        rate_search.SearchOptions(**options)
+        SearchOptions(**options)

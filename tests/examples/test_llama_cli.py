@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 
 from examples.llama import compare, export, optimizers, pretrain, tokenise
+from examples.llama import train as training
 from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
 from examples.llama.hf.weights import load_params
@@ -23,9 +25,12 @@ from examples.llama.model import (
     next_token_loss,
     pieces_of,
 )
-from examples.llama.options import CHOICES
+from examples.llama.options import CHOICES, RunOptions
 from examples.llama.run import checkpoint, recorder, setup
 from examples.llama.run import log as run_log
+from examples.llama.run.errors import UsageError
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.step import StepMetrics, TrainState
 from examples.llama.text import corpus, loader, tokenizer
 from examples.llama.text.windows import validation_batches
 
@@ -113,6 +118,7 @@ def test_pretrain_writes_its_files(
         assert row["grad_norm"] > 0
     assert rows[2]["val_ppl"] == pytest.approx(math.exp(rows[2]["val_loss"]))
     assert [isinstance(row.get("sample"), str) for row in rows] == [False, True, True]
+    assert not any("update_rms_over_lr" in row for row in rows)
     output = capsys.readouterr()
     best = min(row["val_ppl"] for row in rows[1:])
     assert f"best validation perplexity {best:.2f} in 3 steps" in output.out
@@ -121,6 +127,39 @@ def test_pretrain_writes_its_files(
     assert "tokens/s" in output.err
     assert f"tiny: {param_count(PRESETS['tiny']):,} parameters in float32" in output.err
     assert "on 1 of 8 cpu; 96 tokens, " in output.err
+
+
+def test_the_size_of_updates_is_recorded_at_evaluations_if_asked_for(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_step(state: Any, *_: Any, frozen: None) -> tuple[TrainState, StepMetrics]:
+        params = jax.tree.map(lambda p: p + 0.5, state.params)
+        return TrainState(params, ()), StepMetrics(jnp.ones(()), jnp.ones(()))
+
+    state = TrainState({"layers": {"up": {"kernel": jnp.zeros((2, 3, 4))}}}, ())
+    monkeypatch.setattr(setup, "training_step", lambda *_: train_step)
+    monkeypatch.setattr(setup, "initial_state", lambda *_: state)
+    evaluated = {"val_loss": 1.0, "sample": ""}
+    monkeypatch.setattr(
+        training, "make_evaluation", lambda *_: lambda params, step: dict(evaluated)
+    )
+    options = RunOptions(out=out, steps=3, batch=2, seq=16, eval_every=2)
+    with StopRequest() as stop:
+        pretrain.pretrain(options, stop, measure_updates=True)
+    rows = run_log.read_metrics(out)
+    assert "update_rms_over_lr" not in rows[0]
+    for row in rows[1:]:
+        assert row["update_rms_over_lr"] == pytest.approx(0.5 / row["lr"])
+
+
+def test_updates_of_weights_that_are_rounded_are_not_measured(out: Path) -> None:
+    options = RunOptions(out=out, weights="bfloat16")
+    with (
+        StopRequest() as stop,
+        pytest.raises(UsageError, match="`weights` bfloat16 .*`weights` float32"),
+    ):
+        pretrain.pretrain(options, stop, measure_updates=True)
+    assert not out.exists()
 
 
 def test_training_lowers_the_loss_and_repeats_exactly(out: Path) -> None:
@@ -385,7 +424,7 @@ def test_a_run_without_newer_fields_has_their_defaults(
     train(*SHORT)
     config = json.loads((out / "config.json").read_text())
     assert config["rounding"] == "nearest"  # The field's default is None.
-    for name in ("accumulate", "attention", "rounding", "head"):
+    for name in ("accumulate", "attention", "rounding", "head", "b2", "clip_norm"):
         del config[name]
     (out / "config.json").write_text(json.dumps(config))
     pretrain.main(["--out", str(out), *SHORT, "--resume", "auto"])
@@ -807,6 +846,13 @@ def test_diverged_run_says_so_and_keeps_its_metrics(
         ),
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--rank", "-1"], "--rank -1 is out of range"),
+        (["--clip-norm", "0"], "--clip-norm 0.0 is out of range; give a number above"),
+        (["--b2", "1"], "--b2 1.0 is out of range; give a number from 0 to below 1"),
+        (["--b2", "nan"], "--b2 nan is out of range"),
+        (
+            ["--optimizer", "muon", "--b2", "0.95"],
+            "--b2 0.95 means nothing to --optimizer muon; leave it out",
+        ),
         (["--lr", "nan"], "--lr nan is out of range"),
         (["--lr-embeddings", "0"], "--lr-embeddings 0.0 is out of range"),
         (["--seed", "-1"], "--seed -1 is out of range; give 0 to 4294967295"),

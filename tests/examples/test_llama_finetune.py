@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +11,20 @@ import pytest
 from examples.llama import export, finetune
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import make_evaluator
-from examples.llama.hf.weights import load_params, save_pretrained
-from examples.llama.model import init_params, pieces_of
+from examples.llama.hf.weights import load_params
+from examples.llama.model import pieces_of
 from examples.llama.optimizers import RECIPES, make_schedule, with_defaults
 from examples.llama.options import FinetuneOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup
 from examples.llama.run.checkpoint import BestWeights
 from examples.llama.run.interrupt import StopRequest
-from tests.examples.chat_models import CHATML, EOS, chat_tokenizer, write_tokenizer
+from tests.examples.chat_models import CHATML, chat_tokenizer, write_tokenizer
+from tests.examples.chat_runs import SHORT, refused, without_times, words
+from tests.examples.chat_runs import start as start
 from tests.examples.conftest import SMALL
 
-ANSWER = "Red and blue."
-SHORT = ["--seq", "48", "--batch", "2", "--eval-every", "3"]
 FAST = ["--optimizer", "adamw", "--lr", "0.01", "--lr-embeddings", "0.01"]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and 40 conversations, which the tests must not change."""
-    folder = tmp_path_factory.mktemp("start")
-    save_pretrained(
-        init_params(SMALL, seed=0),
-        SMALL,
-        folder / "model",
-        tokenizer=chat_tokenizer(),
-        end_token=EOS,
-    )
-    write_tokenizer(folder / "model", CHATML.replace("You help.", ""))
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{number}?"},
-                {"role": "assistant", "content": ANSWER},
-            ]
-        }
-        for number in range(40)
-    ]
-    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def test_best_weights_are_the_best_of_those_that_are_left(tmp_path: Path) -> None:
@@ -71,19 +45,6 @@ def test_best_weights_are_the_best_of_those_that_are_left(tmp_path: Path) -> Non
     assert evaluated(5, after=3) == ["5"]
     losses[6] = 0.65
     assert evaluated(6, after=5) == ["5"]
-
-
-def words(start: Path, out: Path, *more: str) -> list[str]:
-    data = str(start / "chat.jsonl")
-    return [
-        *("--init-from", str(start / "model"), "--data", data, "--out", str(out)),
-        *more,
-    ]
-
-
-def without_times(out: Path) -> list[dict[str, Any]]:
-    rows = run_log.read_metrics(out)
-    return [{k: x for k, x in row.items() if k != "tokens_per_s"} for row in rows]
 
 
 def test_trains_resumes_and_exports(
@@ -151,16 +112,6 @@ def test_layerwise_int8_with_a_given_template(start: Path, tmp_path: Path) -> No
     export.main(["--run", str(out), "--to", str(tmp_path / "exported"), "--best"])
     exported = tmp_path / "exported" / "chat_template.jinja"
     assert exported.read_text() == template.read_text()
-
-
-def refused(
-    args: list[str], capsys: pytest.CaptureFixture[str], main: Callable[..., None]
-) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(args)
-    assert exit_.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

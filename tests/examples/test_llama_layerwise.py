@@ -322,4 +322,5 @@ def test_meshes(sharded: str, small: LlamaConfig) -> None:
             number + 1,
         )
     assert_agree(jax.device_get(sharded_state), jax.device_get(expected), 1e-6)
-    np.testing.assert_allclose(metrics, expected_metrics[-1], rtol=1e-6)
+    assert metrics is not None
+    np.testing.assert_allclose(metrics[:2], expected_metrics[-1][:2], rtol=1e-6)

@@ -350,6 +350,99 @@ def test_defaults_come_from_the_recipe_unless_set() -> None:
     assert options_for("adamw").rank is None
 
 
+def second_updates_of(
+    optimizer: str, params: Params, small: LlamaConfig, *variants: dict[str, Any]
+) -> list[Any]:
+    """Returns the second update of the whole pipeline, by options.
+
+    The first gradients are random, and the second ones are random and ten times larger.
+    """
+    txs = [
+        make_optimizer(options_for(optimizer, steps=10, **options), small)[0]
+        for options in variants
+    ]
+
+    def second_update(tx: optax.GradientTransformation, first: Any, second: Any) -> Any:
+        _, state = tx.update(first, tx.init(params), params)
+        return tx.update(second, state, params)[0]
+
+    second = jax.tree.map(lambda g: 10 * g, gradients(params, 2))
+    return jax.jit(lambda *grads: [second_update(tx, *grads) for tx in txs])(
+        gradients(params, 1), second
+    )
+
+
+@pytest.mark.parametrize("name", ["apollo", "apollo-mini", "apollo-svd"])
+def test_apollo_is_made_with_the_decay_of_second_moments(
+    name: str, small: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decays: list[float] = []
+
+    def scale_by_apollo(*_: Any, b2: float, **others: Any) -> None:
+        decays.append(b2)
+
+    monkeypatch.setattr(apollo_optax, "scale_by_apollo", scale_by_apollo)
+    for b2 in (None, 0.95):
+        RECIPES[name].scaler(options_for(name, b2=b2), small)
+    assert decays == [0.999, 0.95]
+
+
+@pytest.mark.slow  # The tests above and below are the quick ones of this.
+@pytest.mark.parametrize(
+    "name", [name for name, recipe in RECIPES.items() if recipe.has_b2]
+)
+def test_the_decay_of_second_moments_reaches_kernels_and_embeddings(
+    name: str, small: LlamaConfig, params: Params
+) -> None:
+    default, other = second_updates_of(name, params, small, {}, {"b2": 0.9})
+    for change in jax.tree.leaves(
+        jax.tree.map(
+            lambda a, b: jnp.linalg.norm(a - b) / jnp.linalg.norm(a), default, other
+        )
+    ):
+        assert float(change) > 0.01
+
+
+def test_adamw_has_the_second_moments_that_its_decay_makes(
+    small: LlamaConfig, params: Params
+) -> None:
+    (update,) = second_updates_of("adamw", params, small, {"b2": 0.5})
+    first = np.asarray(gradients(params, 1)["embed"]["embedding"])
+    second = 10 * np.asarray(gradients(params, 2)["embed"]["embedding"])
+    mean = (0.09 * first + 0.1 * second) / (1 - 0.9**2)
+    square = (0.25 * first**2 + 0.5 * second**2) / (1 - 0.5**2)
+    # At the second step of ten, the rate has risen to its peak.
+    expected = -RECIPES["adamw"].lr_embeddings * mean / np.sqrt(square)
+    np.testing.assert_allclose(
+        update["embed"]["embedding"], expected, rtol=1e-4, atol=1e-7
+    )
+
+
+def test_large_gradients_are_clipped_and_small_ones_stay(
+    small: LlamaConfig, params: Params
+) -> None:
+    norm = 10 * float(optax.tree.norm(gradients(params, 2)))
+    # The update of the kernels by SGD is in proportion to the gradient.
+    plain, wide, narrow = (
+        updates["layers"]["mlp"]
+        for updates in second_updates_of(
+            *("sgd", params, small, {}),
+            *({"clip_norm": 2 * norm}, {"clip_norm": norm / 4}),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, wide, plain)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b / 4, rtol=1e-4), narrow, plain
+    )
+
+
+def test_without_clipping_the_state_is_as_in_earlier_checkpoints(
+    small: LlamaConfig, params: Params
+) -> None:
+    tx, _ = make_optimizer(options_for("adamw"), small)
+    assert len(jax.eval_shape(tx.init, params)) == 2
+
+
 @pytest.mark.parametrize(
     ("optimizer", "new"),
     [("apollo-mini", "rademacher"), ("apollo-svd", "random"), ("adamw", "random")],
@@ -500,7 +593,7 @@ def test_a_tied_embedding_is_one_leaf_with_the_rule_of_embeddings(name: str) -> 
     found = moments(with_defaults(options, tied), tied, params)
     assert found["embed/embedding"] - {()} == EMBEDDING_SHAPES[name]
     other = dataclasses.replace(options, head="adam")
-    with pytest.raises(UsageError, match="--head adam means nothing to a model whose"):
+    with pytest.raises(UsageError, match="`head` adam means nothing to a model whose"):
         with_defaults(other, tied)
 
 

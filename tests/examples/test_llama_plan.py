@@ -15,8 +15,13 @@ from apollo_optax import state_bytes
 from benchmarks import memory as benchmark
 from examples.llama import plan
 from examples.llama.config import PRESETS, LlamaConfig, param_count
+from examples.llama.hf.config import hf_config, write_json
 from examples.llama.memory import report, search, target
-from examples.llama.memory.options import PlanOptions, smallest_batch
+from examples.llama.memory.options import (
+    PlannedTuning,
+    PlanOptions,
+    smallest_batch,
+)
 from examples.llama.memory.target import Compiler, CompilerError, Memory
 from examples.llama.mesh import make_mesh, over_data
 from examples.llama.model import Batch
@@ -24,6 +29,7 @@ from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
 from examples.llama.run.errors import UsageError
+from examples.llama.text.packing import Example, Packed
 
 SHORT = ["--batch", "2", "--seq", "16"]
 HBM = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory "
@@ -81,9 +87,11 @@ def uncompiled(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "compiled_memory", memory)
 
 
-def run_of(config: LlamaConfig, **changes: Any) -> RunOptions:
+def run_of(
+    config: LlamaConfig, kind: type[RunOptions] = RunOptions, **changes: Any
+) -> RunOptions:
     return with_defaults(
-        RunOptions(out=Path("unused"), **{"batch": 2, "seq": 16, **changes}), config
+        kind(out=Path("unused"), **{"batch": 2, "seq": 16, **changes}), config
     )
 
 
@@ -95,34 +103,47 @@ def rows_of(
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "kind"),
     [
-        {
-            "optimizer": "apollo",
-            "weights": "bfloat16",
-            "mesh": "data=2",
-            "accumulate": 2,
-            "batch": 8,
-        },
+        (
+            {
+                "optimizer": "apollo",
+                "weights": "bfloat16",
+                "mesh": "data=2",
+                "accumulate": 2,
+                "batch": 8,
+            },
+            RunOptions,
+        ),
+        ({"optimizer": "apollo-mini", "layerwise": True}, PlannedTuning),
         pytest.param(
             {"optimizer": "apollo-mini", "layerwise": True, "weights": "int8"},
+            RunOptions,
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["ordinary", "layer-wise"],
+    ids=["ordinary", "fine-tuning", "layer-wise"],
 )
 def test_the_memory_is_that_of_the_step_that_is_run(
-    changes: dict[str, Any], small: LlamaConfig, tiny_is_small: None
+    changes: dict[str, Any],
+    kind: type[RunOptions],
+    small: LlamaConfig,
+    tiny_is_small: None,
 ) -> None:
-    run = run_of(small, **changes)
+    run = run_of(small, kind, **changes)
     planned = target.memory_of(run, "cpu")
     tx, _ = make_optimizer(run, small)
     mesh = target.mesh_on(run, small, "cpu")
     state = setup.initial_state(run, small, tx, mesh)
     tokens = np.zeros((run.batch, run.seq + 1), np.int32)
+    batch = Batch(tokens)
+    if kind is PlannedTuning:
+        example = Example(np.ones(9, np.int32), np.ones(9, np.float32))
+        packed = Packed([example] * 4, run.seq + 1, seed=0)
+        batch = jax.tree.map(lambda *rows: np.stack(rows), *[packed[0]] * run.batch)
     step: Any = setup.training_step(run, small, tx, mesh)
     sizes = (
-        step.lower(state, Batch(jax.device_put(tokens, over_data(mesh))), np.int32(1))
+        step.lower(state, jax.device_put(batch, over_data(mesh)), np.int32(1))
         .compile()
         .memory_analysis()
     )
@@ -205,6 +226,32 @@ def test_rows_say_what_they_are_of(
         > rows[1]["optimizer_bytes"]
         > rows[2]["optimizer_bytes"]
     )
+
+
+def test_a_command_line_of_finetune_is_planned_as_it_is(
+    uncompiled: None,
+    small: LlamaConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_json(tmp_path / "config.json", hf_config(small, "float32", None))
+    line = ["--init-from", str(tmp_path), "--data", "chat.jsonl", "--out", "tuned"]
+    line += ["--epochs", "2", "--loss-on", "all", "--warmup", "0.1", "--seq", "32"]
+    plan.main(["finetune", *line, "--json"])
+    row = json.loads(capsys.readouterr().out)
+    assert (row["command"], row["model"]) == ("finetune", str(tmp_path))
+    assert (row["batch"], row["seq"]) == (8, 32)
+    plan.main(["finetune", "--model", "tiny", "--seq", "32", "--fit", "1MB"])
+    output = " ".join(capsys.readouterr().out.split())
+    assert "in float32, fine-tuning in packed rows of 32, on cpu" in output
+    # Another default length, which the small model does not take.
+    error = fails(["finetune", "--model", "tiny"], capsys)
+    assert error == "error: --seq 1024 is too long; --model tiny takes 128\n"
+    assert "unrecognized" in fails(["finetune", "--bos", "never"], capsys).lower()
+    pretrain = rows_of([], capsys)
+    plan.main(["pretrain", *SHORT, "--json"])
+    assert [json.loads(capsys.readouterr().out)] == pretrain
+    assert pretrain[0]["command"] == "pretrain"
 
 
 def test_the_table_and_the_figure(
@@ -545,7 +592,7 @@ def test_more_than_the_target_has_cannot_be_fitted() -> None:
     options = PlanOptions(fit="80GB", target="v5e:1x1")
     with pytest.raises(
         UsageError,
-        match=r"--fit 80GB is more than .* v5e:1x1 gives a program, 1.00 GB; ",
+        match=r"`fit` 80GB is more than .* v5e:1x1 gives a program, 1.00 GB; ",
     ):
         search.fitting_batch(options, 80 * 10**9, fake_memory(lambda b: b))
 

@@ -269,7 +269,7 @@ def bad_parquet() -> None:
         (
             None,
             "std",
-            "`data` 'std' is unknown; choose one of: stdlib, python, or give a file, folder or glob that ex",
+            "`data` 'std' is unknown; choose one of: stdlib, python, package-docs, or give a file, folder or glob that ex",
         ),
         (
             None,
@@ -470,6 +470,43 @@ def test_the_fingerprint_of_python_follows_its_files(installed: Path) -> None:
     assert sources.open_source("`data`", "stdlib").fingerprint() != before
     write("packages/a.py", "a = 22\n")
     assert sources.open_source("`data`", "python").fingerprint() != before
+
+
+def test_package_docs_are_the_english_of_packages_each_paragraph_once(
+    installed: Path,
+) -> None:
+    licence = "Licensed under terms.\n\nNo warranty,\nof any kind.\n"
+    write("packages/b/LICENSE.txt", licence)
+    write("packages/a/README.md", f"# A\n\n    code = 1\n\n{licence}")
+    write(
+        "packages/a/guide.rst", "Guide\r\n=====\r\n\r\nNo  warranty, of any kind.\r\n"
+    )
+    write("packages/a/copy.txt", licence)
+    write("packages/a/module.py", "one = 1\n")
+    write("packages/a/tests/numbers.txt", "1 2 3\n")
+    write("packages/a/binary.txt", b"ab\0c\n")
+    write("packages/a-1.0.dist-info/top_level.txt", "a\n")
+    write("packages/a-1.0.dist-info/METADATA", "Name: a\n\nA package.\n\n\nIt does.\n")
+    write("packages/a/METADATA", "Name: none of a package\n\nNothing.\n")
+    documents = {
+        document.name: document.text
+        for document in sources.open_source("--data", "package-docs")
+    }
+    assert list(documents.items()) == [
+        ("purelib/a/README.md", f"# A\n\n    code = 1\n\n{licence}"),
+        ("purelib/a/guide.rst", "Guide\n=====\n"),
+        ("purelib/a-1.0.dist-info/METADATA", "A package.\n\nIt does.\n"),
+    ]
+    # Read again, it is the same: what was seen is of one reading.
+    assert names("package-docs") == list(documents)
+
+
+def test_long_package_docs_are_cut_as_other_text(installed: Path) -> None:
+    paragraphs = [f"{number} ".ljust(1000, "x") + "\n\n" for number in range(100)]
+    write("packages/NEWS.md", "".join(paragraphs))
+    found = texts("package-docs")
+    assert len(found) > 4
+    assert "\n".join(found) == "".join(paragraphs).rstrip("\n") + "\n"
 
 
 def test_an_opening_comment_ends_with_the_first_line_of_code() -> None:

@@ -316,6 +316,7 @@ def test_each_step_and_seed_rounds_anew(layerwise: bool) -> None:
             ["--layerwise", "--accumulate", "2"],
             ["--accumulate 2", "--layerwise", "--batch"],
         ),
+        (["--layerwise", "--clip-norm", "1"], ["--clip-norm 1 ", "--layerwise"]),
         (["--layerwise", "--on-nonfinite", "skip"], ["--on-nonfinite skip", "limiter"]),
         (
             ["--layerwise", "--optimizer", "galore"],

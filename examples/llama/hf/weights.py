@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -30,7 +29,7 @@ from examples.llama.hf.config import CONFIG, hf_config, write_json
 from examples.llama.hf.config import read_config as read_config
 from examples.llama.hf.folder import INDEX, WEIGHTS, indexed_files
 from examples.llama.hf.pretrained import Files, pass_on, with_token_ids
-from examples.llama.model import Params, init_params
+from examples.llama.model import Params, flatten, init_params, unflatten
 from examples.llama.run.errors import UsageError, first_line, unknown_name
 from examples.llama.text.hub import TOKENIZER as TOKENIZER
 from examples.llama.text.hub import TOKENIZER_CONFIG as TOKENIZER_CONFIG
@@ -143,7 +142,7 @@ class WeightReader:
         self._read(tensors, leaves)
         if self.config.tied_head and HEAD in self._files:
             self._check_tied_head(leaves["embed/embedding"])
-        return traverse_util.unflatten_dict(leaves, sep="/")
+        return unflatten(leaves)
 
     def layer(self, index: int) -> Params:
         """Returns the parameters of a layer as a stack of one, in numpy arrays.
@@ -160,7 +159,7 @@ class WeightReader:
             for tensor in tensors
         }
         self._read(tensors, leaves)
-        return traverse_util.unflatten_dict(leaves, sep="/")["layers"]
+        return unflatten(leaves)["layers"]
 
     def _read(self, tensors: list[HfTensor], leaves: Mapping[str, np.ndarray]) -> None:
         for file in sorted({self._files[tensor.name] for tensor in tensors}):
@@ -195,7 +194,7 @@ def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
     for index in range(config.num_layers):
         for path, row in flatten(reader.layer(index)).items():
             stacks[f"layers/{path}"][index] = row[0]
-    return reader.ends() | traverse_util.unflatten_dict(stacks, sep="/")
+    return reader.ends() | unflatten(stacks)
 
 
 def save_pretrained(
@@ -242,6 +241,23 @@ def save_pretrained(
             f"max_shard_bytes {max_shard_bytes} is out of range; give a number above 0"
         )
     end_id = check_tokenizer(tokenizer, end_token, config)
+    with new_folder(folder) as built:
+        stored = dtype or leaves["embed/embedding"].dtype.name
+        fields = hf_config(config, stored, end_id)
+        write_json(built / CONFIG, with_token_ids(fields, passed_on, tokenizer))
+        write_weights(built, leaves, tensors_of(config), dtype, max_shard_bytes)
+        if tokenizer:
+            write_tokenizer(built, tokenizer, end_token, config)
+        pass_on(built, passed_on, end_token)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a hidden folder, which becomes `folder` when the block ends.
+
+    Raises:
+        UsageError: where its files can't be written; none is left behind then.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -249,13 +265,7 @@ def save_pretrained(
         ) as temporary:
             built = Path(temporary) / folder.name
             built.mkdir()
-            stored = dtype or leaves["embed/embedding"].dtype.name
-            fields = hf_config(config, stored, end_id)
-            write_json(built / CONFIG, with_token_ids(fields, passed_on, tokenizer))
-            write_weights(built, leaves, tensors_of(config), dtype, max_shard_bytes)
-            if tokenizer:
-                write_tokenizer(built, tokenizer, end_token, config)
-            pass_on(built, passed_on, end_token)
+            yield built
             built.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UsageError(
@@ -304,11 +314,6 @@ def tensors_of(config: LlamaConfig) -> list[HfTensor]:
 def shapes_of(config: LlamaConfig) -> dict[str, Any]:
     """Returns the `jax.ShapeDtypeStruct` of each parameter, by path."""
     return flatten(jax.eval_shape(functools.partial(init_params, config, seed=0)))
-
-
-def flatten(params: Params) -> dict[str, Any]:
-    """Returns the leaves by path: layers/mlp/up_proj/kernel."""
-    return dict(traverse_util.flatten_dict(params, sep="/"))
 
 
 def check_leaves(leaves: Mapping[str, Any], config: LlamaConfig) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from examples.llama.mesh import batch_shards
 from examples.llama.optimizers import RECIPES
-from examples.llama.options import RunOptions
+from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run.errors import UsageError, unknown_name
 
 UNITS = {
@@ -26,7 +26,7 @@ UNITS = {
 class PlanOptions(RunOptions):
     """The memory that pretrain would need with these options, from compiling its step.
 
-    Nothing is run.
+    Nothing is run. `plan finetune` takes the options of finetune in the same way.
     """
 
     out: Path = Path(os.devnull)
@@ -69,6 +69,34 @@ class PlanOptions(RunOptions):
                 f"--plot {self.plot} is no .png in a folder that is there; give another"
             )
         super().__post_init__()
+
+    @property
+    def run_type(self) -> type[RunOptions]:
+        """The class of options that the planned command takes."""
+        return RunOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedTuning(TuningOptions):
+    """The options of a fine-tuning that is only planned, of a preset if need be."""
+
+    out: Path = Path(os.devnull)
+    """Not used: a command line of finetune can be given as it is."""
+    data: str = "none"
+    """Not used, and neither are the other options of the conversations."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningPlanOptions(PlannedTuning, PlanOptions):
+    """The memory that finetune would need with these options, from compiling its step.
+
+    The step takes packed rows, as finetune does. --model stands for a model that is not
+    at hand. Nothing is run.
+    """
+
+    @property
+    def run_type(self) -> type[RunOptions]:
+        return PlannedTuning
 
 
 def bytes_in(flag: str, text: str) -> int:

@@ -8,10 +8,11 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from examples.llama.config import LlamaConfig, param_count
+from examples.llama.config import LlamaConfig, adapter_count, param_count
 from examples.llama.memory.options import PlanOptions
 from examples.llama.memory.search import Row, gigabytes
 from examples.llama.memory.target import LOCAL
+from examples.llama.options import TuningOptions
 
 SCALES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1}
 SHARES = {
@@ -56,9 +57,12 @@ def as_json(row: Row, options: PlanOptions, config: LlamaConfig) -> dict[str, An
     )
     return {
         "target": options.target,
+        "command": "finetune" if isinstance(run, TuningOptions) else "pretrain",
         **{name: getattr(run, name) for name in names},
         "model": str(run.model or run.init_from),
         "parameters": param_count(config),
+        "lora": config.lora_rank or None,
+        "adapter_parameters": adapter_count(config),
         "fits": row.fits,
         "limit_bytes": row.limit_bytes,
         **dataclasses.asdict(memory),
@@ -128,9 +132,15 @@ def heading(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> str:
     there = memory.capacity_bytes
     gives = f", which gives a program {gigabytes(there)}" if there else ""
     limit = f"; the largest batch in {options.fit}" if options.fit else ""
+    rows_of = (
+        "fine-tuning in packed rows of"
+        if isinstance(run, TuningOptions)
+        else "sequences of"
+    )
+    adapters = f" and adapters of rank {config.lora_rank}" if config.lora_rank else ""
     return (
         f"{run.model or run.init_from}: {param_count(config):,} parameters in "
-        f"{run.weights}, sequences of {run.seq}, on "
+        f"{run.weights}{adapters}, {rows_of} {run.seq}, on "
         f"{options.target}{kind}{gives}{limit}"
     )
 
@@ -164,7 +174,7 @@ def table(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> Table:
 
 
 def draw(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> None:
-    """Draws a stacked bar per row, and a line at the limit, into the file of --plot."""
+    """Draws a stacked bar per row, and a line at the limit, into the file of `plot`."""
     assert options.plot is not None
     figure = Figure(figsize=(9, 2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()

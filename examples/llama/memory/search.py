@@ -16,7 +16,7 @@ from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.setup import model_config
 
-MOST_SEQUENCES = 2**20  # The most sequences that --fit tries.
+MOST_SEQUENCES = 2**20  # The most sequences that `fit` tries.
 
 
 class Row(NamedTuple):
@@ -25,7 +25,7 @@ class Row(NamedTuple):
     options: RunOptions
     memory: Memory
     activations_bytes: int | None  # The part of the peak that grows with the batch.
-    # The limit of --fit, else of the device. It is None if the latter is unknown.
+    # The limit of `fit`, else of the device. It is None if the latter is unknown.
     limit_bytes: int | None
 
     @property
@@ -55,16 +55,17 @@ def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
     """Returns what to plan, an optimizer each, defaults filled in."""
     fields = {
         field.name: getattr(options, field.name)
-        for field in dataclasses.fields(RunOptions)
+        for field in dataclasses.fields(options.run_type)
+        if field.init
     }
-    run = RunOptions(**fields)
+    run = options.run_type(**fields)
     if not options.compare:
         return [with_defaults(run, config)]
     planned = []
     for name in options.compare:
         run = dataclasses.replace(run, optimizer=name)
         # What is meant for some of the optimizers is kept from the others.
-        names = [flag[2:] for flag in unused(run, config)]
+        names = unused(run, config)
         ignored = {
             field.name: field.default
             for field in dataclasses.fields(run)
@@ -78,7 +79,7 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
     """Yields a row for each optimizer.
 
     Raises:
-        UsageError: for options that make no run on the target, and where --fit is too
+        UsageError: for options that make no run on the target, and where `fit` is too
             small for one optimizer; of several, those that do not fit have a row that
             says so.
     """
@@ -87,16 +88,16 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
         measured = remembered(run, memory_of)
         batch, limit = run.batch, None
         if options.fit is not None:
-            limit = bytes_in("--fit", options.fit)
+            limit = bytes_in("`fit`", options.fit)
             batch = fitting_batch(
                 options, limit, functools.partial(measured, exact=False)
             )
             if not batch and len(options.compare) < 2:
                 need = gigabytes(measured(run.batch).peak_bytes)
                 raise UsageError(
-                    f"--fit {options.fit} is too small: {run.optimizer} does not fit "
+                    f"`fit` {options.fit} is too small: {run.optimizer} does not fit "
                     f"at batch {run.batch}, which needs {need}; raise it, or see "
-                    "--layerwise, --weights and --offload"
+                    "`layerwise`, `weights` and `offload`"
                 )
         batch = batch or run.batch
         memory = measured(batch)
@@ -137,7 +138,7 @@ def fitting_batch(
         memory = measured(batch)
         if memory.capacity_bytes is not None and limit > memory.capacity_bytes:
             raise UsageError(
-                f"--fit {options.fit} is more than a device of --target "
+                f"`fit` {options.fit} is more than a device of `target` "
                 f"{options.target} gives a program, "
                 f"{gigabytes(memory.capacity_bytes)}; lower it, or give a larger "
                 "target"

@@ -30,7 +30,7 @@ from examples.llama.config import LlamaConfig
 from examples.llama.mesh import device_count, on_every_device, over_data
 from examples.llama.model import Batch
 from examples.llama.optimizers import make_optimizer
-from examples.llama.options import RunOptions
+from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run import setup
 from examples.llama.run.errors import UsageError, first_line
 
@@ -83,17 +83,17 @@ class Memory:
 
 
 def check_target(target: str) -> None:
-    """Raises `UsageError` for an unknown --target or one without its compiler."""
+    """Raises `UsageError` for an unknown `target` or one without its compiler."""
     if target in LOCAL:
         return
     if not TOPOLOGY.fullmatch(target):
         raise UsageError(
-            f"--target {target!r} is unknown; give cpu, gpu or a TPU topology: "
+            f"`target` {target!r} is unknown; give cpu, gpu or a TPU topology: "
             "v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
-            f"--target {target} needs libtpu, which compiles for TPUs; {INSTALL}"
+            f"`target` {target} needs libtpu, which compiles for TPUs; {INSTALL}"
         )
 
 
@@ -109,7 +109,7 @@ def for_target(options: RunOptions, target: str) -> RunOptions:
         return options  # `setup.execution_of` looks at the GPU.
     if options.attention == "cudnn":
         raise UsageError(
-            f"--attention cudnn takes a GPU, and --target is {target}; leave it out"
+            f"`attention` cudnn takes a GPU, and `target` is {target}; leave it out"
         )
     return dataclasses.replace(options, attention="xla")
 
@@ -131,7 +131,7 @@ def devices_of(target: str) -> Sequence[Any]:
             else "give one as v5e:1x1, v5e:4x4 or v5p:2x2x2"
         )
         raise UsageError(
-            f"--target {target} is not there ({first_line(error)}); {remedy}"
+            f"`target` {target} is not there ({first_line(error)}); {remedy}"
         ) from error
 
 
@@ -139,8 +139,8 @@ def mesh_on(options: RunOptions, config: LlamaConfig, target: str) -> jax.shardi
     devices, count = devices_of(target), device_count(options.mesh)
     if target not in LOCAL and count != len(devices):
         raise UsageError(
-            f"--mesh {options.mesh} is {count} of the {len(devices)} devices of "
-            f"--target {target}; use all, or give another topology"
+            f"`mesh` {options.mesh} is {count} of the {len(devices)} devices of "
+            f"`target` {target}; use all, or give another topology"
         )
     # A CPU shows as many devices as it is asked for.
     return setup.mesh_of(
@@ -208,7 +208,7 @@ def binary_bytes(number: str, unit: str) -> int:
 def compiled_memory(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, target: str
 ) -> Memory:
-    """Returns the memory of `pretrain`'s step, compiled for the devices of a mesh."""
+    """Returns the memory of a run's step, compiled for the devices of a mesh."""
     return memory_of_step(
         compiled_step(options, config, mesh), options, config, mesh, target
     )
@@ -217,16 +217,28 @@ def compiled_memory(
 def compiled_step(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> jax.stages.Compiled:
-    """Returns the step that `pretrain` runs, compiled for the devices of a mesh."""
+    """Returns the step of a run, compiled for the devices of a mesh."""
     tx, _ = make_optimizer(options, config)
     # The step is a function that can be jitted.
     step: Any = setup.training_step(options, config, tx, mesh)
-    tokens = (options.batch, options.seq + 1)
     return step.lower(
         setup.abstract_state(options, config, tx, mesh),
-        Batch(jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=over_data(mesh))),
+        abstract_batch(options, mesh),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=on_every_device(mesh)),
+        setup.abstract_frozen(options, config, mesh),
     ).compile()
+
+
+def abstract_batch(options: RunOptions, mesh: jax.sharding.Mesh) -> Batch:
+    """Returns the shapes and shardings of what the command gives the step."""
+
+    def leaf(dtype: Any) -> jax.ShapeDtypeStruct:
+        shape = (options.batch, options.seq + 1)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=over_data(mesh))
+
+    if isinstance(options, TuningOptions):
+        return Batch(leaf(jnp.int32), leaf(jnp.int32), leaf(jnp.float32))
+    return Batch(leaf(jnp.int32))
 
 
 def memory_of_step(
@@ -266,10 +278,11 @@ def shapes_memory(
     """Returns what the shapes tell, with the known numbers of the compiled program."""
     tx, _ = make_optimizer(options, config)
     state = setup.abstract_state(options, config, tx, mesh)
+    weights = state.params, setup.abstract_frozen(options, config, mesh)
     return Memory(
-        weights_bytes=bytes_on_a_device(state.params, host=False),
+        weights_bytes=bytes_on_a_device(weights, host=False),
         optimizer_bytes=bytes_on_a_device(state.opt_state, host=False),
-        host_weights_bytes=bytes_on_a_device(state.params, host=True),
+        host_weights_bytes=bytes_on_a_device(weights, host=True),
         device_kind=mesh.devices.flat[0].device_kind,
         **compiled,
     )

@@ -81,7 +81,8 @@ class Recorder:
         if self._pending is None:
             return
         (step, device_metrics), self._pending = self._pending, None
-        loss, grad_norm = (float(value) for value in jax.device_get(device_metrics))
+        metrics: StepMetrics = jax.device_get(device_metrics)
+        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         # Before an evaluation, a step is read at once. It may have run while the step
         # before it was read, and then the two are timed together.
         seconds = time.perf_counter() - (
@@ -104,6 +105,9 @@ class Recorder:
             "tokens": step * self._tokens,
             "tokens_per_s": tokens_per_s,
         }
+        if metrics.update_rms is not None and lr > 0:
+            # The ratio shows the size of what the optimizer made of the gradients.
+            row["update_rms_over_lr"] = float(metrics.update_rms) / lr
         if self._skipped or self._options.on_nonfinite == "skip":
             row["skipped_steps"] = self._skipped
         if mfu := self._mfu(tokens_per_s):

@@ -14,10 +14,11 @@ import optax
 from rich import filesize
 
 from apollo_optax import state_bytes
-from examples.llama.config import LlamaConfig, param_count, preset
+from examples.llama.config import LlamaConfig, adapter_count, param_count, preset
 from examples.llama.hf import weights as hf_weights
 from examples.llama.hf.folder import config_folder, weights_folder
 from examples.llama.loop import Text
+from examples.llama.lora import adapters_of, without_adapters
 from examples.llama.mesh import make_mesh, on_every_device
 from examples.llama.model import (
     Execution,
@@ -28,7 +29,7 @@ from examples.llama.model import (
     init_params,
     pieces_of,
 )
-from examples.llama.options import RunOptions, TrainingOptions
+from examples.llama.options import RunOptions, TrainingOptions, TuningOptions
 from examples.llama.partition import check_sizes, parameter_shardings, state_shardings
 from examples.llama.run.errors import UsageError
 from examples.llama.step import (
@@ -62,6 +63,11 @@ def model_config(options: TrainingOptions) -> LlamaConfig:
             f"`seq` {options.seq} is longer than the sliding_window "
             f"{config.sliding_window} of {name}, and attention is computed without "
             f"windows; give `seq` {config.sliding_window} or less"
+        )
+    if isinstance(options, TuningOptions) and options.lora:
+        assert options.lora_alpha is not None
+        return dataclasses.replace(
+            config, lora_rank=options.lora, lora_alpha=options.lora_alpha
         )
     return config
 
@@ -169,13 +175,18 @@ def summary(
 ) -> str:
     """Returns what is about to run, in a line."""
     tokens = options.steps * options.batch * options.seq
-    state = sum(
-        state_bytes(tx, abstract_params(config, execution_of(options, config), mesh))
+    params = abstract_params(config, execution_of(options, config), mesh)
+    state = sum(state_bytes(tx, trained(config, params)))
+    adapters = (
+        f" and {adapter_count(config):,} in adapters of rank {config.lora_rank}, which "
+        "alone are trained"
+        if config.lora_rank
+        else ""
     )
     return (
         f"{options.model or options.init_from}: {param_count(config):,} parameters in "
-        f"{options.weights}, {filesize.decimal(state)} of optimizer state, on "
-        f"{mesh.size} of {len(jax.devices())} {jax.devices()[0].device_kind}; "
+        f"{options.weights}{adapters}, {filesize.decimal(state)} of optimizer state, "
+        f"on {mesh.size} of {len(jax.devices())} {jax.devices()[0].device_kind}; "
         f"{tokens:,} tokens, {tokens / text.tokens:.2g} times the {text.tokens:,} "
         "there are"
     )
@@ -187,6 +198,32 @@ def abstract_params(
     """Returns the parameters' shapes, dtypes and shardings; allocates nothing."""
     shapes = jax.eval_shape(lambda: init_params(config, execution, seed=0))
     return placed(shapes, parameter_shardings(shapes, mesh))
+
+
+def trained(config: LlamaConfig, params: Params) -> Params:
+    """Returns the parameters that a run trains: the adapters, or all if it has none."""
+    return adapters_of(params) if config.lora_rank else params
+
+
+def abstract_frozen(
+    options: TrainingOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
+) -> Params | None:
+    """Returns the shapes of the parameters beside the adapters; None without `lora`."""
+    if not config.lora_rank:
+        return None
+    params = abstract_params(config, execution_of(options, config), mesh)
+    return without_adapters(params)
+
+
+def frozen_params(
+    options: TrainingOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
+) -> Params | None:
+    """Returns the weights of `init_from` beside the adapters; None without `lora`."""
+    shapes = abstract_frozen(options, config, mesh)
+    if shapes is None:
+        return None
+    reader = pretrained_weights(options, config)
+    return read_params(reader, storage_of(options, mesh), shapes)
 
 
 def storage_of(options: TrainingOptions, mesh: jax.sharding.Mesh) -> Storage:
@@ -202,7 +239,9 @@ def abstract_state(
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state; allocates nothing."""
-    params = abstract_params(config, execution_of(options, config), mesh)
+    params = trained(
+        config, abstract_params(config, execution_of(options, config), mesh)
+    )
     opt_state = jax.eval_shape(tx.init, params)
     opt_state = placed(opt_state, state_shardings(options, opt_state, params))
     return TrainState(storage_of(options, mesh).abstract(params), opt_state)
@@ -225,7 +264,9 @@ def initial_state(
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    shapes = abstract_params(config, execution_of(options, config), mesh)
+    shapes = trained(
+        config, abstract_params(config, execution_of(options, config), mesh)
+    )
     shardings = shardings_of(abstract_state(options, config, tx, mesh).opt_state)
 
     # The function takes only the shapes of the parameters, so that they need not all
@@ -240,16 +281,24 @@ def initial_state(
 def initial_params(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> Params:
-    """Returns the weights to start from, as `weights` and `offload` keep them."""
+    """Returns the weights to start from, as `weights` and `offload` keep them.
+
+    With `lora` they are the adapters alone.
+    """
     execution, storage = execution_of(options, config), storage_of(options, mesh)
     shapes = abstract_params(config, execution, mesh)
     shardings = shardings_of(shapes)
     of_ends = {
         name: sharding for name, sharding in shardings.items() if name != "layers"
     }
+    arguments = {"config": config, "execution": execution, "seed": options.seed}
+    if config.lora_rank:
+        return jax.jit(
+            lambda: adapters_of(init_params(**arguments)),
+            out_shardings=adapters_of(shardings),
+        )()
     if options.init_from:
         return read_params(pretrained_weights(options, config), storage, shapes)
-    arguments = {"config": config, "execution": execution, "seed": options.seed}
     if not storage.a_layer_at_a_time:
         return jax.jit(
             functools.partial(init_params, **arguments), out_shardings=shardings
@@ -302,7 +351,7 @@ def pretrained_weights(
     assert options.init_from is not None
     return hf_weights.WeightReader(
         weights_folder(options.init_from),
-        config,
+        config.base,
         execution_of(options, config).param_dtype,
     )
 

@@ -5,10 +5,11 @@ import glob
 import hashlib
 import io
 import itertools
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from examples.llama.run.errors import UsageError, notice, unknown_name
 from examples.llama.text.decoding import DocumentError, decode
@@ -21,6 +22,7 @@ from examples.llama.text.formats import (
     read_file,
 )
 from examples.llama.text.hub import PREFIX, HubSource
+from examples.llama.text.readers import read_text
 from examples.llama.text.rows import FIELD, Document, Tally
 
 # Part of the cache key of files: raise it when the same files make other documents.
@@ -42,6 +44,17 @@ SKIPPED_FOLDERS = frozenset(
             "encodings",
         ),
         "pydoc_data",
+    )
+)
+
+# The tests of packages hold tables of numbers in .txt files.
+TEST_FOLDERS = frozenset(("test", "tests"))
+PROSE_SUFFIXES = (".rst", ".md", ".txt")
+METADATA = "METADATA"  # The file of a .dist-info folder that describes the package.
+LISTS_OF_SETUPTOOLS = frozenset(
+    (
+        *("top_level.txt", "entry_points.txt", "SOURCES.txt", "requires.txt"),
+        *("dependency_links.txt", "installed-files.txt", "namespace_packages.txt"),
     )
 )
 
@@ -136,6 +149,8 @@ def open_source(option: str, data: str, field: str = FIELD) -> Source:
 
     * `stdlib`: the `.py` files of the running Python's standard library;
     * `python`: those, and the `.py` files of all packages installed beside it;
+    * `package-docs`: the `.rst`, `.md` and `.txt` files of these packages, and their
+      descriptions;
     * a file, a folder (with the folders in it, hidden ones aside) or a glob such as
       `corpus/**/*.txt`. A row of JSON, Parquet, CSV or TSV is a document, its text in
       `field`. A file of any other name is text in UTF-8 or UTF-16; one of more than
@@ -160,11 +175,13 @@ def open_source(option: str, data: str, field: str = FIELD) -> Source:
         return stdlib(option)
     if data == "python":
         return installed_python(option)
+    if data == "package-docs":
+        return package_docs(option)
     if data.startswith(PREFIX):
         return HubSource.parse(option, data, field)
     if files := find_files(data):
         return FileSource(option, data, chosen(option, data, files), read_file, field)
-    raise no_files(option, data, ["stdlib", "python"])
+    raise no_files(option, data, ["stdlib", "python", "package-docs"])
 
 
 def no_files(option: str, data: str, names: Sequence[str] = ()) -> UsageError:
@@ -212,28 +229,17 @@ def read_module(name: str, path: Path, field: str) -> list[Document]:
 
 @dataclasses.dataclass(frozen=True)
 class WithoutRepeats:
-    """The documents of a source, each text once, and each file's opening comment once.
+    """The documents of a source without what `kept` removes as repeated.
 
-    Packages vendor copies of one another, and thousands of files open with the same
-    licence. A model would spend its tokens on learning those by heart.
+    Packages vendor copies of one another, and thousands of files hold the same licence.
+    A model would spend its tokens on learning those by heart.
     """
 
     source: FileSource
+    kept: Callable[[Iterable[Document]], Iterator[Document]]
 
     def __iter__(self) -> Iterator[Document]:
-        seen: set[bytes] = set()
-
-        def is_new(text: str) -> bool:
-            digest = hashlib.sha256(text.encode()).digest()
-            known = digest in seen
-            seen.add(digest)
-            return not known
-
-        for document in self.source:
-            opening, body = split_opening_comment(document.text)
-            text = opening + body if opening and is_new(opening) else body
-            if body.strip() and is_new(body):
-                yield Document(document.name, text)
+        return self.kept(self.source)
 
     def fingerprint(self) -> str:
         return f"without repeats {self.source.fingerprint()}"
@@ -246,6 +252,46 @@ class WithoutRepeats:
 
     def say_skipped(self) -> None:
         self.source.say_skipped()
+
+
+def modules_once(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yields each module once, and each comment that modules open with once."""
+    is_new = first_sight()
+    for document in documents:
+        opening, body = split_opening_comment(document.text)
+        text = opening + body if opening and is_new(opening) else body
+        if body.strip() and is_new(body):
+            yield Document(document.name, text)
+
+
+def paragraphs_once(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yields the documents with each paragraph where it first appears.
+
+    Paragraphs that differ only in whitespace are the same.
+    """
+    is_new = first_sight()
+    for document in documents:
+        paragraphs = re.split(r"\n(?:[ \t]*\n)+", document.text.strip("\n"))
+        new = [each for each in paragraphs if each.strip() and is_new(words_of(each))]
+        if new:
+            yield Document(document.name, "\n\n".join(new) + "\n")
+
+
+def words_of(text: str) -> str:
+    return " ".join(text.split())
+
+
+def first_sight() -> Callable[[str], bool]:
+    """Returns a function that tells whether it is given a text for the first time."""
+    seen: set[bytes] = set()
+
+    def is_new(text: str) -> bool:
+        digest = hashlib.sha256(text.encode()).digest()
+        known = digest in seen
+        seen.add(digest)
+        return not known
+
+    return is_new
 
 
 def split_opening_comment(text: str) -> tuple[str, str]:
@@ -284,7 +330,47 @@ def installed_python(option: str = "`data`") -> WithoutRepeats:
     for start, folder in site_folders().items():
         paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
         files |= {f"{start}/{path.as_posix()}": folder / path for path in paths}
-    return WithoutRepeats(FileSource(option, "python", files, read_module))
+    return WithoutRepeats(
+        FileSource(option, "python", files, read_module), modules_once
+    )
+
+
+def package_docs(option: str = "`data`") -> WithoutRepeats:
+    """Returns the English that installed packages bring, by path.
+
+    It is their `.rst`, `.md` and `.txt` files and the descriptions in their metadata,
+    which most packages fill with their README. Each paragraph is taken once, since
+    most of the text would be copies of a few licences otherwise. Another set of
+    packages makes another text.
+    """
+    files = {
+        f"{start}/{path.as_posix()}": folder / path
+        for start, folder in site_folders().items()
+        for path in sorted(path.relative_to(folder) for path in folder.rglob("*"))
+        if is_prose(path) and (folder / path).is_file()
+    }
+    source = FileSource(option, "package-docs", files, read_prose)
+    return WithoutRepeats(source, paragraphs_once)
+
+
+def is_prose(path: Path) -> bool:
+    """Whether the name of an installed file says that it holds text for people."""
+    if TEST_FOLDERS.intersection(path.parts) or path.name in LISTS_OF_SETUPTOOLS:
+        return False
+    is_metadata = path.name == METADATA and path.parent.suffix == ".dist-info"
+    return is_metadata or path.suffix in PROSE_SUFFIXES
+
+
+def read_prose(name: str, path: Path, field: str) -> Iterator[Document]:
+    """Yields the text of a file for people, cut as other files if it is long."""
+    (document,) = read_module(name, path, field)
+    text = document.text
+    if path.name == METADATA:
+        # The description follows the fields after a blank line, as the body of a mail.
+        _, _, text = text.partition("\n\n")
+    if "\0" not in text:  # Some data files are called .txt too.
+        content: Any = io.BytesIO(text.encode())
+        yield from read_text(name, path, io.BufferedReader(content))
 
 
 def find_files(data: str) -> dict[str, Path]:

@@ -1,0 +1,295 @@
+"""What the limiter costs APOLLO-Mini, and what a momentum brings APOLLO-Zero.
+
+Run it with `python -m benchmarks.variants`. It trains the tiny LLaMA with variants of
+the two optimizers, one run after the other. Runs that have ended are not run again, and
+one that was cut off goes on, so the same command continues an interrupted series.
+"""
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import apollo_optax
+from apollo_optax import state_bytes
+from benchmarks import report
+from examples.llama import optimizers
+from examples.llama.config import LlamaConfig
+from examples.llama.evaluate import perplexity
+from examples.llama.mesh import make_mesh
+from examples.llama.optimizers import RECIPES, Recipe, make_optimizer, with_defaults
+from examples.llama.options import RunOptions, parse
+from examples.llama.pretrain import pretrain
+from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.recorder import DivergedError
+from examples.llama.run.result import read_result
+from examples.llama.run.setup import abstract_params, execution_of, model_config
+
+Momentum = Callable[[RunOptions], optax.GradientTransformation]
+
+
+def trace(decay: float, *, nesterov: bool = False) -> Momentum:
+    """Returns the momentum of `optax.trace` for the layers' kernels."""
+    return lambda options: of_kernels(optax.trace(decay, nesterov))
+
+
+def average(decay: float) -> Momentum:
+    """Returns the moving average of `optax.ema` for the layers' kernels."""
+    return lambda options: of_kernels(optax.ema(decay))
+
+
+def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    def is_kernel(params: Any) -> Any:
+        groups = optimizers.lr_groups(params)
+        return jax.tree.map(lambda group: group == "kernels", groups)
+
+    return optax.masked(tx, is_kernel)
+
+
+class Int8TraceState(NamedTuple):
+    """State of `int8_trace`; matrices are in int8, with a scale per 128 entries."""
+
+    steps: jax.Array  # The number of steps taken.
+    trace: Any  # A `QuantizedArray` per leaf.
+
+
+def int8_trace(decay: float, seed: int) -> optax.GradientTransformation:
+    """Returns `optax.trace` with Nesterov's look-ahead, and a state in int8.
+
+    The trace is rounded stochastically. Rounded to nearest, a group with one large
+    entry would lose the small gradients of the others in every step.
+    """
+
+    def init(params: optax.Params) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        quantized = jax.tree.map(apollo_optax.quantize, zeros)
+        return Int8TraceState(jnp.zeros([], jnp.int32), quantized)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        del params
+        before = apollo_optax.dequantize(state.trace)
+        new = jax.tree.map(lambda g, t: g + decay * t, updates, before)
+        key = jax.random.fold_in(jax.random.key(seed), state.steps)
+        leaves, structure = jax.tree.flatten(new)
+        quantized = [
+            apollo_optax.quantize(leaf, key=jax.random.fold_in(key, index))
+            for index, leaf in enumerate(leaves)
+        ]
+        state = Int8TraceState(
+            state.steps + 1, jax.tree.unflatten(structure, quantized)
+        )
+        return jax.tree.map(lambda g, t: g + decay * t, updates, new), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def int8(decay: float) -> Momentum:
+    return lambda options: of_kernels(int8_trace(decay, options.seed))
+
+
+def flattening_of(momentum: Momentum) -> Recipe:
+    """Returns APOLLO-Zero on a momentum of the gradients, as in Muon."""
+
+    def scaler(
+        options: RunOptions, config: LlamaConfig
+    ) -> optax.GradientTransformation:
+        flatten = optimizers.apollo_zero(options, config)
+        return optax.chain(momentum(options), flatten)
+
+    return RECIPES["apollo-zero"]._replace(scaler=scaler)
+
+
+def momentum_of(momentum: Momentum) -> Recipe:
+    """Returns a momentum of APOLLO-Zero's updates."""
+
+    def scaler(
+        options: RunOptions, config: LlamaConfig
+    ) -> optax.GradientTransformation:
+        flatten = optimizers.apollo_zero(options, config)
+        return optax.chain(flatten, momentum(options))
+
+    return RECIPES["apollo-zero"]._replace(scaler=scaler)
+
+
+def mini(norm_growth_limit: float | None) -> Recipe:
+    scaler = functools.partial(
+        optimizers.apollo, scale_type="tensor", norm_growth_limit=norm_growth_limit
+    )
+    return RECIPES["apollo-mini"]._replace(scaler=scaler)
+
+
+# The optimizers that the trainer does not have, by the names of their runs.
+VARIANTS: dict[str, Recipe] = {
+    "mini-no-limit": mini(None),
+    "mini-limit-1.1": mini(1.1),
+    "zero-of-trace-0.95": flattening_of(trace(0.95)),
+    "zero-of-nesterov-0.9": flattening_of(trace(0.9, nesterov=True)),
+    "zero-of-nesterov-0.95": flattening_of(trace(0.95, nesterov=True)),
+    "zero-of-int8-nesterov-0.95": flattening_of(int8(0.95)),
+    "average-0.9-of-zero": momentum_of(average(0.9)),
+}
+
+
+# The paper's normal entries, as for the other runs of Mini in docs/results.md.
+PAPERS = {"projection": "random"}
+
+
+class Way(NamedTuple):
+    """A row of a table: an optimizer at a learning rate of the kernels."""
+
+    label: str
+    optimizer: str
+    lr: float
+    options: dict[str, Any]  # Further ones of `pretrain`.
+
+
+def ways(label: str, optimizer: str, *rates: float, **options: Any) -> tuple[Way, ...]:
+    return tuple(Way(label, optimizer, rate, options) for rate in rates)
+
+
+# The factors of rank r are about sqrt(r) times those of rank 1, hence the scales.
+PARTS: dict[str, tuple[Way, ...]] = {
+    "limiter": (
+        *ways("rank 1, limit 1.01", "apollo-mini", 7e-3, **PAPERS),
+        *ways("rank 1, limit 1.1", "mini-limit-1.1", 7e-3, **PAPERS),
+        *ways("rank 1, no limit", "mini-no-limit", 3.5e-3, 7e-3, **PAPERS),
+        *ways("rank 8, limit 1.01", "apollo-mini", 7e-3, rank=8, scale=16.0, **PAPERS),
+        *ways("rank 32, limit 1.01", "apollo-mini", 7e-3, rank=32, scale=4.0, **PAPERS),
+    ),
+    "momentum": (
+        *ways("none", "apollo-zero", 1e-3, 2e-3, 4e-3),
+        *ways("before, Nesterov, 0.9", "zero-of-nesterov-0.9", 5e-4, 1e-3),
+        *ways("before, Nesterov, 0.95", "zero-of-nesterov-0.95", 5e-4, 1e-3, 2e-3),
+        *ways("the same in int8", "zero-of-int8-nesterov-0.95", 5e-4),
+        *ways("before, 0.95", "zero-of-trace-0.95", 5e-4),
+        *ways("after, average, 0.9", "average-0.9-of-zero", 4e-3, 8e-3),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariantOptions:
+    """Variants of APOLLO-Mini and APOLLO-Zero on the tiny model."""
+
+    parts: tuple[str, ...] = tuple(PARTS)
+    """Any of limiter and momentum."""
+    steps: int = 800
+    """Training steps of 1,024 tokens."""
+    seeds: tuple[int, ...] = (0,)
+    """A run each."""
+    out: Path = Path("runs/variants")
+    """Folder for the runs."""
+    finished_only: bool = False
+    """Train nothing, and print the rows whose runs have ended."""
+
+    def __post_init__(self) -> None:
+        for name in self.parts:
+            if name not in PARTS:
+                raise unknown_name("--parts", name, PARTS)
+        if not self.seeds:
+            raise UsageError("--seeds is empty; give one or more")
+
+
+def run_of(options: VariantOptions, way: Way, seed: int) -> RunOptions:
+    further = "".join(f"-{name}-{value}" for name, value in way.options.items())
+    run = RunOptions(
+        out=options.out / f"{way.optimizer}{further}-{way.lr:g}-seed{seed}",
+        optimizer=way.optimizer,
+        lr=way.lr,
+        steps=options.steps,
+        seed=seed,
+        resume="auto",
+        **way.options,
+    )
+    return with_defaults(run, model_config(run))
+
+
+def perplexities(
+    options: VariantOptions, way: Way, stop: StopRequest
+) -> tuple[float, ...] | None:
+    """Returns the perplexity by seed, infinite for a run that diverged.
+
+    Returns None with `finished_only`, if a run has not ended.
+    """
+    perplexities = []
+    for seed in options.seeds:
+        run = run_of(options, way, seed)
+        try:
+            result = read_result(run) if options.finished_only else pretrain(run, stop)
+        except DivergedError:
+            perplexities.append(math.inf)
+            continue
+        if result is None:
+            return None
+        perplexities.append(perplexity(result.val_loss))
+    return tuple(perplexities)
+
+
+def state_in_all(run: RunOptions) -> int:
+    config = model_config(run)
+    params = abstract_params(config, execution_of(run, config), make_mesh(run.mesh))
+    return sum(state_bytes(make_optimizer(run, config)[0], params))
+
+
+def kernels_state(run: RunOptions) -> int:
+    """Returns the bytes of optimizer state for the kernels.
+
+    The parts of an array in int8 are not arrays of the parameter's shape, so they are
+    counted by what SGD, which has the same state for all else, does not have.
+    """
+    sgd = RunOptions(out=run.out, optimizer="sgd", model=run.model, steps=run.steps)
+    return state_in_all(run) - state_in_all(with_defaults(sgd, model_config(sgd)))
+
+
+HEAD = ("momentum or limit", "optimizer", "lr", "val ppl", "±", "kernels' state, MB")
+
+
+def row(options: VariantOptions, way: Way, results: tuple[float, ...]) -> list[str]:
+    has_spread = len(results) > 1 and all(map(math.isfinite, results))
+    return [
+        way.label,
+        way.optimizer,
+        f"{way.lr:g}",
+        f"{statistics.mean(results):.2f}",
+        f"{statistics.stdev(results):.2f}" if has_spread else "",
+        f"{kernels_state(run_of(options, way, options.seeds[0])) / 1e6:.3f}",
+    ]
+
+
+def table(options: VariantOptions, part: str, stop: StopRequest) -> str:
+    rows = []
+    for way in PARTS[part]:
+        results = perplexities(options, way, stop)
+        if results is not None:
+            rows.append(row(options, way, results))
+    seeds = ", ".join(map(str, options.seeds))
+    return (
+        f"{part}: tiny, {options.steps} steps of 1,024 tokens, seed {seeds}; "
+        f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
+        f"{report.markdown(HEAD, rows, 2)}\n"
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    def command() -> None:
+        options = parse(VariantOptions, args, "python -m benchmarks.variants")
+        RECIPES.update(VARIANTS)
+        with StopRequest() as stop:
+            for part in options.parts:
+                print(table(options, part, stop), flush=True)
+
+    exit_on_usage_error(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import apollo_optax
+from benchmarks import variants
+from benchmarks.variants import PARTS, VARIANTS, VariantOptions, Way, int8_trace
+from examples.llama.optimizers import RECIPES, with_defaults
+from examples.llama.options import RunOptions
+from examples.llama.run.errors import UsageError
+from examples.llama.run.recorder import DivergedError
+from examples.llama.run.setup import model_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer knows the variants, in these tests alone."""
+    for name, recipe in VARIANTS.items():
+        monkeypatch.setitem(RECIPES, name, recipe)
+
+
+def with_kernel(tree: Any, matrix: Any) -> Any:
+    return tree | {"layers": {"mlp": {"up_proj": {"kernel": matrix}}}}
+
+
+def params(seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    embedding = jnp.asarray(rng.standard_normal((5, 8)), jnp.float32)
+    matrices = jnp.asarray(rng.standard_normal((2, 8, 12)), jnp.float32)
+    return with_kernel({"embed": {"embedding": embedding}}, matrices)
+
+
+def kernel(tree: Any) -> Any:
+    return tree["layers"]["mlp"]["up_proj"]["kernel"]
+
+
+def updates_of(name: str, gradients: list[Any]) -> list[Any]:
+    run = RunOptions(out=Path("unused"), optimizer=name)
+    config = model_config(run)
+    tx = RECIPES[name].scaler(with_defaults(run, config), config)
+    state, updates = tx.init(params(0)), []
+    for gradient in gradients:
+        update, state = tx.update(gradient, state, params(0))
+        updates.append(update)
+    return updates
+
+
+def test_the_momentum_is_before_or_after_the_flattening_of_kernels_alone() -> None:
+    gradients = [params(seed) for seed in (1, 2)]
+    first, second = map(kernel, gradients)
+    flat = updates_of("apollo-zero", gradients)
+    averaged = kernel(updates_of("average-0.9-of-zero", gradients)[1])
+    expected = (0.1 * kernel(flat[1]) + 0.09 * kernel(flat[0])) / (1 - 0.9**2)
+    np.testing.assert_allclose(averaged, expected, rtol=1e-5, atol=1e-6)
+
+    updates = updates_of("zero-of-nesterov-0.9", gradients)
+    momentum = second + 0.9 * (second + 0.9 * first)
+    trees = [gradients[0], with_kernel(gradients[1], momentum)]
+    expected = kernel(updates_of("apollo-zero", trees)[1])
+    np.testing.assert_allclose(kernel(updates[1]), expected, rtol=1e-4, atol=1e-5)
+    # The embedding has Adam in both.
+    np.testing.assert_array_equal(
+        updates[1]["embed"]["embedding"], flat[1]["embed"]["embedding"]
+    )
+
+
+def test_the_limit_is_that_of_the_name() -> None:
+    growth = {}
+    for name in ("mini-no-limit", "mini-limit-1.1", "apollo-mini"):
+        first, second = updates_of(name, [params(1), params(1)])
+        norms = [float(jnp.linalg.norm(kernel(each)[0])) for each in (first, second)]
+        growth[name] = norms[1] / norms[0]
+    # Adam's bias correction, which comes after the limiter, is the same for all. For
+    # equal gradients, the norm before it grows by 0.19 / 0.1 * sqrt(0.001 / 0.001999).
+    assert growth["mini-limit-1.1"] / growth["apollo-mini"] == pytest.approx(1.1 / 1.01)
+    free = 1.9 * math.sqrt(0.001 / 0.001999)
+    assert growth["mini-no-limit"] / growth["apollo-mini"] == pytest.approx(
+        free / 1.01, rel=0.01
+    )
+
+
+def test_a_trace_in_int8_keeps_small_gradients_beside_a_large_one() -> None:
+    gradient = {"kernel": jnp.full((128, 64), 1e-3).at[0].set(1.0)}
+    exact, rounded = optax.trace(0.9, nesterov=True), int8_trace(0.9, seed=0)
+    states = exact.init(gradient), rounded.init(gradient)
+    update_exact, update_rounded = jax.jit(exact.update), jax.jit(rounded.update)
+    expected = updates = gradient
+    for _ in range(30):
+        expected, exact_state = update_exact(gradient, states[0])
+        updates, rounded_state = update_rounded(gradient, states[1])
+        states = exact_state, rounded_state
+    # A step of the grid is 0.04, four times the trace of the small gradients. Rounded
+    # to nearest, their updates would be a fifth of what they are.
+    small = jnp.mean(updates["kernel"][1:])
+    assert float(small) == pytest.approx(float(expected["kernel"][1, 0]), rel=0.1)
+    assert float(updates["kernel"][0, 0]) == pytest.approx(
+        float(expected["kernel"][0, 0]), rel=0.01
+    )
+    trace: Any = states[1].trace["kernel"]
+    assert isinstance(trace, apollo_optax.QuantizedArray)
+    assert trace.nbytes < 1.1 * trace.size
+
+
+def test_state_in_int8_is_counted_and_a_rule_without_state_has_none() -> None:
+    options = VariantOptions(out=Path("unused"))
+
+    def state(name: str) -> int:
+        return variants.kernels_state(
+            variants.run_of(options, Way("", name, 1e-3, {}), 0)
+        )
+
+    assert state("apollo-zero") < 100
+    full, int8 = state("zero-of-nesterov-0.9"), state("zero-of-int8-nesterov-0.95")
+    assert full == pytest.approx(4 * 790_528, rel=1e-3)
+    assert int8 < 0.27 * full
+
+
+def test_every_way_is_a_run_with_a_folder_of_its_own() -> None:
+    options = VariantOptions()
+    runs = [
+        variants.run_of(options, way, seed)
+        for part in PARTS.values()
+        for way in part
+        for seed in (0, 1)
+    ]
+    assert len({run.out for run in runs}) == len(runs)
+    assert all(run.resume == "auto" for run in runs)
+
+
+def test_a_run_that_diverges_has_an_infinite_perplexity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Result:
+        val_loss = math.log(40)
+
+    def pretrain(run: RunOptions, stop: Any) -> Any:
+        del stop
+        if run.seed:
+            raise DivergedError("the loss is 1e9")
+        return Result
+
+    monkeypatch.setattr(variants, "pretrain", pretrain)
+    way = Way("none", "apollo-zero", 2e-3, {})
+    stop: Any = None
+    options = VariantOptions(seeds=(0, 1))
+    assert variants.perplexities(options, way, stop) == (pytest.approx(40), math.inf)
+    row = variants.row(options, way, (40.0, 42.0))
+    assert row[:5] == ["none", "apollo-zero", "0.002", "41.00", "1.41"]
+    row = variants.row(options, way, (40.0, math.inf))
+    assert row[3:5] == ["inf", ""]
+
+
+def test_rows_of_runs_that_have_not_ended_can_be_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Result:
+        val_loss = math.log(40)
+
+    def read_result(run: RunOptions) -> Any:
+        return Result if run.optimizer == "apollo-zero" and run.lr == 2e-3 else None
+
+    monkeypatch.setattr(variants, "read_result", read_result)
+    stop: Any = None
+    table = variants.table(VariantOptions(finished_only=True), "momentum", stop)
+    assert [line.split(" | ")[1:4] for line in table.splitlines()[4:]] == [
+        ["apollo-zero", "0.002", "40.00"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"parts": ("x",)}, "--parts"), ({"seeds": ()}, "--seeds")]
+)
+def test_rejects_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        VariantOptions(**options)
