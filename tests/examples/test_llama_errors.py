@@ -9,6 +9,7 @@ import pytest
 
 from examples import llama
 from examples.llama.export import ExportOptions
+from examples.llama.memory.options import PlanOptions
 from examples.llama.options import FinetuneOptions, RunOptions
 from examples.llama.run.errors import (
     RunInterrupted,
@@ -23,15 +24,14 @@ FOLDER = Path(llama.__file__).parent
 # Modules that define, parse or check a command line, and the one that prints flags.
 WITH_FLAGS = (
     *("compare", "export", "finetune", "plan", "pretrain", "tokenise", "options"),
-    *("optimizers", "step", "memory/options", "memory/report", "memory/search"),
-    *("memory/target", "run/errors"),
+    *("memory/options", "memory/report", "run/errors"),
 )
 LIBRARY = {
     str(path.relative_to(FOLDER).with_suffix("")): path
     for path in sorted(FOLDER.rglob("*.py"))
     if str(path.relative_to(FOLDER).with_suffix("")) not in WITH_FLAGS
 }
-OPTIONS = (RunOptions, FinetuneOptions, ExportOptions)
+OPTIONS = (RunOptions, FinetuneOptions, ExportOptions, PlanOptions)
 FIELDS = {field.name for kind in OPTIONS for field in dataclasses.fields(kind)}
 
 
