@@ -49,6 +49,7 @@ def test_compare_prints_a_table(out: Path, capsys: pytest.CaptureFixture[str]) -
     assert [row[:3] for row in rows] == [
         ["adamw", "0.01", "0.003"],
         ["apollo-mini", "0.01", "0.003"],
+        ["apollo-zero", "0.01", "0.003"],
     ]
     losses = []
     for row in rows:
@@ -61,7 +62,7 @@ def test_compare_prints_a_table(out: Path, capsys: pytest.CaptureFixture[str]) -
             "kB",
         ]  # Two float32 moments of embeddings and head.
     assert rows[0][5:7] == ["52.2", "kB"]
-    # Both runs have the same batches, and the learning rate of the first step is 0.
+    # All runs have the same batches, and the learning rate of the first step is 0.
     assert losses[0][:2] == pytest.approx(losses[1][:2], abs=1e-6)
     assert losses[0][2] != losses[1][2]
 

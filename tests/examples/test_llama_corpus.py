@@ -472,7 +472,7 @@ def test_rejects_a_file_as_cache_folder(
 
 def test_rejects_an_unknown_source() -> None:
     with pytest.raises(
-        UsageError, match="`data` 'c4' is unknown; choose one of: stdlib"
+        UsageError, match="`data` 'c4' is unknown; choose one of: package-docs, stdlib"
     ):
         load("c4")
 

@@ -35,7 +35,7 @@ class RunInterrupted(Exception):  # noqa: N818 (it is no error)
 def with_flags(message: str) -> str:
     """Returns the message with flags, such as --out, in place of fields like `out`."""
     return re.sub(
-        "`([a-z_]+)`", lambda field: f"--{field[1].replace('_', '-')}", message
+        "`([a-z][a-z0-9_]*)`", lambda field: f"--{field[1].replace('_', '-')}", message
     )
 
 
