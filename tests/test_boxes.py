@@ -316,7 +316,17 @@ PIPELINES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+# These three wrap a transformation as MultiSteps does, which is tested by default.
+SLOW_PIPELINES = ("chain", "masked", "apply_if_finite")
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_PIPELINES))
+        for name in PIPELINES
+    ],
+)
 @every_box
 def test_pipelines_train_as_without_boxes(make_box, pipeline):
     tx = PIPELINES[pipeline](
