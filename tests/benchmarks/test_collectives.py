@@ -116,6 +116,7 @@ def test_stand_in_for_the_svd_sends_as_much(optimizer, monkeypatch):
     assert with_svd.sent_at_refresh > with_svd.sent
 
 
+@pytest.mark.slow
 def test_contracted_axis_sharded_sends_vectors(capsys):
     sizes = ["--target", "cpu", "--models", "tiny", "--devices", "8"]
     optimizers = ["--optimizers", "apollo-mini"]

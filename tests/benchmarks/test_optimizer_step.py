@@ -136,7 +136,11 @@ def test_refreshes_are_amortised() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"), [("unstacked", "float32"), ("stacked", "bfloat16")]
+    ("layout", "dtype"),
+    [
+        ("unstacked", "float32"),
+        pytest.param("stacked", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_each_step_runs_in_place(layout: str, dtype: str) -> None:
     given = options(
