@@ -131,9 +131,10 @@ def test_the_memory_is_that_of_the_step_that_is_run(
     tiny_is_small: None,
 ) -> None:
     run = run_of(small, kind, **changes)
-    planned = target.memory_of(run, "cpu")
-    tx, _ = make_optimizer(run, small)
     mesh = target.mesh_on(run, small, "cpu")
+    compiled = target.compiled_step(run, small, mesh)
+    planned = target.memory_of_step(compiled, run, small, mesh, "cpu")
+    tx, _ = make_optimizer(run, small)
     state = setup.initial_state(run, small, tx, mesh)
     tokens = np.zeros((run.batch, run.seq + 1), np.int32)
     batch = Batch(tokens)
@@ -142,11 +143,9 @@ def test_the_memory_is_that_of_the_step_that_is_run(
         packed = Packed([example] * 4, run.seq + 1, seed=0)
         batch = jax.tree.map(lambda *rows: np.stack(rows), *[packed[0]] * run.batch)
     step: Any = setup.training_step(run, small, tx, mesh)
-    sizes = (
-        step.lower(state, jax.device_put(batch, over_data(mesh)), np.int32(1))
-        .compile()
-        .memory_analysis()
-    )
+    placed = jax.device_put(batch, over_data(mesh))
+    number = jax.device_put(np.int32(1), setup.on_every_device(mesh))
+    sizes = step.lower(state, placed, number).compile().memory_analysis()
     assert planned.arguments_bytes == sizes.argument_size_in_bytes
     assert planned.temporaries_bytes == sizes.temp_size_in_bytes
     assert planned.output_bytes == sizes.output_size_in_bytes
@@ -161,6 +160,9 @@ def test_the_memory_is_that_of_the_step_that_is_run(
     assert planned.compiled_for == planned.device_kind == "cpu"
     assert not planned.refused
     assert planned.capacity_bytes is None
+    # Benchmarks run what the planner compiled. It consumes the state.
+    _, metrics = compiled(state, placed, number)
+    assert np.isfinite(metrics.loss)
 
 
 def test_bytes_follow_from_the_parameter_count(

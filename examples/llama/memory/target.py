@@ -217,15 +217,20 @@ def compiled_memory(
 def compiled_step(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> jax.stages.Compiled:
-    """Returns the step of a run, compiled for the devices of a mesh."""
+    """Returns the step of a run, compiled for the devices of a mesh.
+
+    It takes the state, the batch, the number of the step and, if the run trains
+    adapters, the other parameters.
+    """
     tx, _ = make_optimizer(options, config)
     # The step is a function that can be jitted.
     step: Any = setup.training_step(options, config, tx, mesh)
+    frozen = setup.abstract_frozen(options, config, mesh)
     return step.lower(
         setup.abstract_state(options, config, tx, mesh),
         abstract_batch(options, mesh),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=on_every_device(mesh)),
-        setup.abstract_frozen(options, config, mesh),
+        *(() if frozen is None else (frozen,)),
     ).compile()
 
 
