@@ -131,10 +131,11 @@ def scale_by_racs(
     transformation is a drop-in replacement for ``scale_by_adam``: it applies no
     learning rate, and its updates have the sign of the gradients.
 
-    The paper takes five rounds from :math:`q = 1` in each step. Rounds from the
-    remembered factors go on where the last step ended, so that one is enough, and the
-    gradient is read five times in all instead of thirteen. What the paper leaves open
-    is decided so:
+    The paper takes five rounds from :math:`q = 1` in each step. Here a step goes on
+    from the factors of the step before, so that one round is enough. A step with one
+    round reads the gradient five times, and a step with five rounds thirteen times.
+
+    What the paper leaves open is decided so:
 
     * The first factors of a matrix are taken whole, and later ones are averaged. A
       gradient that is zero or not finite changes no factor.

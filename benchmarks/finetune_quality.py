@@ -35,7 +35,7 @@ from examples.llama.run.setup import load_corpus, model_config
 from examples.llama.text.sources import package_docs
 from examples.llama.text.windows import validation_batches
 
-# The options that set each contender apart. LoRA is compared at AdamW's memory too.
+# The options that set each contender apart.
 CONTENDERS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
     "apollo": {"optimizer": "apollo"},
@@ -44,10 +44,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "racs": {"optimizer": "racs"},
     "lora-8": {"optimizer": "adamw", "lora": 8},
 }
-# The rates that are tried are these shares of the pre-training rate, for the kernels
-# and for the rest alike. LoRA's are LORA_FACTOR times AdamW's.
+# The rates that are tried are these shares of the pre-training rates. The default rates
+# of a fine-tuning are lower, because they are for larger models.
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-LORA_FACTOR = 10
 SEQ, BATCH = 128, 8
 # A passage has about as many characters as a row has tokens for.
 PASSAGE_CHARACTERS = 200
@@ -137,7 +136,7 @@ def passages(text: str, characters: int = PASSAGE_CHARACTERS) -> Iterator[str]:
 def rates_of(name: str) -> list[tuple[float, float]]:
     """Returns the pairs of rates to try, of the kernels and of the rest."""
     recipe = optimizers.RECIPES[CONTENDERS[name]["optimizer"]]
-    factor = LORA_FACTOR if "lora" in CONTENDERS[name] else 1
+    factor = optimizers.LORA_FACTOR if "lora" in CONTENDERS[name] else 1
     return [
         (float(f"{factor * share * recipe.lr:.3g}"), share * recipe.lr_embeddings)
         for share in SHARES

@@ -190,8 +190,9 @@ def matrices(updates: Any) -> dict[str, np.ndarray]:
 class Observed(NamedTuple):
     """What a training showed."""
 
-    updates: dict[int, Updates]  # By step: the early and the late one.
-    # By rule: the RMS of the update, (steps, kernels), from the early step on.
+    updates: dict[int, Updates]  # The keys are the early and the late step.
+    # The keys are rules, and the values the RMS of their updates, (steps, kernels). The
+    # first row is of the early step.
     sizes: dict[str, np.ndarray]
 
 

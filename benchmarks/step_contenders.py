@@ -113,7 +113,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def adamw(setting: Setting, moments: str) -> optax.GradientTransformation:
-    # In Optax, the second moment always has the parameters' dtype.
+    # Optax's second moment always has the parameters' dtype.
     tx = optax.adamw(LEARNING_RATE)
     if moments == setting.dtype:
         return tx

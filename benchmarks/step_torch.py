@@ -91,7 +91,7 @@ class OnTorch:
     def run_block(self, seconds: float) -> None:
         try:
             if self.measured.refresh_every is not None:
-                # With a gap of 1, each step draws new projections. The state exists
+                # Each step draws new projections if the gap is 1. The state exists
                 # since the first step.
                 self.measured.refreshes += self._times(1, 0)
             self.measured.blocks.append(self._times(RELEASE_GAP, seconds))

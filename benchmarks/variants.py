@@ -221,18 +221,18 @@ def perplexities(
 
     Returns None with `finished_only`, if a run has not ended.
     """
-    perplexities = []
+    found = []
     for seed in options.seeds:
         run = run_of(options, way, seed)
         try:
             result = read_result(run) if options.finished_only else pretrain(run, stop)
         except DivergedError:
-            perplexities.append(math.inf)
+            found.append(math.inf)
             continue
         if result is None:
             return None
-        perplexities.append(perplexity(result.val_loss))
-    return tuple(perplexities)
+        found.append(perplexity(result.val_loss))
+    return tuple(found)
 
 
 def state_in_all(run: RunOptions) -> int:

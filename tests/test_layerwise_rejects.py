@@ -117,7 +117,9 @@ def test_rejects_foreign_state(made_by, match):
         model.step(optax.adam(0.1))(model.params, state, batches()[0], key=KEY)
 
 
-@pytest.mark.skipif(optax.__version__ == "0.2.6", reason="keeps the dtype")
+@pytest.mark.skipif(
+    optax.__version__ == "0.2.6", reason="Optax 0.2.6 does not change that dtype"
+)
 def test_rejects_a_state_that_changes_its_dtype():
     """Injected decay rates are float32 if any leaf is, and turn bfloat16 moments so."""
     model = toy()

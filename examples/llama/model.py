@@ -159,26 +159,6 @@ def initializer(config: LlamaConfig) -> nnx.Initializer:
     return init
 
 
-def linear(
-    config: LlamaConfig,
-    execution: Execution,
-    size_in: int,
-    size_out: int,
-    rngs: nnx.Rngs,
-    *,
-    use_bias: bool = False,
-) -> nnx.Linear:
-    return nnx.Linear(
-        size_in,
-        size_out,
-        use_bias=use_bias,
-        kernel_init=initializer(config),
-        dtype=execution.compute_dtype,
-        param_dtype=execution.param_dtype,
-        rngs=rngs,
-    )
-
-
 class AdaptedLinear(nnx.LoRALinear):
     """A linear layer with a LoRA adapter: xW + scale xAB."""
 
@@ -191,7 +171,7 @@ class AdaptedLinear(nnx.LoRALinear):
         return y + self.scale * self.lora(x)
 
 
-def layer_linear(
+def linear(
     config: LlamaConfig,
     execution: Execution,
     size_in: int,
@@ -200,22 +180,25 @@ def layer_linear(
     *,
     use_bias: bool = False,
 ) -> nnx.Linear:
-    """Returns a linear layer of a block, with an adapter if the model has them."""
+    """Returns a linear layer, with an adapter if `config` has them."""
+    options: dict[str, Any] = {
+        "use_bias": use_bias,
+        "kernel_init": initializer(config),
+        "dtype": execution.compute_dtype,
+        "param_dtype": execution.param_dtype,
+        "rngs": rngs,
+    }
     if not config.lora_rank:
-        return linear(config, execution, size_in, size_out, rngs, use_bias=use_bias)
+        return nnx.Linear(size_in, size_out, **options)
     return AdaptedLinear(
         size_in,
         size_out,
         scale=config.lora_scale,
-        use_bias=use_bias,
-        kernel_init=initializer(config),
-        dtype=execution.compute_dtype,
-        param_dtype=execution.param_dtype,
         lora_rank=config.lora_rank,
         lora_dtype=execution.compute_dtype,
         lora_param_dtype=execution.param_dtype,
         a_initializer=init_adapter,
-        rngs=rngs,
+        **options,
     )
 
 
@@ -251,10 +234,10 @@ class Attention(nnx.Module):
         D, H = config.hidden_size, config.head_size
         queries, keys = config.num_heads * H, config.num_kv_heads * H
         bias = config.qkv_bias
-        self.q_proj = layer_linear(config, execution, D, queries, rngs, use_bias=bias)
-        self.k_proj = layer_linear(config, execution, D, keys, rngs, use_bias=bias)
-        self.v_proj = layer_linear(config, execution, D, keys, rngs, use_bias=bias)
-        self.o_proj = layer_linear(config, execution, queries, D, rngs)
+        self.q_proj = linear(config, execution, D, queries, rngs, use_bias=bias)
+        self.k_proj = linear(config, execution, D, keys, rngs, use_bias=bias)
+        self.v_proj = linear(config, execution, D, keys, rngs, use_bias=bias)
+        self.o_proj = linear(config, execution, queries, D, rngs)
         if config.qk_norm:
             self.q_norm = rms_norm(config, execution, H, rngs)
             self.k_norm = rms_norm(config, execution, H, rngs)
@@ -301,9 +284,9 @@ class Mlp(nnx.Module):
     ) -> None:
         self.execution = execution
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = layer_linear(config, execution, D, F, rngs)
-        self.up_proj = layer_linear(config, execution, D, F, rngs)
-        self.down_proj = layer_linear(config, execution, F, D, rngs)
+        self.gate_proj = linear(config, execution, D, F, rngs)
+        self.up_proj = linear(config, execution, D, F, rngs)
+        self.down_proj = linear(config, execution, F, D, rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         hidden_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD)
@@ -374,8 +357,9 @@ class Llama(nnx.Module):
             self.layers = stacked_block(rngs)
         self.final_norm = rms_norm(config, execution, config.hidden_size, rngs)
         if not config.tied_head:
+            # Adapters are beside the layers' kernels only.
             self.lm_head = linear(
-                config, execution, config.hidden_size, config.vocab_size, rngs
+                config.base, execution, config.hidden_size, config.vocab_size, rngs
             )
 
     def hidden(

@@ -153,7 +153,7 @@ def test_each_part_has_its_text_and_contenders(tmp_path: Path) -> None:
     assert docs.data == "package-docs"
     assert dataclasses.replace(docs, data="stdlib", out=on_8k.out) == on_8k
     assert base_run(SearchOptions(data="python"), "docs", "muon").data == "python"
-    # In 1k and 8k, every contender has a row.
+    # Every contender has a row in 1k and 8k.
     assert options.searches("8k").keys() == rate_search.CONTENDERS.keys()
     assert options.searches("8k")["muon"]
     assert not options.searches("8k")["lion"]

@@ -106,7 +106,7 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
     chat = Conversation("x:3", CHAT)
     encoder = encoder_of(tmp_path, None)
     examples = encoder.examples([text, asked])
-    # In plain text, the name of a special token is encoded letter by letter.
+    # The name of a special token in plain text is encoded letter by letter.
     assert [decoded(encoder, each.tokens) for each in examples] == [
         "A text.</s>",
         "What is 1? One. <|im_end|></s>",
@@ -119,7 +119,7 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
     assert decoded(encoder, encoder.prompt(asked)) == "What is 1?"
     with pytest.raises(UsageError, match=r"x:3: the model has no chat template"):
         encoder.examples([chat])
-    # With a template, a prompt and its completion become turns. The order of the rows
+    # A template makes turns of a prompt and its completion. The order of the rows
     # stays the same.
     encoder = encoder_of(tmp_path)
     examples = encoder.examples([chat, asked, text])

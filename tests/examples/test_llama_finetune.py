@@ -97,7 +97,7 @@ def test_trains_resumes_and_exports(
     assert loss == pytest.approx(losses[best], abs=1e-5)
 
 
-@pytest.mark.slow  # By default, packing by layers and int8 are tested separately.
+@pytest.mark.slow  # Other tests have packing by layers, and int8.
 def test_layerwise_int8_with_a_given_template(start: Path, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text(

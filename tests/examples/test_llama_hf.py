@@ -22,7 +22,7 @@ from examples.llama.hf import weights as hf_weights
 from examples.llama.model import Params, graphdef_of, init_params
 from examples.llama.run.errors import UsageError
 
-# With these large weights, attention is far from uniform. Otherwise rotary embeddings
+# These large weights make attention far from uniform. Otherwise rotary embeddings
 # would hardly matter.
 LLAMA = functools.partial(LlamaConfig, max_seq_len=96, initializer_range=0.3)
 CONFIGS = {
@@ -116,7 +116,7 @@ def their_model(transformers: Any, config: LlamaConfig) -> Any:
             "original_max_position_embeddings": scaling.original_max_seq_len,
         }
     name = config.model_type.capitalize()
-    # By default, transformers gives a Mistral a window of 4096 tokens.
+    # Transformers gives a Mistral a window of 4096 tokens if nothing else is asked.
     more = {"sliding_window": None} if name == "Mistral" else {}
     model = getattr(transformers, f"{name}ForCausalLM")(
         getattr(transformers, f"{name}Config")(

@@ -167,7 +167,7 @@ def assert_same_training(
     ("name", "remat", "tied_head", "rules"),
     [
         ("apollo", "dots", True, {}),
-        # By default, test_in_float32 tests apollo-mini.
+        # The default tests have apollo-mini in test_in_float32.
         pytest.param("apollo-mini", "dots", False, {}, marks=pytest.mark.slow),
         pytest.param("apollo-svd", "dots", False, {}, marks=pytest.mark.slow),
         ("adamw", "none", False, {}),
@@ -192,9 +192,9 @@ def test_twenty_steps_also_if_the_kind_of_step_changes(
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_biases_and_norms_of_heads(model_type: str, small: LlamaConfig) -> None:
-    # With these large weights, attention is far from uniform. A bias on keys has an
-    # effect only through rotary embeddings. With small weights the effect is so small
-    # that rounding errors decide Adam's update of the bias.
+    # These large weights make attention far from uniform. A bias on keys has an effect
+    # only through rotary embeddings. Small weights make that effect so small that
+    # rounding errors decide Adam's update of the bias.
     config = dataclasses.replace(
         small, num_kv_heads=1, initializer_range=0.3, model_type=model_type
     )
