@@ -341,7 +341,7 @@ def record_of(
 
     seed = options.seeds[0]
     lr, lr_embeddings = found.lr, found.lr_embeddings
-    searched = [
+    tried = [
         *(rows_at(rate, base.lr_embeddings, seed) for rate in found.by_lr),
         *(rows_at(lr, rate, seed) for rate in found.by_lr_embeddings),
     ]
@@ -354,7 +354,7 @@ def record_of(
     ]
     return Record(
         update_rms=statistics.mean(sizes) if sizes else None,
-        step_seconds=min(map(step_seconds, filter(None, [*searched, *seeds.values()]))),
+        step_seconds=min(map(step_seconds, filter(None, [*tried, *seeds.values()]))),
         curve=[
             (row["step"], row["val_ppl"])
             for row in seeds[min(seeds, key=found.by_seed.__getitem__)]
