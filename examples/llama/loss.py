@@ -5,6 +5,9 @@ vocabulary of 32,000 is 17 GB of float32. Here those of one chunk exist at a tim
 gradient of a chunk is computed together with its loss, while its logits are there, so
 nothing is computed twice.
 
+The head's gradient is the next largest array. It is summed over the chunks in float32,
+except where the logits' gradients of all chunks are smaller (`_keeps_logit_grads`).
+
 B batch, T tokens, t tokens of a chunk, C chunks, D hidden size, V vocabulary.
 """
 
@@ -14,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 LOGITS_BYTES = 2**28  # The bytes of one chunk's float32 logits, over the whole batch.
+# Up to this size the head's gradient is always summed over the chunks, in float32.
+HEAD_SUM_BYTES = 2**30
 
 
 def num_chunks(
@@ -70,34 +75,40 @@ def _forward(
     dtype = _sum_dtype(x_BxTxD)
     total_weight = _total(targets_BxT, weights_BxT)
     head = head_DxV.astype(x_BxTxD.dtype)
+    x_CxBxtxD, *rest = _pieces(x_BxTxD, targets_BxT, chunks, weights_BxT)
+    keeps_logit_grads = _keeps_logit_grads(x_BxTxD, head_DxV)
 
     def add_chunk(
         sums: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        total, head_grad_DxV = sums
-        x_BxtxD, targets_Bxt, weights = piece
+        total, grads = sums
+        index, x_BxtxD, targets_Bxt, weights = piece
         logits_BxtxV = _logits(x_BxtxD, head)
         loss, logsumexp_Bxt = _chunk_loss(logits_BxtxV, targets_Bxt, weights)
-        probabilities_BxtxV = jnp.exp(logits_BxtxV - logsumexp_Bxt[..., None])
-        hit_BxtxV = jnp.arange(head.shape[1]) == targets_Bxt[..., None]
-        # Padding has such a gradient too. It adds nothing to the head's gradient, as
-        # its x is 0, and its own rows are sliced off below.
-        grad_BxtxV = (probabilities_BxtxV - hit_BxtxV) / total_weight
+        grad_BxtxV = _logits_grad(logits_BxtxV, logsumexp_Bxt, targets_Bxt)
+        grad_BxtxV /= total_weight
         if weights_BxT is not None:
             grad_BxtxV *= weights[..., None]
         grad_BxtxV = grad_BxtxV.astype(x_BxtxD.dtype)
-        head_grad_DxV += jnp.einsum(
-            "btd,btv->dv", x_BxtxD, grad_BxtxV, preferred_element_type=dtype
-        )
+        if keeps_logit_grads:
+            grads = grads.at[index].set(grad_BxtxV)
+        else:
+            grads += _head_grad(x_BxtxD, grad_BxtxV)
         x_grad_BxtxD = jnp.einsum("btv,dv->btd", grad_BxtxV, head)
-        return (total + loss, head_grad_DxV), x_grad_BxtxD
+        return (total + loss, grads), x_grad_BxtxD
 
-    zeros = jnp.zeros((), dtype), jnp.zeros(head.shape, dtype)
-    (total, head_grad_DxV), grads_CxBxtxD = jax.lax.scan(
-        add_chunk, zeros, _pieces(x_BxTxD, targets_BxT, chunks, weights_BxT)
-    )
-    x_grad_BxTxD = jnp.moveaxis(grads_CxBxtxD, 0, 1).reshape(B, -1, D)[:, :T]
-    return total / total_weight, (x_grad_BxTxD, head_grad_DxV.astype(head_DxV.dtype))
+    grads = jnp.zeros(head.shape, dtype)
+    if keeps_logit_grads:
+        grads = _zeros_after(x_CxBxtxD, (*x_CxBxtxD.shape[:-1], head.shape[1]))
+    pieces = (jnp.arange(x_CxBxtxD.shape[0]), x_CxBxtxD, *rest)
+    zero = jnp.zeros((), dtype)
+    (total, grads), x_grads_CxBxtxD = jax.lax.scan(add_chunk, (zero, grads), pieces)
+    if keeps_logit_grads:
+        grads = _head_grad(x_CxBxtxD, grads)
+    # Padding has gradients too. They add nothing to the head's gradient, as padding's x
+    # is 0, and its own rows are sliced off here.
+    x_grad_BxTxD = jnp.moveaxis(x_grads_CxBxtxD, 0, 1).reshape(B, -1, D)[:, :T]
+    return total / total_weight, (x_grad_BxTxD, grads.astype(head_DxV.dtype))
 
 
 def _backward(
@@ -111,6 +122,40 @@ def _backward(
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)
+
+
+def _keeps_logit_grads(x_BxTxD: jax.Array, head_DxV: jax.Array) -> bool:
+    """Whether the logits' gradients stay until they give the head's, in one product.
+
+    They are in the dtype of `x`, so those of a few tokens are smaller than a large
+    head's gradient in float32. A product is summed in float32 too, but its result can
+    be rounded to the head's dtype at once, so the sum is never in memory. A head that
+    is stored in float32 gains nothing.
+    """
+    dtype = _sum_dtype(x_BxTxD)
+    D, V = head_DxV.shape
+    tokens = x_BxTxD.shape[0] * x_BxTxD.shape[1]
+    return (
+        head_DxV.dtype.itemsize < dtype.itemsize
+        and D * V * dtype.itemsize > HEAD_SUM_BYTES
+        and tokens * x_BxTxD.dtype.itemsize < D * dtype.itemsize
+    )
+
+
+def _zeros_after(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns zeros in the dtype of `x`, which XLA allocates once `x` is known.
+
+    Without the barrier, XLA for TPU allocates such a buffer at the start of the
+    program, and it takes up memory while the layers run.
+    """
+    return jax.lax.optimization_barrier((x, jnp.zeros(shape, x.dtype)))[1]
+
+
+def _head_grad(x: jax.Array, logit_grad: jax.Array) -> jax.Array:
+    """Returns the gradient of the head: (D, V), from (..., D) and (..., V)."""
+    return jnp.einsum(
+        "...d,...v->dv", x, logit_grad, preferred_element_type=_sum_dtype(x)
+    )
 
 
 def _sum_dtype(x: jax.Array) -> jnp.dtype:
@@ -167,3 +212,12 @@ def _chunk_loss(
         ..., 0
     ]
     return jnp.sum((logsumexp_Bxt - target_Bxt) * weights), logsumexp_Bxt
+
+
+def _logits_grad(
+    logits_BxtxV: jax.Array, logsumexp_Bxt: jax.Array, targets_Bxt: jax.Array
+) -> jax.Array:
+    """Returns the gradient of the sum of the cross entropies: (B, t, V)."""
+    probabilities_BxtxV = jnp.exp(logits_BxtxV - logsumexp_Bxt[..., None])
+    hit_BxtxV = jnp.arange(logits_BxtxV.shape[-1]) == targets_Bxt[..., None]
+    return probabilities_BxtxV - hit_BxtxV

@@ -1,5 +1,8 @@
 import functools
+import importlib.util
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -8,7 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from examples.llama import loss as loss_module
 from examples.llama.loss import chunked_cross_entropy, num_chunks
+from examples.llama.memory.target import environment
 
 B, T, D, V = 3, 11, 16, 37
 
@@ -102,6 +107,114 @@ def test_logits_of_the_whole_batch_are_never_computed() -> None:
         chunked.memory_analysis().temp_size_in_bytes
         < compiled(plain).memory_analysis().temp_size_in_bytes
     )
+
+
+# Two rows are fewer tokens than twice D, and three are more.
+FEW, MANY = 2, 3
+
+
+@pytest.fixture
+def large_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treats every head as one whose float32 gradient is too large."""
+    monkeypatch.setattr(loss_module, "HEAD_SUM_BYTES", 0)
+
+
+def carried(dtype: Any, rows: int, head_dtype: Any = None) -> list[str]:
+    """Returns the types of the arrays that the scan over the chunks carries."""
+    x, head, targets = inputs(dtype)
+    program = jax.make_jaxpr(jax.grad(chunked_cross_entropy, 1), static_argnums=3)(
+        x[:rows], head.astype(head_dtype or dtype), targets[:rows], 3
+    )
+    (scan,) = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+    first = scan.params["num_consts"]
+    carry = scan.invars[first : first + scan.params["num_carry"]]
+    return [var.aval.str_short() for var in carry]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_large_head_has_the_same_gradient(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, head, targets = inputs(jnp.bfloat16)
+    x, targets = x[:FEW], targets[:FEW]
+    weights = (jnp.arange(FEW * T).reshape(FEW, T) % 3).astype(jnp.float32)
+
+    def tripled(x: jax.Array, head: jax.Array) -> jax.Array:
+        given = weights if weighted else None
+        return 3 * chunked_cross_entropy(x, head, targets, 3, given)
+
+    summed, grads_of_sum = jax.value_and_grad(tripled, argnums=(0, 1))(x, head)
+    monkeypatch.setattr(loss_module, "HEAD_SUM_BYTES", 0)
+    kept, grads = jax.value_and_grad(tripled, argnums=(0, 1))(x, head)
+    assert kept == summed
+    assert [grad.dtype for grad in grads] == [jnp.bfloat16] * 2
+    np.testing.assert_array_equal(grads[0], grads_of_sum[0])
+    # Both are sums in float32, so they differ only where these fall on two sides of
+    # the border between two bfloat16s.
+    assert float((grads[1] != grads_of_sum[1]).mean()) < 0.02
+    wide = (grad.astype(jnp.float32) for grad in (grads[1], grads_of_sum[1]))
+    assert relative_error(*wide) < 2**-7
+
+
+@pytest.mark.usefixtures("large_head")
+def test_a_large_head_has_no_gradient_in_float32() -> None:
+    assert carried(jnp.bfloat16, FEW) == ["float32[]", f"bfloat16[3,{FEW},4,{V}]"]
+
+
+@pytest.mark.usefixtures("large_head")
+@pytest.mark.parametrize(
+    ("dtype", "head_dtype", "rows"),
+    [
+        (jnp.bfloat16, jnp.bfloat16, MANY),  # The logits' gradients are larger then.
+        (jnp.bfloat16, jnp.float32, FEW),
+        (jnp.float32, jnp.float32, FEW),
+    ],
+)
+def test_otherwise_the_gradient_is_summed_in_float32(
+    dtype: Any, head_dtype: Any, rows: int
+) -> None:
+    assert carried(dtype, rows, head_dtype) == ["float32[]", f"float32[{D},{V}]"]
+
+
+def test_the_gradient_of_a_small_head_is_summed_in_float32() -> None:
+    assert carried(jnp.bfloat16, FEW) == ["float32[]", f"float32[{D},{V}]"]
+
+
+COMPILE = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from examples.llama.loss import chunked_cross_entropy, num_chunks
+
+T, D, V = 1024, 4096, 128_256
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1")
+here = SingleDeviceSharding(topology.devices[0])
+
+def shape(dtype, *sizes):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=here)
+
+def loss(x, head, targets):
+    return chunked_cross_entropy(x, head, targets, num_chunks(1, T, V))
+
+grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+shapes = shape(jnp.bfloat16, 1, T, D), shape(jnp.bfloat16, D, V), shape(jnp.int32, 1, T)
+print(grad.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / (D * V))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed",
+)
+def test_memory_beside_the_gradient_of_a_large_head() -> None:
+    """LLaMA 3's vocabulary, on a TPU: a float32 sum alone has 4 bytes per weight."""
+    compiled = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment("v5e:1x1", 1),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert float(compiled.stdout) < 1.5
 
 
 def test_no_chunk_is_padding_alone() -> None:
