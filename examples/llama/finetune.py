@@ -171,7 +171,7 @@ def fitted(
     result: Fitted = fit(examples, row, cut=options.too_long == "cut")
     if result.cut or result.dropped:
         notice(
-            f"{name}: of {len(examples):,} conversations, {result.cut:,} are cut to "
+            f"{name}: of {len(examples):,} sequences, {result.cut:,} are cut to "
             f"{row:,} tokens and {result.dropped:,} are left out, which are too long "
             "or have nothing to learn in so many tokens; --seq makes room, and "
             "--too-long says which"

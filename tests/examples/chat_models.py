@@ -59,6 +59,25 @@ MISTRAL = """\
     {%- endif %}
 {%- endfor %}
 """
+# Writes the reasoning of the answers to the last question alone, as Qwen3's.
+THINKING = """\
+{%- set asked = namespace(last=-1) %}
+{%- for message in messages %}
+    {%- set asked.last = loop.index0 if message.role == 'user' else asked.last %}
+{%- endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- set thought, _, said = ('</think>' + message.content).rpartition('</think>') %}
+    {%- if message.role == 'assistant' and loop.index0 > asked.last %}
+        {{- '<think>' + thought.replace('<think>', '').replace('</think>', '') }}
+        {{- '</think>' }}
+    {%- endif %}
+    {{- said + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 TEMPLATES = {"chatml": CHATML, "llama-3": LLAMA_3, "mistral": MISTRAL}
 
 

@@ -23,7 +23,7 @@ from examples.llama.text.packing import (
 )
 from examples.llama.text.template import find_template
 from examples.llama.text.tokenizer import load_tokenizer
-from tests.examples.chat_models import CHATML, TEMPLATES, write_tokenizer
+from tests.examples.chat_models import CHATML, TEMPLATES, THINKING, write_tokenizer
 
 CHAT = (
     {"role": "user", "content": "What is 1 + 1?"},
@@ -83,6 +83,49 @@ def test_the_assistants_tokens_are_learnt(name: str, tmp_path: Path) -> None:
         [Conversation("x:1", CHAT)]
     )
     assert example.weights.all()
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+REASONED = (
+    said("user", "1?"),
+    said("assistant", "<think>t1</think>One."),
+    said("user", "2?"),
+    said("assistant", "<think>t2</think>Two,"),
+    said("tool", "yes"),
+    said("assistant", "<think>t3</think>two."),
+)
+
+
+def test_an_answer_that_is_changed_later_ends_a_sequence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every answer is learnt once, after the very tokens that prompt the model for it."""
+    encoder = encoder_of(tmp_path, THINKING)
+    single = Conversation("x:1", REASONED[:2])
+    examples = encoder.examples([single, Conversation("x:2", REASONED), single])
+    assert "3 conversations are learnt as 4 sequences" in capsys.readouterr().err
+    assert examples[3].tokens.tolist() == examples[0].tokens.tolist()
+    # The two answers to the last question are in one sequence.
+    learnt = [decoded(encoder, each.tokens[each.weights == 1]) for each in examples]
+    assert learnt[1:3] == [
+        "<think>t1</think>One.<|im_end|>",
+        "<think>t2</think>Two,<|im_end|><think>t3</think>two.<|im_end|>",
+    ]
+    assert "t1" not in decoded(encoder, examples[2].tokens)
+    for example, question, answers in ((examples[1], 0, 1), (examples[2], 2, 2)):
+        starts = np.flatnonzero(np.diff(example.weights, prepend=0) == 1)
+        assert len(starts) == answers
+        prompt = encoder.prompt(Conversation("x:2", REASONED[: question + 1]))
+        assert example.tokens[: starts[0]].tolist() == prompt
+
+
+def test_what_follows_the_last_answer_is_no_sequence(tmp_path: Path) -> None:
+    encoder = encoder_of(tmp_path, THINKING)
+    (example,) = encoder.examples([Conversation("x:1", REASONED[:3])])
+    assert decoded(encoder, example.tokens).endswith("</think>One.<|im_end|>\n")
 
 
 def test_says_that_an_answer_shares_a_token_with_the_prompt(

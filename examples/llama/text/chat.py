@@ -3,7 +3,8 @@
 A row has `messages`, each with a role and a content, or `prompt` and `completion`, or
 `text`. Which tokens the assistant wrote is found by writing out the start of a
 conversation, up to a turn of the assistant and up to its end: what lies between is the
-assistant's.
+assistant's. Some templates write a turn otherwise once another follows, as those that
+drop its reasoning. Such a turn is a sequence of its own, as the model writes it.
 """
 
 import hashlib
@@ -45,6 +46,13 @@ ENCODED_AT_ONCE = 256  # Conversations.
 TOKEN_NAME = re.compile(r"<\|[^\s|<>{}]+\|>")
 
 Span = tuple[int, int]  # The first character, and the one after the last.
+
+
+class Written(NamedTuple):
+    """What a template writes, and the parts of it to learn."""
+
+    text: str
+    spans: list[Span]
 
 
 class Conversation(NamedTuple):
@@ -195,17 +203,28 @@ class ChatEncoder:
     def examples(self, conversations: Iterable[Conversation]) -> list[Example]:
         """Returns the conversations as tokens, in their order.
 
+        A conversation is several examples where the template writes a turn of the
+        assistant otherwise once another follows.
+
         Raises:
             UsageError: where the template does not take one, or does not let the
                 assistant's text be told.
         """
         found: list[Example] = []
+        count = 0
         bar = tqdm(unit="row", desc="tokenising", delay=2, disable=None)
         with bar:
             rows = iter(conversations)
             while chunk := list(itertools.islice(rows, ENCODED_AT_ONCE)):
                 found.extend(self._encoded(chunk))
+                count += len(chunk)
                 bar.update(len(chunk))
+        if len(found) > count:
+            notice(
+                f"{self._option}: {count:,} conversations are learnt as {len(found):,} "
+                "sequences, as the chat template changes answers that others follow; "
+                "each such answer ends a sequence"
+            )
         if self._joined:
             notice(
                 f"{self._option}: {self._joined:,} answers begin in the middle of a "
@@ -232,12 +251,15 @@ class ChatEncoder:
         plain = [each for each in conversations if not self._messages(each)]
         chats = [each for each in conversations if self._messages(each)]
         written = [self._written(chat) for chat in chats]
-        of_chats = zip(
+        encodings = iter(
             self.chat_tokenizer.encode_batch(
-                [text for text, _ in written], add_special_tokens=False
-            ),
-            [spans for _, spans in written],
-            strict=True,
+                [each.text for parts in written for each in parts],
+                add_special_tokens=False,
+            )
+        )
+        of_chats = (
+            [self._chat_example(next(encodings), each.spans) for each in parts]
+            for parts in written
         )
         of_plain = zip(
             self._encoder.tokenizer.encode_batch(
@@ -247,11 +269,11 @@ class ChatEncoder:
             [len(each.prompt) for each in plain],
             strict=True,
         )
-        chat_examples = (self._chat_example(*each) for each in of_chats)
-        plain_examples = (self._plain_example(*each) for each in of_plain)
+        plain_examples = ([self._plain_example(*each)] for each in of_plain)
         return [
-            next(chat_examples if self._messages(each) else plain_examples)
+            example
             for each in conversations
+            for example in next(of_chats if self._messages(each) else plain_examples)
         ]
 
     def _messages(self, conversation: Conversation) -> Sequence[Message]:
@@ -263,50 +285,64 @@ class ChatEncoder:
             {"role": ASSISTANT, "content": conversation.completion},
         )
 
-    def _written(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Returns the text of a conversation, and the parts of it to learn."""
-        messages = self._messages(conversation)
-        text = self._rendered(conversation, messages)
+    def _written(self, conversation: Conversation) -> list[Written]:
+        """Returns the sequences of a conversation, after checking their tokens."""
+        sequences = self._sequences(conversation)
         for name in self._unknown:
-            if name in text:
+            if any(name in each.text for each in sequences):
                 raise self._error(
                     conversation,
                     f"the chat template in {self._where} writes {name!r}, which is no "
                     "token of the tokenizer; add it there, or give a `chat_template` "
                     "with tokens that it has",
                 )
-        if self._learn_all:
-            return text, [(0, len(text))]
-        return text, self._answers(conversation, messages, text)
+        return sequences
 
-    def _answers(
-        self, conversation: Conversation, messages: Sequence[Message], text: str
-    ) -> list[Span]:
-        """Returns the spans of the assistant's turns, with their end-of-turn tokens."""
-        spans = []
+    def _sequences(self, conversation: Conversation) -> list[Written]:
+        messages = self._messages(conversation)
+        text = self._rendered(conversation, messages)
+        if self._learn_all:
+            return [Written(text, [(0, len(text))])]
+        found = [Written(text, [])]
+        for turn, span in reversed(self._turns(conversation, messages)):
+            # A template may change a turn that others follow. The model does not write
+            # it in that form, so it is learnt in a sequence that it ends.
+            if not found[-1].text.startswith(turn):
+                found.append(Written(turn, []))
+            found[-1].spans.append(span)
+        return [each for each in reversed(found) if each.spans]
+
+    def _turns(
+        self, conversation: Conversation, messages: Sequence[Message]
+    ) -> list[tuple[str, Span]]:
+        """Returns the text up to the end of each turn of the assistant, and its span.
+
+        A span includes the end-of-turn token.
+        """
+        turns = []
         for number, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
             before = self._rendered(conversation, messages[:number], answer=True)
             turn = self._rendered(conversation, messages[: number + 1])
-            if not (text.startswith(turn) and turn.startswith(before)):
+            if not turn.startswith(before):
                 raise self._error(
                     conversation,
                     f"the chat template in {self._where} does not let the assistant's "
-                    f"tokens be told: message {number + 1} is written otherwise where "
-                    "it is the last; give `loss_on` all, or another `chat_template`",
+                    f"tokens be told: message {number + 1} does not begin where its "
+                    "prompt ends; give `loss_on` all, or another `chat_template`",
                 )
             # What follows an end-of-turn token, such as a line feed, is no answer.
             bare = turn.rstrip()
             end = len(bare) if bare.endswith(self._ends) else len(turn)
-            spans.append((len(before), end))
-        if not spans:
+            turns.append((turn, (len(before), end)))
+        if not turns:
             raise self._error(
                 conversation,
                 "no message is the assistant's, so there is nothing to learn; remove "
                 "the row, or give `loss_on` all",
             )
-        return spans
+        return turns
 
     @property
     def _where(self) -> str:
