@@ -42,6 +42,9 @@ OF_USE = (
     + "in memory space hbm. Used 16.6G of 15.75G hbm. Exceeded hbm capacity by 871.2M."
 )
 
+# docs/memory.md has the reason.
+MISSED = ("qwen3-8b bfloat16, weights on the host",)
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu, the TPU compiler, is not installed",
@@ -755,7 +758,14 @@ def test_a_topology_that_makes_no_run_is_one_line(
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("goal", benchmark.goals(), ids=lambda goal: goal.what)
+@pytest.mark.parametrize(
+    "goal",
+    [
+        *benchmark.goals(),
+        *(goal for goal in benchmark.tuning_goals() if goal.what not in MISSED),
+    ],
+    ids=lambda goal: goal.what,
+)
 def test_the_goals_are_met(goal: benchmark.Goal, tmp_path: Path) -> None:
     measured, met = goal.outcome(benchmark.Compiled(tmp_path / "memory.jsonl"))
     assert met, measured
