@@ -288,9 +288,10 @@ def main(args: list[str] | None = None) -> None:
             write_passages(options.out / "passages.jsonl")
             found = {name: found_of(options, name, stop) for name in names}
         before = losses_before(options)
+        seeds = ", ".join(map(str, options.seeds))
         print(
             f"tiny, {options.base_steps} steps on stdlib, then {options.steps} steps "
-            f"of {BATCH * SEQ:,} tokens on package-docs; {len(options.seeds)} seeds; "
+            f"of {BATCH * SEQ:,} tokens on package-docs; seeds {seeds}; "
             f"{report.made_with(('jax', 'flax', 'optax'))}\n\n{table(found, before)}"
         )
 
