@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-memory bench-collectives bench-quality bench-finetune bench-spectra bench-variants integrations clean
+.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-traffic bench-memory bench-collectives bench-quality bench-finetune bench-spectra bench-variants integrations clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -83,6 +83,9 @@ bench: $(VENV)/.torch  ## the tables that README and docs quote
 
 bench-step: $(VENV)/.bench-torch  ## the tables of docs/performance.md: a step of each optimizer, and the authors' release
 	$(BIN)/python -m benchmarks.optimizer_step --against-torch
+
+bench-traffic: $(VENV)/.tpu  ## what each optimizer's compiled step moves, for docs/performance.md; half an hour
+	$(BIN)/python -m benchmarks.step_traffic
 
 bench-memory: $(VENV)/.tpu  ## the tables of docs/memory.md; an hour, and goes on where it was cut off
 	$(BIN)/python -m benchmarks.memory
