@@ -32,7 +32,7 @@ def _is_array(value: Any) -> bool:
 
 
 def positive_int(name: str, value: Any, remedy: str = _IN_STATIC_ARGS) -> None:
-    """Checks an argument that has the `remedy` under ``inject_hyperparams``."""
+    """Checks an argument; `remedy` says what to do under ``inject_hyperparams``."""
     if _is_array(value):
         raise TypeError(
             f"{name} must be a Python int, got an array ({value!r}): "
