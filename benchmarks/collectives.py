@@ -45,8 +45,8 @@ from examples.llama.run.setup import abstract_state, model_config, placed, shard
 from examples.llama.step import TrainState
 
 CAPTION = (
-    "Columns: MB (1e6 bytes) that each device sends in an optimizer step, and MB of the "
-    "optimizer's state that it stores,\n"
+    "Columns: MB (1e6 bytes) that each device sends in an optimizer step, and MB of "
+    "the optimizer's state that it stores,\n"
     "by the number of devices. {cut}.\n"
     "Weights and gradients are in bfloat16 and moments in float32. The rank of apollo "
     "and galore is {rank}, and embeddings\n"
@@ -54,13 +54,13 @@ CAPTION = (
     "(k - 1) / k B in an all-reduce,\n"
     "(k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B in a permute. "
     "For TPUs, another function with\n"
-    "whole matrices as inputs and outputs replaces an SVD. *: compiled for v5p, because "
-    "it is too large for the chip."
+    "whole matrices as inputs and outputs replaces an SVD. *: compiled for v5p, "
+    "because it is too large for the chip."
 )
 CUTS = {
     "trainer": (
-        "Matrices are sharded as by `--mesh fsdp=N`: those of the layers along APOLLO's "
-        "channels if N divides them"
+        "Matrices are sharded as by `--mesh fsdp=N`: those of the layers along "
+        "APOLLO's channels if N divides them"
     ),
     "contracted": (
         "The layers' matrices are sharded along the side that APOLLO projects away"
@@ -114,7 +114,7 @@ class Options:
 class Cost:
     """The bytes that one device stores and sends for an optimizer step."""
 
-    held: int  # Bytes of the optimizer's state.
+    state: int  # Bytes of the optimizer's state.
     sent: float  # Bytes sent at most steps.
     # Bytes sent at the steps that compute projections anew. They are infinite if
     # unknown.
@@ -268,14 +268,14 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
     found = dict(zip(pairs, pool.map(cost_of, pairs), strict=True))
     for name in options.optimizers:
         costs = [found[name, devices] for devices in options.devices]
-        held = [megabytes(each.held) for each in costs]
+        state = [megabytes(each.state) for each in costs]
         sent = [megabytes(each.sent) + ("" if each.fits else "*") for each in costs]
-        yield [name, *sent, *held]
+        yield [name, *sent, *state]
         if any(each.sent_at_refresh != each.sent for each in costs):
             yield [
                 f"{name}, at a refresh",
                 *(megabytes(each.sent_at_refresh) for each in costs),
-                *held,
+                *state,
             ]
 
 
