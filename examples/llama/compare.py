@@ -56,17 +56,17 @@ class CompareOptions(TrainingOptions):
     """Any of adamw, apollo, apollo-mini, apollo-svd, apollo-zero, racs, sinkgd,
     scale-hidden, swan, galore, muon, adafactor, lion and sgd."""
     lr: tuple[float, ...] = ()
-    """Peak learning rates of the layers' kernels to try; by default each optimizer's
-    own."""
+    """Peak learning rates of the layers' kernels to try. The default is each
+    optimizer's default rate."""
     lr_factors: tuple[float, ...] = ()
-    """Multiples of each optimizer's own learning rate of the kernels to try, instead of
-    --lr."""
+    """Multiples of each optimizer's default learning rate of the kernels to try,
+    instead of --lr."""
     lr_embeddings: tuple[float, ...] = ()
-    """Peak learning rates of embeddings, head and norms to try; by default each
-    optimizer's own."""
+    """Peak learning rates of embeddings, head and norms to try. The default is each
+    optimizer's default rate."""
     more_seeds: tuple[int, ...] = ()
-    """Seeds besides --seed, for another run each of every optimizer's best pair of
-    rates."""
+    """More seeds besides --seed. Each optimizer's best pair of rates is run again with
+    each of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

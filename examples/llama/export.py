@@ -40,19 +40,20 @@ class ExportOptions:
     run: Path
     """Folder of the run."""
     to: Path
-    """Folder to write config.json, *.safetensors and the tokenizer to; must not
+    """Folder to write config.json, *.safetensors and the tokenizer to. It must not
     exist."""
     step: int | None = None
     """The checkpoint's step; by default the newest."""
     best: bool = False
     """Take the weights with the lowest validation loss, which a fine-tuning keeps."""
     dtype: str | None = None
-    """float32 or bfloat16; by default that of the run's weights, which int8 is
-    dequantized to."""
+    """The dtype of the exported weights, float32 or bfloat16. The default is that of
+    the run's weights. int8 weights are dequantized."""
     adapter: bool = False
-    """Of a run with --lora: write the adapters alone, in the format of PEFT."""
+    """For a run with --lora: write only the adapters, in the format of PEFT."""
     merge: bool = False
-    """Of a run with --lora: write the whole model, with what the adapters add."""
+    """For a run with --lora: write the whole model, with the adapters merged into its
+    weights."""
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *CHOICES["--compute-dtype"]):
