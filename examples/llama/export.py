@@ -84,8 +84,8 @@ def export(options: ExportOptions) -> None:
     """Writes the weights.
 
     Raises:
-        UsageError: where there is no such run or checkpoint, something would be
-            overwritten, or --adapter and --merge do not go with the run.
+        UsageError: if there is no such run or checkpoint, if something would be
+            overwritten, or if --adapter or --merge does not fit the run.
     """
     config, run = config_of_run(options.run)
     check_adapters(options, config)
@@ -122,7 +122,7 @@ def export(options: ExportOptions) -> None:
 
 
 def check_adapters(options: ExportOptions, config: LlamaConfig) -> None:
-    """Raises `UsageError` if the options are not for what the run trained."""
+    """Raises `UsageError` if the options do not fit the run's parameters."""
     if config.lora_rank and not (options.adapter or options.merge):
         raise UsageError(
             f"{options.run} has LoRA adapters and no whole model; give --adapter to "
@@ -140,7 +140,7 @@ def check_adapters(options: ExportOptions, config: LlamaConfig) -> None:
 def with_adapters(
     run: Path, init_from: str, adapters: Params, config: LlamaConfig, dtype: str
 ) -> Params:
-    """Returns the weights of the model that a run began from, and its adapters' sums.
+    """Returns the weights of the model that a run began from, with its adapters merged.
 
     Raises `UsageError` if the model is gone.
     """
@@ -156,10 +156,10 @@ def with_adapters(
 
 
 def passed_on(folder: Path, run: dict[str, Any]) -> pretrained.Files:
-    """Returns the files to pass on that a run has kept.
+    """Returns the files that a run has kept for its exports.
 
-    A run from before runs kept them has those that are where it began from, if they are
-    still there.
+    A run of an earlier version did not keep them. Its files are those of the model that
+    it began from, if they still exist.
     """
     if files := pretrained.kept_files(folder):
         return files
