@@ -111,5 +111,5 @@ def bytes_in(flag: str, text: str) -> int:
 
 
 def smallest_batch(options: RunOptions) -> int:
-    """Returns of what the batch must be a multiple."""
+    """Returns the number that the batch must be a multiple of."""
     return batch_shards(options.mesh) * max(1, options.accumulate)

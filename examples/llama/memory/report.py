@@ -146,7 +146,7 @@ def heading(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> str:
 
 
 def table(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> Table:
-    """Returns a row for each optimizer, the notes in the caption."""
+    """Returns a row for each optimizer, with the notes in the caption."""
     with_host = any(row.memory.host_bytes for row in rows)
     largest = max(row.memory.peak_bytes for row in rows)
     unit, scale = next((name, size) for name, size in SCALES.items() if largest >= size)
@@ -211,7 +211,7 @@ def draw(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> None:
 def share(row: Row, name: str) -> int:
     """Returns the bytes of a part of the bar.
 
-    A row that has a peak alone has one unknown part.
+    A row that has only a peak has a single part, which is unknown.
     """
     if name == "activations_bytes":
         return row.activations_bytes or 0
