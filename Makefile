@@ -42,7 +42,7 @@ $(VENV)/.tpu: $(VENV)/.test
 	@touch $@
 
 train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW, APOLLO-Mini and APOLLO-Zero side by side
-	$(BIN)/python -m examples.llama.compare --steps 500 --out $(OUT)
+	$(BIN)/python -m examples.llama.compare --steps 350 --out $(OUT)
 
 test: $(VENV)/.test  ## run all tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -69,8 +69,8 @@ def scale_by_apollo(
     .. math::
 
       \begin{align*}
-        P_t &\in \mathbb{R}^{r \times m}, \quad (P_t)_{ij} \sim \mathcal{N}(0, 1/r),
-          \quad \text{drawn anew every update\_proj\_gap steps} \\
+        P_t &\in \mathbb{R}^{r \times m}, \quad \text{with random entries of mean 0 and
+          variance } 1/r \text{, drawn anew every update\_proj\_gap steps} \\
         R_t &= P_t G_t \\
         M_t &= \beta_1 M_{t-1} + (1-\beta_1) R_t, \quad
         V_t = \beta_2 V_{t-1} + (1-\beta_2) R_t^2, \quad
