@@ -450,10 +450,12 @@ def state_sharding(
         that do not follow from `weight_dimension_numbers`.
 
     Examples:
+      On a mesh of eight devices, which need not be there:
+
       >>> import jax, jax.numpy as jnp, apollo_optax
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
-      >>> kernel = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("fsdp")))
+      >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
+      >>> by_rows = NamedSharding(AbstractMesh((8,), ("fsdp",)), P("fsdp"))
+      >>> kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=by_rows)
       >>> params = {"kernel": kernel}
       >>> tx = apollo_optax.apollo(0.01, rank=4)
       >>> shardings = state_sharding(jax.eval_shape(tx.init, params), params)
