@@ -200,12 +200,12 @@ def state_class(state: Any, expected: type[Any]) -> None:
 
 def stored_projection(is_stored: bool, projection: Any) -> None:
     if is_stored != (projection is not None):
-        holds = "no projections" if is_stored else "projections"
+        found = "no projections" if is_stored else "projections"
         raise ValueError(
-            f"the state holds {holds}, and the projection is "
-            f"{'' if is_stored else 'not '}one that is stored, as 'svd' is; the state "
-            "was made with other arguments: use the same projection as then, or call "
-            "init again"
+            f"the state has {found}, but the projection is "
+            f"{'' if is_stored else 'not '}one that is stored, such as 'svd'; the "
+            "state was made with other arguments: use the same projection as then, or "
+            "call init again"
         )
 
 

@@ -137,9 +137,9 @@ def matrix_axes(
             problem = f"some of the axes {axes} are missing there"
             raise ValueError(
                 f"{numbers} does not fit '{_tree.show(path)}' of shape {shape}: "
-                f"{problem if axes else 'for one side it names none at all'}; name "
-                "axes of the leaf for both sides, or give None for a leaf that is no "
-                "matrix"
+                f"{problem if axes else 'it names no axis for one of the sides'}; name "
+                "axes of the leaf for both sides, or give None for a leaf that is not "
+                "a matrix"
             )
         return tuple(int(axis) % len(shape) for axis in axes)
 

@@ -138,7 +138,7 @@ def limit_norm_growth(
         axes = resolve(weight_dimension_numbers, tree, with_vectors=True)
         for path, leaf in _tree.leaves_by_path(tree).items():
             if axes[path] is None:
-                # A leaf that is no matrix has one norm, taken over all its axes.
+                # A leaf that is not a matrix has one norm, over all its axes.
                 shape = jnp.shape(leaf)
                 axes[path] = MatrixAxes(shape, (), tuple(range(len(shape))), ())
         return cast(dict[_tree.Path, MatrixAxes], axes)

@@ -144,7 +144,7 @@ def test_rejects_untrainable_leaves(make, dtype):
         ((4, 6), ApolloDimensionNumbers(-3, 1), "missing"),
         ((6,), ApolloDimensionNumbers(), "missing"),
         ((), ApolloDimensionNumbers(), "missing"),
-        ((4, 6), ApolloDimensionNumbers((), 1), "none at all"),
+        ((4, 6), ApolloDimensionNumbers((), 1), "no axis for one of the sides"),
         ((4, 6), ApolloDimensionNumbers(0.0, 1), "ints"),
         ((4, 6), ApolloDimensionNumbers(("0",), 1), "ints"),
         ((4, 6), ApolloDimensionNumbers(None, 1), "ints"),
