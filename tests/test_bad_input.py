@@ -242,12 +242,12 @@ def test_rejects_state_of_other_settings():
         with pytest.raises(ValueError, match=message):
             other.update(PARAMS, state)
     with pytest.raises(
-        ValueError, match="holds no projections, and the projection is one"
+        ValueError, match="has no projections, but the projection is one"
     ):
         scale_by_apollo(2, projection="svd").update(PARAMS, state)
     svd = scale_by_apollo(2, projection="svd").init(PARAMS)
     with pytest.raises(
-        ValueError, match="holds projections, and the projection is not one"
+        ValueError, match="has projections, but the projection is not one"
     ):
         scale_by_apollo(2).update(PARAMS, svd)
 
