@@ -107,8 +107,8 @@ def scale_by_flattening(
 
       \begin{align*}
         Q_t &= \mathrm{orth}(X_t X_t^\top \mathrm{orth}(X_t \Omega_t)), \quad
-        B_t = Q_t^\top X_t, \quad
-        \tau_t^2 = (\|X_t\|^2 - \|B_t\|^2) / (m - r) \\
+        B_t = Q_t^\top X_t \\
+        \tau_t^2 &= (\|X_t\|^2 - \|B_t\|^2) / (m - r) \\
         F_t &= X_t + Q_t \big((B_t B_t^\top / \tau_t^2)^{(p-1)/2} - I\big) B_t
       \end{align*}
 

@@ -110,9 +110,8 @@ def scale_by_racs(
     .. math::
 
       \begin{align*}
-        s &\leftarrow H_t^\top q / \|q\|^2, \qquad
-        q \leftarrow H_t s / \|s\|^2, \qquad
-        (q, s) \leftarrow (q / \bar q,\, \bar q s)
+        s &\leftarrow H_t^\top q / \|q\|^2, \qquad q \leftarrow H_t s / \|s\|^2 \\
+        (q, s) &\leftarrow (q / \bar q,\, \bar q s)
           \quad \text{with } \bar q = \textstyle\sum_i q_i / m
       \end{align*}
 

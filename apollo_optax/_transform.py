@@ -63,21 +63,21 @@ def scale_by_apollo(
 
     Let :math:`G_t \in \mathbb{R}^{m \times n}` be the gradient of a matrix. Its smaller
     side, of size :math:`m`, is contracted, that is, projected away. The elements of the
-    other side, of size :math:`n`, are its channels. With rank :math:`r` and
+    other side, of size :math:`n`, are its channels. The projection
+    :math:`P_t \in \mathbb{R}^{r \times m}` of rank :math:`r` has random entries of mean
+    0 and variance :math:`1/r`, and is drawn anew every `update_proj_gap` steps. With
     :math:`a = \sqrt{\text{scale}}`:
 
     .. math::
 
       \begin{align*}
-        P_t &\in \mathbb{R}^{r \times m}, \quad \text{with random entries of mean 0 and
-          variance } 1/r \text{, drawn anew every update\_proj\_gap steps} \\
         R_t &= P_t G_t \\
         M_t &= \beta_1 M_{t-1} + (1-\beta_1) R_t, \quad
-        V_t = \beta_2 V_{t-1} + (1-\beta_2) R_t^2, \quad
-        N_t = M_t / (\sqrt{V_t} + \varepsilon) \\
+        V_t = \beta_2 V_{t-1} + (1-\beta_2) R_t^2 \\
+        N_t &= M_t / (\sqrt{V_t} + \varepsilon) \\
         s_j &= \|N_{t,:,j}\| / (\|R_{t,:,j}\| + 10^{-8})
-          \quad \text{(channel)}, \qquad
-        s = \|N_t\| / (\|R_t\| + 10^{-8}) \quad \text{(tensor)} \\
+          \quad \text{(channel)} \\
+        s &= \|N_t\| / (\|R_t\| + 10^{-8}) \quad \text{(tensor)} \\
         U_t &= a\, \mathrm{limit}(G_t\, \mathrm{diag}(s)) \\
         \text{update} &= \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\, U_t
       \end{align*}
