@@ -145,9 +145,9 @@ def apollo_mini(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""APOLLO-Mini: AdamW-level training at the memory of SGD.
+    r"""APOLLO-Mini: APOLLO of rank 1, at about the memory of SGD.
 
-    This is :func:`apollo` of rank 1 with one scaling factor per matrix. The state of a
+    This is :func:`apollo` with one scaling factor per matrix. The state of a
     matrix of sizes :math:`m \le n` is :math:`2n` numbers.
 
     Args:
