@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-memory bench-collectives bench-quality bench-finetune bench-spectra bench-variants integrations clean
+.PHONY: help train test test-slow torch tpu lint format docs docs-serve docs-links docs-check bench bench-step bench-traffic bench-memory bench-collectives bench-quality bench-finetune bench-spectra bench-variants integrations clean
 
-help:  ## what there is to make
+help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 $(BIN)/python:
@@ -42,68 +42,71 @@ $(VENV)/.tpu: $(VENV)/.test
 	@touch $@
 
 train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW, APOLLO-Mini and APOLLO-Zero side by side
-	$(BIN)/python -m examples.llama.compare --steps 500 --out $(OUT)
+	$(BIN)/python -m examples.llama.compare --steps 350 --out $(OUT)
 
-test: $(VENV)/.test  ## all tests that take seconds
+test: $(VENV)/.test  ## run all tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/.test  ## the tests that take minutes
+test-slow: $(VENV)/.test  ## run the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-torch: $(VENV)/.torch  ## PyTorch, Transformers and PEFT, which some tests and a benchmark compare with
+torch: $(VENV)/.torch  ## install PyTorch, Transformers and PEFT, which some tests and a benchmark compare with
 
-tpu: $(VENV)/.tpu  ## the TPU compiler, which needs no TPU; some tests and the memory planner use it
+tpu: $(VENV)/.tpu  ## install the TPU compiler, which needs no TPU; some tests and the memory planner use it
 
-lint: $(VENV)/.test  ## style and types
+lint: $(VENV)/.test  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/.test  ## write the style
+format: $(VENV)/.test  ## rewrite the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.docs  ## the documentation site in docs/_build/html; warnings are errors
-	rm -rf docs/_build/html docs/api/generated  # Pages of names that are gone would stay. Notebooks' outputs are kept.
+docs: $(VENV)/.docs  ## build the documentation site in docs/_build/html; warnings are errors
+	rm -rf docs/_build/html docs/api/generated  # Otherwise pages of removed names would stay. Notebooks' outputs are cached.
 	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet docs docs/_build/html
 
-docs-serve: docs  ## the site at http://localhost:8000
+docs-serve: docs  ## serve the site at http://localhost:8000
 	$(BIN)/python -m http.server --bind localhost --directory docs/_build/html 8000
 
-docs-links: $(VENV)/.docs  ## every link and anchor of the built site
+docs-links: $(VENV)/.docs  ## check every link and anchor of the built site
 	$(BIN)/python docs/check.py --links-only
 
-docs-check: $(VENV)/.docs  ## the same, and each page in headless Chromium, which has to be installed
+docs-check: $(VENV)/.docs  ## check links, and each page in headless Chromium, which has to be installed
 	$(BIN)/python docs/check.py
 
-bench: $(VENV)/.torch  ## the tables that README and docs quote
+bench: $(VENV)/.torch  ## print the state of optimizers, the import time and the throughput of pre-training; takes minutes
 	$(BIN)/python -m benchmarks.state_bytes
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.pretrain_throughput
 
-bench-step: $(VENV)/.bench-torch  ## the tables of docs/performance.md: a step of each optimizer, and the authors' release
+bench-step: $(VENV)/.bench-torch  ## print the CPU tables of docs/performance.md: a step of each optimizer, and the authors' release
 	$(BIN)/python -m benchmarks.optimizer_step --against-torch
 
-bench-memory: $(VENV)/.tpu  ## the tables of docs/memory.md; an hour, and goes on where it was cut off
+bench-traffic: $(VENV)/.tpu  ## print the bytes that each optimizer's step moves on a TPU, for docs/performance.md; takes half an hour
+	$(BIN)/python -m benchmarks.step_traffic
+
+bench-memory: $(VENV)/.tpu  ## print the tables of docs/memory.md; takes an hour, and continues after an interruption
 	$(BIN)/python -m benchmarks.memory
 
-bench-collectives: $(VENV)/.tpu  ## the table of docs/distributed.md; an hour
+bench-collectives: $(VENV)/.tpu  ## print the tables of docs/distributed.md; takes an hour
 	$(BIN)/python -m benchmarks.collectives
 
-bench-quality: $(VENV)/.test  ## each optimizer at its best rates, with three seeds; days, and goes on where it was cut off
+bench-quality: $(VENV)/.test  ## compare optimizers at their best rates, with three seeds; takes days, and continues after an interruption
 	$(BIN)/python -m benchmarks.rate_search
 
-bench-finetune: $(VENV)/.test  ## fine-tuning by each optimizer, at five rates and with two seeds; two hours, and goes on where it was cut off
+bench-finetune: $(VENV)/.test  ## fine-tune with each optimizer, at five rates and with two seeds; takes two hours, and continues after an interruption
 	$(BIN)/python -m benchmarks.finetune_quality
 
-bench-spectra: $(VENV)/.test  ## what optimizers make of the same gradients: the figure and a table of docs/how-it-works.md; minutes
+bench-spectra: $(VENV)/.test  ## compare the updates that optimizers make of the same gradients, for docs/how-it-works.md; takes minutes
 	$(BIN)/python -m benchmarks.spectra
 
-bench-variants: $(VENV)/.test  ## what Mini's limiter costs and a momentum brings, for docs/how-it-works.md; an hour, and goes on where it was cut off
+bench-variants: $(VENV)/.test  ## train variants of APOLLO-Mini's limiter and of APOLLO-Zero's momentum, for docs/how-it-works.md; takes an hour, and continues after an interruption
 	$(BIN)/python -m benchmarks.variants
 
-integrations: | $(BIN)/python  ## the optimizer inside MaxText, Flax, Tunix, Equinox and Haliax; minutes each, see integrations/README.md
+integrations: | $(BIN)/python  ## run the optimizer inside MaxText, Flax, Tunix, Equinox and Haliax; takes minutes each, see integrations/README.md
 	$(BIN)/python -m integrations
 
-clean:  ## remove the virtual environment and what runs wrote
+clean:  ## remove virtual environments, runs and the built site
 	rm -rf $(VENV) runs integrations/.envs docs/_build docs/api/generated

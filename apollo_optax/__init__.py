@@ -1,4 +1,4 @@
-"""APOLLO as Optax transformations: SGD-like memory, AdamW-level performance."""
+"""APOLLO as Optax transformations, with a fraction of AdamW's optimizer memory."""
 
 from apollo_optax._alias import apollo, apollo_mini, apollo_zero, racs
 from apollo_optax._dimension_numbers import (

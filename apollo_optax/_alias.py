@@ -145,9 +145,9 @@ def apollo_mini(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""APOLLO-Mini: AdamW-level training at the memory of SGD.
+    r"""APOLLO-Mini: APOLLO of rank 1, at about the memory of SGD.
 
-    This is :func:`apollo` of rank 1 with one scaling factor per matrix. The state of a
+    This is :func:`apollo` with one scaling factor per matrix. The state of a
     matrix of sizes :math:`m \le n` is :math:`2n` numbers.
 
     Args:
@@ -165,7 +165,7 @@ def apollo_mini(
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
         least 1; None switches the limiter off.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
-        after it, as the paper does for models of 60 and 130 million parameters.
+        after it. The paper does so for models of 60 and 130 million parameters.
       projection: ``"rademacher"``, ``"random"``, ``"svd"`` or a function
         ``(key, (r, m)) -> P``.
       key: an int seed or a JAX key, for the random projections.
@@ -243,8 +243,8 @@ def racs(
       mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
         or a callable that returns one for the parameters.
       b: decay rate of the averages of a matrix's factors.
-      iterations: rounds in a step in which the factors of rows and columns are computed
-        from each other.
+      iterations: rounds per step. Each round computes the factors of the columns from
+        those of the rows, and then the factors of the rows from those of the columns.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
         least 1; None switches the limiter off.
       b1: decay rate of the first moment of leaves under Adam.
@@ -270,7 +270,7 @@ def racs(
       >>> state[0].row["kernel"].shape, state[0].column["kernel"].shape
       ((512,), (1376,))
 
-      With ``inject_hyperparams``, which must not make an array of `iterations`:
+      With ``inject_hyperparams``, where `iterations` must be static:
 
       >>> tx = optax.inject_hyperparams(
       ...     apollo_optax.racs, static_args="iterations", hyperparam_dtype=jnp.float32
@@ -313,10 +313,11 @@ def apollo_zero(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""APOLLO-Zero: no state for matrices.
+    r"""APOLLO-Zero: training without optimizer state for matrices.
 
-    A matrix's update is its gradient with rows and columns evened out and its spectrum
-    flattened. See :func:`scale_by_flattening` for the algorithm.
+    The update of a matrix is its gradient with normalized rows and columns and a
+    flattened spectrum. This algorithm is this library's own, not the paper's. See
+    :func:`scale_by_flattening` for its equations.
 
     Args:
       learning_rate: a fixed value or a schedule. Start near AdamW's rate, 1e-3 to 2e-3
@@ -327,12 +328,12 @@ def apollo_zero(
         or a callable that returns one for the parameters.
       power: the power of the singular values, in [0, 1).
       method: ``"low_rank"``, ``"newton_schulz"`` or ``"exact"``.
-      rank: the rank of the random projection of ``"low_rank"``; an eighth of the
-        smaller side of each matrix by default.
+      rank: the rank of the random projection of ``"low_rank"``; by default an eighth of
+        the smaller side of each matrix.
       key: an int seed or a JAX key, for the random projections.
       b1: decay rate of the first moment of the leaves under Adam.
-      b2: decay rate of their second moment.
-      eps: added to their denominator.
+      b2: decay rate of the second moment of the leaves under Adam.
+      eps: added to the denominator of the leaves under Adam.
       weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other
         than 2-D kernels.
       moment_dtype: dtype of both moments of the leaves under Adam. The default is

@@ -253,7 +253,7 @@ def _draw_into(
     matrix: Matrix,
     is_small: bool,
 ) -> jax.Array:
-    """Draws for leaves in a row, from the `first` on, in the memory of `drawn`."""
+    """Draws for consecutive leaves from the `first` on, in the memory of `drawn`."""
 
     def draw(keys: jax.Array) -> jax.Array:
         return draw_one(matrix, keys)

@@ -3,9 +3,11 @@
 Frameworks such as MaxText read the sharding of an optimizer's state off the metadata of
 its boxes, and replicate what has none. Optax's transformations hand the parameters'
 boxes on to their moments. So does this library, with the names of the axes that a
-moment has. Flax is never imported: boxes are known and copied by their own methods.
+moment has. Flax is never imported: boxes are recognised and copied by their own
+methods.
 
-A name is that of a mesh axis, or a logical one, which rules translate into mesh axes.
+A name is either the name of a mesh axis or a logical name, which rules translate into
+mesh axes.
 """
 
 import math
@@ -117,7 +119,7 @@ def _is_nnx(box: Any) -> bool:
 
 
 def _metadata(box: Any) -> Mapping[str, Any]:
-    """A box's metadata under NNX's keys, of which Linen calls two otherwise."""
+    """A box's metadata under NNX's keys; Linen has other names for two of them."""
     if _is_nnx(box):
         return box.get_metadata()
     keys = {"out_sharding": "names", "sharding_rules": "rules", "mesh": "mesh"}

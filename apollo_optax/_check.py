@@ -32,7 +32,7 @@ def _is_array(value: Any) -> bool:
 
 
 def positive_int(name: str, value: Any, remedy: str = _IN_STATIC_ARGS) -> None:
-    """Checks an argument that has the `remedy` under ``inject_hyperparams``."""
+    """Checks an argument; `remedy` says what to do under ``inject_hyperparams``."""
     if _is_array(value):
         raise TypeError(
             f"{name} must be a Python int, got an array ({value!r}): "
@@ -200,12 +200,12 @@ def state_class(state: Any, expected: type[Any]) -> None:
 
 def stored_projection(is_stored: bool, projection: Any) -> None:
     if is_stored != (projection is not None):
-        holds = "no projections" if is_stored else "projections"
+        found = "no projections" if is_stored else "projections"
         raise ValueError(
-            f"the state holds {holds}, and the projection is "
-            f"{'' if is_stored else 'not '}one that is stored, as 'svd' is; the state "
-            "was made with other arguments: use the same projection as then, or call "
-            "init again"
+            f"the state has {found}, but the projection is "
+            f"{'' if is_stored else 'not '}one that is stored, such as 'svd'; the "
+            "state was made with other arguments: use the same projection as then, or "
+            "call init again"
         )
 
 

@@ -137,9 +137,9 @@ def matrix_axes(
             problem = f"some of the axes {axes} are missing there"
             raise ValueError(
                 f"{numbers} does not fit '{_tree.show(path)}' of shape {shape}: "
-                f"{problem if axes else 'for one side it names none at all'}; name "
-                "axes of the leaf for both sides, or give None for a leaf that is no "
-                "matrix"
+                f"{problem if axes else 'it names no axis for one of the sides'}; name "
+                "axes of the leaf for both sides, or give None for a leaf that is not "
+                "a matrix"
             )
         return tuple(int(axis) % len(shape) for axis in axes)
 
@@ -196,10 +196,11 @@ def dimension_numbers_by_path(
     Args:
       rules: pairs of a regular expression and the :class:`ApolloDimensionNumbers` of
         the leaves whose path it matches (``re.search``), or None to give these leaves
-        to Adam. Paths read ``decoder/layers/mlp/wi/kernel``, without the names of
-        Flax's boxes. An array inside a node of one child, such as a named array, has
-        the path ``bias/0`` and matches as ``bias`` too. The first match counts. Leaves
-        that no rule matches get the default rule of :func:`scale_by_apollo`.
+        to Adam. A path looks like ``decoder/layers/mlp/wi/kernel``, without the names
+        of Flax's boxes. An array in a node with a single child, such as a named array,
+        has a path like ``bias/0``, and matches as ``bias`` too. The first rule that
+        matches counts. Leaves that no rule matches get the default rule of
+        :func:`scale_by_apollo`.
 
     Returns:
       A callable for the argument `weight_dimension_numbers`.
@@ -208,7 +209,7 @@ def dimension_numbers_by_path(
       TypeError: for a rule that is not such a pair.
       ValueError: for an invalid regular expression. When the callable is called, for
         kernels of three or more axes that no rule matches, since the default rule can't
-        know their axes. The message prints a rule for them.
+        know their axes. The message suggests a rule for them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -249,7 +250,7 @@ def dimension_numbers_by_path(
 def _compiled(
     rules: Sequence[tuple[str, ApolloDimensionNumbers | None]],
 ) -> list[tuple[re.Pattern[str], ApolloDimensionNumbers | None]]:
-    """The rules with compiled patterns; raises for a rule that is no valid pair."""
+    """The rules with compiled patterns; raises for a rule that is not a valid pair."""
     compiled = []
     for rule in rules:
         is_pair = isinstance(rule, tuple) and len(rule) == 2
@@ -310,17 +311,17 @@ def _literal(pattern: str) -> str:
 def dimension_numbers_from(tree: Any) -> Any:
     """Converts the dimension numbers of Optax's Muon or GaLore.
 
-    The objects are known by their fields `reduction_axis` and `output_axis`, which mean
-    the same here, so those of a framework's own Muon can be passed as well.
+    The objects are recognised by their fields `reduction_axis` and `output_axis`, which
+    mean the same here. So the objects of a framework's own Muon work as well.
 
     Args:
-      tree: what ``optax.contrib.muon`` takes as `muon_weight_dimension_numbers`, or
-        ``optax.contrib.scale_by_galore`` as `weight_dimension_numbers`. That is a
-        pytree of ``MuonDimensionNumbers`` or ``GaLoreDimensionNumbers`` in the
-        structure of the parameters or of a prefix of it, a callable from the parameters
-        to such a pytree, one such object for every leaf of two or more axes, or None
+      tree: the argument `muon_weight_dimension_numbers` of ``optax.contrib.muon``, or
+        `weight_dimension_numbers` of ``optax.contrib.scale_by_galore``. It is one of:
+        a pytree of ``MuonDimensionNumbers`` or ``GaLoreDimensionNumbers`` in the
+        structure of the parameters or of a prefix of it; a callable from the parameters
+        to such a pytree; one such object for every leaf of two or more axes; or None
         for every leaf of two axes. Leaves under None and ``optax.MaskedNode`` are given
-        to Adam. Flax's boxes are looked through.
+        to Adam. Flax's boxes are ignored.
 
     Returns:
       A value for the argument `weight_dimension_numbers`: a pytree like `tree` without
@@ -329,8 +330,8 @@ def dimension_numbers_from(tree: Any) -> Any:
       Muon's gives embeddings and output heads to Adam.
 
     Raises:
-      TypeError: if `tree` holds something else than such objects and None. If `tree` is
-        a callable, this is raised when the result is called.
+      TypeError: if `tree` contains anything other than such objects and None. If `tree`
+        is a callable, this is raised when the result is called.
 
     Examples:
       >>> import optax
@@ -435,11 +436,11 @@ def resolve(
     *,
     with_vectors: bool = False,
 ) -> dict[_tree.Path, MatrixAxes | None]:
-    """The axes of each leaf of `tree` by path; None for a leaf that is no matrix.
+    """The axes of each leaf of `tree` by path; None for a leaf that is not a matrix.
 
-    A matrix with a side of 1 is a vector, so it is none either. Its projection would be
-    one random number ``p``, and the update Adam's times ``1 / |p|``. `with_vectors`
-    gives the axes of such leaves too.
+    A matrix with a side of 1 counts as a vector, so it gets None too. Its projection
+    would be one random number ``p``, and its update that of Adam times ``1 / |p|``.
+    `with_vectors` gives the axes of such leaves as well.
     """
     leaves = _tree.leaves_by_path(tree)
     # Optax's placeholder trees have no leaves, and a caller's callable can't take them.

@@ -1,8 +1,8 @@
 """APOLLO-Zero: a gradient with an evened-out spectrum, and no state for matrices.
 
 A matrix's gradient has a few directions that are far larger than the others. AdamW and
-Muon even them out by moments as large as the matrix. Here it is done by linear algebra
-on the gradient of one step (see :mod:`apollo_optax._spectrum`).
+Muon even them out, with moments as large as the matrix. Here, linear algebra on the
+gradient of one step does that (see :mod:`apollo_optax._spectrum`).
 """
 
 import dataclasses
@@ -38,8 +38,9 @@ SIDE_PER_RANK = 8
 class ScaleByFlatteningState(NamedTuple):
     """State of :func:`scale_by_flattening`, the same for all its methods.
 
-    Matrices have no state. In their place there is an ``optax.MaskedNode``. Other
-    arrays are in a Flax box if the parameter's box says how to shard the parameter.
+    Matrices have no state: `mu` and `nu` have an ``optax.MaskedNode`` in their place.
+    Other arrays are in a Flax box if the parameter's box says how to shard the
+    parameter.
 
     Attributes:
       count: steps taken; an int32 scalar.
@@ -98,23 +99,24 @@ def scale_by_flattening(
       \end{align*}
 
     With ``method="low_rank"``, a random projection :math:`\Omega_t` of rank :math:`r`
-    finds the largest singular values, and only those are flattened, to the level
-    :math:`\tau` of the :math:`m - r` others. With :math:`m` the size of the smaller
-    side, which is that of the rows of :math:`X_t` here, transposed if need be:
+    finds the largest singular values. Only those are flattened, to the level
+    :math:`\tau` of the :math:`m - r` others, where :math:`m` is the size of the smaller
+    side. If the smaller side is not that of the rows, :math:`X_t` is transposed first:
 
     .. math::
 
       \begin{align*}
         Q_t &= \mathrm{orth}(X_t X_t^\top \mathrm{orth}(X_t \Omega_t)), \quad
-        B_t = Q_t^\top X_t, \quad
-        \tau_t^2 = (\|X_t\|^2 - \|B_t\|^2) / (m - r) \\
+        B_t = Q_t^\top X_t \\
+        \tau_t^2 &= (\|X_t\|^2 - \|B_t\|^2) / (m - r) \\
         F_t &= X_t + Q_t \big((B_t B_t^\top / \tau_t^2)^{(p-1)/2} - I\big) B_t
       \end{align*}
 
-    There is no momentum, and a matrix has no state: nothing is remembered but the count
-    of steps and the key of :math:`\Omega_t`, which is drawn anew in every step. The
-    update of a matrix has the same size in every step, as Adam's has about, so that
-    learning rates are near Adam's. A gradient of zero gives an update of zero.
+    There is no momentum, and a matrix has no state. Besides the moments of the leaves
+    under Adam, the state is the count of steps and the key for :math:`\Omega_t`, which
+    is drawn anew in every step. The update of a matrix has the same root mean square in
+    every step. Adam's updates have about the same size in every step too, so learning
+    rates are near Adam's. A gradient of zero gives an update of zero.
 
     All other leaves (vectors, scalars, embeddings, the output head) get the update of
     :func:`optax.scale_by_adam`. This transformation is a drop-in replacement for
@@ -122,21 +124,21 @@ def scale_by_flattening(
     gradients.
 
     Args:
-      power: the power :math:`p` of the singular values, in [0, 1). 1 would
-        leave the spectrum as it is, and 0 makes all singular values equal, except that
-        ``"low_rank"`` makes the largest ones equal to the level of the others.
+      power: the power :math:`p` of the singular values, in [0, 1). A power of 1 would
+        leave the spectrum as it is. A power of 0 makes all singular values equal, or,
+        with ``"low_rank"``, makes the largest ones equal to the level of the others.
       method: ``"low_rank"``, which takes about ``10 * m * n * rank`` operations;
         ``"newton_schulz"``, a polynomial of :math:`X_t X_t^\top` with errors of a few
         percent (see below); or ``"exact"``, an eigendecomposition of
         :math:`X_t X_t^\top`, which is slow on accelerators.
-      rank: the rank of ``"low_rank"``, for no other method. The default is an eighth of
-        the smaller side of each matrix, at least 1. A rank of half of that side or more
-        would cost more than ``"exact"``, which is used there.
+      rank: the rank of ``"low_rank"``; the other methods take none. The default is an
+        eighth of the smaller side of each matrix, at least 1. If the rank is half of
+        that side or more, ``"exact"`` is used instead, because it costs less.
       key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or
         raw.
       b1: decay rate of the first moment of the leaves under Adam, in [0, 1).
-      b2: decay rate of their second moment, in [0, 1).
-      eps: added to their denominator.
+      b2: decay rate of the second moment of the leaves under Adam, in [0, 1).
+      eps: added to the denominator of the leaves under Adam.
       weight_dimension_numbers: which axes of a leaf form a matrix, as for
         :func:`scale_by_apollo`. Rows are the elements of `reduction_axis`, columns
         those of `output_axis`. A matrix with a side of 1 is a vector, and gets Adam.
@@ -145,14 +147,14 @@ def scale_by_flattening(
 
     ``"newton_schulz"`` is a weighted sum of the six iterates of Muon's Newton-Schulz
     steps, with weights that are fitted to :math:`\sigma^p`. For singular values of at
-    least a thousandth of the norm of the spectrum its error is at most 6% at
+    least a thousandth of the norm of the spectrum, the error is at most 6% at
     ``power=0.5`` and at most 17% at ``power=0``.
 
-    On a mesh, ``"low_rank"`` sends ``n * rank`` numbers per matrix twice where the
-    smaller side is sharded, and ``m * rank`` numbers twice where the other one is. It
-    never sends the gradient. The other methods send one Gram matrix of the smaller side
-    where the mesh shards the other side. Where it shards the smaller one, they gather
-    the gradient.
+    On a mesh, ``"low_rank"`` sends ``n * rank`` numbers per matrix twice if the smaller
+    side is sharded, and ``m * rank`` numbers twice if the larger side is. It never
+    sends the gradient. The other methods send one Gram matrix of the smaller side if
+    the larger side is sharded. If the smaller side is sharded, they gather the
+    gradient.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with

@@ -42,10 +42,10 @@ RunLayer = Callable[[Leaves, Any, Any], tuple[Any, Any]]
 
 
 class LayerwiseMetrics(NamedTuple):
-    """What a layer-wise step reports beside the new parameters and state; scalars.
+    """Scalars that a layer-wise step returns besides the new parameters and state.
 
     Attributes:
-      loss: the loss before the update, with the layers' auxiliary losses.
+      loss: the loss before the update, including the layers' auxiliary losses.
       grad_norm: the Euclidean norm of the gradients of all parameters. It is known only
         once all parameters are updated, so an optimizer can't clip by it.
     """
@@ -91,16 +91,16 @@ def layerwise_step(
       tx: any Optax transformation that treats leaves, and the layers of a stacked leaf,
         separately. The layers of a leaf come to its ``update`` one by one, as
         ``(1, ...)`` slices, with the layer's number as the extra argument
-        `batch_index`. Of the transformations that do not treat them separately, those
-        whose state shows it are rejected: ``MultiSteps``, ``apply_if_finite``, the
-        factored moments of ``optax.adafactor``. The others compute different updates
+        `batch_index`. A transformation that mixes layers is rejected if its state shows
+        it: ``MultiSteps``, ``apply_if_finite``, the factored moments of
+        ``optax.adafactor``. The others compute different updates
         **without an error**: ``clip_by_global_norm``, ``adaptive_grad_clip``,
         ``clip_by_block_rms``, ``scale_by_param_block_norm``,
         ``scale_by_param_block_rms``, ``scale_by_trust_ratio`` and
         ``normalize_by_update_norm``, which take norms over a whole leaf or tree;
-        ``optax.contrib.muon``, unless its ``muon_weight_dimension_numbers`` say that
-        the layers' axis is no axis of a matrix, for stacked vectors too; ``add_noise``,
-        which gives every layer the same noise. The norm-growth limiter of
+        ``optax.contrib.muon``, unless its ``muon_weight_dimension_numbers`` exclude the
+        layers' axis from every matrix, also for stacked vectors; ``add_noise``, which
+        gives every layer the same noise. The norm-growth limiter of
         :func:`scale_by_apollo` replaces clipping and acts on each layer alone.
       layers: the path of the stack in the parameters, such as ``"layers"`` or
         ``"decoder/layers"``. The leading axis of every leaf in it is the number of
@@ -121,12 +121,12 @@ def layerwise_step(
         there: each layer is fetched while the previous one is computed, and is written
         back.
       * `opt_state` is ``tx.init(dequantize(params))``.
-      * `key` is a JAX key, another one for each step. With it, bfloat16 weights are
+      * `key` is a JAX key, a different one for each step. With it, bfloat16 weights are
         rounded stochastically (see :func:`apply_updates_stochastic`). Without it, they
         are rounded to nearest. Weights in int8 require it.
-      * `per_layer` is a tree of arrays whose leading axis is the number of layers.
-        `layer` gets its row as `constants`: window sizes, or dropout keys
-        (``jax.random.split(key, L)``).
+      * `per_layer` is a tree of arrays whose leading axis is the number of layers. Each
+        layer gets its own row as `constants`. Use it for window sizes or dropout keys
+        (``jax.random.split(key, L)``), for example.
 
     Raises:
       TypeError: if `layers` is not a string.
@@ -202,7 +202,7 @@ def layerwise_apply(
     layers: str = "layers",
     has_aux_loss: bool = False,
 ) -> Callable[..., Any]:
-    """Builds the forward pass of :func:`layerwise_step` alone, for evaluation.
+    """Builds only the forward pass of :func:`layerwise_step`, for evaluation.
 
     Layers are dequantized, and fetched from host memory, one at a time.
 

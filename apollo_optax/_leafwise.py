@@ -1,8 +1,9 @@
 """A transformation that updates each leaf by itself.
 
-Matrices are updated by an algorithm such as APOLLO, and all other leaves by Adam. What
-every such algorithm needs is here: dimension numbers, checks of leaves, Adam, Flax's
-boxes, the count of steps and the trees of the state. The algorithm is functions.
+Matrices are updated by an algorithm such as APOLLO, and all other leaves by Adam. This
+module has everything that these algorithms share: dimension numbers, checks of leaves,
+Adam, Flax's boxes, the count of steps and the trees of the state. An algorithm is a set
+of functions that are passed in.
 """
 
 from collections.abc import Callable, Mapping
@@ -66,7 +67,7 @@ def leafwise(
     check_matrices: CheckMatrices = lambda matrices: None,
     check_state: Callable[[Any], None] = lambda state: None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes a transformation of an algorithm for matrices.
+    """Makes a transformation from an algorithm for matrices.
 
     Args:
       state_class: a NamedTuple with a `count` of steps. Its other fields are annotated
@@ -74,7 +75,7 @@ def leafwise(
       update_matrices: the algorithm, from the leaves that are matrices to the update
         and the new state of each, by path.
       adam: the hyperparameters of all other leaves.
-      rank: of the matrices.
+      rank: the rank that the matrices are projected to.
       weight_dimension_numbers: which axes of a leaf form a matrix.
       moment_dtype: dtype of the fields that are moments; None for the default.
       with_optional: whether the state has the fields with a default.

@@ -38,16 +38,15 @@ def limit_norm(
 
     Only norms that are finite and not zero are remembered. Nothing is limited before
     the first of them. A zero update, such as that of an expert that saw no token,
-    leaves :math:`q` as it is. So does an update that is small only because constants
-    such as Adam's :math:`\varepsilon` decide it: its norm says nothing about the norms
-    to come.
+    leaves :math:`q` as it is. So does an update that is small only because of constants
+    such as Adam's :math:`\varepsilon`, since its norm says nothing about later norms.
 
     Args:
       norm: :math:`|U|`, of any shape.
       remembered: :math:`q`, of the same shape; 0 before the first norm is remembered.
       norm_growth_limit: :math:`g \ge 1`.
-      share: the ratio of :math:`|U|` to what it would be without these constants, of
-        the same shape. Below ``LEAST_SHARE`` the norm is not remembered.
+      share: the ratio of :math:`|U|` to the norm without these constants, of the same
+        shape. If it is below ``LEAST_SHARE``, the norm is not remembered.
 
     Returns:
       The factor to multiply the update by, and the norm to remember.
@@ -65,9 +64,10 @@ class LimitNormGrowthState(NamedTuple):
     """State of :func:`limit_norm_growth`.
 
     Attributes:
-      norm: the remembered norms, 0 where none is, in a tree of the parameters'
-        structure. A leaf has the sizes of its batch axes, so a leaf that is no matrix
-        has a scalar. The dtype is float32, or float64 for float64 leaves.
+      norm: the remembered norms, 0 where there is none yet, in a tree of the
+        parameters' structure. A matrix has one norm per element of its batch axes, and
+        any other leaf has a scalar. The dtype is float32, or float64 for float64
+        leaves.
     """
 
     norm: optax.Updates
@@ -88,16 +88,18 @@ def limit_norm_growth(
     :func:`scale_by_apollo` has this limiter built in. This transformation is the same
     limiter for other pipelines. Put it after the transformation whose output it limits.
 
-    It sees norms only. An update that is tiny because Adam's `eps` exceeds the gradient
-    is remembered like any other, and holds back the updates that follow for hundreds of
-    steps. :func:`scale_by_apollo` knows such norms and does not remember them. Here,
-    start without a warm-up from zero, or with gradients well above `eps`.
+    This transformation sees norms only. An update that is tiny because Adam's `eps`
+    exceeds the gradient is remembered like any other, and holds back the following
+    updates for hundreds of steps. :func:`scale_by_apollo` recognises such norms and
+    does not remember them. Here, start without a warm-up from zero, or with gradients
+    well above `eps`.
 
     Args:
       norm_growth_limit: largest ratio of two successive norms, at least 1; infinity
         limits nothing.
       weight_dimension_numbers: as in :func:`scale_by_apollo`. Only the batch axes
-        matter here. A leaf that is no matrix is limited by the norm of the whole leaf.
+        matter here. A leaf that is not a matrix is limited by the norm of the whole
+        leaf.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`LimitNormGrowthState`.
@@ -136,7 +138,7 @@ def limit_norm_growth(
         axes = resolve(weight_dimension_numbers, tree, with_vectors=True)
         for path, leaf in _tree.leaves_by_path(tree).items():
             if axes[path] is None:
-                # A leaf that is no matrix has one norm, taken over all its axes.
+                # A leaf that is not a matrix has one norm, over all its axes.
                 shape = jnp.shape(leaf)
                 axes[path] = MatrixAxes(shape, (), tuple(range(len(shape))), ())
         return cast(dict[_tree.Path, MatrixAxes], axes)

@@ -43,10 +43,10 @@ class Matrix:
 
     Attributes:
       axes: which axes of the leaf are batch, contracted and channel.
-      sharding: where the leaf is; None where that is not known. Under ``jit`` it is the
-        sharding in the type, known under explicit sharding only.
-      dtype: what moments, norms and factors are computed in.
-      rank: of the projection, clipped to ``m``; 0 where nothing is projected.
+      sharding: the leaf's sharding; None if it is not known. Under ``jit`` it is the
+        sharding in the type, which is known under explicit sharding only.
+      dtype: the dtype in which moments, norms and factors are computed.
+      rank: the rank of the projection, clipped to ``m``; 0 if nothing is projected.
       is_on_one_device: whether the leaf is known to be on a single device.
     """
 
@@ -109,24 +109,24 @@ class Matrix:
 
     @property
     def norm_sharding(self) -> NamedSharding | None:
-        """Of an array ``(*batch,)``: along with the leaf's batch axes."""
+        """The sharding of ``(*batch,)``, that of the leaf's batch axes."""
         return _sharding.sharding_of_axes(self.sharding, self.axes.batch)
 
     @property
     def projection_sharding(self) -> NamedSharding | None:
-        """Of ``(*batch, r, *contracted)``: a device has the part it multiplies with."""
+        """The sharding of ``(*batch, r, *contracted)``, that of the leaf's axes."""
         axes = (*self.axes.batch, None, *self.axes.contracted)
         return _sharding.sharding_of_axes(self.sharding, axes)
 
     @property
     def moment_sharding(self) -> NamedSharding | None:
-        """Of ``(*batch, r, *channel)``: over the same devices as the leaf.
+        """The sharding of ``(*batch, r, *channel)``, over the leaf's devices.
 
-        Mesh axes that shard the batch or the channel side stay where they are. Those
-        that shard the contracted side, which a moment does not have, move to the
-        channel side, so that the sum of partial projections can be a reduce-scatter.
-        They move to the rank axis where the channel size does not divide, and are
-        dropped, the moment replicated over them, where neither does.
+        Mesh axes that shard the batch or the channel side stay there. A moment does not
+        have the contracted side, so mesh axes that shard it move to the channel side,
+        and the sum of partial projections can be a reduce-scatter. If the channel size
+        is not divisible, they move to the rank axis. If the rank is not divisible
+        either, the moment is replicated over them.
         """
         if self.sharding is None:
             return None

@@ -134,16 +134,17 @@ def quantize(
 
     Args:
       array: real floating-point, with two or more axes (or one, if `axis` is given).
-      axis: the axis along which neighbours form a group. The default is the last but
-        one, the inputs of Flax's ``(in, out)`` kernels, so that neighbouring weights in
-        memory have neighbouring scales. If the array's ``NamedSharding`` splits that
-        axis within a group, the default is the last axis, unless that is split within a
-        group too: 11008 is 86 groups, which two devices can share and four can't.
-        (Inside ``jit`` under automatic sharding, the sharding is unknown; pass `axis`
-        there.) It must not be the axis of layers if the stack is to be sliced.
+      axis: the axis along which neighbours form a group. The default is the second to
+        last axis, the inputs of Flax's ``(in, out)`` kernels, so that neighbouring
+        weights in memory have neighbouring scales. If the array's ``NamedSharding``
+        splits that axis within a group, the default is the last axis, unless that is
+        split within a group too. For example, 11008 is 86 groups of 128, which two
+        devices can share and four can't. (Inside ``jit`` under automatic sharding, the
+        sharding is unknown; pass `axis` there.) It must not be the axis of layers if
+        the stack is to be sliced.
       group_size: neighbours per scale, a multiple of 8. With 128, an int8 weight takes
-        1.023 bytes. A longer axis that is not a multiple of it takes the space of the
-        next multiple.
+        1.023 bytes. An axis that is longer than a group, and not a multiple of it, is
+        padded to the next multiple.
       key: None rounds to nearest. A JAX key, typed or raw, rounds up with a probability
         equal to the remaining fraction of a step, so that the expectation is the
         weight, to within :math:`2^{-17}` of a step.
@@ -234,7 +235,7 @@ def apply_updates_stochastic(
     dtypes. Updates are added in float32 and the sums are rounded so that their
     expectation is exact. A sum that is a fraction :math:`f` of a step above a
     representable value is rounded up with probability :math:`f`, and otherwise down. A
-    bfloat16 weight that is not finite stays what it is.
+    bfloat16 weight that is not finite stays as it is.
 
     An int8 group keeps its scale and zero point as long as the new weights fit its
     range and use at least half of it. Otherwise it gets a new scale and zero point, as
@@ -248,7 +249,7 @@ def apply_updates_stochastic(
     Args:
       params: the parameters; a :class:`QuantizedArray` is one leaf.
       updates: arrays of the parameters' shapes at the same paths.
-      key: a JAX key, typed or raw, another one for each step:
+      key: a JAX key, typed or raw, a different one for each step:
         ``jax.random.fold_in(key, step)``.
       batch_index: the index of the first layer, if the leaves are slices of
         layer-stacked leaves that keep the layer axis at size 1 (or a few layers).

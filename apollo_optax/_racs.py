@@ -44,24 +44,25 @@ NORM = dataclasses.replace(_state.NORM, only_matrices=True)
 
 
 class ScaleByRacsState(NamedTuple):
-    """State of :func:`scale_by_racs`: arrays, in trees like the parameters.
+    """State of :func:`scale_by_racs`.
 
-    A tree has an ``optax.MaskedNode`` in the place of a leaf without that field. An
-    array is in a Flax box if the parameter's box says how to shard the parameter.
+    All fields but `count` are trees in the structure of the parameters. A field that a
+    leaf does not have is an ``optax.MaskedNode`` there. An array is in a Flax box if
+    the parameter's box says how to shard the parameter.
 
-    Shapes: for a matrix ``batch`` are the sizes of its batch axes, ``contracted`` those
-    of its smaller side, which has the rows, and ``channel`` those of the other side,
-    which has the columns.
+    In the shapes below, ``batch`` stands for the sizes of a matrix's batch axes,
+    ``contracted`` for those of its smaller side, which has the rows, and ``channel``
+    for those of the other side, which has the columns.
 
     Attributes:
       count: steps taken; an int32 scalar.
-      mu: first moments of leaves that are no matrices, of the leaf's shape.
+      mu: first moments of leaves that are not matrices, of the leaf's shape.
       nu: second moments of the same leaves.
       row: the averaged factors ``q`` of a matrix's rows, ``(*batch, *contracted)``. The
-        mean of a matrix's factors is 1; all are 0 before its first gradient.
+        mean of a matrix's factors is 1. All are 0 before its first gradient.
       column: the square roots of the averaged factors ``s`` of its columns,
         ``(*batch, *channel)``, in the gradient's units.
-      norm: the limiter's remembered norms, ``batch``, 0 where none is.
+      norm: the norms that the limiter remembers, ``batch``, 0 where there is none yet.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -102,20 +103,19 @@ def scale_by_racs(
 
     Let :math:`G_t \in \mathbb{R}^{m \times n}` be the gradient of a matrix and
     :math:`H_t = G_t \odot G_t`. A factor for each row, :math:`q \in \mathbb{R}^m`, and
-    one for each column, :math:`s \in \mathbb{R}^n`, are found so that
-    :math:`q s^\top` is near :math:`H_t`. From :math:`q = q_{t-1}`, or 1 in the first
-    step, `iterations` times:
+    one for each column, :math:`s \in \mathbb{R}^n`, are computed such that
+    :math:`q s^\top` approximates :math:`H_t`. Start from :math:`q = q_{t-1}`, or from 1
+    in the first step, and repeat `iterations` times:
 
     .. math::
 
       \begin{align*}
-        s &\leftarrow H_t^\top q / \|q\|^2, \qquad
-        q \leftarrow H_t s / \|s\|^2, \qquad
-        (q, s) \leftarrow (q / \bar q,\, \bar q s)
+        s &\leftarrow H_t^\top q / \|q\|^2, \qquad q \leftarrow H_t s / \|s\|^2 \\
+        (q, s) &\leftarrow (q / \bar q,\, \bar q s)
           \quad \text{with } \bar q = \textstyle\sum_i q_i / m
       \end{align*}
 
-    Then, with moving averages of both:
+    Then take moving averages of both:
 
     .. math::
 
@@ -131,30 +131,29 @@ def scale_by_racs(
     transformation is a drop-in replacement for ``scale_by_adam``: it applies no
     learning rate, and its updates have the sign of the gradients.
 
-    The paper takes five rounds from :math:`q = 1` in each step. Here a step goes on
-    from the factors of the step before, so that one round is enough. A step with one
-    round reads the gradient five times, and a step with five rounds thirteen times.
+    The paper takes five rounds from :math:`q = 1` in each step. Here, each step starts
+    from the factors of the previous step, so one round is enough. A step with one round
+    reads the gradient five times, and a step with five rounds reads it thirteen times.
 
-    What the paper leaves open is decided so:
+    The paper leaves some details open. This implementation decides them as follows:
 
-    * The first factors of a matrix are taken whole, and later ones are averaged. A
-      gradient that is zero or not finite changes no factor.
+    * The averages start from the first factors of a matrix, not from zero. A gradient
+      that is zero or not finite changes no factor.
     * The mean of `q` is 1. The paper's updates do not depend on it, but without it the
       numbers may grow or vanish.
-    * The RMS of an update is at most 1. A gradient with an outlier, whose factors are
-      those of the outlier, would otherwise give a large first update, which the limiter
-      can't see.
-    * A factor counts as at least 1e-8 of the largest of its side. A row of zeros gives
-      a row of zeros.
+    * The RMS of an update is at most 1. Otherwise, an outlier in the first gradient
+      would dominate all factors and make the first update large. The limiter can't
+      prevent that, because it has no earlier norm to compare with.
+    * A factor counts as at least 1e-8 of the largest factor of its side. The update of
+      a row of zeros is a row of zeros.
 
-    The gradient is divided by its largest entry before it is squared, and `s` is stored
-    as its square root, so gradients of any scale can be served in float32.
+    The gradient is divided by its largest entry before it is squared, and the square
+    root of `s` is stored. So float32 is enough for gradients of any scale.
 
     Args:
       b: decay rate of the averages of `q` and `s`, in [0, 1).
-      iterations: how often `s` and `q` are computed from each other in a step, at least
-        1. Each time reads the gradient twice. ``optax.inject_hyperparams`` must have it
-        in its `static_args`.
+      iterations: rounds per step, at least 1. Each round reads the gradient twice. With
+        ``optax.inject_hyperparams``, it has to be one of the `static_args`.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
         least 1; None switches the limiter off.
       b1: decay rate of the first moment of leaves under Adam, in [0, 1).
@@ -163,7 +162,7 @@ def scale_by_racs(
       weight_dimension_numbers: which axes of a leaf form a matrix, as in
         :func:`scale_by_apollo`. Each element of the batch axes is a matrix of its own.
       moment_dtype: dtype of both moments of leaves under Adam. The default is float32,
-        or float64 for float64 leaves. Factors and norms are in that default always.
+        or float64 for float64 leaves. Factors and norms always have the default dtype.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByRacsState`.
@@ -327,7 +326,8 @@ def _averages(
       b: decay rate.
       old: the averages so far, ``q`` and the root of ``s``.
       new: the factors of this step, in the same form.
-      has_factors: ``(*batch,)``, whether the gradient has any, so that they count.
+      has_factors: ``(*batch,)``, whether the gradient has factors. If not, the old
+        averages stay.
     """
     rows, columns = m.axes.contracted, m.axes.channel
     is_first = m.reduce(jnp.max, old[0]) == 0
@@ -364,5 +364,5 @@ def _shares(
 
 
 def _one_if_zero(x: jax.Array) -> jax.Array:
-    """A divisor that leaves what is divided by zero as it is."""
+    """`x` as a divisor, with 1 in place of 0."""
     return jnp.where(x == 0, jnp.ones_like(x), x)

@@ -6,8 +6,8 @@ sharding and dtype. Everything else here reads those rules: the zeros that ``ini
 makes, the checks of ``update``, and the owners and shardings of the leaves of any
 pipeline's state.
 
-A field may be one of matrices alone, or of all other leaves alone. Where a leaf has no
-such field, the field's tree has an ``optax.MaskedNode``, as under ``optax.masked``.
+Some fields exist for matrices only, and some for all other leaves only. If a leaf lacks
+a field, the field's tree has an ``optax.MaskedNode`` there, as under ``optax.masked``.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ class Field:
     """The rules for one field of a state.
 
     Attributes:
-      shape: of the field, for a leaf that is a matrix or a batch of them. The batch
-        axes come first, since a stack may be updated row by row. It is None if a matrix
-        has no such field.
-      sharding: of the field, for the same.
-      like_parameter: for any other leaf, whether the field has the shape and the
-        sharding of the parameter; else it is a replicated scalar.
-      is_moment: whether the argument `moment_dtype` is the field's dtype; else it is
-        the dtype that the leaf's norms and moments are computed in.
-      only_matrices: whether all other leaves have no such field.
+      shape: the field's shape for a leaf that is a matrix or a batch of them. The batch
+        axes come first, since a stack may be updated row by row. None means that
+        matrices do not have the field.
+      sharding: the field's sharding for the same leaves.
+      like_parameter: whether the field has the parameter's shape and sharding for all
+        other leaves. If not, it is a replicated scalar for them.
+      is_moment: whether the argument `moment_dtype` sets the field's dtype. If not, it
+        is the dtype in which the leaf's norms and moments are computed.
+      only_matrices: whether only matrices have the field.
     """
 
     shape: Callable[[Matrix], tuple[int, ...]] | None = None
@@ -69,13 +69,14 @@ PROJECTION = Field(
 
 
 class ScaleByApolloState(NamedTuple):
-    """State of :func:`scale_by_apollo`: arrays, in trees like the parameters.
+    """State of :func:`scale_by_apollo`.
 
-    An array is in a Flax box if the parameter's box says how to shard the parameter.
+    `mu`, `nu`, `norm` and `projection` are trees in the structure of the parameters. An
+    array is in a Flax box if the parameter's box says how to shard the parameter.
 
-    Shapes: for a matrix ``batch`` are the sizes of its batch axes, ``channel`` those of
-    its channel side and ``contracted`` those of the other side. ``r`` is the rank,
-    clipped to the contracted size.
+    In the shapes below, ``batch`` stands for the sizes of a matrix's batch axes,
+    ``channel`` for those of its channel side and ``contracted`` for those of the other
+    side. ``r`` is the rank, clipped to the contracted size.
 
     Attributes:
       count: steps taken; an int32 scalar.
@@ -83,10 +84,11 @@ class ScaleByApolloState(NamedTuple):
       mu: first moments. ``(*batch, r, *channel)`` for a matrix, the leaf's shape for
         any other leaf.
       nu: second moments, of the same shapes.
-      norm: the limiter's remembered norms, 0 where none is. ``batch`` for a matrix, a
-        scalar for any other leaf.
-      projection: None, except for a projection that is stored, as the SVD's.
-        ``(*batch, r, *contracted)`` for a matrix, a scalar for any other leaf.
+      norm: the norms that the limiter remembers, 0 where there is none yet. ``batch``
+        for a matrix, a scalar for any other leaf.
+      projection: the projections if they are stored, as with ``projection="svd"``;
+        otherwise None. ``(*batch, r, *contracted)`` for a matrix, a scalar for any
+        other leaf.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -130,7 +132,7 @@ def init_leaf(
     dtype: Any,
     moment_dtype: Any,
 ) -> LeafState:
-    """Zeros for every field of a leaf; `dtype` is what is no moment's."""
+    """Zeros for every field of a leaf; `dtype` is that of all fields but moments."""
     sharding = _sharding.sharding_of(leaf)
     state = {}
     for name, field in fields.items():
@@ -147,9 +149,9 @@ def init_leaf(
 def field_shape(
     field: Field, matrix: Matrix | None, leaf_shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """The shape of a field; None where a leaf has no such field.
+    """The shape of a field; None if the leaf does not have the field.
 
-    `matrix` is None for a leaf that is no matrix.
+    `matrix` is None for a leaf that is not a matrix.
     """
     if matrix is not None:
         return None if field.shape is None else field.shape(matrix)
@@ -161,7 +163,7 @@ def field_shape(
 def field_sharding(
     field: Field, matrix: Matrix | None, leaf_sharding: NamedSharding | None
 ) -> NamedSharding | None:
-    """The sharding of a field; `matrix` is None for a leaf that is no matrix."""
+    """The sharding of a field; `matrix` is None for a leaf that is not a matrix."""
     if matrix is None:
         scalar = _sharding.sharding_of_axes(leaf_sharding, ())
         return leaf_sharding if field.like_parameter else scalar
@@ -176,7 +178,7 @@ def trees_of(
 ) -> dict[str, Any]:
     """The state of all leaves as one tree per field, of the structure of `params`.
 
-    Leaves of the state are in boxes where the parameters' boxes say how to shard them.
+    A leaf of the state is in a box if its parameter's box says how to shard it.
     """
     boxes, unboxed = _boxes.boxes_by_path(params), _tree.unbox(params)
 
@@ -214,7 +216,7 @@ def by_leaf(
 ) -> dict[_tree.Path, LeafState]:
     """The state by leaf and field; checks that it has the leaves of the updates.
 
-    A leaf lacks the fields in whose place there is an ``optax.MaskedNode``.
+    A field is missing for a leaf if it is an ``optax.MaskedNode`` there.
     """
     states: dict[_tree.Path, LeafState] = {path: {} for path in leaves}
     for name in fields:
@@ -257,7 +259,7 @@ def check_leaf(
     state: LeafState,
     matrix: Matrix | None,
 ) -> None:
-    """Raises where a leaf's state has other shapes than its matrix asks for."""
+    """Raises if a leaf's state does not have the shapes that its matrix requires."""
     shape = jnp.shape(leaf)
     is_thin = matrix is None and len(shape) > 1 and 1 in shape
     remedy = _check.SIDE_OF_ONE if is_thin else _check.OTHER_ARGUMENTS
@@ -349,7 +351,7 @@ def shared_state(
 ) -> Container[_tree.Path]:
     """The leaves of a state that belong to no parameter.
 
-    They are those that the state has where all parameters are masked out.
+    These are the leaves that remain when all parameters are masked out.
     """
     return _tree.leaves_by_path(jax.eval_shape(init, masked_params)).keys()
 
@@ -361,12 +363,11 @@ def state_owners(state: Any, params: Any) -> Any:
 
     Args:
       state: an optimizer state, of arrays or ``jax.ShapeDtypeStruct``.
-      params: the parameters, of either.
+      params: the parameters, as arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      A tree of the structure of `state` with the path of a parameter for every leaf,
-      such as ``"layers/mlp/kernel"``, and ``""`` for a leaf that belongs to no
-      parameter.
+      A tree of the structure of `state`. Every leaf is the path of a parameter, such as
+      ``"layers/mlp/kernel"``, or ``""`` if it belongs to no parameter.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -386,10 +387,10 @@ def owned_matrix(
     """The matrix of a parameter with the rank that a state's leaf was made with.
 
     Args:
-      owner: of the leaf; it must have a rule and a parameter.
+      owner: the leaf's owner, which must have a rule and a parameter.
       state_leaf: a leaf of a state.
       parameter: the parameter it belongs to.
-      matrix: the parameter's, of any rank; None if it is no matrix.
+      matrix: the parameter's matrix, of any rank; None if it is not a matrix.
 
     Raises:
       ValueError: if the leaf's shape does not follow from the matrix with any rank.
@@ -406,7 +407,7 @@ def owned_matrix(
 
 
 def rank_in(matrix: Matrix, moment: Any) -> int:
-    """The rank that a moment's shape shows; 0 where it has no rank axis."""
+    """The rank that a moment's shape shows; 0 if it has no rank axis."""
     shape, rank_axis = jnp.shape(moment), len(matrix.batch_shape)
     return shape[rank_axis] if len(shape) > rank_axis else 0
 
@@ -419,41 +420,42 @@ def state_sharding(
 ) -> Any:
     """The sharding of every leaf of an optimizer state on its parameters' mesh.
 
-    Works on the state of any Optax pipeline that holds this library's states among
-    others: inside ``chain``, ``masked``, ``partition``, ``MultiSteps``,
-    ``inject_hyperparams``, a Linen ``TrainState``'s ``opt_state`` or
-    ``nnx.state(optimizer)``.
+    Works on the state of any Optax pipeline that contains states of this library:
+    inside ``chain``, ``masked``, ``partition``, ``MultiSteps``, ``inject_hyperparams``,
+    a Linen ``TrainState``'s ``opt_state`` or ``nnx.state(optimizer)``.
 
-    * A state leaf whose path ends with a parameter's path and which has its shape takes
-      the parameter's sharding.
-    * Moments, projections and norms of a matrix go by their role, which is known from
-      the names of their fields. Moments are sharded over the same devices as the
-      parameter: along the channel side first, then along the rank axis, replicated
-      where neither divides.
+    * A state leaf takes a parameter's sharding if it has the parameter's shape and its
+      path ends with the parameter's path.
+    * Moments, projections and norms of a matrix are recognised by the names of their
+      fields. Moments are sharded over the same devices as the parameter: along the
+      channel side if its size divides, else along the rank axis if that divides, and
+      otherwise they are replicated.
     * Everything else (counts, keys, hyperparameters) is replicated.
 
-    A leaf that belongs to a parameter is in the parameter's kind of memory.
+    A leaf that belongs to a parameter has the parameter's memory kind.
 
     Args:
       state: an optimizer state, of arrays or ``jax.ShapeDtypeStruct`` (from
         ``jax.eval_shape(tx.init, params)``).
       params: the parameters, of arrays or ``jax.ShapeDtypeStruct`` with
         ``NamedSharding`` on one mesh; leaves without one count as replicated.
-      weight_dimension_numbers: what the optimizer was given.
+      weight_dimension_numbers: the dimension numbers that the optimizer was given.
 
     Returns:
-      A tree of the structure of `state` with a ``NamedSharding`` for every leaf, as
-      ``jax.jit``'s ``out_shardings`` and ``jax.device_put`` take it.
+      A tree of the structure of `state` with a ``NamedSharding`` for every leaf, for
+      the ``out_shardings`` of ``jax.jit`` or for ``jax.device_put``.
 
     Raises:
       ValueError: if no parameter has a ``NamedSharding``, or if moments have shapes
         that do not follow from `weight_dimension_numbers`.
 
     Examples:
+      On a mesh of eight devices, which need not be there:
+
       >>> import jax, jax.numpy as jnp, apollo_optax
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
-      >>> kernel = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("fsdp")))
+      >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
+      >>> by_rows = NamedSharding(AbstractMesh((8,), ("fsdp",)), P("fsdp"))
+      >>> kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=by_rows)
       >>> params = {"kernel": kernel}
       >>> tx = apollo_optax.apollo(0.01, rank=4)
       >>> shardings = state_sharding(jax.eval_shape(tx.init, params), params)

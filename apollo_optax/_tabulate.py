@@ -48,20 +48,21 @@ def tabulate(
     """A table of the state that `tx` keeps for each parameter, from shapes alone.
 
     Works for any Optax pipeline. No array is allocated. "4 contracted" means that the
-    side of size 4 is projected away, so that channels lie along the other side.
+    side of size 4 is projected away, and that the other side has the channels.
 
     Args:
       tx: the optimizer.
       params: the parameters, as arrays or ``jax.ShapeDtypeStruct``.
-      weight_dimension_numbers: what the optimizer was given. They can't be read off the
-        optimizer, and without them a full-rank matrix and a leaf under Adam look alike.
+      weight_dimension_numbers: the dimension numbers that the optimizer was given. They
+        can't be read from the optimizer. Without them, a full-rank matrix looks like a
+        leaf under Adam.
 
     Returns:
       A line per parameter with its path, its shape, its treatment, the shapes and bytes
       of its state, and the bytes that ``optax.adamw`` would keep. Below them are the
       totals for kernels, for embeddings and output heads, and for the rest, as in
-      :class:`StateBytes`. Under :func:`scale_by_flattening`, a matrix has no state, so
-      one that ``optax.masked`` leaves out is shown as "flattened" too.
+      :class:`StateBytes`. Under :func:`scale_by_flattening` a matrix has no state, so a
+      matrix that ``optax.masked`` excludes is shown as "flattened" too.
 
     Raises:
       ValueError: if the state's shapes do not follow from `weight_dimension_numbers`.

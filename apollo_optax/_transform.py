@@ -1,9 +1,9 @@
 """APOLLO: SGD-like memory, AdamW-level performance.
 
 Implementation of "APOLLO: SGD-like Memory, AdamW-level Performance"
-(https://arxiv.org/abs/2412.05270) by Zhu et al. Moments are kept of a random low-rank
-projection of each matrix's gradient. They serve to scale the channels of the gradient
-itself.
+(https://arxiv.org/abs/2412.05270) by Zhu et al. Each matrix's gradient is projected to
+a low rank at random, and Adam's moments are stored for the projection only. They
+determine the factors that scale the channels of the gradient itself.
 """
 
 from collections.abc import Mapping
@@ -62,21 +62,22 @@ def scale_by_apollo(
     r"""Rescale updates according to the APOLLO algorithm.
 
     Let :math:`G_t \in \mathbb{R}^{m \times n}` be the gradient of a matrix. Its smaller
-    side, of size :math:`m`, is contracted, and its channels lie along the other side.
-    With rank :math:`r` and :math:`a = \sqrt{\text{scale}}`:
+    side, of size :math:`m`, is contracted, that is, projected away. The elements of the
+    other side, of size :math:`n`, are its channels. The projection
+    :math:`P_t \in \mathbb{R}^{r \times m}` of rank :math:`r` has random entries of mean
+    0 and variance :math:`1/r`, and is drawn anew every `update_proj_gap` steps. With
+    :math:`a = \sqrt{\text{scale}}`:
 
     .. math::
 
       \begin{align*}
-        P_t &\in \mathbb{R}^{r \times m}, \quad (P_t)_{ij} \sim \mathcal{N}(0, 1/r),
-          \quad \text{drawn anew every update\_proj\_gap steps} \\
         R_t &= P_t G_t \\
         M_t &= \beta_1 M_{t-1} + (1-\beta_1) R_t, \quad
-        V_t = \beta_2 V_{t-1} + (1-\beta_2) R_t^2, \quad
-        N_t = M_t / (\sqrt{V_t} + \varepsilon) \\
+        V_t = \beta_2 V_{t-1} + (1-\beta_2) R_t^2 \\
+        N_t &= M_t / (\sqrt{V_t} + \varepsilon) \\
         s_j &= \|N_{t,:,j}\| / (\|R_{t,:,j}\| + 10^{-8})
-          \quad \text{(channel)}, \qquad
-        s = \|N_t\| / (\|R_t\| + 10^{-8}) \quad \text{(tensor)} \\
+          \quad \text{(channel)} \\
+        s &= \|N_t\| / (\|R_t\| + 10^{-8}) \quad \text{(tensor)} \\
         U_t &= a\, \mathrm{limit}(G_t\, \mathrm{diag}(s)) \\
         \text{update} &= \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\, U_t
       \end{align*}
@@ -90,7 +91,7 @@ def scale_by_apollo(
     Args:
       rank: rank of the projection, clipped to the contracted size of each matrix. The
         moments of a matrix are ``2 * n * rank`` numbers. With ``rank >= m`` nothing is
-        projected: ``P`` is the identity, unless it is the SVD's.
+        projected: ``P`` is the identity, unless `projection` is ``"svd"``.
       scale_type: ``"channel"`` for a scaling factor per channel, or ``"tensor"`` for
         one per matrix.
       scale: the update is multiplied by its square root. The scaling factors are about
@@ -101,8 +102,9 @@ def scale_by_apollo(
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the denominator, for matrices and for the leaves under Adam.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
-        least 1; None switches the limiter off. While `eps` or the 1e-8 decide an
-        update, as with gradients near 0, its norm is not remembered.
+        least 1; None switches the limiter off. With gradients near 0, `eps` or the 1e-8
+        can make an update much smaller. The limiter does not remember the norm of such
+        an update.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
         after it.
       projection: ``"rademacher"`` for entries of random sign; ``"random"`` for the
@@ -110,9 +112,9 @@ def scale_by_apollo(
         ``"svd"`` for the gradient's top singular vectors; or a pure function
         ``(key, (r, m)) -> P``, which is vmapped over batch elements. Singular vectors
         are stored in the state. All other projections are functions of `key` and are
-        not stored. On a gradient whose rows are all equal, as a constant input makes
-        them, random signs may cancel: at rank 1, with a probability of about
-        ``0.8 / sqrt(m)``, its update is zero until the next draw.
+        not stored. Random signs can cancel if all rows of a gradient are equal, such as
+        those that a constant input gives. At rank 1 this happens with a probability of
+        about ``0.8 / sqrt(m)``, and the update is then zero until the next draw.
       key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or
         raw.
       weight_dimension_numbers: which axes of a leaf form a matrix. A pytree (or prefix)
@@ -124,8 +126,9 @@ def scale_by_apollo(
         and ``init`` warns of kernels with more axes. A matrix with a side of 1 is a
         vector, and gets Adam.
       moment_dtype: dtype of both moments of all leaves. The default is float32, or
-        float64 for float64 leaves, whatever the dtype of the gradients: in bfloat16,
-        adding ``(1 - b2) * R**2`` to the second moment would be lost to rounding.
+        float64 for float64 leaves, whatever the dtype of the gradients. In bfloat16,
+        rounding would lose the small term ``(1 - b2) * R**2`` that each step adds to
+        the second moment.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByApolloState`.
@@ -300,10 +303,10 @@ def _share(
 ) -> jax.Array:
     """How much of a matrix's update `eps` and ``TINY_NORM`` leave, from 0 to 1.
 
-    It is the share of the projected update ``R diag(s)``, whose channels have the norms
-    ``|N_j| |R_j| / (|R_j| + 1e-8)``. Unlike ``G``, it is where the moments are. Without
-    the constants they are the norms of ``mu / sqrt(nu)``. A channel without gradient
-    has no part.
+    The share is computed from the projected update ``R diag(s)``, which unlike ``G`` is
+    sharded as the moments are. Its channels have the norms
+    ``|N_j| |R_j| / (|R_j| + 1e-8)``. Without the constants, these would be the norms of
+    ``mu / sqrt(nu)``. Channels without a gradient are left out.
     """
     damped = m.matrix_norms(N_norms * R_norms / (R_norms + TINY_NORM))
     undamped = jnp.where(R_norms > 0, undamped_norms, jnp.zeros_like(undamped_norms))

@@ -1,9 +1,9 @@
 """Leaves of pytrees by path, the same for all node types and without Flax's boxes.
 
 Parameters reach an optimizer as plain dicts (Linen), as an ``nnx.State`` of
-``Variable`` boxes, as a pure ``nnx.State`` without boxes, or as what a checkpoint
-restored. All of these have paths of strings, so whatever must agree between two trees
-is matched by path.
+``Variable`` boxes, as a pure ``nnx.State`` without boxes, or in the form in which a
+checkpoint restored them. All of these have paths of strings, so two trees are always
+matched by path.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -45,25 +45,25 @@ from examples.llama.run.setup import abstract_state, model_config, placed, shard
 from examples.llama.step import TrainState
 
 CAPTION = (
-    "MB (1e6 bytes) that each device sends in an optimizer step, and holds of the "
-    "optimizer's state, by the number\n"
-    "of devices. {cut}. Weights and gradients in bfloat16, moments in float32; rank "
-    "{rank} for apollo and galore;\n"
-    "embeddings and head with Adam. Of an array of B bytes, each of k devices sends 2 "
-    "(k - 1) / k B in an\n"
-    "all-reduce, (k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B in "
-    "a permute. For TPUs, an SVD\n"
-    "is compiled as something else that needs and gives whole matrices on each device. "
-    "*: too large for the chip's\n"
-    "memory, so compiled for v5p."
+    "Columns: MB (1e6 bytes) that each device sends in an optimizer step, and MB of "
+    "the optimizer's state that it stores,\n"
+    "by the number of devices. {cut}.\n"
+    "Weights and gradients are in bfloat16 and moments in float32. The rank of apollo "
+    "and galore is {rank}, and embeddings\n"
+    "and head have Adam. With k devices and an array of B bytes, each device sends 2 "
+    "(k - 1) / k B in an all-reduce,\n"
+    "(k - 1) / k B in a reduce-scatter, all-gather or all-to-all, and B in a permute. "
+    "For TPUs, another function with\n"
+    "whole matrices as inputs and outputs replaces an SVD. *: compiled for v5p, "
+    "because it is too large for the chip."
 )
 CUTS = {
     "trainer": (
-        "Matrices are cut as by `--mesh fsdp=N`, "
-        "layers' along APOLLO's channels where N divides them"
+        "Matrices are sharded as by `--mesh fsdp=N`: those of the layers along "
+        "APOLLO's channels if N divides them"
     ),
     "contracted": (
-        "The layers' matrices are cut along the side that APOLLO projects away"
+        "The layers' matrices are sharded along the side that APOLLO projects away"
     ),
 }
 TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
@@ -114,7 +114,7 @@ class Options:
 class Cost:
     """The bytes that one device stores and sends for an optimizer step."""
 
-    held: int  # Bytes of the optimizer's state.
+    state: int  # Bytes of the optimizer's state.
     sent: float  # Bytes sent at most steps.
     # Bytes sent at the steps that compute projections anew. They are infinite if
     # unknown.
@@ -268,21 +268,25 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
     found = dict(zip(pairs, pool.map(cost_of, pairs), strict=True))
     for name in options.optimizers:
         costs = [found[name, devices] for devices in options.devices]
-        held = [megabytes(each.held) for each in costs]
+        state = [megabytes(each.state) for each in costs]
         sent = [megabytes(each.sent) + ("" if each.fits else "*") for each in costs]
-        yield [name, *sent, *held]
+        yield [name, *sent, *state]
         if any(each.sent_at_refresh != each.sent for each in costs):
             yield [
                 f"{name}, at a refresh",
                 *(megabytes(each.sent_at_refresh) for each in costs),
-                *held,
+                *state,
             ]
 
 
 def table(options: Options, model: str, pool: ThreadPoolExecutor) -> str:
     head = [
         "optimizer",
-        *(f"{what}, {count}" for what in ("sent", "held") for count in options.devices),
+        *(
+            f"{what}, {count}"
+            for what in ("sent", "state")
+            for count in options.devices
+        ),
     ]
     return markdown(head, rows(options, model, pool), numbers_from=1)
 

@@ -83,6 +83,11 @@ class FinetuneQualityOptions:
             raise UsageError("--seeds is empty; give one or more")
 
 
+# The rate of the kernels and that of embeddings, head and norms, which LoRA does not
+# train.
+Rates = tuple[float, float | None]
+
+
 class Losses(NamedTuple):
     """Losses in nats per token of the weights that are best on the new text."""
 
@@ -133,18 +138,23 @@ def passages(text: str, characters: int = PASSAGE_CHARACTERS) -> Iterator[str]:
         yield joined
 
 
-def rates_of(name: str) -> list[tuple[float, float]]:
-    """Returns the pairs of rates to try, of the kernels and of the rest."""
+def rates_of(name: str) -> list[Rates]:
+    """Returns the pairs of rates to try."""
     recipe = optimizers.RECIPES[CONTENDERS[name]["optimizer"]]
-    factor = optimizers.LORA_FACTOR if "lora" in CONTENDERS[name] else 1
+    if "lora" in CONTENDERS[name]:
+        factor = optimizers.LORA_FACTOR
+        return [(rounded(factor * share * recipe.lr), None) for share in SHARES]
     return [
-        (float(f"{factor * share * recipe.lr:.3g}"), share * recipe.lr_embeddings)
-        for share in SHARES
+        (rounded(share * recipe.lr), share * recipe.lr_embeddings) for share in SHARES
     ]
 
 
+def rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
 def run_of(
-    options: FinetuneQualityOptions, name: str, rates: tuple[float, float], seed: int
+    options: FinetuneQualityOptions, name: str, rates: Rates, seed: int
 ) -> FinetuneOptions:
     lr, lr_embeddings = rates
     return FinetuneOptions(
@@ -206,11 +216,11 @@ def losses_before(options: FinetuneQualityOptions) -> Losses:
 class Found(NamedTuple):
     """The losses of a contender: by pair of rates, each with one per seed."""
 
-    by_rates: dict[tuple[float, float], list[Losses]]
+    by_rates: dict[Rates, list[Losses]]
     state_bytes: int
     peak_bytes: int
 
-    def best(self) -> tuple[float, float]:
+    def best(self) -> Rates:
         """Returns the rates with the lowest mean loss on the new text."""
         return min(self.by_rates, key=lambda rates: mean_loss(self.by_rates[rates]))
 
@@ -278,9 +288,10 @@ def main(args: list[str] | None = None) -> None:
             write_passages(options.out / "passages.jsonl")
             found = {name: found_of(options, name, stop) for name in names}
         before = losses_before(options)
+        seeds = ", ".join(map(str, options.seeds))
         print(
             f"tiny, {options.base_steps} steps on stdlib, then {options.steps} steps "
-            f"of {BATCH * SEQ:,} tokens on package-docs; {len(options.seeds)} seeds; "
+            f"of {BATCH * SEQ:,} tokens on package-docs; seeds {seeds}; "
             f"{report.made_with(('jax', 'flax', 'optax'))}\n\n{table(found, before)}"
         )
 

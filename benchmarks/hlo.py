@@ -1,4 +1,4 @@
-"""The bytes that a compiled program sends between devices, from the text of its HLO.
+"""The bytes that a compiled program sends and moves, from the text of its HLO.
 
 Collectives are found in loops, conditionals, fusions and asynchronous pairs alike.
 Bytes are counted for the algorithms that send the fewest. With k devices in a group,
@@ -7,12 +7,17 @@ and B bytes in the full array that is reduced, gathered or exchanged, each devic
     all-reduce                                2 (k - 1) / k B
     reduce-scatter, all-gather, all-to-all      (k - 1) / k B
     collective-permute, collective-broadcast                B
+
+`moved_bytes` counts what the kernels of one device read from its main memory and write
+to it. Operands in a faster memory, such as a TPU's VMEM, cost nothing there; the copy
+that brought them does.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 KINDS = (
     "all-reduce",
@@ -25,8 +30,12 @@ KINDS = (
 )
 
 _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%\S+ = (.+?) ([a-z][a-z0-9-]*)\((.*)")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.+?) ([a-z][a-z0-9-]*)\((.*)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_ARRAY_AND_LAYOUT = re.compile(r"\b[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?")
+# The main memory is space 0, which layouts leave out.
+_OTHER_MEMORY = re.compile(r"S\([1-9]\d*\)")
+_SLICES = ("dynamic-slice", "slice", "gather")
 _CALLERS = ("fusion", "call", "async-start")  # Others call functions of scalars.
 _NO_KERNELS = frozenset(
     (
@@ -53,6 +62,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r"(\d+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +118,16 @@ def launches(program: str) -> float:
     return _Program(program, rare=True).launches()
 
 
+def moved_bytes(program: str) -> float:
+    """Returns the bytes that a compiled program moves between kernels and main memory.
+
+    A kernel reads each operand once, or the slices of it that it uses, and writes its
+    results, or the slices that it updates. A loop counts as often as it runs, and a
+    conditional counts its branch that moves the most.
+    """
+    return _Program(program, rare=True).moved_bytes()
+
+
 def drawn_words(program: str) -> int:
     """Returns the size of the largest array of 32-bit words, which are random bits."""
     return max(
@@ -130,24 +150,65 @@ def _bits(dtype: str) -> int:
     return int(found[1]) if found else 8
 
 
+def _main_bytes(result: str) -> float:
+    """Returns the size of the arrays of a result that are in the main memory."""
+    return sum(
+        _bytes(array)
+        for array in _ARRAY_AND_LAYOUT.findall(result)
+        if not _OTHER_MEMORY.search(array)
+    )
+
+
+def _bytes(result: str) -> float:
+    """Returns the size of the arrays of a result, in whatever memory."""
+    return sum(
+        math.prod(shape) * _bits(dtype) / 8
+        for dtype, shape in _arrays(result)
+        if dtype != "token"
+    )
+
+
+class _Instruction(NamedTuple):
+    result: str  # Its type, with the layout.
+    opcode: str
+    rest: str  # The line after the opcode's bracket.
+    is_root: bool
+
+    def operands(self) -> list[str]:
+        """Returns the names of the operands."""
+        depth = 1
+        for index, character in enumerate(self.rest):
+            depth += (character == "(") - (character == ")")
+            if depth == 0:
+                return re.findall(r"%([^\s,()]+)", self.rest[:index])
+        raise ValueError(f"operands without an end: {self.rest[:200]}")
+
+    def called(self) -> str:
+        """Returns the name of the computation that a fusion calls."""
+        (name,) = re.findall(r"calls=%([^\s,)]+)", self.rest)
+        return name
+
+
 class _Program:
     def __init__(self, text: str, rare: bool) -> None:
         self._rare = rare
-        # Each instruction is a result, an opcode and the rest of its line.
-        self._computations: dict[str, list[tuple[str, str, str]]] = {}
+        # The computations by name, and in each the instructions by name.
+        self._computations: dict[str, dict[str, _Instruction]] = {}
         self._entry = name = ""
         for line in text.splitlines():
             if found := _COMPUTATION.match(line):
                 name = found[2]
-                self._computations[name] = []
+                self._computations[name] = {}
                 self._entry = name if found[1] else self._entry
             elif name and (found := _INSTRUCTION.match(line)):
-                self._computations[name].append((found[1], found[2], found[3]))
+                self._computations[name][found[2]] = _Instruction(
+                    found[3], found[4], found[5], is_root=bool(found[1])
+                )
 
     def collectives(self, name: str = "") -> Iterator[Collective]:
         """Yields the collectives of the computation `name`, by default of the entry."""
         name = name or self._entry
-        for result, opcode, rest in self._computations[name]:
+        for result, opcode, rest, _ in self._computations[name].values():
             if opcode.removesuffix("-start") in KINDS:
                 found = _collectives(result, opcode, rest)
                 # On TPUs, each device keeps only its shard of this all-reduce.
@@ -168,13 +229,10 @@ class _Program:
     def launches(self, name: str = "") -> float:
         """The kernels of the computation `name`, by default of the whole program."""
         total = 0.0
-        for _, opcode, rest in self._computations[name or self._entry]:
+        for _, opcode, rest, _ in self._computations[name or self._entry].values():
             if opcode == "while":
-                (body,), count = (
-                    re.findall(r"body=%([^\s,)]+)", rest),
-                    _TRIP_COUNT.search(rest),
-                )
-                total += self.launches(body) * (int(count[1]) if count else math.inf)
+                body, times = self._body(rest)
+                total += times * self.launches(body)
             elif opcode == "conditional":
                 total += max(map(self.launches, self._branches(rest)))
             elif opcode in ("call", "async-start"):
@@ -183,16 +241,163 @@ class _Program:
                 total += 1
         return total
 
+    def moved_bytes(self, name: str = "") -> float:
+        """The bytes that the computation `name` moves, by default the whole program."""
+        computation = self._computations[name or self._entry]
+        total = 0.0
+        for instruction in computation.values():
+            _, opcode, rest, _ = instruction
+            if opcode == "while":
+                body, times = self._body(rest)
+                total += times * self.moved_bytes(body)
+            elif opcode == "conditional":
+                total += max(map(self.moved_bytes, self._branches(rest)))
+            elif opcode in ("call", "async-start"):
+                total += sum(map(self.moved_bytes, _CALLED.findall(rest)))
+            elif not self._is_free(instruction):
+                total += self._read(computation, instruction)
+                total += self._written(computation, instruction, instruction.result)
+        return total
+
+    def _is_free(self, instruction: _Instruction) -> bool:
+        """Whether an instruction only gives arrays another name or waits for them."""
+        return (
+            instruction.opcode in _NO_KERNELS
+            or instruction.opcode.endswith("-done")
+            # It makes one array of neighbouring slices in a TPU's VMEM.
+            or 'custom_call_target="ConcatBitcast"' in instruction.rest
+        )
+
+    def _read(
+        self, computation: dict[str, _Instruction], instruction: _Instruction
+    ) -> float:
+        operands = instruction.operands()
+        sizes = {name: _main_bytes(computation[name].result) for name in operands}
+        if instruction.opcode in ("copy-start", "slice-start"):
+            # A result is the array at the destination, beside one at the source.
+            (copied, *_) = sorted(map(_bytes, self._transferred(instruction)))
+            return min(copied, sizes[operands[0]])
+        if instruction.opcode in _SLICES:
+            return min(_bytes(instruction.result), sizes[operands[0]])
+        if instruction.opcode == "dynamic-update-slice":
+            return sizes[operands[1]]
+        if instruction.opcode != "fusion":
+            return sum(sizes.values())
+        return sum(
+            min(
+                size,
+                sum(
+                    self._read_of_parameter(instruction.called(), index, size)
+                    for index, operand in enumerate(operands)
+                    if operand == name
+                ),
+            )
+            for name, size in sizes.items()
+            if size
+        )
+
+    def _read_of_parameter(self, name: str, index: int, size: float) -> float:
+        """Returns the bytes of a parameter that a fused computation reads.
+
+        Args:
+            name: of the computation.
+            index: of the parameter.
+            size: of the whole parameter, in bytes.
+        """
+        computation = self._computations[name]
+        aliases = [
+            name
+            for name, instruction in computation.items()
+            if instruction.opcode == "parameter"
+            and instruction.rest.startswith(f"{index})")
+        ]
+        total = 0.0
+        for alias in aliases:  # The loop appends to its list.
+            for user, instruction in computation.items():
+                operands = instruction.operands() if "%" in instruction.rest else []
+                if alias not in operands:
+                    continue
+                if instruction.opcode == "bitcast":
+                    aliases.append(user)
+                elif instruction.opcode in _SLICES:
+                    total += _bytes(instruction.result)
+                elif instruction.opcode == "fusion":
+                    total += sum(
+                        self._read_of_parameter(instruction.called(), position, size)
+                        for position, operand in enumerate(operands)
+                        if operand == alias
+                    )
+                # What an update leaves as it is is not read.
+                elif not (
+                    instruction.opcode == "dynamic-update-slice"
+                    and operands.index(alias) == 0
+                ):
+                    return size
+        return min(total, size)
+
+    def _written(
+        self,
+        computation: dict[str, _Instruction],
+        instruction: _Instruction,
+        result: str,
+    ) -> float:
+        """Returns the bytes that an instruction writes to a result's memory."""
+        if instruction.opcode in ("copy-start", "slice-start"):
+            first, *_, last = self._transferred(instruction)
+            return _main_bytes(first if instruction.opcode == "copy-start" else last)
+        if not _main_bytes(result):
+            return 0.0
+        if instruction.opcode == "bitcast":
+            (operand,) = instruction.operands()
+            return self._written(computation, computation[operand], result)
+        if instruction.opcode == "dynamic-update-slice":
+            return _bytes(computation[instruction.operands()[1]].result)
+        if instruction.opcode != "fusion":
+            return _main_bytes(result)
+        called = self._computations[instruction.called()]
+        (root,) = (each for each in called.values() if each.is_root)
+        if root.opcode != "tuple":
+            return self._written(called, root, result)
+        return sum(
+            self._written(called, called[name], part)
+            for name, part in zip(
+                root.operands(), _ARRAY_AND_LAYOUT.findall(result), strict=True
+            )
+        )
+
+    def _transferred(self, instruction: _Instruction) -> list[str]:
+        """Returns the arrays of an asynchronous copy: both ends, without its flag."""
+        return [
+            array
+            for array in _ARRAY_AND_LAYOUT.findall(instruction.result)
+            if not re.match(r"[us]32\[\]", array)
+        ]
+
+    def _body(self, rest: str) -> tuple[str, float]:
+        """Returns the body of a loop, and how often it runs."""
+        (body,) = re.findall(r"body=%([^\s,)]+)", rest)
+        if count := _TRIP_COUNT.search(rest):
+            return body, int(count[1])
+        # The TPU compiler does not say. JAX's loops count from 0 to a constant.
+        (condition,) = re.findall(r"condition=%([^\s,)]+)", rest)
+        computation = self._computations.get(condition, {})
+        constants = [
+            int(found[1])
+            for each in computation.values()
+            if each.opcode == "constant" and (found := _CONSTANT.match(each.rest))
+        ]
+        less = any("direction=LT" in each.rest for each in computation.values())
+        return body, constants[0] if less and len(constants) == 1 else math.inf
+
     def _branches(self, rest: str) -> list[str]:
         listed = _BRANCHES.findall(rest)
         names = [name for names in listed for name in re.findall(r"%([^\s,]+)", names)]
         return names or _CALLED.findall(rest)
 
     def _loop(self, rest: str) -> Iterator[Collective]:
-        (body,), count = re.findall(r"body=%([^\s,)]+)", rest), _TRIP_COUNT.search(rest)
+        body, times = self._body(rest)
         for collective in self.collectives(body):
-            times = collective.times * (int(count[1]) if count else math.inf)
-            yield dataclasses.replace(collective, times=times)
+            yield dataclasses.replace(collective, times=times * collective.times)
 
     def _conditional(self, rest: str) -> Iterator[Collective]:
         branches = [list(self.collectives(name)) for name in self._branches(rest)]

@@ -21,7 +21,7 @@ Ways = dict[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityOptions:
-    """The same run in each way."""
+    """The options of runs that differ only in one way each."""
 
     out: Path
     """Folder for the runs; finished runs are not repeated."""

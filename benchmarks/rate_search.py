@@ -7,9 +7,9 @@ the rates on both sides of the best are known to be worse, then that of embeddin
 and norms in the same way. The best pair runs with the other seeds. The contenders of
 `--three-rates` get three rates of the kernels and the first seed only.
 
-Contenders are searched side by side, one process per core. Runs that have ended are not
-run again, and one that was cut off goes on, so the same command continues an
-interrupted search. Each part ends with a table and two figures beside its runs.
+Contenders are searched in parallel, with one process per core. Finished runs are not
+repeated and an interrupted run continues, so the same command continues an interrupted
+search. Each part ends with a table and two figures next to its runs.
 """
 
 import concurrent.futures
@@ -177,7 +177,7 @@ class Found(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What the files of a contender's runs say beside their losses."""
+    """The numbers in the files of a contender's runs, besides their losses."""
 
     # The RMS of the kernels' update over the learning rate. Runs of earlier versions
     # have not measured it.
@@ -224,12 +224,13 @@ def search(
     start: tuple[float, float],
     seeds: tuple[int, ...],
 ) -> Found:
-    """Searches both rates, one after the other, then runs the seeds.
+    """Searches the two rates one after the other, then runs the seeds.
 
     Args:
-        loss: of a rate of the kernels, one of the embeddings and a seed.
+        loss: returns the loss for a rate of the kernels, a rate of the embeddings and a
+            seed.
         start: the first rates of both.
-        seeds: the first one is that of the searches.
+        seeds: the seeds, of which the searches use the first.
     """
     lr, lr_embeddings = start
     by_lr = searched(lambda rate: loss(rate, lr_embeddings, seeds[0]), lr)
@@ -243,12 +244,13 @@ def search(
 def three_rates(
     loss: Callable[[float, float, int], float], start: tuple[float, float], seed: int
 ) -> Found:
-    """Tries half and twice the first rate of the kernels too, and no more.
+    """Tries the first rate of the kernels, half of it and twice of it.
 
     Args:
-        loss: of a rate of the kernels, one of the embeddings and a seed.
+        loss: returns the loss for a rate of the kernels, a rate of the embeddings and a
+            seed.
         start: the first rates of both.
-        seed: that of all runs.
+        seed: the seed of all runs.
     """
     lr, lr_embeddings = start
     rates = (float(f"{lr * factor:.6g}") for factor in (0.5, 1.0, 2.0))

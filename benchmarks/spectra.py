@@ -1,11 +1,11 @@
-"""What optimizers make of the same gradients: singular values, rows and sizes.
+"""The updates of optimizers from the same gradients: singular values, rows and sizes.
 
 Run it with `python -m benchmarks.spectra`.
 
-AdamW trains the tiny LLaMA. Beside it, every other optimizer is given the same
-gradients, with a state of its own, and its updates are looked at but never applied. The
-tables are means over an attention and an MLP kernel of the first and the last layer,
-and the figure shows each of these kernels. It takes a few minutes on two cores.
+AdamW trains the tiny LLaMA. Every other optimizer gets the same gradients, keeps its
+own state, and computes updates that are measured but never applied. The tables are
+means over an attention and an MLP kernel of the first and the last layer, and the
+figure shows each of these kernels. It takes a few minutes on two cores.
 """
 
 import dataclasses
@@ -145,7 +145,7 @@ class Follower:
 
     Args:
         scaler: the optimizer, without a learning rate.
-        part: the parameters that it is to follow.
+        part: the parameters whose gradients it gets.
     """
 
     def __init__(self, scaler: optax.GradientTransformation, part: Any) -> None:
@@ -188,7 +188,7 @@ def matrices(updates: Any) -> dict[str, np.ndarray]:
 
 
 class Observed(NamedTuple):
-    """What a training showed."""
+    """The measurements of a training."""
 
     updates: dict[int, Updates]  # The keys are the early and the late step.
     # The keys are rules, and the values the RMS of their updates, (steps, kernels). The
@@ -197,7 +197,7 @@ class Observed(NamedTuple):
 
 
 def observe(options: SpectraOptions) -> Observed:
-    """Trains with AdamW and returns what the rules make of its gradients."""
+    """Trains with AdamW and returns the rules' updates from its gradients."""
     run = run_of(options, Rule("adamw"))
     config = model_config(run)
     _, text = load_text(run, config, make_mesh(run.mesh))
@@ -304,9 +304,9 @@ SIZE_HEAD = ("APOLLO-Mini with", "RMS", "over no limit", "change per step")
 def size_table(sizes: Mapping[str, np.ndarray]) -> str:
     """Returns a row per variant of APOLLO-Mini.
 
-    The columns are the geometric mean of the RMS over steps and kernels, the same over
-    that of the rank without a limit, and how much the RMS changes in a step: the
-    standard deviation of the difference of its logarithm.
+    The columns are the geometric mean of the RMS over steps and kernels, its ratio to
+    that of the same rank without a limit, and how much the RMS changes in a step, which
+    is the standard deviation of the difference of its logarithm.
     """
 
     def row(name: str) -> list[str]:

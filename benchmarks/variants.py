@@ -1,8 +1,8 @@
-"""What the limiter costs APOLLO-Mini, and what a momentum brings APOLLO-Zero.
+"""The effects of APOLLO-Mini's limiter, and of a momentum for APOLLO-Zero.
 
 Run it with `python -m benchmarks.variants`. It trains the tiny LLaMA with variants of
-the two optimizers, one run after the other. Runs that have ended are not run again, and
-one that was cut off goes on, so the same command continues an interrupted series.
+the two optimizers, one run after the other. Finished runs are not repeated and an
+interrupted run continues, so the same command continues an interrupted series.
 """
 
 import dataclasses
@@ -150,7 +150,7 @@ class Way(NamedTuple):
     label: str
     optimizer: str
     lr: float
-    options: dict[str, Any]  # Further ones of `pretrain`.
+    options: dict[str, Any]  # Further options of `pretrain`.
 
 
 def ways(label: str, optimizer: str, *rates: float, **options: Any) -> tuple[Way, ...]:
@@ -244,8 +244,8 @@ def state_in_all(run: RunOptions) -> int:
 def kernels_state(run: RunOptions) -> int:
     """Returns the bytes of optimizer state for the kernels.
 
-    The parts of an array in int8 are not arrays of the parameter's shape, so they are
-    counted by what SGD, which has the same state for all else, does not have.
+    The parts of an int8 array do not have the parameter's shape, so they are counted as
+    the difference to the state of SGD, which is the same except for the kernels.
     """
     sgd = RunOptions(out=run.out, optimizer="sgd", model=run.model, steps=run.steps)
     return state_in_all(run) - state_in_all(with_defaults(sgd, model_config(sgd)))

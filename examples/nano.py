@@ -68,8 +68,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
         self.heads = config.heads
-        # Query, key and value are separate kernels, because APOLLO scales each matrix
-        # by a projection of its own.
+        # Query, key and value are separate kernels, so that APOLLO scales each of them
+        # by its own projection.
         self.q_proj = linear(config.width, config.width, rngs)
         self.k_proj = linear(config.width, config.width, rngs)
         self.v_proj = linear(config.width, config.width, rngs)
@@ -120,8 +120,8 @@ class Llama(nnx.Module):
     """Maps tokens (B, T) to the logits of the tokens that follow, (B, T, V)."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
-        # APOLLO leaves the embedding and the head to Adam, and knows them by the names
-        # `embed` and `lm_head`.
+        # APOLLO leaves the embedding and the head to Adam. It recognises them by their
+        # names, `embed` and `lm_head`.
         self.embed = nnx.Embed(VOCABULARY, config.width, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
         self.final_norm = nnx.RMSNorm(config.width, rngs=rngs)
@@ -147,9 +147,9 @@ def read_text() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_batch(text: np.ndarray, config: Config, rng: np.random.Generator) -> Any:
-    """Returns random pieces of the text, with one byte more than the context.
+    """Returns random pieces of the text, each one byte longer than the context.
 
-    The byte more is the target of the last token.
+    The extra byte is the target of the last token.
     """
     starts = rng.integers(len(text) - config.context, size=config.batch)
     return text[starts[:, None] + np.arange(config.context + 1)].astype(np.int32)
@@ -213,7 +213,7 @@ def make_train_step(
     Args:
       graphdef: the model's structure.
       tx: the optimizer.
-      shardings: of the parameters and of the optimizer's state.
+      shardings: the shardings of the parameters and of the optimizer's state.
     """
 
     def train_step(
@@ -272,7 +272,7 @@ def main(config: Config = Config()) -> list[float]:
     params = jax.device_put(params, parameter_shardings(params, mesh))
     shardings = (
         parameter_shardings(params, mesh),
-        # A moment lies on the same devices as the channels that it belongs to.
+        # Moments are sharded over the same devices as the channels they belong to.
         apollo_optax.state_sharding(jax.eval_shape(tx.init, params), params),
     )
     opt_state = jax.jit(tx.init, out_shardings=shardings[1])(params)

@@ -1,4 +1,4 @@
-"""APOLLO in a page: chain it, train a small Flax model, see what the state costs.
+"""APOLLO on one page: put it in a chain, train a small Flax model, print its state.
 
 Run it with ``python -m examples.quickstart``; it takes seconds on a CPU.
 """

@@ -144,7 +144,7 @@ def test_rejects_untrainable_leaves(make, dtype):
         ((4, 6), ApolloDimensionNumbers(-3, 1), "missing"),
         ((6,), ApolloDimensionNumbers(), "missing"),
         ((), ApolloDimensionNumbers(), "missing"),
-        ((4, 6), ApolloDimensionNumbers((), 1), "none at all"),
+        ((4, 6), ApolloDimensionNumbers((), 1), "no axis for one of the sides"),
         ((4, 6), ApolloDimensionNumbers(0.0, 1), "ints"),
         ((4, 6), ApolloDimensionNumbers(("0",), 1), "ints"),
         ((4, 6), ApolloDimensionNumbers(None, 1), "ints"),
@@ -242,12 +242,12 @@ def test_rejects_state_of_other_settings():
         with pytest.raises(ValueError, match=message):
             other.update(PARAMS, state)
     with pytest.raises(
-        ValueError, match="holds no projections, and the projection is one"
+        ValueError, match="has no projections, but the projection is one"
     ):
         scale_by_apollo(2, projection="svd").update(PARAMS, state)
     svd = scale_by_apollo(2, projection="svd").init(PARAMS)
     with pytest.raises(
-        ValueError, match="holds projections, and the projection is not one"
+        ValueError, match="has projections, but the projection is not one"
     ):
         scale_by_apollo(2).update(PARAMS, svd)
 

@@ -48,7 +48,7 @@ def params_and_grads() -> tuple[Any, Any]:
 
 def test_every_snippet_is_run_here() -> None:
     assert len(snippets("README.md")) == 1
-    assert len(snippets("docs/recipes.md")) == 7
+    assert len(snippets("docs/recipes.md")) == 8
 
 
 def test_readmes_first_snippet_trains_and_prints_the_state(capsys: Any) -> None:
@@ -77,6 +77,25 @@ def test_rules_choose_the_axes_that_their_comments_name() -> None:
         },
         "lm_head": {"kernel": (1, 20)},
     }
+
+
+def test_haikus_stacked_layers_are_matrices_and_its_head_is_none() -> None:
+    tx = run("docs/recipes.md", "lm_head|/(b|scale|offset)")["tx"]
+    params = {
+        "embed": {"embeddings": jnp.ones((20, 8))},
+        "__layer_stack_no_per_layer/layer_norm": {"offset": jnp.ones((3, 8))},
+        "__layer_stack_no_per_layer/linear": {
+            "b": jnp.ones((3, 16)),
+            "w": jnp.ones((3, 8, 16)),
+        },
+        "lm_head": {"b": jnp.ones(20), "w": jnp.ones((8, 20))},
+    }
+    mu = tx.init(params)[0].mu
+    under_adam = jax.tree.map(
+        lambda leaf, moment: leaf.shape == moment.shape, params, mu
+    )
+    assert not under_adam["__layer_stack_no_per_layer/linear"].pop("w")
+    assert jax.tree.all(under_adam)
 
 
 @pytest.mark.parametrize(

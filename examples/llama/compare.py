@@ -4,8 +4,8 @@ Run it with `python -m examples.llama.compare --out runs/compare`.
 
 Runs every optimizer at every pair of learning rates given, each into a folder of its
 own, then the best pair of each optimizer again with the other seeds, and ends with a
-table and a figure with the curves. With `--resume auto`, runs that have ended are not
-run again and one that was cut off goes on.
+table and a figure with the curves. With `--resume auto`, finished runs are not
+repeated, and an interrupted run continues.
 """
 
 import collections
@@ -56,17 +56,17 @@ class CompareOptions(TrainingOptions):
     """Any of adamw, apollo, apollo-mini, apollo-svd, apollo-zero, racs, sinkgd,
     scale-hidden, swan, galore, muon, adafactor, lion and sgd."""
     lr: tuple[float, ...] = ()
-    """Peak learning rates of the layers' kernels to try; by default each optimizer's
-    own."""
+    """Peak learning rates of the layers' kernels to try. The default is each
+    optimizer's default rate."""
     lr_factors: tuple[float, ...] = ()
-    """Multiples of each optimizer's own learning rate of the kernels to try, instead of
-    --lr."""
+    """Multiples of each optimizer's default learning rate of the kernels to try,
+    instead of --lr."""
     lr_embeddings: tuple[float, ...] = ()
-    """Peak learning rates of embeddings, head and norms to try; by default each
-    optimizer's own."""
+    """Peak learning rates of embeddings, head and norms to try. The default is each
+    optimizer's default rate."""
     more_seeds: tuple[int, ...] = ()
-    """Seeds besides --seed, for another run each of every optimizer's best pair of
-    rates."""
+    """More seeds besides --seed. Each optimizer's best pair of rates is run again with
+    each of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +112,7 @@ def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
     runs = []
     for name in options.optimizers:
         run = dataclasses.replace(common, optimizer=name)
-        # What is meant for some of the optimizers is kept from the others.
+        # Options for some of the optimizers are dropped for the others.
         names = unused(run, config) if name in RECIPES else ()
         ignored = {
             field.name: field.default
@@ -148,7 +148,7 @@ def label(run: RunOptions) -> str:
 
 
 def finish(run: RunOptions, stop: StopRequest) -> tuple[RunResult, ...]:
-    """Runs what is left of `run`; a run that diverges is reported and has no result."""
+    """Finishes `run`. A run that diverges is reported and has no result."""
     try:
         result = (pretrain(run, stop),)
     except DivergedError as error:
@@ -187,7 +187,7 @@ def with_more_seeds(
 def table(
     settings: list[Setting], best: list[RunOptions], sizes: dict[str, StateBytes]
 ) -> Table:
-    """Returns a row per setting; a row of a diverged run has its options alone."""
+    """Returns a row per setting. The row of a diverged run has only its options."""
     caption = (
         "val ppl: best of a run's evaluations, mean over seeds; ±: their standard "
         "deviation; *: the optimizer's best with the first seed; kernels, emb+head, "
@@ -260,11 +260,11 @@ def draw(
 def compare(
     options: CompareOptions, stop: StopRequest, console: Console
 ) -> list[Setting]:
-    """Trains all runs one after the other; a run that diverges does not stop the rest.
+    """Trains all runs one after another. A run that diverges does not stop the others.
 
     Raises:
-        UsageError: for input that makes no run, before anything is written.
-        RunInterrupted: after SIGTERM or Ctrl-C; the run under way has a checkpoint.
+        UsageError: for invalid input, before anything is written.
+        RunInterrupted: after SIGTERM or Ctrl-C. The current run has a checkpoint.
     """
     config = model_config(options)
     runs = grid(options, config)

@@ -11,8 +11,8 @@ class RopeScaling:
     """Llama 3's scaling of rotary embeddings to contexts longer than the original one.
 
     Frequencies with fewer than `low_freq_factor` turns in the original context are
-    divided by `factor`, those with more than `high_freq_factor` are kept, those between
-    are interpolated.
+    divided by `factor`. Those with more than `high_freq_factor` turns are kept, and
+    those between are interpolated.
     """
 
     factor: float
@@ -22,7 +22,7 @@ class RopeScaling:
 
 
 class Family(NamedTuple):
-    """What a family of models has beside the layers of LLaMA."""
+    """The parts that a family of models adds to the layers of LLaMA."""
 
     architecture: str
     """The class in Transformers that computes it."""
@@ -83,7 +83,7 @@ class LlamaConfig:
 
     @property
     def lora_scale(self) -> float:
-        """The factor of what the adapters add."""
+        """The factor of the adapters' output."""
         return self.lora_alpha / self.lora_rank
 
     @property
@@ -218,7 +218,7 @@ PRESETS: dict[str, LlamaConfig] = {
 
 
 def preset(name: str) -> LlamaConfig:
-    """Returns the preset called `name`; raises `UsageError` where there is none."""
+    """Returns the preset called `name`; raises `UsageError` if there is none."""
     if name not in PRESETS:
         raise unknown_name("`model`", name, PRESETS)
     return PRESETS[name]

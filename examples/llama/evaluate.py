@@ -31,5 +31,5 @@ def make_evaluator(pieces: Pieces, batches: Batch) -> Callable[[Params], float]:
 
 
 def perplexity(loss: float) -> float:
-    """Returns exp(loss): how many equally likely tokens the model hesitates between."""
+    """Returns exp(loss), the number of equally likely tokens with the same loss."""
     return math.exp(loss)

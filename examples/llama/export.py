@@ -40,19 +40,20 @@ class ExportOptions:
     run: Path
     """Folder of the run."""
     to: Path
-    """Folder to write config.json, *.safetensors and the tokenizer to; must not
+    """Folder to write config.json, *.safetensors and the tokenizer to. It must not
     exist."""
     step: int | None = None
     """The checkpoint's step; by default the newest."""
     best: bool = False
     """Take the weights with the lowest validation loss, which a fine-tuning keeps."""
     dtype: str | None = None
-    """float32 or bfloat16; by default that of the run's weights, which int8 is
-    dequantized to."""
+    """The dtype of the exported weights, float32 or bfloat16. The default is that of
+    the run's weights. int8 weights are dequantized."""
     adapter: bool = False
-    """Of a run with --lora: write the adapters alone, in the format of PEFT."""
+    """For a run with --lora: write only the adapters, in the format of PEFT."""
     merge: bool = False
-    """Of a run with --lora: write the whole model, with what the adapters add."""
+    """For a run with --lora: write the whole model, with the adapters merged into its
+    weights."""
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *CHOICES["--compute-dtype"]):
@@ -83,8 +84,8 @@ def export(options: ExportOptions) -> None:
     """Writes the weights.
 
     Raises:
-        UsageError: where there is no such run or checkpoint, something would be
-            overwritten, or --adapter and --merge do not go with the run.
+        UsageError: if there is no such run or checkpoint, if something would be
+            overwritten, or if --adapter or --merge does not fit the run.
     """
     config, run = config_of_run(options.run)
     check_adapters(options, config)
@@ -121,7 +122,7 @@ def export(options: ExportOptions) -> None:
 
 
 def check_adapters(options: ExportOptions, config: LlamaConfig) -> None:
-    """Raises `UsageError` if the options are not for what the run trained."""
+    """Raises `UsageError` if the options do not fit the run's parameters."""
     if config.lora_rank and not (options.adapter or options.merge):
         raise UsageError(
             f"{options.run} has LoRA adapters and no whole model; give --adapter to "
@@ -139,7 +140,7 @@ def check_adapters(options: ExportOptions, config: LlamaConfig) -> None:
 def with_adapters(
     run: Path, init_from: str, adapters: Params, config: LlamaConfig, dtype: str
 ) -> Params:
-    """Returns the weights of the model that a run began from, and its adapters' sums.
+    """Returns the weights of the model that a run began from, with its adapters merged.
 
     Raises `UsageError` if the model is gone.
     """
@@ -155,10 +156,10 @@ def with_adapters(
 
 
 def passed_on(folder: Path, run: dict[str, Any]) -> pretrained.Files:
-    """Returns the files to pass on that a run has kept.
+    """Returns the files that a run has kept for its exports.
 
-    A run from before runs kept them has those that are where it began from, if they are
-    still there.
+    A run of an earlier version did not keep them. Its files are those of the model that
+    it began from, if they still exist.
     """
     if files := pretrained.kept_files(folder):
         return files

@@ -3,8 +3,8 @@
 Run it with `python -m examples.llama.finetune --init-from DIR --data chat.jsonl --out
 runs/tuned`.
 
-The output folder is as that of `pretrain`, with the weights of the evaluation with the
-lowest loss in best/.
+The output folder has the same files as that of `pretrain`, and also best/, which has
+the weights of the evaluation with the lowest loss.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def load_text(
     """Returns the options with their steps, and the conversations packed into rows.
 
     Raises:
-        UsageError: for conversations, a template or a tokenizer that make no run.
+        UsageError: for conversations, a template or a tokenizer that can't be used.
     """
     assert isinstance(options, FinetuneOptions)
     encoder = load_tokenizer(str(options.init_from), config.vocab_size)
@@ -144,7 +144,8 @@ def make_chat_encoder(
 def read_conversations(options: FinetuneOptions) -> Conversations:
     """Returns the conversations to train on and those held out.
 
-    The latter are those of --validation, else the data set's own, else one in twenty.
+    The held-out ones are those of --validation, or else those of the data set, or else
+    one in twenty.
     """
     source = open_conversations("--data", options.data)
     other = source.held_out()
@@ -166,7 +167,7 @@ def read_conversations(options: FinetuneOptions) -> Conversations:
 def fitted(
     options: FinetuneOptions, examples: list[Example], name: str
 ) -> list[Example]:
-    """Returns the examples that fit --seq, and says what became of the others."""
+    """Returns the examples that fit --seq, and prints what happened to the others."""
     row = options.seq + 1
     result: Fitted = fit(examples, row, cut=options.too_long == "cut")
     if result.cut or result.dropped:
@@ -201,7 +202,7 @@ def with_steps(
     conversations: Conversations,
     examples: list[Example],
 ) -> FinetuneOptions:
-    """Returns the options with the steps that --epochs makes, and says them."""
+    """Returns the options with the steps for --epochs, and prints their number."""
     steps = options.steps or max(1, round(options.epochs * rows / options.batch))
     tokens = sum(example.tokens.size for example in examples)
     learnt = sum(float(example.weights[1:].sum()) for example in examples)
@@ -216,7 +217,7 @@ def with_steps(
 
 
 def last_tokens(encoder: ChatEncoder, examples: list[Example]) -> set[int]:
-    """Returns the special tokens at the ends of what is learnt: those of a turn."""
+    """Returns the special tokens that end the learned parts, which are turns."""
     ends = {
         int(example.tokens[example.weights.nonzero()[0][-1]]) for example in examples
     }

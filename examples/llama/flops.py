@@ -43,13 +43,14 @@ OTHER_DEVICE = re.compile(r" (MIG|Laptop|D|Ti)\b")
 def flops_per_token(config: LlamaConfig, seq: int) -> float:
     """Returns the flops of a training step, forward and backward, per token.
 
-    Model flops as in appendix B of PaLM (https://arxiv.org/abs/2204.02311): what the
-    equations need, so recomputed activations and the optimizer do not count, and
-    attention's two products over all `seq` positions though half are masked.
+    These are model flops as in appendix B of PaLM (https://arxiv.org/abs/2204.02311).
+    They count the operations of the equations, without recomputed activations and
+    without the optimizer. Attention's two products count for all `seq` positions,
+    though half of them are masked.
 
     Args:
         config: the shape.
-        seq: tokens a sequence that the model is applied to.
+        seq: tokens per sequence.
     """
     attention = 12 * config.num_layers * config.num_heads * config.head_size * seq
     # Weights that are frozen have no gradients, which are a third of the flops.
@@ -64,7 +65,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
     Args:
         device_kind: `jax.Device.device_kind`.
-        dtype: that of the matrix products; only bfloat16 is in the table.
+        dtype: the dtype of the matrix products. Only bfloat16 is in the table.
     """
     if dtype != "bfloat16" or OTHER_DEVICE.search(device_kind):
         return None
@@ -90,11 +91,11 @@ def mfu(
     It is None if a device's peak is unknown.
 
     Args:
-        tokens_per_s: over all devices.
+        tokens_per_s: tokens per second over all devices.
         config: the shape.
-        seq: tokens a sequence that the model is applied to.
+        seq: tokens per sequence.
         devices: the JAX devices that train.
-        dtype: that of the matrix products.
+        dtype: the dtype of the matrix products.
     """
     peaks = [peak_flops(device.device_kind, dtype) for device in devices]
     total = sum(peak for peak in peaks if peak is not None)

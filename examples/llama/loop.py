@@ -73,7 +73,7 @@ def run_steps(
 
 
 class Text(NamedTuple):
-    """What a run trains on and is evaluated on."""
+    """The texts that a run trains on and is evaluated on."""
 
     tokenizer: tokenizers.Tokenizer
     end_id: int  # The token that ends a text.

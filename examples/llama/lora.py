@@ -1,4 +1,4 @@
-"""LoRA adapters: which parameters they are, and what they add to the kernels.
+"""LoRA adapters: their parameters, and the sums of adapters and kernels.
 
 An adapter (https://arxiv.org/abs/2106.09685) of rank r beside a kernel W (in, out) is a
 matrix A (in, r) and a matrix B (r, out). The layer then computes xW + (alpha / r) xAB.
@@ -38,7 +38,7 @@ def _select(params: Params, *, adapters: bool) -> Params:
 
 
 def joined(params: Params, frozen: Params | None) -> Params:
-    """Returns all parameters, of those that are trained and the others, if any."""
+    """Returns all parameters, from the trained ones and the others, if any."""
     return params if frozen is None else unflatten(flatten(frozen) | flatten(params))
 
 

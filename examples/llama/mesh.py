@@ -53,11 +53,11 @@ def batch_shards(text: str) -> int:
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Returns the mesh that `text`, such as `data=2,fsdp=4`, asks for.
 
-    It is made of all `devices`, by default those of all processes. A mesh of one is of
-    the first device, if they are all this process's.
+    It has all `devices`, by default those of all processes. If all of them belong to
+    this process, a mesh of size 1 has only the first device.
 
     Raises:
-        UsageError: where the sizes do not multiply to the number of devices.
+        UsageError: if the sizes do not multiply to the number of devices.
     """
     sizes, count = axis_sizes(text), device_count(text)
     devices = jax.devices() if devices is None else devices

@@ -60,8 +60,8 @@ def second_moment_decay(options: RunOptions) -> float:
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns `tx` as it is for float32 parameters.
 
-    Optax gives a second moment the parameters' dtype, and in bfloat16 its decay of
-    0.999 is 1: it would never forget. APOLLO's moments are in float32 by themselves.
+    Optax gives a second moment the parameters' dtype. In bfloat16 its decay of 0.999
+    rounds to 1, so it would never decay. APOLLO's moments are float32 by default.
     """
 
     def widened(tree: Any) -> Any:
@@ -84,7 +84,7 @@ def moments_in(
 ) -> optax.GradientTransformation:
     """Returns `tx` with its state stored in `dtype` between steps.
 
-    Optax itself can do so for a first moment only.
+    Optax itself has this option for first moments only.
     """
 
     def cast(state: optax.OptState, dtype: Any) -> optax.OptState:
@@ -142,7 +142,7 @@ def galore(options: RunOptions, config: LlamaConfig) -> optax.GradientTransforma
 def galore_over_layers(
     rank: int, scale: float, b2: float = SECOND_MOMENT_DECAY
 ) -> optax.GradientTransformation:
-    """Returns Optax's GaLore, which takes matrices, for stacks of them."""
+    """Returns Optax's GaLore for stacks of matrices, which it does not take itself."""
     moments = optax.ScaleByAdamState(count=UNMAPPED, mu=0, nu=0)
     axes = optax.contrib.GaLoreState(
         count=UNMAPPED, base_optimizer_state=moments, projector=0
@@ -167,8 +167,8 @@ def over_layers(
 
     Args:
         tx: a transformation of matrices.
-        axes: 0 for each part of its state that each matrix has, `UNMAPPED` for what
-            they share.
+        axes: 0 for each part of its state that every matrix has, and `UNMAPPED` for
+            each part that they share.
     """
     mapped_init = jax.vmap(tx.init, out_axes=axes)
     mapped_update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
@@ -311,7 +311,7 @@ def swan(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformati
 
     The orthogonalization is Muon's, by five Newton-Schulz steps.
     """
-    # Without momentum, what Optax calls the state of Muon need not be kept.
+    # Without momentum, Optax's state of Muon need not be kept.
     muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
 
     def rule(gradient: jax.Array) -> jax.Array:
@@ -319,7 +319,7 @@ def swan(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformati
         standardized = over_rms(centred, axis=0)
         orthogonal, _ = muon.update(standardized, muon.init(standardized))
         orthogonal = jnp.asarray(orthogonal)
-        # The update is as large as what was orthogonalized.
+        # The update has the norm of the matrix that was orthogonalized.
         norm = jnp.linalg.norm(orthogonal)
         return orthogonal * jnp.where(
             norm > 0, jnp.linalg.norm(standardized) / norm, 0.0
@@ -342,7 +342,7 @@ def by_matrix(
 
 
 def over_rms(x: jax.Array, axis: int) -> jax.Array:
-    """Returns `x` divided by its RMS over an axis; where that is 0, zeros."""
+    """Returns `x` divided by its RMS over an axis, or zeros if the RMS is 0."""
     rms = jnp.sqrt(jnp.mean(jnp.square(x), axis, keepdims=True))
     return x / jnp.where(rms > 0, rms, 1)
 
@@ -369,10 +369,10 @@ def by_leaf(rule: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformat
 
 
 def adafactor_of_embedding(options: RunOptions) -> optax.GradientTransformation:
-    """Returns Adafactor without momentum, of a rate that is not relative.
+    """Returns Adafactor without momentum, with an absolute learning rate.
 
-    Optax factors no side below 128 by default, and an embedding is to be factored at
-    any width.
+    By default, Optax factors only matrices whose sides are at least 128. An embedding
+    should be factored at any width.
     """
     del options
     return in_float32(
@@ -421,10 +421,10 @@ EMBEDDING_RULES: dict[str, EmbeddingRule] = {
 def with_embedding_rules(
     scaler: optax.GradientTransformation, options: RunOptions, config: LlamaConfig
 ) -> optax.GradientTransformation:
-    """Returns `scaler` for all parameters but those that have a rule of their own.
+    """Returns `scaler` for all parameters except those with a rule of their own.
 
-    Without such a rule it is `scaler` itself, since a part of a partition would have
-    another place in the checkpoints.
+    If there is no such rule, it is `scaler` itself, because a partition would change
+    the paths in the checkpoints.
     """
     rules = embedding_rules(options)
     if config.tied_head:
@@ -544,11 +544,11 @@ def default_rates(options: RunOptions) -> tuple[float, float]:
 
 
 def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
-    """Fills in what the model and the optimizer decide.
+    """Fills in the options that depend on the model and the optimizer.
 
     Raises:
-        UsageError: for an optimizer not in the table, or one that can't do what the
-            options ask for.
+        UsageError: for an optimizer that is not in the table, or one that does not
+            support the options.
     """
     if options.optimizer not in RECIPES:
         raise unknown_name("`optimizer`", options.optimizer, RECIPES)
@@ -588,7 +588,7 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
 
 
 def check_lora(options: TuningOptions) -> None:
-    """Raises `UsageError` for options of what `lora` does not train or how it does."""
+    """Raises `UsageError` for options that do not apply to training with `lora`."""
     if options.optimizer != "adamw":
         raise UsageError(
             f"`lora` {options.lora} trains its adapters with AdamW, not with "
@@ -649,9 +649,9 @@ def make_schedule(
 
     Args:
         peak: the highest rate.
-        steps: all steps.
-        warmup: those of the warmup, at least 1.
-        shape: of the decay, cosine or linear; it ends at a tenth of `peak`.
+        steps: the number of all steps.
+        warmup: the number of steps of the warmup, at least 1.
+        shape: the shape of the decay, cosine or linear. It ends at a tenth of `peak`.
     """
     decay_steps = max(steps, warmup + 1)
     if shape == "linear":
@@ -678,9 +678,9 @@ def lr_groups(params: Any) -> Any:
 def make_optimizer(
     options: RunOptions, config: LlamaConfig
 ) -> tuple[optax.GradientTransformation, Schedules]:
-    """Returns the optimizer that `options`, with its defaults filled in, describe.
+    """Returns the optimizer of `options`, whose defaults are filled in.
 
-    Also returns its learning rates, by group: "kernels" and "rest".
+    Also returns its learning rates by group: "kernels" and "rest".
     """
     assert options.lr is not None
     assert options.lr_embeddings is not None

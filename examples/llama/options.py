@@ -52,8 +52,8 @@ CHANGEABLE = frozenset(
 )
 OFFLOADABLE = ("weights", "activations")
 LARGEST_SEED = 2**32 - 1  # The largest seed of Grain's shuffle.
-# Options whose value "auto" stands for what a run that is resumed began with, and the
-# value of runs that began before there was the option.
+# Options whose value "auto" means the value that a resumed run began with. Runs that
+# are older than the option have the value given here.
 BEFORE_CHOICE = {"bos": "never", "projection": "random"}
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
@@ -61,31 +61,33 @@ MOST_WORKERS = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """What decides which tokens there are, beside the model's vocabulary."""
+    """The options that determine the tokens, besides the model's vocabulary."""
 
     data: str = "stdlib"
     """stdlib: the source of Python's standard library, which needs no network. python:
-    that and the source of all installed packages. package-docs: the .rst, .md and .txt
-    files and the descriptions of these packages. Or a file, a folder or a quoted glob
-    of text, .jsonl, .json, .parquet, .csv or .tsv, or hf:OWNER/NAME[/CONFIG] from the
-    hub. Of a folder with rows, such as .jsonl, other files are left out."""
+    the same and the source of all installed packages. package-docs: the .rst, .md and
+    .txt files and the descriptions of these packages. Or a file, a folder or a quoted
+    glob of text, .jsonl, .json, .parquet, .csv or .tsv, or hf:OWNER/NAME[/CONFIG] from
+    the hub. If a folder has files with rows, such as .jsonl, its other files are left
+    out."""
     validation: str | None = None
-    """The same for held-out text; by default one document in twenty of --data."""
+    """The same for held-out text. The default is one document in twenty of --data."""
     text_field: str = FIELD
-    """The field, or column, with the text, in the rows of --data and --validation. Rows
-    without text are skipped."""
+    """The field, or column, that has the text in the rows of --data and --validation.
+    Rows without text are skipped."""
     data_tokens: int | None = None
-    """Stop reading --data after this many tokens; by default a run on hf: takes as many
-    as it needs, and otherwise all are read."""
+    """Stop reading --data after this many tokens. By default, a run on hf: takes as
+    many as it needs, and any other run reads all of them."""
     tokenizer: str | None = None
-    """A tokenizer.json, a folder with one, or OWNER/NAME[@REVISION] on the hub; by
-    default that of --init-from, else a BPE trained on --data at its first use."""
+    """A tokenizer.json, a folder with one, or OWNER/NAME[@REVISION] on the hub. The
+    default is the tokenizer of --init-from, or else a BPE that is trained on --data
+    when it is first used."""
     vocab: int | None = None
-    """Tokens of that BPE; by default the model's vocabulary."""
+    """How many tokens that BPE has; by default as many as the model's vocabulary."""
     bos: str = "auto"
     """auto: put BOS before each document if the tokenizer puts it before a text, as
-    those of Llama 2 and 3 do. never: put none. A run that is resumed goes on as it
-    began."""
+    those of Llama 2 and 3 do. never: add no BOS. A resumed run keeps the setting that
+    it began with."""
 
     def __post_init__(self) -> None:
         if self.text_field == "":
@@ -98,97 +100,101 @@ class TextOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(TextOptions):
-    """What runs that are compared have in common."""
+    """The options that runs in a comparison have in common."""
 
     out: Path
-    """Folder for the results; must not hold another run."""
+    """Folder for the results; it must not contain another run."""
     model: str | None = None
     """tiny (the default), 6m, 60m, 130m, 350m, 1b, 7b, 13b, llama-2-70b, llama-3.2-1b,
     llama-3-8b, llama-3.1-8b, qwen2.5-7b, qwen3-8b or mistral-7b."""
     init_from: str | None = None
     """A LLaMA, Qwen2, Qwen2.5, Qwen3 or Mistral to start from, instead of --model and
-    random weights: a folder in Hugging Face's format (config.json, *.safetensors) or
-    OWNER/NAME[@REVISION] of one on the hub, which is downloaded at its first use. An
-    export passes its tokenizer's files on, the chat template too."""
+    random weights: a folder in Hugging Face's format (config.json, *.safetensors), or
+    OWNER/NAME[@REVISION] on the hub, which is downloaded when it is first used. An
+    export copies the files of its tokenizer, including the chat template."""
     mesh: str = "data=1"
-    """The devices, as data=2,fsdp=2,tensor=2: data and fsdp shard each batch, fsdp
-    every matrix of weights, tensor their heads and columns. The sizes must multiply to
-    the number of devices; those left out are 1."""
+    """The mesh of devices, such as data=2,fsdp=2,tensor=2. data and fsdp shard each
+    batch, fsdp shards every matrix of weights, and tensor shards their heads and
+    columns. The sizes must multiply to the number of devices. An axis that is left out
+    has size 1."""
     steps: int = 800
-    """Training steps; the first tenth warms the learning rates up."""
+    """Training steps. Learning rates rise in the first tenth of them."""
     schedule: str = "cosine"
-    """How the learning rates fall to a tenth after their rise: cosine or linear."""
+    """How the learning rates fall to a tenth of their peak: cosine or linear."""
     batch: int = 8
-    """Sequences a step."""
+    """Sequences per step."""
     accumulate: int = 1
-    """Micro-batches that --batch is split into, to save memory; must divide it."""
+    """Split --batch into this many micro-batches, to save memory. It must divide
+    --batch."""
     seq: int = 128
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     seed: int = 0
     """Sets the initial weights, the order of the data and APOLLO's projections."""
     workers: int = 2
     """Threads that read data ahead."""
     eval_every: int = 100
-    """Steps between evaluations; the last step always has one."""
+    """Steps between evaluations. There is always one after the last step."""
     eval_windows: int = 128
-    """Sequences of held-out text an evaluation takes, spread evenly over it and always
-    the same."""
+    """Sequences of held-out text per evaluation. They are spread evenly over the text
+    and are always the same."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints. There is always one after the last step."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     resume: str = "never"
-    """auto: continue the run in --out from its last checkpoint, or start it. never:
-    refuse a folder with a run in it."""
+    """auto: continue the run in --out from its last checkpoint, or start a new run.
+    never: reject a folder with a run in it."""
     on_nonfinite: str = "stop"
-    """What to do at a loss or gradient that is not finite: stop, or skip the step."""
+    """What to do if a loss or gradient is not finite: stop, or skip the step."""
     weights: str = "float32"
-    """float32 or bfloat16, of the parameters; or int8 for the layers' kernels, which
-    takes --layerwise."""
+    """The dtype of the parameters, float32 or bfloat16; or int8 for the layers'
+    kernels, which needs --layerwise."""
     compute_dtype: str | None = None
-    """float32 or bfloat16, of activations and matrix products, and with --weights int8
-    of the other parameters; by default that of --weights, bfloat16 for int8."""
+    """The dtype of activations and matrix products, float32 or bfloat16. With --weights
+    int8, it is also the dtype of the other parameters. The default is the dtype of
+    --weights, or bfloat16 for int8."""
     rounding: str | None = None
     """How updates are added to bfloat16 and int8 weights: stochastic (the default), or
-    nearest, which loses those smaller than the last bit."""
+    nearest, which loses updates that are smaller than half of the last bit."""
     layerwise: bool = False
-    """Update each layer in the backward pass as soon as it has its gradient, so that
-    the gradients of one layer are in memory, not of all."""
+    """Update each layer in the backward pass as soon as its gradient is known, so that
+    only one layer's gradients are in memory."""
     offload: str | None = None
     """With --layerwise, what to keep in host memory: weights (the layers' kernels),
     activations (the layers' inputs), or weights,activations."""
     remat: str = "dots"
-    """What the backward pass computes again to save memory: none, dots (all but the
-    products with weights) or full (each layer)."""
+    """What the backward pass recomputes to save memory: none (nothing), dots
+    (everything except the products with weights) or full (the whole layer)."""
     attention: str = "auto"
     """xla, cudnn, or auto: cudnn on a GPU in bfloat16."""
     rank: int | None = None
-    """APOLLO's and GaLore's rank; by default 1 for apollo-mini, an eighth of the hidden
-    size for apollo-zero, else a quarter of it."""
+    """The rank of APOLLO and GaLore. The default is 1 for apollo-mini, an eighth of the
+    hidden size for apollo-zero, and a quarter of it for the others."""
     scale: float | None = None
-    """APOLLO's scale, by default 128 for apollo-mini, else 1; GaLore's, by default
-    0.25."""
+    """The scale of APOLLO, by default 128 for apollo-mini and 1 for the others; or of
+    GaLore, by default 0.25."""
     moment_dtype: str = "float32"
-    """float32 or bfloat16, of the moments of APOLLO and Adam, and of the first of Muon
-    and Lion. In bfloat16 a second moment hardly forgets, as 0.999 of it rounds to
-    itself."""
+    """The dtype of the moments of APOLLO and Adam, and of the first moments of Muon and
+    Lion: float32 or bfloat16. In bfloat16 a second moment hardly decays, because 0.999
+    times a number rounds to the same number."""
     b2: float | None = None
-    """Decay of the second moments, from 0 to below 1, of adamw, apollo, apollo-mini,
-    apollo-svd and galore, in Adam for embeddings, head and norms too; by default
-    0.999."""
+    """The decay of the second moments, from 0 to below 1, for adamw, apollo,
+    apollo-mini, apollo-svd and galore, and for Adam on embeddings, head and norms. The
+    default is 0.999."""
     clip_norm: float | None = None
-    """Scale each step's gradients down to this Euclidean norm over all parameters where
-    theirs is larger; by default they stay as they are."""
+    """Scale each step's gradients down to this Euclidean norm over all parameters if
+    their norm is larger. By default they are not clipped."""
     embeddings: str = "adam"
-    """The rule for the embeddings and the head: adam, apollo (what an optimizer of that
-    name does with the kernels), or, beside any optimizer: scale, adafactor (without
-    momentum), racs or flattening. Norms have Adam."""
+    """The rule for the embeddings and the head. adam, scale, adafactor (without
+    momentum), racs and flattening work with any --optimizer. apollo works with the
+    optimizers of that name, and does the same as they do for the kernels. Norms have
+    Adam."""
     head: str | None = None
-    """Another of these rules for the head alone."""
+    """A different one of these rules for the head."""
     projection: str = "auto"
-    """What apollo and apollo-mini project with: rademacher (random signs) or random
-    (the paper's normal entries). auto: rademacher; a run that is resumed goes on as it
-    began."""
+    """The projections of apollo and apollo-mini: rademacher (random signs) or random
+    (the paper's normal entries). auto: rademacher, or for a resumed run, the projection
+    that it began with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,7 +279,7 @@ class TrainingOptions(TextOptions):
                 (
                     "--weights",
                     self.weights == "int8" and "int8",
-                    "the ordinary step would hold all of them",
+                    "the ordinary step would store all of them",
                 ),
                 (
                     "--offload",
@@ -311,7 +317,7 @@ class TrainingOptions(TextOptions):
 
     @property
     def warmup_steps(self) -> int:
-        """In how many steps the learning rates rise."""
+        """The number of steps in which the learning rates rise."""
         return max(1, self.steps // 10)
 
     def evaluates_after(self, step: int) -> bool:
@@ -320,11 +326,11 @@ class TrainingOptions(TextOptions):
 
     @property
     def offloaded(self) -> tuple[str, ...]:
-        """What --offload names."""
+        """The names that --offload lists."""
         return tuple(self.offload.split(",")) if self.offload is not None else ()
 
     def numbers(self) -> dict[str, float | None]:
-        """Returns what must be positive, by flag."""
+        """Returns the options that must be positive, by flag."""
         names = (
             *("steps", "batch", "accumulate", "seq", "data_tokens", "vocab", "workers"),
             *(
@@ -345,12 +351,12 @@ class ProcessOptions:
     """The place of this process among several; their number does not change the run."""
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 of several meets the others. Under Slurm, Open MPI,
-    GKE and on TPU pods these three are found out."""
+    """HOST:PORT of process 0, where it meets the other processes. Under Slurm, Open
+    MPI, GKE and on TPU pods, JAX finds the values of this and the next two options."""
     processes: int | None = None
-    """How many processes there are; 1: run alone, whatever the cluster says."""
+    """The number of processes. 1: run alone, even if JAX would detect a cluster."""
     process_id: int | None = None
-    """Which of them this is, from 0."""
+    """The number of this process, from 0."""
 
     def check_processes(self) -> None:
         given = (self.coordinator, self.processes, self.process_id)
@@ -394,10 +400,11 @@ class RunOptions(ProcessOptions, TrainingOptions):
     """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, racs, sinkgd,
     scale-hidden, swan, galore, muon, adafactor, lion or sgd."""
     lr: float | None = None
-    """Peak learning rate of the layers' kernels; by default the optimizer's own."""
+    """Peak learning rate of the layers' kernels. The default depends on the
+    optimizer."""
     lr_embeddings: float | None = None
-    """Peak learning rate of embeddings, head and norms; by default the optimizer's
-    own."""
+    """Peak learning rate of embeddings, head and norms. The default depends on the
+    optimizer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -412,7 +419,7 @@ class RunOptions(ProcessOptions, TrainingOptions):
         return super().numbers() | more
 
     def as_begun(self, config: dict[str, Any] | None) -> Self:
-        """Returns the options with what a run keeps from its beginning.
+        """Returns the options with the choices that a run keeps from its beginning.
 
         Args:
             config: the configuration that the run began with; None for a new run.
@@ -437,38 +444,39 @@ class RunOptions(ProcessOptions, TrainingOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningOptions(RunOptions):
-    """A fine-tuning on conversations, whatever model and data it is of."""
+    """The options of fine-tuning on conversations, without the model and the data."""
 
     chat_template: Path | None = None
-    """A file with a chat template (Jinja), instead of the model's own. An export gets
+    """A file with a chat template (Jinja) that replaces the model's own. An export gets
     it too."""
     loss_on: str = "assistant"
-    """assistant: learn what the assistant writes, and its end of turn. all: learn every
-    token. Completions are learnt without their prompt, and texts as a whole."""
+    """Which tokens of a conversation have a loss. assistant: what the assistant writes,
+    and its end of turn. all: every token. Completions are learned without their prompt,
+    and texts completely."""
     too_long: str = "cut"
-    """What to do with conversations of more than --seq + 1 tokens: cut off their end,
-    or drop them."""
+    """What to do with conversations of more than --seq + 1 tokens: cut off the end, or
+    drop them."""
     epochs: float = 3.0
     """How often to go through --data, unless --steps is given."""
     steps: int = 0
-    """Training steps; 0: as many as --epochs makes."""
+    """Training steps. 0: the number that --epochs gives."""
     warmup: float = 0.03
-    """The share of the steps in which the learning rates rise."""
+    """The fraction of the steps in which the learning rates rise."""
     seq: int = 1024
-    """Tokens of a row, into which several conversations are packed."""
+    """Tokens per row. Several conversations are packed into a row."""
     eval_every: int = 50
-    """Steps between evaluations; the last step always has one."""
+    """Steps between evaluations. There is always one after the last step."""
     date: str | None = None
-    """The day, as 2026-11-27, that a chat template is told which asks for it; by
-    default the day on which the run began."""
+    """The date for chat templates that ask for it, such as 2026-11-27. The default is
+    the day on which the run began."""
     lora: int | None = None
-    """Train LoRA adapters of this rank beside the layers' kernels, with --optimizer
-    adamw, and leave all other weights as they are."""
+    """Train LoRA adapters of this rank on the layers' kernels, with --optimizer adamw.
+    All other weights stay as they are."""
     lora_alpha: float | None = None
-    """With --lora: what the adapters add counts alpha / rank times; by default twice
-    the rank."""
+    """With --lora: multiply the output of the adapters by alpha / rank. The default is
+    twice the rank."""
 
-    # What pre-training decides about its text; these are no options here.
+    # These options of pre-training are not options here.
     tokenizer: None = dataclasses.field(init=False, default=None)
     vocab: None = dataclasses.field(init=False, default=None)
     text_field: str = dataclasses.field(init=False, default=FIELD)
@@ -501,7 +509,7 @@ class TuningOptions(RunOptions):
                 datetime.date.fromisoformat(self.date)
             except ValueError as error:
                 raise UsageError(
-                    f"--date {self.date!r} is no day; give one as 2026-11-27"
+                    f"--date {self.date!r} is not a date; give one such as 2026-11-27"
                 ) from error
 
     def _check_adapters(self) -> None:
@@ -539,17 +547,17 @@ class TuningOptions(RunOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(TuningOptions):
-    """One run: a model that exists, trained further on conversations."""
+    """One run that trains an existing model further on conversations."""
 
     data: str = dataclasses.field()
     """A .jsonl or .parquet file, a folder or a quoted glob of such, or
     hf:OWNER/NAME[/CONFIG] from the hub. Rows have messages (each with role and
     content), or prompt and completion, or text."""
     validation: str | None = None
-    """The same for held-out conversations; by default one in twenty of --data."""
+    """The same for held-out conversations. The default is one in twenty of --data."""
     init_from: str = dataclasses.field()
     """The model to start from, with its tokenizer and its chat template: a folder in
-    Hugging Face's format, or OWNER/NAME[@REVISION] of one on the hub."""
+    Hugging Face's format, or OWNER/NAME[@REVISION] on the hub."""
 
     # The model is that of --init-from.
     model: None = dataclasses.field(init=False, default=None)
@@ -568,8 +576,8 @@ def check_seed(flag: str, seed: int) -> None:
 def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Returns the differences of two configurations, as `field: theirs -> ours`.
 
-    Changeable fields are left out. A field that one has not got, because it is older
-    than the field, has the field's default. So has a field of the model's shape.
+    Changeable fields are left out. If a configuration is older than a field, the field
+    counts as having its default. The same is true of fields of the model's shape.
     """
     ours, theirs = with_all_shape_fields(ours), with_all_shape_fields(theirs)
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
@@ -592,7 +600,7 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def with_all_shape_fields(run: dict[str, Any]) -> dict[str, Any]:
-    """Returns a run's description with the shape's fields that are newer than it."""
+    """Returns a run's description, with the defaults of newer fields of the shape."""
     if "model_config" not in run:
         return run
     defaults = {
@@ -608,7 +616,7 @@ Options = TypeVar("Options")
 
 
 def parse(options: type[Options], args: list[str] | None, prog: str) -> Options:
-    """Returns a command line's options; one that does not parse exits with status 2."""
+    """Returns a command line's options. If it is invalid, exits with status 2."""
     import tyro  # The import is here so that training from Python does not need it.
 
     return tyro.cli(options, args=args, prog=prog)

@@ -1,13 +1,12 @@
 """How parameters are sharded over the axes of the mesh, by one table of rules.
 
 `tensor` shards attention by heads, the MLP by columns, and the vocabulary, as
-Megatron-LM does (https://arxiv.org/abs/1909.08053). Results of the hidden size are
-summed over the devices, once after attention and once after the MLP. `fsdp` shards
-every matrix along the hidden size: a device stores its shard, and the others are
-gathered when a layer is computed. Without `tensor`, `fsdp` may shard either side. It
-takes that of APOLLO's channels if their number divides, so that each device projects
-whole channels and sends norms only. `data` shards no parameter. `model.py` shards the
-activations.
+Megatron-LM does (https://arxiv.org/abs/1909.08053). The outputs of attention and of the
+MLP are summed over the devices. `fsdp` shards every matrix along the hidden size: a
+device stores its shard, and the other shards are gathered when a layer is computed.
+Without `tensor`, `fsdp` may shard either side. It shards the side of APOLLO's channels
+if their number is divisible, so that each device projects whole channels and sends
+norms only. `data` shards no parameter. `model.py` shards the activations.
 """
 
 import math
@@ -54,9 +53,9 @@ def spec_of(
     """Returns a parameter's spec, by `PARTITION_RULES` or along APOLLO's channels.
 
     Args:
-        name: its path.
-        shape: its shape.
-        mesh: the devices.
+        name: the parameter's path.
+        shape: the parameter's shape.
+        mesh: the mesh of devices.
         parts: the number of indivisible parts per axis, such as groups of numbers with
             one scale; by default `shape`.
     """
@@ -83,7 +82,7 @@ def _rule_of(name: str) -> jax.P:
 
 
 def sharded_sizes(config: LlamaConfig) -> dict[str, dict[str, int]]:
-    """Returns the sizes that each axis of the mesh has to divide, by what they are."""
+    """Returns the sizes that each axis of the mesh has to divide, by their names."""
     return {
         "fsdp": {"hidden size": config.hidden_size},
         "tensor": {
@@ -128,12 +127,13 @@ def parameter_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
 def state_shardings(options: RunOptions, state: optax.OptState, params: Any) -> Any:
     """Returns the sharding of every leaf of the state of any optimizer.
 
-    They are those of `apollo_optax.state_sharding`. That replicates state of other
-    shapes than the parameter's, such as GaLore's moments and projections. If the
-    parameter is sharded, such state of two or more axes is sharded along its last axis.
+    They are the shardings of `apollo_optax.state_sharding`, with one exception. That
+    function replicates state whose shape is not the parameter's, such as GaLore's
+    moments and projections. If the parameter is sharded, such state of two or more axes
+    is sharded along its last axis here.
 
     Args:
-        options: of the run, which say what is a matrix.
+        options: the options of the run, which decide what is a matrix.
         state: shapes, from `jax.eval_shape(tx.init, params)`.
         params: shapes with shardings.
     """

@@ -1,4 +1,4 @@
-"""Short texts from the model, to look at while it trains."""
+"""Short texts that the model writes while it trains."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,16 +27,17 @@ def make_sampler(
 ) -> Callable[[Params, int], str]:
     """Returns a function of parameters and step that continues each of the prompts.
 
-    The step and the seed set the draws, so a run that is resumed writes what it would
-    have written.
+    The draws depend on the step and the seed only, so a resumed run writes the same
+    texts as an uninterrupted one.
 
     Args:
         pieces: the model.
         tokenizer: turns tokens into text.
-        prompts: token ids, at least one each, by the text to show before what follows.
+        prompts: lists of one or more token ids, by the text to show before the
+            continuation.
         end_ids: the tokens that end a text.
-        seed: of the draws.
-        mesh: of the parameters.
+        seed: the seed of the draws.
+        mesh: the mesh of the parameters.
     """
     length = max(map(len, prompts.values())) + LENGTH  # One length, so one program.
     known = tokenizer.get_vocab_size()  # The model's vocabulary may be larger.

@@ -127,8 +127,8 @@ class Storage:
         Args:
             shapes: all parameters, abstract, in the dtype in which they are computed
                 with.
-            rest: those outside the layers, in their places.
-            layer: the parameters of a layer, by number, as a stack of one.
+            rest: the parameters outside the layers, at their paths.
+            layer: returns the parameters of a layer, by its number, as a stack of one.
         """
         layers = self.abstract(shapes)["layers"]
         shardings = jax.tree.map(lambda x: x.sharding, layers)

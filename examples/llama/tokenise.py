@@ -19,12 +19,13 @@ from examples.llama.text.windows import token_count
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokeniseOptions(TextOptions):
-    """Text to tokens; give the run the same options, --data-tokens too."""
+    """Tokenises a text. Give the run the same options, including --data-tokens."""
 
     model: str = "tiny"
-    """The run's --model: its vocabulary is the size of a tokenizer trained here."""
+    """The run's --model. A tokenizer that is trained here has as many tokens as the
+    model's vocabulary."""
     save_tokenizer: Path | None = None
-    """Write the tokenizer to this .json too, for other texts' --tokenizer."""
+    """Also write the tokenizer to this .json, for the --tokenizer of other texts."""
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""One run from its options to its result, whatever it trains on."""
+"""One run from its options to its result, for any kind of text."""
 
 import contextlib
 import functools
@@ -57,17 +57,18 @@ def train(
     """Runs one training, or the rest of it.
 
     Args:
-        options: of the run.
-        stop: entered by the caller; a signal that comes in the last step is left to it.
-        load_text: reads what the run trains on, before anything is written.
-        keep_best: keep the weights of the evaluation with the lowest loss.
+        options: the options of the run.
+        stop: a request that the caller has entered. A signal that comes in the last
+            step is left to the caller.
+        load_text: reads the text of the run, before anything is written.
+        keep_best: whether to keep the weights of the evaluation with the lowest loss.
         measure_updates: record the RMS of the kernels' update, over the learning rate,
-            at the steps with an evaluation. It takes float32 weights.
+            at the steps with an evaluation. It needs float32 weights.
 
     Raises:
-        UsageError: for input that makes no run, before anything is written; where a
-            checkpoint cannot be written or read.
-        DivergedError: where the loss blew up; the metrics and checkpoints up to there
+        UsageError: for invalid input, before anything is written, or if a checkpoint
+            cannot be written or read.
+        DivergedError: if the loss diverged. The metrics and checkpoints up to that step
             are kept.
         RunInterrupted: after SIGTERM or Ctrl-C, when a checkpoint is on disk.
     """
@@ -176,12 +177,12 @@ def train(
 
 
 def with_frozen(evaluate: Evaluate, frozen: Params | None) -> Evaluate:
-    """Returns `evaluate` as a function of the parameters that are trained alone."""
+    """Returns `evaluate` as a function of only the parameters that are trained."""
     return lambda params, step: evaluate(joined(params, frozen), step)
 
 
 def result_of(options: RunOptions) -> RunResult | None:
-    """Returns, on every process, what the first reads."""
+    """Returns, on every process, the result that the first process reads."""
 
     def numbers() -> tuple[float, float] | None:
         result = read_result(options)

@@ -81,7 +81,7 @@ def table_rows(text):
 
 
 @pytest.mark.slow
-def test_table_has_bytes_sent_and_held_per_device(capsys):
+def test_table_has_bytes_sent_and_of_state_per_device(capsys):
     sizes = [
         "--target",
         "cpu",
@@ -95,14 +95,14 @@ def test_table_has_bytes_sent_and_held_per_device(capsys):
     ]
     benchmark.main([*sizes, "--optimizers", "adamw", "apollo-mini"])
     rows = table_rows(capsys.readouterr().out)
-    assert rows[0] == ["optimizer", "sent, 2", "sent, 8", "held, 2", "held, 8"]
+    assert rows[0] == ["optimizer", "sent, 2", "sent, 8", "state, 2", "state, 8"]
     numbers = {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
     assert list(numbers) == ["adamw", "apollo-mini"]
     assert numbers["adamw"][:2] == [0, 0]
-    for sent_by_2, sent_by_8, held_by_2, held_by_8 in numbers.values():
+    for sent_by_2, sent_by_8, state_by_2, state_by_8 in numbers.values():
         # The model's size is constant, so each of k devices sends (k - 1) / k of it.
         assert sent_by_8 <= 2 * sent_by_2
-        assert held_by_8 < held_by_2 / 3
+        assert state_by_8 < state_by_2 / 3
     # APOLLO-Mini sends norms only.
     assert 0 < numbers["apollo-mini"][0] < 0.001
 

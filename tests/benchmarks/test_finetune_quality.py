@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import finetune_quality as benchmark
 from benchmarks.finetune_quality import Found, Losses
+from examples.llama import optimizers
+from examples.llama.config import preset
 from examples.llama.run.recorder import DivergedError
 
 
@@ -29,7 +31,10 @@ def test_passages_are_whole_paragraphs() -> None:
 
 @pytest.mark.parametrize("name", benchmark.CONTENDERS)
 def test_each_contender_has_five_rates_in_factors_of_two(name: str) -> None:
-    for rates in zip(*benchmark.rates_of(name), strict=True):
+    trains_embeddings = "lora" not in benchmark.CONTENDERS[name]
+    of_kernels, of_the_rest = zip(*benchmark.rates_of(name), strict=True)
+    assert trains_embeddings or of_the_rest == (None,) * 5
+    for rates in (of_kernels, of_the_rest) if trains_embeddings else (of_kernels,):
         assert len(rates) == 5
         ratios = [b / a for a, b in itertools.pairwise(rates)]
         assert ratios == pytest.approx([2] * 4, rel=1e-2)
@@ -100,3 +105,10 @@ def test_rejects_options(
         benchmark.main(args)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", benchmark.CONTENDERS)
+def test_the_options_of_each_run_go_together(name: str, tmp_path: Path) -> None:
+    options = benchmark.FinetuneQualityOptions(out=tmp_path)
+    run = benchmark.run_of(options, name, benchmark.rates_of(name)[0], seed=0)
+    assert optimizers.with_defaults(run, preset("tiny")).lr == run.lr

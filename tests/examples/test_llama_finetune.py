@@ -122,7 +122,10 @@ def test_layerwise_int8_with_a_given_template(start: Path, tmp_path: Path) -> No
         (["--warmup", "1"], "--warmup 1.0 is out of range; give a share from 0"),
         (["--epochs", "0"], "--epochs 0.0 is out of range; give a number above 0"),
         (["--steps", "-1"], "--steps -1 is out of range"),
-        (["--date", "today"], "--date 'today' is no day; give one as 2026-11-27"),
+        (
+            ["--date", "today"],
+            "--date 'today' is not a date; give one such as 2026-11-27",
+        ),
         (["--batch", "64"], "--batch 64 needs as many rows, and --data fills"),
         (["--seq", "8", "--batch", "1"], "--seq 8 leaves nothing to learn"),
         (["--data", "chat.csv"], "--data 'chat.csv' does not exist; give a file"),

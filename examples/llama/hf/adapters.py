@@ -40,21 +40,21 @@ def save_adapters(
     end_token: str | None = None,
     passed_on: Files = MappingProxyType({}),
 ) -> None:
-    """Writes a folder that `peft` loads beside the model that the adapters are for.
+    """Writes a folder that `peft` loads together with the adapters' model.
 
     Args:
         adapters: jax or numpy arrays.
         config: the shape with the adapters.
-        folder: where to; must be empty or not there.
+        folder: the folder to write, which must be empty or missing.
         base: the model, a folder or OWNER/NAME[@REVISION], which the files name.
-        dtype: float32 or bfloat16; by default what the adapters are in.
-        tokenizer: written too, as are `end_token` and the tokenizer's files that
-            `passed_on` has; see `weights.save_pretrained`.
+        dtype: float32 or bfloat16; by default the dtype of the adapters.
+        tokenizer: the tokenizer, which is written too, like `end_token` and the
+            tokenizer's files in `passed_on`; see `weights.save_pretrained`.
         end_token: the token that ends a text.
         passed_on: files of the model, by name.
 
     Raises:
-        UsageError: where something would be overwritten or can't be written.
+        UsageError: if something would be overwritten or can't be written.
     """
     folder = folder.resolve()
     check_free(folder)

@@ -12,8 +12,8 @@ from examples.llama.run.errors import UsageError
 from examples.llama.text.decoding import DocumentError, decode, parse_json
 
 CONFIG = "config.json"
-# Fields that Transformers reads for all families or some. Their values here are the
-# only ones that the model computes, so any other value is refused.
+# Fields that Transformers reads for all or some families. The model supports only these
+# values, so any other value is rejected.
 FIXED: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
@@ -31,7 +31,7 @@ SYNONYMS = {"LlamaForCausalLM": "LLaMAForCausalLM", "silu": "swish"}
 
 
 class Defaults(NamedTuple):
-    """What Transformers takes for fields of a config.json that are missing."""
+    """The defaults of Transformers for missing fields of a config.json."""
 
     max_seq_len: int
     num_kv_heads: int | None = None
@@ -55,13 +55,14 @@ Number = TypeVar("Number", int, float)
 def read_config(folder: Path) -> LlamaConfig:
     """Returns the shape that `folder/config.json` describes.
 
-    Rotary embeddings are read as transformers 5 writes them, `rope_parameters`, and as
-    earlier versions do, `rope_theta` beside `rope_scaling`. A field that is missing or
-    null has transformers' default, but for those that every model sets: its sizes.
+    Rotary embeddings are read from `rope_parameters`, which transformers 5 writes, and
+    from `rope_theta` and `rope_scaling`, which earlier versions write. A field that is
+    missing or null has transformers' default, except for the sizes, which every model
+    sets.
 
     Raises:
-        UsageError: where the file or a field of it is missing or unusable, or the model
-            is of no family that `model.py` computes.
+        UsageError: if the file or one of its fields is missing or unusable, or if the
+            model's family is not one that `model.py` supports.
     """
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
     if "model_config" in fields.values:
@@ -101,8 +102,8 @@ def read_config(folder: Path) -> LlamaConfig:
 def read_family(fields: "Fields") -> str:
     """Returns the model's family, a key of `FAMILIES`.
 
-    Raises `UsageError` for an unknown family, and for fields with values that this
-    family is not computed with.
+    Raises `UsageError` for an unknown family, and for values that are not supported for
+    this family.
     """
     family = named_family(fields)
     for name, supported in FIXED[family].items():
@@ -252,7 +253,7 @@ class Fields(NamedTuple):
 def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | None]:
     """Returns theta and the scaling.
 
-    If fields contradict each other, the ones that transformers 5 takes count.
+    If fields contradict each other, the fields that transformers 5 uses count.
     """
     name = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     values = fields.values.get(name) or {}
@@ -286,7 +287,7 @@ def read_rope(fields: Fields, max_seq_len: int) -> tuple[float, RopeScaling | No
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object that a file holds; raises `UsageError` where it holds none."""
+    """Returns the JSON object in a file; raises `UsageError` if there is none."""
     again = "download it again"
     try:
         value = parse_json(decode(path.read_bytes()), str(path), again)

@@ -1,7 +1,7 @@
-"""The folder of the model to start from: one on this machine, or a copy of the hub's.
+"""The folder of the model to start from: one on this machine, or a copy from the hub.
 
-The hub's models are in Hugging Face's own cache. The configuration and the tokenizer
-are downloaded first, so that a plan of a run needs no more of the model.
+Models of the hub are in Hugging Face's own cache. The configuration and the tokenizer
+are downloaded first, because a plan of a run needs nothing else.
 """
 
 import re
@@ -20,8 +20,8 @@ def config_folder(init_from: str) -> Path:
     """Returns a folder with the model's configuration and tokenizer.
 
     Raises:
-        UsageError: where `init_from` is neither a folder nor the name of a model that
-            is in the cache or can be downloaded.
+        UsageError: if `init_from` is neither a folder nor the name of a model that is
+            in the cache or can be downloaded.
     """
     if Path(init_from).exists():
         return Path(init_from)
@@ -39,7 +39,7 @@ def config_folder(init_from: str) -> Path:
 
 
 def weights_folder(init_from: str) -> Path:
-    """Returns a folder with the model's weights too; raises as `config_folder`."""
+    """Returns a folder that also has the weights; raises like `config_folder`."""
     folder = config_folder(init_from)
     if Path(init_from).exists():
         return folder

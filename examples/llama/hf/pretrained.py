@@ -1,6 +1,6 @@
-"""What the model or tokenizer that a run begins from has beside its weights.
+"""The files, besides weights, of the model or tokenizer that a run begins from.
 
-An export passes it on: the tokenizer's files unchanged, with the chat template, and the
+An export copies them: the tokenizer's files unchanged, with the chat template, and the
 ids of special tokens. A run keeps copies, since the model may be gone by then.
 """
 
@@ -26,7 +26,7 @@ Files = Mapping[str, Path]  # The keys are paths within the model's folder.
 
 
 def find_files(tokenizer: str | None, init_from: str | Path | None) -> dict[str, Path]:
-    """Returns the files to pass on.
+    """Returns the files that an export copies.
 
     Args:
         tokenizer: path or name of the tokenizer; None for the model's own.
@@ -35,7 +35,7 @@ def find_files(tokenizer: str | None, init_from: str | Path | None) -> dict[str,
             `tokenizer` is the same.
 
     Raises:
-        UsageError: where there is no such tokenizer or model.
+        UsageError: if there is no such tokenizer or model.
     """
     model = config_folder(str(init_from)) if init_from else None
     name = tokenizer or (str(model) if model else None)
@@ -72,7 +72,7 @@ def keep(files: Files, run_folder: Path) -> None:
 
 
 def kept_files(run_folder: Path) -> dict[str, Path]:
-    """Returns the files that a run has kept; none where it began before runs did."""
+    """Returns the files that a run has kept; none if an older version began the run."""
     folder = run_folder / PRETRAINED
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path for path in paths}
@@ -89,9 +89,9 @@ def copy(files: Files, folder: Path) -> None:
 
 
 def pass_on(folder: Path, files: Files, end_token: str | None) -> None:
-    """Writes the files into an export as they are, but for its own config.json.
+    """Copies the files into an export, except for config.json, which it has itself.
 
-    Where they do not say which token ends a text, `end_token` is written there too.
+    If the files do not say which token ends a text, `end_token` is added to them.
     """
     copy({name: path for name, path in files.items() if name != CONFIG}, folder)
     configs = [folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS]
@@ -103,16 +103,16 @@ def pass_on(folder: Path, files: Files, end_token: str | None) -> None:
 def with_token_ids(
     config: dict[str, Any], files: Files, tokenizer: tokenizers.Tokenizer | None
 ) -> dict[str, Any]:
-    """Returns an export's config.json with the ids of special tokens to pass on.
+    """Returns an export's config.json with the ids of special tokens.
 
-    They are those of the model that the training began from; without one, those of the
-    tokens that tokenizer_config.json names. The end of the text trained on stays, even
-    where that model's configuration has another.
+    They are the ids of the model that the training began from. Without such a model,
+    they are those of the tokens that tokenizer_config.json names. The end token of the
+    training text is kept, even if that model's configuration has a different one.
 
     Args:
         config: the fields, with the id of the text's end.
-        files: those to pass on.
-        tokenizer: of the export.
+        files: the files that the export copies.
+        tokenizer: the tokenizer of the export.
     """
     if CONFIG in files:
         fields = read_json(files[CONFIG])

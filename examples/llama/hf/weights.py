@@ -104,16 +104,16 @@ class HfTensor(NamedTuple):
 class WeightReader:
     """Reads a model's weights from its folder, the layers one at a time.
 
-    It reads `model.safetensors`, or the shards of `model.safetensors.index.json`,
-    tensor by tensor: host memory holds what a method returns, and one tensor more.
+    It reads `model.safetensors`, or the shards of `model.safetensors.index.json`, one
+    tensor at a time. Host memory has the result of a method, and one tensor more.
 
     Args:
-        folder: holds the weights, in float32, bfloat16 or float16.
-        config: their shape, from `read_config`.
-        param_dtype: float32 or bfloat16, what they are cast to.
+        folder: the folder with the weights, in float32, bfloat16 or float16.
+        config: the model's shape, from `read_config`.
+        param_dtype: the dtype that the weights are cast to, float32 or bfloat16.
 
     Raises:
-        UsageError: where a file is missing or corrupt, or a tensor is missing,
+        UsageError: if a file is missing or corrupt, or a tensor is missing,
             superfluous, or of another shape or dtype. Only the files' headers have been
             read by then.
     """
@@ -183,7 +183,7 @@ def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
     """Returns all weights of `folder`, in numpy arrays.
 
     They have the structure and shapes of `init_params(config, ...)`. The arguments and
-    errors are those of `WeightReader`. Host memory holds the model once, and one layer.
+    errors are those of `WeightReader`. Host memory has the model once, and one layer.
     """
     reader = WeightReader(folder, config, param_dtype)
     stacks = {
@@ -210,25 +210,25 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that transformers loads as a model and its tokenizer.
 
-    The files are written to a hidden folder beside it, which is renamed when all are
-    there. Of parameters on devices the host holds no more than one shard.
+    The files are written to a hidden folder next to it, which is renamed when they are
+    complete. If the parameters are on devices, the host has at most one shard of them.
 
     Args:
         params: jax or numpy arrays, of the structure and shapes of
             `init_params(config, ...)`.
-        config: their shape.
-        folder: where to; must be empty or not there.
-        dtype: float32 or bfloat16, what the weights are written in; by default what
-            they are in.
-        max_shard_bytes: the most that one file holds, unless a single tensor is larger.
-        tokenizer: written too where given.
+        config: the model's shape.
+        folder: the folder to write, which must be empty or missing.
+        dtype: the dtype of the written weights, float32 or bfloat16; by default that of
+            `params`.
+        max_shard_bytes: the largest size of a file, unless a single tensor is larger.
+        tokenizer: a tokenizer to write too.
         end_token: the token that ends a text; transformers calls it `eos_token`.
         passed_on: files of the model that the training began from, by name; see
             `pretrained.find_files`. Those of its tokenizer are written as they are.
 
     Raises:
-        UsageError: for an argument other than described, before anything is written,
-            and where the files can't be written, with none left behind.
+        UsageError: for an invalid argument, before anything is written, and if the
+            files can't be written, with none left behind.
     """
     folder = folder.resolve()
     check_free(folder)
@@ -256,7 +256,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a hidden folder, which becomes `folder` when the block ends.
 
     Raises:
-        UsageError: where its files can't be written; none is left behind then.
+        UsageError: if its files can't be written. None is left behind then.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -285,9 +285,9 @@ def check_free(folder: Path) -> None:
 
 
 def tensors_of(config: LlamaConfig) -> list[HfTensor]:
-    """Returns all tensors of a model, those of a layer next to each other.
+    """Returns all tensors of a model, with those of a layer next to each other.
 
-    Neighbours mostly share a file.
+    Neighbouring tensors are mostly in the same file.
     """
     shapes = shapes_of(config)
 
@@ -394,10 +394,10 @@ def conversion(folder: Path, new: str) -> str:
 def locate(
     folder: Path, config: LlamaConfig, tensors: Mapping[str, HfTensor]
 ) -> dict[str, Path]:
-    """Returns the file of each tensor, and of a tied model's head where there is one.
+    """Returns the file of each tensor, and of a tied model's head if there is one.
 
-    Reads no more than the files' headers. Raises `UsageError` for the first that is not
-    as `tensors`.
+    Reads only the files' headers. Raises `UsageError` for the first tensor that differs
+    from `tensors`.
     """
     # Early versions stored constants of the rotary embeddings, `inv_freq`, which are
     # ignored.
@@ -492,7 +492,7 @@ def write_weights(
 def cut_into_shards(
     tensors: Iterable[HfTensor], sizes: Iterable[int], max_shard_bytes: int
 ) -> list[list[HfTensor]]:
-    """Returns the tensors in order, in runs as long as their sizes, in bytes, allow."""
+    """Returns the tensors in order, in groups whose size in bytes is limited."""
     shards: list[list[HfTensor]] = []
     left = -1
     for tensor, size in zip(tensors, sizes, strict=True):
@@ -505,7 +505,7 @@ def cut_into_shards(
 
 
 def fetch(leaf: Any, tensor: HfTensor, dtype: str | None) -> np.ndarray:
-    """Returns one tensor, contiguous; from a device comes no more than its layer."""
+    """Returns one contiguous tensor; only its layer is copied from a device."""
     part = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
     return np.ascontiguousarray(tensor.oriented(part), jnp.dtype(dtype or part.dtype))
 

@@ -30,17 +30,17 @@ class PlanOptions(RunOptions):
     """
 
     out: Path = Path(os.devnull)
-    """Not used: a command line of pretrain can be given as it is."""
+    """Not used. It is accepted so that a command line of pretrain works as it is."""
     target: str = "cpu"
-    """What to compile for: cpu, gpu (this machine's) or TPUs that need not be there:
-    v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1."""
+    """The device to compile for: cpu, gpu (that of this machine), or TPUs, even if none
+    is attached: v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1."""
     fit: str | None = None
-    """A size as 16GB (16e9 bytes) or 15.75GiB: find the largest batch that fits, in
-    place of --batch."""
+    """A size such as 16GB (16e9 bytes) or 15.75GiB. Finds the largest batch that fits,
+    instead of taking --batch."""
     compare: tuple[str, ...] = ()
-    """Several optimizers in place of --optimizer, as adamw,apollo,apollo-mini."""
+    """Several optimizers instead of --optimizer, such as adamw,apollo,apollo-mini."""
     json: bool = False
-    """Print a JSON object for each optimizer, in place of the table."""
+    """Print a JSON object for each optimizer instead of the table."""
     plot: Path | None = None
     """Draw the memory as bars into this .png."""
 
@@ -78,20 +78,20 @@ class PlanOptions(RunOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedTuning(TuningOptions):
-    """The options of a fine-tuning that is only planned, of a preset if need be."""
+    """The options of a fine-tuning that is only planned; its model may be a preset."""
 
     out: Path = Path(os.devnull)
-    """Not used: a command line of finetune can be given as it is."""
+    """Not used. It is accepted so that a command line of finetune works as it is."""
     data: str = "none"
-    """Not used, and neither are the other options of the conversations."""
+    """Not used, like the other options about the conversations."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningPlanOptions(PlannedTuning, PlanOptions):
     """The memory that finetune would need with these options, from compiling its step.
 
-    The step takes packed rows, as finetune does. --model stands for a model that is not
-    at hand. Nothing is run.
+    The step takes packed rows, as in finetune. Give --model if the model itself is not
+    available. Nothing is run.
     """
 
     @property
@@ -111,5 +111,5 @@ def bytes_in(flag: str, text: str) -> int:
 
 
 def smallest_batch(options: RunOptions) -> int:
-    """Returns of what the batch must be a multiple."""
+    """Returns the number that the batch must be a multiple of."""
     return batch_shards(options.mesh) * max(1, options.accumulate)

@@ -22,18 +22,18 @@ SHARES = {
     "activations_bytes": "activations",
 }
 CAPTION = (
-    "{unit} on a device; peak: arguments + temporaries + output - what of these is in "
-    "the same place; activations: what grows with the batch, by a second compilation; "
-    "gradients, other: the rest"
+    "{unit} on a device; peak = arguments + temporaries + outputs - outputs that reuse "
+    "an argument's memory; activations: the part that grows with the batch, from a "
+    "second compilation; gradients, other: the rest"
 )
 WIDENED = (
     "the CPU's compiler turns bfloat16 into float32, so temporaries are not those of a "
-    "GPU or TPU; give --target v5e:1x1 for such"
+    "GPU or TPU; to see those, compile for one, such as v5e:1x1"
 )
 
 
 def is_widened(row: Row, target: str) -> bool:
-    """Whether the target's compiler uses another precision than was asked for."""
+    """Whether the target's compiler computes in a wider dtype than requested."""
     run = row.options
     return target == "cpu" and "bfloat16" in (run.weights, run.compute_dtype)
 
@@ -85,14 +85,14 @@ def versions(target: str) -> dict[str, str]:
 
 
 def notes(row: Row, options: PlanOptions) -> list[str]:
-    """Returns what one must know not to take the row for more than it is."""
+    """Returns the caveats that a reader of the row has to know."""
     memory = row.memory
     found = [WIDENED] if is_widened(row, options.target) else []
     if memory.refused:
         source = (
             f"measured on {memory.compiled_for}"
             if memory.compiled_for
-            else "of its compiler's message"
+            else "from its compiler's message"
         )
         found.append(
             f"{options.target} refuses {row.options.optimizer}: the numbers are "
@@ -146,7 +146,7 @@ def heading(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> str:
 
 
 def table(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> Table:
-    """Returns a row for each optimizer, the notes in the caption."""
+    """Returns a row for each optimizer, with the notes in the caption."""
     with_host = any(row.memory.host_bytes for row in rows)
     largest = max(row.memory.peak_bytes for row in rows)
     unit, scale = next((name, size) for name, size in SCALES.items() if largest >= size)
@@ -211,7 +211,7 @@ def draw(rows: list[Row], options: PlanOptions, config: LlamaConfig) -> None:
 def share(row: Row, name: str) -> int:
     """Returns the bytes of a part of the bar.
 
-    A row that has a peak alone has one unknown part.
+    A row that has only a peak has a single part, which is unknown.
     """
     if name == "activations_bytes":
         return row.activations_bytes or 0

@@ -52,7 +52,7 @@ MemoryOf = Callable[..., Memory]
 
 
 def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
-    """Returns what to plan, an optimizer each, defaults filled in."""
+    """Returns the options to plan, one per optimizer, with defaults filled in."""
     fields = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options.run_type)
@@ -64,7 +64,7 @@ def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
     planned = []
     for name in options.compare:
         run = dataclasses.replace(run, optimizer=name)
-        # What is meant for some of the optimizers is kept from the others.
+        # Options for some of the optimizers are dropped for the others.
         names = unused(run, config)
         ignored = {
             field.name: field.default
@@ -79,9 +79,9 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
     """Yields a row for each optimizer.
 
     Raises:
-        UsageError: for options that make no run on the target, and where `fit` is too
-            small for one optimizer; of several, those that do not fit have a row that
-            says so.
+        UsageError: for options that are invalid on the target, and if `fit` is too
+            small for a single optimizer. With several optimizers, the row of one that
+            does not fit says so.
     """
     config = model_config(options)
     for run in runs(options, config):
@@ -110,7 +110,7 @@ def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:
 
 
 def remembered(run: RunOptions, memory_of: MemoryOf) -> MemoryOf:
-    """Returns the memory of a run as a function of the batch, each compiled once."""
+    """Returns a function from the batch to a run's memory that compiles each once."""
     known: dict[int, Memory] = {}
 
     def measured(batch: int, exact: bool = True) -> Memory:
@@ -127,10 +127,10 @@ def remembered(run: RunOptions, memory_of: MemoryOf) -> MemoryOf:
 def fitting_batch(
     options: PlanOptions, limit: int, measured: Callable[[int], Memory]
 ) -> int:
-    """Returns the largest batch of which a device needs at most `limit` bytes, or 0.
+    """Returns the largest batch for which a device needs at most `limit` bytes, or 0.
 
-    Follows the line through the last two batches that were compiled, at most to eight
-    times the batch, then closes in. Memory is taken to grow with the batch.
+    Extrapolates from the last two batches that were compiled, to at most eight times
+    the batch, and then narrows the interval. Assumes that memory grows with the batch.
     """
     unit = smallest_batch(options)
 
@@ -177,9 +177,10 @@ def activations(
 ) -> int | None:
     """Returns the part of a step's memory that grows with the batch.
 
-    It is what half the batch (of the smallest, twice the batch) takes less (more), in
-    proportion. What the activations share with gradients, by being gone before those
-    are there, is not in it: with a small batch that may be all of it.
+    It is the difference to the memory of half the batch (of twice the batch for the
+    smallest one), scaled to the batch. Gradients may reuse the memory of activations
+    that are no longer needed. That memory is not counted, and with a small batch it may
+    be all of it.
     """
     if memory.temporaries_bytes is None:
         return None

@@ -1,8 +1,8 @@
-"""What memory a training step needs on a target, from compiling it there.
+"""The memory that a training step needs on a target, from compiling it there.
 
-Nothing is run. A target is `cpu`, `gpu` (of this machine) or a TPU topology as
-`v5e:1x1`, for which no TPU is needed: its compiler, libtpu, works without one. All
-numbers are bytes on one device.
+Nothing is run. A target is `cpu`, `gpu` (that of this machine) or a TPU topology such
+as `v5e:1x1`. TPU topologies need no TPU, because their compiler, libtpu, works without
+one. All numbers are bytes on one device.
 """
 
 import contextlib
@@ -52,15 +52,16 @@ CRASH_LINES = 10
 
 
 class CompilerError(Exception):
-    """The compiler did not come to an end, for a reason that is no lack of memory."""
+    """The compiler failed for another reason than a lack of memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a compiled step needs on one device, in bytes.
+    """The memory of a compiled step on one device, in bytes.
 
-    The compiler's own numbers are None for a program that it refuses and that fits no
-    larger target either; its message still has the peak, in hundredths of a GiB.
+    The compiler's own numbers are None for a program that the compiler rejects and that
+    does not fit a larger target either. Its message still has the peak, in hundredths
+    of a GiB.
     """
 
     weights_bytes: int  # The size of the parameters on the device, from their shapes.
@@ -155,16 +156,17 @@ def larger_target(devices: int) -> str:
 
 
 def memory_of(options: RunOptions, target: str, *, exact: bool = True) -> Memory:
-    """Returns what the step of a run, with its defaults filled in, needs on a target.
+    """Returns the memory that a run's step needs on a target.
 
     Args:
-        options: of the run.
-        target: what to compile for; a TPU needs a process of its own, see `Compiler`.
-        exact: of a program that the target's compiler refuses, get the numbers from a
-            larger target; else only the message's.
+        options: the options of the run, with defaults filled in.
+        target: the target to compile for. A TPU needs its own process, see `Compiler`.
+        exact: whether to get the numbers of a program that the target's compiler
+            rejects from a larger target. If not, only the message's number is returned.
 
     Raises:
-        UsageError: for a target that is not there, and options that do not go with it.
+        UsageError: for a target that does not exist, and for options that do not fit
+            it.
     """
     options = for_target(options, target)
     if target in LOCAL:
@@ -235,7 +237,7 @@ def compiled_step(
 
 
 def abstract_batch(options: RunOptions, mesh: jax.sharding.Mesh) -> Batch:
-    """Returns the shapes and shardings of what the command gives the step."""
+    """Returns the shapes and shardings of the batch that the command gives the step."""
 
     def leaf(dtype: Any) -> jax.ShapeDtypeStruct:
         shape = (options.batch, options.seq + 1)
@@ -280,7 +282,7 @@ def memory_of_step(
 def shapes_memory(
     options: RunOptions, config: LlamaConfig, mesh: jax.sharding.Mesh, **compiled: Any
 ) -> Memory:
-    """Returns what the shapes tell, with the known numbers of the compiled program."""
+    """Returns the memory by shapes, with the known numbers of the compiled program."""
     tx, _ = make_optimizer(options, config)
     state = setup.abstract_state(options, config, tx, mesh)
     weights = state.params, setup.abstract_frozen(options, config, mesh)
@@ -323,13 +325,13 @@ class Compiler:
 
     Use it as `with Compiler(...) as memory_of: memory_of(options)`.
 
-    In a process of its own, as libtpu takes over signals, writes warnings and now and
-    then ends the process that asks it for something odd, and as Ctrl-C would wait for a
-    compilation in this one.
+    A separate process is needed because libtpu takes over signals, writes warnings, and
+    sometimes ends the process on unusual requests. Also, in this process Ctrl-C would
+    wait for the compilation to end.
 
     Args:
-        target: what to compile for.
-        devices: how many devices the CPU is to show.
+        target: the target to compile for.
+        devices: how many devices the CPU should show.
     """
 
     def __init__(self, target: str, devices: int = 1) -> None:
@@ -360,9 +362,9 @@ class Compiler:
             pass
 
     def __call__(self, options: RunOptions, *, exact: bool = True) -> Memory:
-        """Returns what `memory_of` does; raises its errors, or `CompilerError`.
+        """Returns the result of `memory_of`, or raises its errors.
 
-        The latter is raised for a crash of the compiler.
+        Raises `CompilerError` if the compiler crashes.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -411,7 +413,7 @@ def environment(target: str, devices: int) -> dict[str, str]:
 
 
 def serve() -> None:
-    """Answers what a `Compiler` asks on stdin, on stdout, until stdin ends."""
+    """Answers the requests of a `Compiler` from stdin on stdout, until stdin ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # What a library prints is no answer.
     requests: queue.SimpleQueue[tuple[RunOptions, str, bool]] = queue.SimpleQueue()

@@ -1,1 +1,1 @@
-"""What surrounds a training: set-up, checkpoints, logs, processes and errors."""
+"""The surroundings of a training: set-up, checkpoints, logs, processes and errors."""

@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: written in the background, atomically, the newest few kept.
 
 A checkpoint is a folder named by its step with three items: `state` (parameters and
-optimizer state), `data` (where the data iterator was) and `config` (what the run is).
+optimizer state), `data` (the position of the data iterator) and `config` (the run's
+configuration).
 """
 
 import contextlib
@@ -41,13 +42,14 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run, as a context manager that waits for the last write.
 
-    All processes of a run take part, each with what its devices hold; the folder is one
-    for all.
+    All processes of a run take part, each with the shards on its devices. They share
+    the folder.
 
     Args:
         run_folder: the run's folder.
-        keep: how many of the newest to keep.
-        config: what the run is, as JSON; only a checkpoint of the same run is restored.
+        keep: how many of the newest checkpoints to keep.
+        config: the run's configuration, as JSON. Only a checkpoint with the same
+            configuration is restored.
         name: the folder of the checkpoints in the run's folder.
     """
 
@@ -93,7 +95,7 @@ class Checkpoints:
         """Copies the state to host memory, then writes it in the background.
 
         Raises:
-            UsageError: where this save, or the one before, could not be written.
+            UsageError: if this save, or the one before, could not be written.
         """
         with self._explained():
             self._manager.save(
@@ -112,13 +114,13 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when the save in the background is on disk; raises as `check`."""
+        """Waits until the background save is on disk; raises the errors of `check`."""
         with self._explained():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def remove_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps, which a resumed run takes again."""
+        """Removes the checkpoints of later steps, which a resumed run repeats."""
         for later in self.steps():
             if later > step:
                 self._manager.delete(later)
@@ -128,7 +130,7 @@ class Checkpoints:
         return sorted(ocp.utils.checkpoint_steps(self.folder))
 
     def newest(self) -> str:
-        """Returns where the newest whole checkpoint is, in words."""
+        """Returns a sentence that says where the newest complete checkpoint is."""
         steps = self.steps()
         return (
             f"the last good checkpoint is {self.folder / str(steps[-1])}"
@@ -139,13 +141,13 @@ class Checkpoints:
     def restore_newest(self, abstract_state: TrainState) -> Restored | None:
         """Returns the newest checkpoint that can be read, or None if none exists.
 
-        One that cannot be read is set aside, said, and kept.
+        A checkpoint that cannot be read is renamed, with a notice, and kept.
 
         Args:
             abstract_state: shapes, dtypes and shardings to restore to.
 
         Raises:
-            UsageError: for a checkpoint of another configuration, or where none can be
+            UsageError: for a checkpoint of another configuration, or if none can be
                 read.
         """
         damaged: dict[int, str] = {}
@@ -217,12 +219,12 @@ class Checkpoints:
 class BestWeights:
     """The parameters of the evaluation with the lowest loss, in `best/` of a run.
 
-    It is a context manager, as `Checkpoints` is. It stores no optimizer state.
+    It is a context manager, like `Checkpoints`. It stores no optimizer state.
 
     Args:
         run_folder: the run's folder.
-        step: the step that the run goes on from; its metrics up to there are on disk.
-        config: what the run is, as JSON.
+        step: the step that the run continues from. The metrics up to it are on disk.
+        config: the run's configuration, as JSON.
     """
 
     def __init__(self, run_folder: Path, *, step: int, config: dict[str, Any]) -> None:
@@ -243,7 +245,7 @@ class BestWeights:
     def kept_by(
         self, evaluate: Callable[[Params, int], Row]
     ) -> Callable[[Params, int], Row]:
-        """Returns `evaluate`, which also saves the parameters if none were better."""
+        """Returns an `evaluate` that also saves the parameters if none were better."""
 
         def evaluate_and_keep(params: Params, step: int) -> Row:
             row = evaluate(params, step)
@@ -282,7 +284,7 @@ def restore_params(
         name: the folder of the checkpoints in the run's folder.
 
     Raises:
-        UsageError: where there is no such checkpoint, or it cannot be read.
+        UsageError: if there is no such checkpoint, or if it cannot be read.
     """
     folder, steps = (run_folder / name).absolute(), steps_on_disk(run_folder, name)
     if not steps or step not in (None, *steps):

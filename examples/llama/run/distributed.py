@@ -1,8 +1,8 @@
 """Several processes that train one model: how they meet, agree and end.
 
-Each runs the same program with the same options on devices of its own. The first,
-process 0, writes the run's files and says what there is to say. Where there is one
-process, all of this does nothing.
+Each process runs the same program with the same options on its own devices. The first,
+process 0, writes the run's files and prints messages. With a single process, all of
+this does nothing.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from examples.llama.run.errors import (
     print_error,
 )
 
-# A process without a sign of life for so many seconds is dead, and JAX ends the others.
-# JAX's own threads give the signs however busy Python is.
+# Seconds without a sign of life after which JAX ends the other processes. JAX's own
+# threads give these signs, even if Python is busy.
 HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 30  # Seconds that a finished process waits for the others.
 MEETING_SECONDS = 300  # Seconds that a started process waits for the others.
@@ -44,7 +44,7 @@ def start(options: ProcessOptions) -> None:
     alone.
 
     Raises:
-        UsageError: where the others are not met.
+        UsageError: if the other processes cannot be reached.
     """
     if options.processes == 1:
         return
@@ -86,7 +86,7 @@ def start(options: ProcessOptions) -> None:
 
 
 def exchange(text: str) -> list[str]:
-    """Returns what each of the processes gives, in their order."""
+    """Returns the values of all processes, in the order of the processes."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -99,7 +99,7 @@ def exchange(text: str) -> list[str]:
 
 
 def check_same(ours: Mapping[str, Any], what: str) -> None:
-    """Raises `UsageError` on every process where they do not all give the same."""
+    """Raises `UsageError` on every process if their values are not all the same."""
     first, *others = map(json.loads, exchange(json.dumps(ours)))
     for process, other in enumerate(others, start=1):
         differing = [
@@ -141,7 +141,7 @@ def together() -> Iterator[None]:
 
 
 def from_first(compute: Callable[[], Any]) -> Any:
-    """Returns, on every process, what `compute` returns on the first, as JSON has it.
+    """Returns, on every process, the result of `compute` on the first, through JSON.
 
     Only the first process calls `compute`.
     """
@@ -171,7 +171,7 @@ class Vote:
             )
 
     def highest(self, number: int) -> int:
-        """Returns the highest number that any process gave at the call before.
+        """Returns the highest number that any process gave in the previous call.
 
         With one process, that is `number`.
         """
@@ -189,9 +189,9 @@ class Vote:
 def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
     """Ends a process at once if it fails alone, without waiting for the others.
 
-    The status is 2 for an error that the user can correct, else 1. An ordinary end
-    waits for the others, which wait for this one in the middle of a step. They end when
-    they miss it.
+    The status is 2 for an error that the user can correct, and 1 otherwise. An ordinary
+    exit would wait for the other processes, which wait for this one in the middle of a
+    step. They end when this process gives no sign of life.
 
     Args:
         agreed: errors that all processes raise at the same step.

@@ -1,4 +1,4 @@
-"""What a user did wrong, or should know, said in one line.
+"""Errors and notices for the user, in one line each.
 
 Messages name an option by its field, as in "`eval_every` 0 is out of range". So code
 that raises them knows no command line. Where a command prints a message, the field
@@ -20,11 +20,11 @@ class UsageError(Exception):
 
 
 class OtherProcessError(Exception):
-    """What failed on another process of the run, which says so too."""
+    """An error of another process of the run, which also reports it."""
 
 
 class RunInterrupted(Exception):  # noqa: N818 (it is no error)
-    """A run that stopped as asked; the message says where it can be continued from."""
+    """A run that stopped on request; the message says where it can be continued."""
 
     def __init__(self, message: str, *, status: int = 0) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ def print_error(message: str) -> None:
 
 
 def unknown_name(option: str, value: str, known: Iterable[str]) -> UsageError:
-    """Returns the error for an unknown name; it lists the known ones, nearest first."""
+    """Returns the error for an unknown name, which lists the known ones by likeness."""
 
     def likeness(name: str) -> float:
         return difflib.SequenceMatcher(None, value.lower(), name).ratio()
@@ -54,16 +54,16 @@ def unknown_name(option: str, value: str, known: Iterable[str]) -> UsageError:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an error of a library says, short enough for a line."""
+    """Returns the message of a library's error, short enough for one line."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     line = line.replace("`", "'")  # What a library names is no option.
     return line if len(line) <= 200 else line[:197] + "..."
 
 
 def is_first() -> bool:
-    """Whether this is process 0 of a run, or all of it.
+    """Whether this is process 0 of a run, or its only process.
 
-    It does not make JAX look for devices.
+    The call does not make JAX look for devices.
     """
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
@@ -75,7 +75,7 @@ def notice(text: str) -> None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error, of the system or of a library that passes it on, says so."""
+    """Whether an error of the system or of a library says that the disk is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(
@@ -106,10 +106,10 @@ def explained(error: Exception) -> str | None:
 
 
 def exit_on_usage_error(command: Callable[[], object]) -> None:
-    """Runs `command`; a user's error becomes one line on stderr and exit status 2.
+    """Runs `command`. A user's error becomes one line on stderr and exit status 2.
 
-    A run that was interrupted and saved ends with status 0, as a command that did what
-    it was asked.
+    A run that was interrupted and saved ends with status 0, because it did what it was
+    asked.
     """
     try:
         command()

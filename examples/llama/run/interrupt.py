@@ -16,10 +16,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Takes SIGTERM and SIGINT inside its `with`.
 
-    Inside `deferred`, the first is recorded in `signal`, for whoever can end in good
-    order; elsewhere it raises `RunInterrupted` at once. A second Ctrl-C raises
-    `KeyboardInterrupt`; schedulers send signals twice in a moment, so it counts only
-    when it comes a second later.
+    Inside `deferred`, the first signal is recorded in `signal`, so that the run can end
+    in an orderly way. Elsewhere it raises `RunInterrupted` at once. A second Ctrl-C
+    raises `KeyboardInterrupt`. Schedulers may send a signal twice within a moment, so
+    the second one counts only if it comes at least a second later.
     """
 
     def __init__(self) -> None:

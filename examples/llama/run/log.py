@@ -32,7 +32,7 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
 
     Args:
         folder: the run's folder.
-        resume: a run that is there may be continued.
+        resume: whether an existing run may be continued.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"`out` {folder} is a file; choose a folder")
@@ -53,9 +53,9 @@ def check_free(folder: Path, *, resume: bool = False) -> None:
 
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Makes `folder`, and raises `UsageError` while another process runs in it.
+    """Creates `folder`, and raises `UsageError` if another process runs in it.
 
-    The system drops the lock with the process, however that ends.
+    The system releases the lock when the process ends, for whatever reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as file:
@@ -70,7 +70,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def check_same_run(folder: Path, config: dict[str, Any]) -> None:
-    """Raises `UsageError` where `folder` holds a run of another configuration."""
+    """Raises `UsageError` if `folder` has a run of another configuration."""
     if not (folder / CONFIG).exists():
         return
     if differing := differing_fields(config, read_config(folder)):
@@ -116,8 +116,8 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        step: the step to continue from; metrics of later steps, which will be run
-            again, are dropped.
+        step: the step to continue from. Metrics of later steps are dropped, because
+            these steps will be repeated.
     """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
@@ -163,7 +163,7 @@ class RunLog:
 
 
 class NoLog:
-    """What the processes beside the first write: nothing."""
+    """The log of all processes but the first, which writes nothing."""
 
     rows_before: Sequence[Row] = ()
 
@@ -187,7 +187,7 @@ def set_aside(path: Path) -> Path:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes `path` whole or not at all."""
+    """Writes `path` completely or not at all."""
     new = path.with_name(path.name + ".new")
     with new.open("w") as file:
         file.write(text)
@@ -199,11 +199,11 @@ def replace_text(path: Path, text: str) -> None:
 def read_metrics(folder: Path) -> list[Row]:
     """Returns the rows of a run, one per step from the first; none without a file.
 
-    The last line is left out where it is cut off, as a run leaves it that is killed
-    while it writes.
+    An incomplete last line, which a run leaves if it is killed while it writes, is left
+    out.
 
     Raises:
-        UsageError: where a line is no metrics of its step.
+        UsageError: if a line does not have the metrics of its step.
     """
     path = folder / METRICS
     text = path.read_text(errors="replace") if path.exists() else ""

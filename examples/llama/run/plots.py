@@ -25,7 +25,7 @@ def plot_comparison(
     sweeps: Mapping[str, Sequence[tuple[float, float]]],
     folder: Path,
 ) -> None:
-    """Draws the runs' curves beside each optimizer's results by learning rate.
+    """Draws the runs' curves, and each optimizer's results by learning rate.
 
     Args:
         runs: folders by label.
@@ -55,7 +55,7 @@ def plot_perplexities(
 
     Args:
         curves: points by label; the legend has the lowest last perplexity first.
-        xlabel: what the first number of a point is.
+        xlabel: the label of the first number of a point.
         path: the file to write.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")

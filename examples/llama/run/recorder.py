@@ -1,4 +1,4 @@
-"""What a run shows of itself: metrics lines and the progress bar."""
+"""The output of a run: metrics lines and the progress bar."""
 
 import functools
 import math
@@ -67,7 +67,7 @@ class Recorder:
         self._clock = self._clock_before = time.perf_counter()
 
     def add(self, step: int, metrics: StepMetrics) -> None:
-        """Queues `step`, counted from 1, and writes out the step before."""
+        """Queues `step`, counted from 1, and writes the previous step."""
         self.flush()
         self._pending = step, metrics
 
@@ -75,8 +75,8 @@ class Recorder:
         """Writes out the queued step, with what `evaluate` returns where it is given.
 
         Raises:
-            DivergedError: where the loss or a gradient is not finite, unless such steps
-                are skipped, or the loss is far above that of guessing.
+            DivergedError: if the loss or a gradient is not finite, unless such steps
+                are skipped, or if the loss is far above that of guessing.
         """
         if self._pending is None:
             return
@@ -190,5 +190,5 @@ class Recorder:
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Returns None for NaN and infinities, which JSON does not have."""
     return value if math.isfinite(value) else None

@@ -8,7 +8,10 @@ from examples.llama.run.log import read_metrics
 
 
 class RunResult(NamedTuple):
-    """What a comparison shows of a run; `options` have their defaults filled in."""
+    """The part of a run's result that a comparison shows.
+
+    The defaults of `options` are filled in.
+    """
 
     options: RunOptions
     val_loss: float  # The best of its evaluations, in nats per token.

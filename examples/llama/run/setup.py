@@ -78,8 +78,8 @@ def mesh_of(
     """Returns the mesh of a run, of all `devices`, by default those of all processes.
 
     Raises:
-        UsageError: where its sizes do not multiply to their number, or do not divide
-            the model's.
+        UsageError: if the mesh's sizes do not multiply to the number of devices, or do
+            not divide the model's sizes.
     """
     mesh = make_mesh(options.mesh, devices)
     check_sizes(options, config)
@@ -89,7 +89,7 @@ def mesh_of(
 def execution_of(
     options: TrainingOptions, config: LlamaConfig, mesh: jax.sharding.Mesh | None = None
 ) -> Execution:
-    """Returns how the model is computed.
+    """Returns the options for computing the model.
 
     Raises `UsageError` for an `attention` that this machine does not have.
     """
@@ -173,7 +173,7 @@ def summary(
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> str:
-    """Returns what is about to run, in a line."""
+    """Returns a line that describes the run."""
     tokens = options.steps * options.batch * options.seq
     params = abstract_params(config, execution_of(options, config), mesh)
     state = sum(state_bytes(tx, trained(config, params)))
@@ -316,13 +316,13 @@ def read_params(
 ) -> Params:
     """Returns the weights of a file as `storage` keeps them.
 
-    Each layer is put where it belongs before the next one is read. Host memory holds
-    two layers more than what is stored there: what was read, and the copy on the device
-    if the device is a CPU.
+    Each layer is moved to its device before the next one is read. Besides the weights
+    that are stored in host memory, it has at most two layers: the one that was read,
+    and its copy on the device if the device is a CPU.
 
     Args:
-        reader: of the weights.
-        storage: of the run.
+        reader: the reader of the weights.
+        storage: the storage of the run's weights.
         shapes: all parameters, abstract, with shardings.
     """
     shardings = shardings_of(shapes)
@@ -345,8 +345,8 @@ def pretrained_weights(
 ) -> hf_weights.WeightReader:
     """Returns the reader of the weights that `init_from` names.
 
-    They are downloaded if need be. Raises `UsageError` where they are missing or are
-    not of `config`.
+    They are downloaded if necessary. Raises `UsageError` if they are missing or do not
+    fit `config`.
     """
     assert options.init_from is not None
     return hf_weights.WeightReader(

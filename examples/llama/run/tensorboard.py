@@ -1,4 +1,4 @@
-"""Metrics as TensorBoard reads them."""
+"""Metrics in the format that TensorBoard reads."""
 
 import time
 from pathlib import Path
@@ -14,13 +14,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 class TensorBoard:
     """Writes event files to `folder`; use it in a `with`.
 
-    Not tensorboardX's SummaryWriter: that one writes in a thread, and where the disk is
-    full, the thread ends and the run waits for it for ever.
+    tensorboardX's SummaryWriter is not used, because it writes in a thread. If the disk
+    is full, that thread ends, and the run waits for it forever.
 
     Args:
-        folder: made if need be.
-        step: the step to continue from; what TensorBoard has of later ones, it then
-            forgets.
+        folder: the folder, which is created if necessary.
+        step: the step to continue from. TensorBoard then drops the metrics of later
+            steps.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

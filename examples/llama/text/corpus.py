@@ -1,7 +1,7 @@
 """Text as tokens on disk, split by document into training and validation.
 
-Each corpus is made once and kept. The tokens are kept under the user's cache directory,
-with the tokenizer that made them, so only the first run on a text pays for reading it.
+Each corpus is made once and kept in the user's cache directory, with its tokenizer. So
+only the first run on a text has to read and tokenize it.
 """
 
 import functools
@@ -64,26 +64,26 @@ def load_corpus(
     text_field: str = FIELD,
     bos: str = "auto",
 ) -> Corpus:
-    """Returns the corpus that `data` names, which is tokenized at its first use.
+    """Returns the corpus that `data` names, which is tokenized when it is first used.
 
     Args:
         data: see `sources.open_source`.
-        vocab_size: the model's; every token id is below it.
+        vocab_size: the size of the model's vocabulary; every token id is below it.
         tokenizer: see `tokenizer.load_tokenizer`. By default a BPE is trained on
             `data`; for `python` there is one in this repository, which a vocabulary of
             its size or more takes.
         vocab: tokens of that BPE, by default `vocab_size`.
-        max_tokens: stop reading after the training document with which there are so
-            many tokens.
-        validation: held-out text, named as `data` is. By default, and of a data set of
-            the hub, the split `validation` where there is one; else one document in
-            twenty, chosen by a hash.
-        text_field: the field with the text, of both texts' rows.
-        bos: "auto" puts before each document what `tokenizer` puts before a text;
-            "never" puts nothing there.
+        max_tokens: the number of tokens after which reading stops, at the end of a
+            training document.
+        validation: the held-out text, named like `data`. The default is the split
+            `validation` of a data set of the hub, if there is one, and otherwise one
+            document in twenty, chosen by a hash.
+        text_field: the field with the text, in the rows of both texts.
+        bos: "auto" puts before each document the tokens that `tokenizer` puts before a
+            text. "never" puts nothing there.
 
     Raises:
-        UsageError: for any of these that makes no corpus, or a cache that cannot be
+        UsageError: if an argument does not give a corpus, or if the cache cannot be
             written.
     """
     check_sizes(vocab_size, tokenizer, vocab, max_tokens)
@@ -170,14 +170,14 @@ def build(
     encoder: Encoder | int,
     max_tokens: int | None,
 ) -> None:
-    """Writes the tokens and the tokenizer to `folder`, all of it or nothing.
+    """Writes the tokens and the tokenizer to `folder`, completely or not at all.
 
     Args:
-        folder: does not exist yet.
-        data: what the user calls `source`.
-        source: of the training documents, and of the held-out ones too where `held_out`
-            is None.
-        held_out: source of the validation documents.
+        folder: a folder that does not exist yet.
+        data: the user's name for `source`.
+        source: the source of the training documents, and also of the held-out ones if
+            `held_out` is None.
+        held_out: the source of the validation documents.
         encoder: the tokenizer, or the vocabulary of the BPE to train.
         max_tokens: see `load_corpus`.
     """
@@ -226,7 +226,7 @@ def training(
 ) -> Iterator[Labelled]:
     """Yields the documents of `source` with their splits.
 
-    All are for training if there is other text to validate on.
+    All documents are for training if there is another text for validation.
     """
     return (
         split(source, data)

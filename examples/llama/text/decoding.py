@@ -35,7 +35,7 @@ def decode(content: bytes, errors: str = "strict") -> str:
     """Returns the text of a whole file, without its byte-order mark.
 
     Raises:
-        UnicodeDecodeError: where it is not text and `errors` is "strict".
+        UnicodeDecodeError: if it is not text and `errors` is "strict".
     """
     mark, encoding = mark_and_encoding(content)
     return content[len(mark) :].decode(encoding, errors)
@@ -67,11 +67,11 @@ def parse_json(text: str, place: str, remedy: str) -> object:
 
     Args:
         text: the JSON.
-        place: what the text is, such as FILE or FILE:LINE, for errors.
+        place: the name of the text in errors, such as FILE or FILE:LINE.
         remedy: what to do about text that is not JSON.
 
     Raises:
-        DocumentError: where it is not JSON, or JSON that Python does not read.
+        DocumentError: if it is not JSON, or is JSON that Python cannot read.
     """
     try:
         return json.loads(text)

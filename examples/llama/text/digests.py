@@ -16,12 +16,12 @@ def content_digest(source: str, files: Mapping[str, Path]) -> str:
     """Returns a digest of the names and bytes of files.
 
     A file is not read again while its size and time of modification stay as they are,
-    so that starting a run on 100 GB takes as long as listing them. What is known of one
-    source's files is one file of the cache.
+    so that starting a run on 100 GB takes only as long as listing the files. The
+    digests of one source's files are one file of the cache.
 
     Raises:
-        DocumentError: where a file cannot be read.
-        OSError: where the cache cannot be written.
+        DocumentError: if a file cannot be read.
+        OSError: if the cache cannot be written.
     """
     memo = (
         cache_folder()

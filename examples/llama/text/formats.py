@@ -29,10 +29,10 @@ from examples.llama.text.rows import Document, Row, row_texts
 
 
 class Sort(enum.IntEnum):
-    """What files of a format are in a folder, of which only the first sort is read.
+    """The sorts of files; only the first sort that occurs in a folder is read.
 
-    A README.md beside Parquet files is none of the text, nor is a file of JSON. In a
-    folder of text files it is.
+    A README.md or a JSON file next to Parquet files is not part of the text. In a
+    folder of text files, a README.md is.
     """
 
     DATA_SET = 0
@@ -46,7 +46,7 @@ ReadRows = Callable[[Path, io.BufferedReader, Sequence[str]], Iterator[Row]]
 
 
 class Format(NamedTuple):
-    """A format of files: how it is read, or what to do about it instead."""
+    """A format of files: its reader, or advice on how to convert it."""
 
     noun: str
     sort: Sort
@@ -146,8 +146,8 @@ COMPRESSIONS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     ".zstd": ("zstd", open_zstd),
 }
 HEAD_BYTES = 4096
-# What a file begins with that is not what its name says. The first is what a clone has
-# in place of large files, where Git LFS is not installed.
+# The first bytes of files that are not what their name says. The first entry is what a
+# clone has in place of large files if Git LFS is not installed.
 LFS_POINTER = rb"version https://git-lfs\.github\.com/spec/"
 CONTENTS = (
     (rb"%PDF-", "a PDF", f"{TO_TEXT}, as with pdftotext,"),
@@ -166,7 +166,7 @@ JSON_START = r'\s*(\[\s*\{|\{\s*"[^"\n]*"\s*:)'
 def format_of(path: Path) -> tuple[Format, str | None]:
     """Returns a file's format by its name, and the suffix of its compression, if any.
 
-    What has no known suffix is plain text.
+    A file without a known suffix is plain text.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else None
@@ -175,7 +175,7 @@ def format_of(path: Path) -> tuple[Format, str | None]:
     if path.name.lower() in METADATA_NAMES:
         return HUB_METADATA, compression
     found = FORMATS.get(suffixes[-1], PLAIN_TEXT) if suffixes else PLAIN_TEXT
-    # The shards of C4 are lines in .json.gz: what is compressed is a data set.
+    # A compressed file is taken for a data set: the shards of C4 are lines in .json.gz.
     return (JSON_LINES if found is JSON and compression else found), compression
 
 
@@ -184,7 +184,7 @@ def has_rows(path: Path) -> bool:
 
 
 def check_format(path: Path) -> None:
-    """Raises `DocumentError` for a file whose name is of a format without a reader."""
+    """Raises `DocumentError` for a file whose format, by its name, has no reader."""
     found, compression = format_of(path)
     if found.remedy:
         raise DocumentError(
@@ -199,16 +199,17 @@ def check_format(path: Path) -> None:
 
 
 def read_file(name: str, path: Path, field: str) -> Iterator[Document]:
-    """Yields the documents of a file, those without text too.
+    """Yields the documents of a file, including those without text.
 
     Args:
-        name: of the document, where the file is one.
-        path: of the file; its name says the format.
-        field: the one with the text, where the file has rows.
+        name: the name of the document if the file is a single document.
+        path: the path of the file, whose name says the format.
+        field: the field with the text if the file has rows.
 
     Raises:
-        DocumentError: where the file is not in that format, naming the line or row.
-        OSError: where it cannot be read.
+        DocumentError: if the file is not in that format. The message names the line or
+            row.
+        OSError: if the file cannot be read.
     """
     if has_rows(path):
         yield from map(named_by_text, row_texts(read_rows(path, (field,)), field))
@@ -221,15 +222,15 @@ def read_file(name: str, path: Path, field: str) -> Iterator[Document]:
 
 
 def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
-    """Yields the rows of a file, as `read_file` reads it.
+    """Yields the rows of a file, like `read_file`.
 
     Args:
-        path: of the file.
-        fields: those that are wanted; other columns of Parquet are not read.
+        path: the path of the file.
+        fields: the fields to read. Other columns of Parquet are not read.
 
     Raises:
-        DocumentError: where the file has no rows, or is not in its name's format.
-        OSError: where it cannot be read.
+        DocumentError: if the file has no rows, or is not in the format of its name.
+        OSError: if the file cannot be read.
     """
     check_format(path)
     found, compression = format_of(path)
@@ -244,7 +245,7 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def opened(path: Path, compression: str | None) -> Iterator[io.BufferedReader]:
-    """Opens a file, decompressed; damage that shows while it is read names the file."""
+    """Opens a file, decompressed; errors while it is read name the file."""
     with path.open("rb") as file:
         if re.match(LFS_POINTER, file.peek(HEAD_BYTES)):
             raise DocumentError(
@@ -267,7 +268,7 @@ def opened(path: Path, compression: str | None) -> Iterator[io.BufferedReader]:
 
 
 def check_content(path: Path, head: bytes, expected: Format) -> None:
-    """Raises `DocumentError` for a file that begins as one of another format does."""
+    """Raises `DocumentError` for a file that begins like another format."""
     if expected is PARQUET:
         return  # Its own reader checks it.
     for start, noun, remedy in CONTENTS:

@@ -95,8 +95,8 @@ class HubSource:
     def fingerprint(self) -> str:
         """Returns a digest of the name, and of the files if the data set is a folder.
 
-        What the hub holds under a name is known only after reading it: a REVISION makes
-        it certain.
+        The content behind a name on the hub is known only after reading it. A REVISION
+        fixes the content.
         """
         folder = Path(self.path)
         paths = sorted(folder.rglob("*")) if folder.is_absolute() else []
@@ -187,7 +187,7 @@ def local_parts(path: Path) -> tuple[str, str | None]:
 
 
 def tokenizer_folder(name: str) -> Path:
-    """Returns a folder with a hub model's tokenizer; raises as `model_snapshot`."""
+    """Returns a folder with a hub model's tokenizer; raises like `model_snapshot`."""
     return model_snapshot(
         "`tokenizer`",
         name,
@@ -203,16 +203,16 @@ def model_snapshot(
     *,
     is_complete: Callable[[Path], bool],
 ) -> Path:
-    """Returns a folder with files of a hub model, downloaded at their first use.
+    """Returns a folder with files of a hub model, downloaded when they are first used.
 
     Args:
-        option: what errors call the option that names the model, as "`init_from`".
+        option: the name in errors of the option for the model, as "`init_from`".
         name: the model's name on the hub, or NAME@REVISION.
         patterns: patterns of the files' names.
         is_complete: whether a folder in the cache has the files that are needed.
 
     Raises:
-        UsageError: where the files are neither in Hugging Face's cache nor to be had.
+        UsageError: if the files are not in Hugging Face's cache and not available.
     """
     import huggingface_hub  # The import is here since it is slow and few need it.
     from huggingface_hub.errors import LocalEntryNotFoundError

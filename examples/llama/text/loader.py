@@ -86,7 +86,7 @@ def batches_of(
         and `set_state` for checkpoints.
 
     Raises:
-        UsageError: where `process_count` does not divide `batch`.
+        UsageError: if `process_count` does not divide `batch`.
     """
     if batch % process_count:
         raise UsageError(

@@ -19,7 +19,7 @@ class Example(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Examples that fit a row, and how many did not as they were."""
+    """Examples that fit a row, and how many were shortened or left out."""
 
     examples: list[Example]
     cut: int  # How many were longer than a row and lost their end.
@@ -27,12 +27,12 @@ class Fitted(NamedTuple):
 
 
 def fit(examples: Sequence[Example], row: int, *, cut: bool) -> Fitted:
-    """Returns the examples that `row` tokens hold and that have something to learn.
+    """Returns the examples that fit into `row` tokens and have something to learn.
 
     Args:
-        examples: of any length.
-        row: the most tokens of an example.
-        cut: keep the start of a longer one; else leave it out.
+        examples: examples of any length.
+        row: the largest number of tokens of an example.
+        cut: whether to keep the start of a longer example. If not, it is left out.
     """
     kept, cuts = [], 0
     for example in examples:
@@ -46,10 +46,10 @@ def fit(examples: Sequence[Example], row: int, *, cut: bool) -> Fitted:
 
 
 def pack(sizes: Sequence[int], row: int, *, seed: int) -> list[list[int]]:
-    """Returns rows of indexes into `sizes`, each row of at most `row` in all.
+    """Returns rows of indexes into `sizes`, with a total size of at most `row` each.
 
-    The sizes are taken in an order that the seed decides, and each goes into the first
-    row that has room for it.
+    The sizes are taken in an order that depends on the seed, and each goes into the
+    first row that has room for it.
     """
     rows: list[list[int]] = []
     room: list[int] = []  # The tokens that each row still takes.
@@ -68,11 +68,11 @@ def pack(sizes: Sequence[int], row: int, *, seed: int) -> list[list[int]]:
 
 
 class Packed:
-    """Rows of packed examples as Grain takes a source: each a `Batch` of one row.
+    """Rows of packed examples, as a source for Grain: each is a `Batch` of one row.
 
     Args:
-        examples: each of at most `row` tokens.
-        row: the tokens of a row, S.
+        examples: examples of at most `row` tokens each.
+        row: the number of tokens of a row, S.
         seed: decides which examples share a row.
     """
 

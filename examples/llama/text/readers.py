@@ -49,7 +49,7 @@ def read_text(name: str, path: Path, stream: io.BufferedReader) -> Iterator[Docu
 def pieces(lines: Iterable[bytes]) -> Iterator[str]:
     """Cuts text after blank lines into pieces of at least `PIECE_BYTES`.
 
-    So that a book, or a corpus in one file, can be split by document.
+    This way, a book or a corpus in one file can be split by document.
     """
     # The last lines are held back, so that a rest that is too short can join them.
     last: list[bytes] = []
@@ -84,7 +84,7 @@ def read_json(
 ) -> Iterator[Row]:
     """Yields the objects of a JSON file: one per line, or those of an array.
 
-    An array is held in memory whole, and so is a single object of several lines.
+    An array is read into memory completely, like a single object of several lines.
     """
     lines = utf8_lines(stream)
     numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
@@ -141,7 +141,7 @@ def read_tsv(
 def read_parquet(
     path: Path, stream: io.BufferedReader, fields: Sequence[str]
 ) -> Iterator[Row]:
-    """Yields the rows of a table, of which only the columns of `fields` are read."""
+    """Yields the rows of a table; only the columns of `fields` are read."""
     try:
         import pyarrow  # The import is here since it is slow and few need it.
         from pyarrow import parquet

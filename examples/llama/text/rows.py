@@ -20,11 +20,11 @@ class Row(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text, with the name by which it falls into training or validation.
+    """A text, with the name that decides whether it is for training or validation.
 
-    The name is a file's path relative to the source, or a digest of the text for what
-    has no file of its own: documents that are added, removed or reordered move no
-    others.
+    The name is a file's path relative to the source, or a digest of the text if it has
+    no file of its own. So adding, removing or reordering documents does not move
+    others to the other split.
     """
 
     name: str
@@ -35,12 +35,12 @@ def row_texts(rows: Iterable[Row], field: str) -> Iterator[str]:
     """Yields the text of each row; a null, or a row without the field, is "".
 
     Args:
-        rows: those of one file, or of one split.
+        rows: the rows of one file or of one split.
         field: the name of the field with the text.
 
     Raises:
-        DocumentError: for a row that is no object, a text that is no string, and where
-            no row has the field.
+        DocumentError: for a row that is not an object, for a text that is not a string,
+            and if no row has the field.
     """
     rows = iter(rows)
     lacking: list[Row] = []
@@ -88,7 +88,7 @@ def no_text(row: Row, field: str) -> DocumentError:
 
 
 class Tally:
-    """Skips documents without text, and says how many they were."""
+    """Skips documents without text, and prints how many there were."""
 
     def __init__(self) -> None:
         self._source = ""
@@ -98,7 +98,7 @@ class Tally:
     def with_text(
         self, documents: Iterable[Document], source: str
     ) -> Iterator[Document]:
-        """Yields the documents that have text; `source` is what they are from."""
+        """Yields the documents that have text; `source` names their source."""
         self._source = source
         self._read = self._skipped = 0
         for document in documents:
@@ -110,10 +110,10 @@ class Tally:
         self.say()
 
     def say(self) -> None:
-        """Writes how many of the documents read had no text.
+        """Prints how many of the documents had no text.
 
-        Nothing is written where all had, where none had (which is an error of its own),
-        or where the same has been said, as after a second reading.
+        Nothing is printed if all had text, if none had (which is a separate error), or
+        if the same was printed before, as after a second reading.
         """
         if not 0 < self._skipped < self._read:
             return

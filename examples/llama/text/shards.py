@@ -21,12 +21,12 @@ BATCH_CHARS = 2**22
 class ShardWriter:
     """Writes one split's tokens to `folder` as `<split>-<number>.npy`, up to `limit`.
 
-    Ids take two bytes where the vocabulary allows it, else four.
+    Ids take two bytes if the vocabulary allows it, and four otherwise.
 
     Attributes:
-        documents: how many were written.
-        tokens: how many, their end tokens included.
-        digest: of the tokens.
+        documents: the number of documents that were written.
+        tokens: the number of tokens, including end tokens.
+        digest: the digest of the tokens.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ShardWriter:
                 self._write_shard()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the rest of the tokens."""
         if self._filled:
             self._write_shard()
 
@@ -76,7 +76,7 @@ class ShardWriter:
 
 
 def read_shards(folder: Path, split: str) -> list[np.ndarray]:
-    """Returns a split's tokens, one memory-mapped row a shard."""
+    """Returns a split's tokens, one memory-mapped row per shard."""
     return [
         np.load(path, mmap_mode="r") for path in sorted(folder.glob(f"{split}-*.npy"))
     ]
@@ -92,8 +92,8 @@ def write_tokens(
 ) -> None:
     """Encodes documents for the writers of their splits, one batch in memory at a time.
 
-    Stops after the document with which `until` holds, so that what is written does not
-    depend on how documents are batched.
+    Stops after the document with which `until` becomes true, so that the written tokens
+    do not depend on how documents are batched.
     """
     for batch in batches(documents):
         rows = encoder.encode([document.text for _, document in batch])

@@ -60,24 +60,24 @@ LISTS_OF_SETUPTOOLS = frozenset(
 
 
 class Source(Protocol):
-    """Documents, read lazily, and as often as wanted."""
+    """Documents that are read lazily, any number of times."""
 
     def __iter__(self) -> Iterator[Document]:
         """Yields at least one document, or raises `UsageError`."""
         ...
 
     def fingerprint(self) -> str:
-        """Returns a string that changes with the documents, or else with their name."""
+        """Returns a string that changes with the documents, or at least their name."""
         ...
 
     def has_rows(self) -> bool:
-        """Whether documents are rows with fields, of which one is the text."""
+        """Whether documents are rows with fields, one of which is the text."""
         ...
 
     def say_skipped(self) -> None:
-        """Writes how many of the documents read had no text, unless it has been said.
+        """Prints how many of the documents had no text, unless it was printed before.
 
-        A reading that comes to its end says so by itself.
+        A reading that reaches the end prints this by itself.
         """
         ...
 
@@ -88,7 +88,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """The documents of files on disk; errors call them by `option` and `data`."""
+    """The documents of files on disk; errors name them by `option` and `data`."""
 
     option: str
     data: str
@@ -148,28 +148,27 @@ def open_source(option: str, data: str, field: str = FIELD) -> Source:
     It is one of
 
     * `stdlib`: the `.py` files of the running Python's standard library;
-    * `python`: those, and the `.py` files of all packages installed beside it;
+    * `python`: those, and the `.py` files of all installed packages;
     * `package-docs`: the `.rst`, `.md` and `.txt` files of these packages, and their
       descriptions;
     * a file, a folder (with the folders in it, hidden ones aside) or a glob such as
       `corpus/**/*.txt`. A row of JSON, Parquet, CSV or TSV is a document, its text in
       `field`. A file of any other name is text in UTF-8 or UTF-16; one of more than
       64 KiB is split after blank lines into documents of at least 16 KiB.
-      `formats.FORMATS` says what is read how, and what is refused. Of a folder that
-      has rows, files of other formats are left out, and a line says which;
+      `formats.FORMATS` says how each format is read, or that it is rejected. If a
+      folder has rows, files of other formats are left out, and a line says which;
     * `hf:OWNER/NAME[/CONFIG][@REVISION]`: a data set of Hugging Face's hub, its split
       `train`, read as it downloads; or `hf:/FOLDER[/CONFIG]`, a copy of one on disk.
 
     Documents without text are skipped.
 
     Args:
-        option: what errors call the option that `data` is the value of, as "`data`".
+        option: the name in errors of the option with the value `data`, as "`data`".
         data: the name of the documents.
         field: the field of rows that has their text.
 
     Raises:
-        UsageError: where there is no such source; while reading, where it holds no
-            text.
+        UsageError: if there is no such source, and while reading, if it has no text.
     """
     if data == "stdlib":
         return stdlib(option)
@@ -229,7 +228,7 @@ def read_module(name: str, path: Path, field: str) -> list[Document]:
 
 @dataclasses.dataclass(frozen=True)
 class WithoutRepeats:
-    """The documents of a source without what `kept` removes as repeated.
+    """The documents of a source without the repetitions that `kept` removes.
 
     Packages vendor copies of one another, and thousands of files hold the same licence.
     A model would spend its tokens on learning those by heart.
@@ -295,7 +294,7 @@ def first_sight() -> Callable[[str], bool]:
 
 
 def split_opening_comment(text: str) -> tuple[str, str]:
-    """Returns the comment lines, and blank lines among them, that a module opens with.
+    """Returns the comment at the start of a module, with blank lines between its lines.
 
     Also returns the rest of the module.
     """
@@ -321,9 +320,9 @@ def site_folders() -> dict[str, Path]:
 def installed_python(option: str = "`data`") -> WithoutRepeats:
     """Returns the `.py` files of the running Python and of all installed packages.
 
-    They are hundreds of megabytes where PyTorch and JAX are installed, and need no
-    network. Tests are among them: there are too few other files for a model of 60M
-    parameters.
+    With PyTorch and JAX installed, they are hundreds of megabytes. They need no
+    network. Tests are included, because there are too few other files for a model of
+    60M parameters.
     """
     library = stdlib(option)
     files = {f"stdlib/{name}": path for name, path in library.files.items()}
@@ -336,12 +335,12 @@ def installed_python(option: str = "`data`") -> WithoutRepeats:
 
 
 def package_docs(option: str = "`data`") -> WithoutRepeats:
-    """Returns the English that installed packages bring, by path.
+    """Returns the English text of installed packages, by path.
 
-    It is their `.rst`, `.md` and `.txt` files and the descriptions in their metadata,
-    which most packages fill with their README. Each paragraph is taken once, since
-    most of the text would be copies of a few licences otherwise. Another set of
-    packages makes another text.
+    It consists of their `.rst`, `.md` and `.txt` files and of the descriptions in their
+    metadata, which most packages fill with their README. Each paragraph is taken once,
+    because most of the text would otherwise be copies of a few licences. The text
+    depends on which packages are installed.
     """
     files = {
         f"{start}/{path.as_posix()}": folder / path
@@ -354,7 +353,7 @@ def package_docs(option: str = "`data`") -> WithoutRepeats:
 
 
 def is_prose(path: Path) -> bool:
-    """Whether the name of an installed file says that it holds text for people."""
+    """Whether an installed file is prose, by its name."""
     if TEST_FOLDERS.intersection(path.parts) or path.name in LISTS_OF_SETUPTOOLS:
         return False
     is_metadata = path.name == METADATA and path.parent.suffix == ".dist-info"
@@ -362,7 +361,7 @@ def is_prose(path: Path) -> bool:
 
 
 def read_prose(name: str, path: Path, field: str) -> Iterator[Document]:
-    """Yields the text of a file for people, cut as other files if it is long."""
+    """Yields the text of a file with prose, split like other files if it is long."""
     (document,) = read_module(name, path, field)
     text = document.text
     if path.name == METADATA:
@@ -392,14 +391,15 @@ def find_files(data: str) -> dict[str, Path]:
 
 
 def chosen(option: str, data: str, files: dict[str, Path]) -> dict[str, Path]:
-    """Returns the files to read, and says what is left out or read in several ways.
+    """Returns the files to read, and prints those that are left out.
 
-    Of a folder, they are those of the first sort that it holds, as `formats` orders
-    them: the rows of a data set, but not its README.md. Of a glob, which the user can
-    narrow, they are all.
+    It also prints if files are read in several formats. From a folder, the files of the
+    first sort that occurs in it are read, in the order of `formats`: the rows of a data
+    set, but not its README.md. From a glob, which the user can narrow, all files are
+    read.
 
     Raises:
-        UsageError: where one of them is of a format that is not read.
+        UsageError: if the format of one of them is not supported.
     """
     sorts = {name: format_of(path)[0].sort for name, path in files.items()}
     kept = files

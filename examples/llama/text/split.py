@@ -15,24 +15,24 @@ Labelled = tuple[str, Document]  # A document after the split that it falls into
 def in_validation(name: str) -> bool:
     """Whether a document is held out, by a hash of its name alone.
 
-    Adding documents thus moves no others.
+    So adding documents does not move others to the other split.
     """
     return draw(name) < VALIDATION_SHARE * 2**64
 
 
 def draw(name: str) -> int:
-    """Returns a number below 2**64 that only the name decides."""
+    """Returns a number below 2**64 that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
     """Yields the documents in reading order with their splits, at least one in each.
 
-    Where the hash would leave a split empty, as happens to a few documents only, it
-    gets the one that comes nearest to it.
+    If the hash would leave a split empty, which happens with few documents only, the
+    document whose number is closest to the split is moved there.
 
     Raises:
-        UsageError: where there is one document only; `data` is where it is from.
+        UsageError: if there is only one document; the message names `data`.
     """
     # These documents wait until it is known that neither split stays empty.
     waiting: list[Document] = []

@@ -30,7 +30,7 @@ PYTHON_VOCAB = 32_000
 
 
 class Encoder(NamedTuple):
-    """A tokenizer, and the ids of the tokens around every document."""
+    """A tokenizer, and the ids of the tokens before and after every document."""
 
     tokenizer: tokenizers.Tokenizer
     end_id: int
@@ -38,7 +38,7 @@ class Encoder(NamedTuple):
     """What precedes a document: BOS, where the tokenizer itself puts one there."""
 
     def identity(self) -> tuple[Any, ...]:
-        """Returns what decides the tokens of a text."""
+        """Returns a value that determines the tokens of a text."""
         # Without a prefix it is what it was before there were prefixes, so that caches
         # from then are found.
         ids = (self.end_id, self.prefix) if self.prefix else (self.end_id,)
@@ -62,7 +62,7 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Returns the tokenizer in a file, set to encode text of any length and content.
 
     Raises:
-        Exception: what the Rust library raises for a file that is no tokenizer.
+        Exception: the Rust library's error for a file that is not a tokenizer.
     """
     tokenizer = tokenizers.Tokenizer.from_str(decode(path.read_bytes()))
     # Some files ask for these, which suit a batch for inference.
@@ -75,7 +75,7 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
-    """Returns a byte-level BPE: it can spell any text, so there is no unknown token."""
+    """Returns a byte-level BPE, which can spell any text without an unknown token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=False
@@ -93,16 +93,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
 
 
 def load_tokenizer(name: str, vocab_size: int) -> Encoder:
-    """Returns the tokenizer that a name stands for, which fits the model.
+    """Returns the tokenizer of this name, after checking that it fits the model.
 
     Args:
         name: path of a tokenizer.json, a folder with one, or the name of a model on the
             hub.
-        vocab_size: the model's.
+        vocab_size: the size of the model's vocabulary.
 
     Raises:
-        UsageError: where there is none, it does not fit the model, or it has no token
-            for the end of a text.
+        UsageError: if there is no such tokenizer, if it does not fit the model, or if
+            it has no token for the end of a text.
     """
     path = tokenizer_path(name)
     try:
@@ -167,8 +167,8 @@ def find_end(name: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
 def find_prefix(tokenizer: tokenizers.Tokenizer, end_id: int) -> tuple[int, ...]:
     """Returns the ids that the tokenizer itself puts before a text: BOS, if any.
 
-    Its post-processor decides, as it does in transformers, which from version 5 on does
-    not read `add_bos_token` of tokenizer_config.json beside a tokenizer.json.
+    Its post-processor decides, as in transformers. From version 5 on, transformers does
+    not read `add_bos_token` of tokenizer_config.json if there is a tokenizer.json.
     """
     encoding = tokenizer.encode("a")
     pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)

@@ -15,7 +15,7 @@ from examples.llama.run.errors import UsageError
 class Windows:
     """The consecutive windows of each shard; each overlaps the next by one token.
 
-    A sequence, as Grain takes one for a source of examples.
+    This is a sequence, which Grain takes as a source of examples.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], seq: int) -> None:
@@ -51,7 +51,7 @@ def validation_batches(
         batch: B.
 
     Raises:
-        UsageError: where there are fewer windows than one batch takes.
+        UsageError: if there are fewer windows than one batch takes.
     """
     windows = Windows(shards, seq)
     if len(windows) < batch:
