@@ -205,11 +205,11 @@ def with_steps(
     """Returns the options with the steps for --epochs, and prints their number."""
     steps = options.steps or max(1, round(options.epochs * rows / options.batch))
     tokens = sum(example.tokens.size for example in examples)
-    learnt = sum(float(example.weights[1:].sum()) for example in examples)
+    counted = sum(float(example.weights[1:].sum()) for example in examples)
     notice(
         f"{len(conversations.train):,} conversations and "
         f"{len(conversations.held_out):,} held out; {tokens:,} tokens, of which "
-        f"{learnt:,.0f} are learnt, in {rows:,} rows of {options.seq:,}, "
+        f"{counted:,.0f} count in the loss, in {rows:,} rows of {options.seq:,}, "
         f"{tokens / rows / (options.seq + 1):.0%} full; {steps:,} steps of "
         f"{options.batch} rows are {steps * options.batch / rows:.3g} epochs"
     )

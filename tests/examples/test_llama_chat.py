@@ -75,7 +75,7 @@ def test_tokens_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_assistants_tokens_are_learnt(name: str, tmp_path: Path) -> None:
+def test_the_assistants_tokens_count_in_the_loss(name: str, tmp_path: Path) -> None:
     encoder = encoder_of(tmp_path, TEMPLATES[name])
     (example,) = encoder.examples([Conversation("x:1", CHAT)])
     assert decoded(encoder, example.tokens[example.weights == 1]) == ANSWERS[name]
@@ -102,15 +102,15 @@ REASONED = (
 def test_an_answer_that_is_changed_later_ends_a_sequence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every answer is learnt once, after the very tokens that prompt the model for it."""
+    """Every answer counts once, after the very tokens that prompt the model for it."""
     encoder = encoder_of(tmp_path, THINKING)
     single = Conversation("x:1", REASONED[:2])
     examples = encoder.examples([single, Conversation("x:2", REASONED), single])
-    assert "3 conversations are learnt as 4 sequences" in capsys.readouterr().err
+    assert "3 conversations become 4 sequences" in capsys.readouterr().err
     assert examples[3].tokens.tolist() == examples[0].tokens.tolist()
     # The two answers to the last question are in one sequence.
-    learnt = [decoded(encoder, each.tokens[each.weights == 1]) for each in examples]
-    assert learnt[1:3] == [
+    counted = [decoded(encoder, each.tokens[each.weights == 1]) for each in examples]
+    assert counted[1:3] == [
         "<think>t1</think>One.<|im_end|>",
         "<think>t2</think>Two,<|im_end|><think>t3</think>two.<|im_end|>",
     ]
@@ -156,8 +156,8 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
     ]
     assert encoder.chat_tokenizer.token_to_id("<|im_end|>") not in examples[1].tokens
     assert examples[0].weights.all()
-    learnt = examples[1].tokens[examples[1].weights == 1]
-    assert decoded(encoder, learnt) == " One. <|im_end|></s>"
+    counted = examples[1].tokens[examples[1].weights == 1]
+    assert decoded(encoder, counted) == " One. <|im_end|></s>"
     assert encoder.prompt(text) == [encoder.chat_tokenizer.token_to_id("</s>")]
     assert decoded(encoder, encoder.prompt(asked)) == "What is 1?"
     with pytest.raises(UsageError, match=r"x:3: the model has no chat template"):
@@ -187,7 +187,7 @@ def test_prompts_completions_and_texts(tmp_path: Path) -> None:
         ),
         (
             "{% for m in messages %}{{ m.content if loop.last }}{% endfor %}",
-            "does not let the assistant's tokens be told: message 2 .* `loss_on` all",
+            "does not show which tokens are the assistant's: message 2 .* `loss_on` all",
         ),
         # A template can neither read files, nor run code, nor change the messages.
         ("{% include '/etc/passwd' %}", "fails on it"),

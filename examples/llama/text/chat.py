@@ -203,12 +203,12 @@ class ChatEncoder:
     def examples(self, conversations: Iterable[Conversation]) -> list[Example]:
         """Returns the conversations as tokens, in their order.
 
-        A conversation is several examples where the template writes a turn of the
-        assistant otherwise once another follows.
+        A conversation becomes several examples if the template writes a turn of the
+        assistant differently once another turn follows.
 
         Raises:
-            UsageError: where the template does not take one, or does not let the
-                assistant's text be told.
+            UsageError: if the template does not take a conversation, or does not show
+                which part of it is the assistant's.
         """
         found: list[Example] = []
         count = 0
@@ -221,15 +221,15 @@ class ChatEncoder:
                 bar.update(len(chunk))
         if len(found) > count:
             notice(
-                f"{self._option}: {count:,} conversations are learnt as {len(found):,} "
-                "sequences, as the chat template changes answers that others follow; "
-                "each such answer ends a sequence"
+                f"{self._option}: {count:,} conversations become {len(found):,} "
+                "sequences, because the chat template changes answers that others "
+                "follow; each such answer ends a sequence"
             )
         if self._joined:
             notice(
                 f"{self._option}: {self._joined:,} answers begin in the middle of a "
-                "token, which is not learnt; the chat template should end what "
-                "precedes an answer with a special token or a line feed, not a space"
+                "token, which does not count in the loss; the chat template should end "
+                "the text before an answer with a special token or a line feed"
             )
         return found
 
@@ -306,7 +306,7 @@ class ChatEncoder:
         found = [Written(text, [])]
         for turn, span in reversed(self._turns(conversation, messages)):
             # A template may change a turn that others follow. The model does not write
-            # it in that form, so it is learnt in a sequence that it ends.
+            # it in that form, so it gets a sequence that ends with it.
             if not found[-1].text.startswith(turn):
                 found.append(Written(turn, []))
             found[-1].spans.append(span)
@@ -328,9 +328,9 @@ class ChatEncoder:
             if not turn.startswith(before):
                 raise self._error(
                     conversation,
-                    f"the chat template in {self._where} does not let the assistant's "
-                    f"tokens be told: message {number + 1} does not begin where its "
-                    "prompt ends; give `loss_on` all, or another `chat_template`",
+                    f"the chat template in {self._where} does not show which tokens "
+                    f"are the assistant's: message {number + 1} does not begin where "
+                    "its prompt ends; give `loss_on` all, or another `chat_template`",
                 )
             # What follows an end-of-turn token, such as a line feed, is no answer.
             bare = turn.rstrip()
@@ -373,22 +373,22 @@ class ChatEncoder:
     ) -> Example:
         starts = np.array([start for start, _ in encoding.offsets], np.int64)
         ends = np.array([end for _, end in encoding.offsets], np.int64)
-        learnt = np.zeros(starts.size, bool)
+        counts = np.zeros(starts.size, bool)
         for first, end in spans:
-            learnt |= (first <= starts) & (starts < end)
+            counts |= (first <= starts) & (starts < end)
             self._joined += bool(np.any((starts < first) & (first < ends)))
-        return Example(np.array(encoding.ids, np.int32), learnt.astype(np.float32))
+        return Example(np.array(encoding.ids, np.int32), counts.astype(np.float32))
 
     def _plain_example(
         self, encoding: tokenizers.Encoding, prompt_size: int
     ) -> Example:
         prefix = self._encoder.prefix
         starts = np.array([start for start, _ in encoding.offsets], np.int64)
-        learnt = (starts >= prompt_size) | self._learn_all
+        counts = (starts >= prompt_size) | self._learn_all
         tokens = [*prefix, *encoding.ids, self._encoder.end_id]
         return Example(
             np.array(tokens, np.int32),
-            np.array([*[1] * len(prefix), *learnt, 1], np.float32),
+            np.array([*[1] * len(prefix), *counts, 1], np.float32),
         )
 
     def _error(self, conversation: Conversation, message: str) -> UsageError:
