@@ -1,10 +1,11 @@
-"""Conversations to fine-tune on: read, written out by a chat template, as tokens.
+"""Conversations to fine-tune on, rendered by a chat template and tokenised.
 
 A row has `messages`, each with a role and a content, or `prompt` and `completion`, or
-`text`. Which tokens the assistant wrote is found by writing out the start of a
-conversation, up to a turn of the assistant and up to its end: what lies between is the
-assistant's. Some templates write a turn otherwise once another follows, as those that
-drop its reasoning. Such a turn is a sequence of its own, as the model writes it.
+`text`. To find the assistant's tokens, a conversation is rendered up to a turn of the
+assistant and up to the end of that turn. The text in between is the assistant's. Some
+templates render a turn differently once another turn follows, for example without its
+reasoning. Such a turn gets a sequence of its own, in the form in which the model must
+write it.
 """
 
 import hashlib
