@@ -44,9 +44,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "racs": {"optimizer": "racs"},
     "lora-8": {"optimizer": "adamw", "lora": 8},
 }
-# The rates that are tried are these shares of the pre-training rates. The default rates
-# of a fine-tuning are lower, because they are for larger models.
-SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+# The rates that are tried are these multiples of the pre-training rates. The default
+# rates of a fine-tuning are lower, because they are for larger models.
+MULTIPLES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 SEQ, BATCH = 128, 8
 # A passage has about as many characters as a row has tokens for.
 PASSAGE_CHARACTERS = 200
@@ -143,9 +143,12 @@ def rates_of(name: str) -> list[Rates]:
     recipe = optimizers.RECIPES[CONTENDERS[name]["optimizer"]]
     if "lora" in CONTENDERS[name]:
         factor = optimizers.LORA_FACTOR
-        return [(rounded(factor * share * recipe.lr), None) for share in SHARES]
+        return [
+            (rounded(factor * multiple * recipe.lr), None) for multiple in MULTIPLES
+        ]
     return [
-        (rounded(share * recipe.lr), share * recipe.lr_embeddings) for share in SHARES
+        (rounded(multiple * recipe.lr), multiple * recipe.lr_embeddings)
+        for multiple in MULTIPLES
     ]
 
 
