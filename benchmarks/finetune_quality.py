@@ -51,7 +51,7 @@ SEQ, BATCH = 128, 8
 # A passage has about as many characters as a row has tokens for.
 PASSAGE_CHARACTERS = 200
 HEAD = (
-    *("way", "lr", "new text, ppl", "±", "over adamw", "old text, ppl", "±"),
+    *("way", "lr", "new text, ppl", "±", "over adamw, by seed", "old text, ppl", "±"),
     *("state, MB", "peak, MB", "new text, ppl by lr"),
 )
 
@@ -249,9 +249,7 @@ def found_of(options: FinetuneQualityOptions, name: str, stop: StopRequest) -> F
 def table(found: dict[str, Found], before: Losses) -> str:
     """Returns a row for the model before, and one per contender at its best rate."""
     of_adamw = found["adamw"]
-    reference = statistics.mean(
-        perplexity(each.new) for each in of_adamw.by_rates[of_adamw.best()]
-    )
+    references = [perplexity(each.new) for each in of_adamw.by_rates[of_adamw.best()]]
 
     def row(name: str) -> tuple[str, ...]:
         rates = found[name].best()
@@ -266,7 +264,11 @@ def table(found: dict[str, Found], before: Losses) -> str:
         )
         return (
             *(name, f"{rates[0]:g}", f"{new:.2f}", f"{new_spread:.2f}"),
-            *(f"{new / reference - 1:+.1%}", f"{old:.2f}", f"{old_spread:.2f}"),
+            ", ".join(
+                f"{ours / reference - 1:+.1%}"
+                for ours, reference in zip(columns[0], references, strict=True)
+            ),
+            *(f"{old:.2f}", f"{old_spread:.2f}"),
             f"{found[name].state_bytes / 1e6:.2f}",
             f"{found[name].peak_bytes / 1e6:.1f}",
             ", ".join(
