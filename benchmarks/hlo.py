@@ -379,8 +379,8 @@ class _Program:
         if count := _TRIP_COUNT.search(rest):
             return body, int(count[1])
         # The TPU compiler does not say. JAX's loops count from 0 to a constant.
-        (condition,) = re.findall(r"condition=%([^\s,)]+)", rest)
-        computation = self._computations.get(condition, {})
+        condition = re.search(r"condition=%([^\s,)]+)", rest)
+        computation = self._computations.get(condition[1], {}) if condition else {}
         constants = [
             int(found[1])
             for each in computation.values()
