@@ -188,6 +188,23 @@ class _Instruction(NamedTuple):
         (name,) = re.findall(r"calls=%([^\s,)]+)", self.rest)
         return name
 
+    def is_free(self) -> bool:
+        """Whether it only gives arrays another name, or waits for them."""
+        return (
+            self.opcode in _NO_KERNELS
+            or self.opcode.endswith("-done")
+            # It makes one array of neighbouring slices in a TPU's VMEM.
+            or 'custom_call_target="ConcatBitcast"' in self.rest
+        )
+
+    def transferred(self) -> list[str]:
+        """Returns the arrays of an asynchronous copy: both ends, without its flag."""
+        return [
+            array
+            for array in _ARRAY_AND_LAYOUT.findall(self.result)
+            if not re.match(r"[us]32\[\]", array)
+        ]
+
 
 class _Program:
     def __init__(self, text: str, rare: bool) -> None:
@@ -254,19 +271,10 @@ class _Program:
                 total += max(map(self.moved_bytes, self._branches(rest)))
             elif opcode in ("call", "async-start"):
                 total += sum(map(self.moved_bytes, _CALLED.findall(rest)))
-            elif not self._is_free(instruction):
+            elif not instruction.is_free():
                 total += self._read(computation, instruction)
                 total += self._written(computation, instruction, instruction.result)
         return total
-
-    def _is_free(self, instruction: _Instruction) -> bool:
-        """Whether an instruction only gives arrays another name or waits for them."""
-        return (
-            instruction.opcode in _NO_KERNELS
-            or instruction.opcode.endswith("-done")
-            # It makes one array of neighbouring slices in a TPU's VMEM.
-            or 'custom_call_target="ConcatBitcast"' in instruction.rest
-        )
 
     def _read(
         self, computation: dict[str, _Instruction], instruction: _Instruction
@@ -275,7 +283,7 @@ class _Program:
         sizes = {name: _main_bytes(computation[name].result) for name in operands}
         if instruction.opcode in ("copy-start", "slice-start"):
             # A result is the array at the destination, beside one at the source.
-            (copied, *_) = sorted(map(_bytes, self._transferred(instruction)))
+            (copied, *_) = sorted(map(_bytes, instruction.transferred()))
             return min(copied, sizes[operands[0]])
         if instruction.opcode in _SLICES:
             return min(_bytes(instruction.result), sizes[operands[0]])
@@ -343,7 +351,7 @@ class _Program:
     ) -> float:
         """Returns the bytes that an instruction writes to a result's memory."""
         if instruction.opcode in ("copy-start", "slice-start"):
-            first, *_, last = self._transferred(instruction)
+            first, *_, last = instruction.transferred()
             return _main_bytes(first if instruction.opcode == "copy-start" else last)
         if not _main_bytes(result):
             return 0.0
@@ -364,14 +372,6 @@ class _Program:
                 root.operands(), _ARRAY_AND_LAYOUT.findall(result), strict=True
             )
         )
-
-    def _transferred(self, instruction: _Instruction) -> list[str]:
-        """Returns the arrays of an asynchronous copy: both ends, without its flag."""
-        return [
-            array
-            for array in _ARRAY_AND_LAYOUT.findall(instruction.result)
-            if not re.match(r"[us]32\[\]", array)
-        ]
 
     def _body(self, rest: str) -> tuple[str, float]:
         """Returns the body of a loop, and how often it runs."""
