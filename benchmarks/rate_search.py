@@ -7,24 +7,25 @@ the rates on both sides of the best are known to be worse, then that of embeddin
 and norms in the same way. The best pair runs with the other seeds. The contenders of
 `--three-rates` get three rates of the kernels and the first seed only.
 
-Contenders are searched in parallel, with one process per core. Finished runs are not
-repeated and an interrupted run continues, so the same command continues an interrupted
-search. Each part ends with a table and two figures next to its runs.
+Contenders are searched in parallel, with one process per core. Each finished run adds a
+line to a file of results. Runs in that file are not repeated and an interrupted run
+continues, so the same command continues an interrupted search, also on another machine
+that has the file. Each part ends with a table and two figures next to its runs.
+`--finished-only` prints the tables of a file of results without any training.
 """
 
 import concurrent.futures
 import dataclasses
-import functools
-import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apollo_optax import StateBytes, state_bytes
 from benchmarks import report
+from benchmarks.run_records import Records, RunRecord
 from examples.llama.evaluate import perplexity
 from examples.llama.mesh import make_mesh
 from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
@@ -32,7 +33,7 @@ from examples.llama.options import RunOptions, parse
 from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
 from examples.llama.run.interrupt import StopRequest
-from examples.llama.run.log import Row, read_metrics
+from examples.llama.run.log import read_config, read_metrics
 from examples.llama.run.plots import plot_perplexities
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import abstract_params, execution_of, model_config
@@ -80,30 +81,36 @@ class Part(NamedTuple):
     three_rates: tuple[str, ...] = ()
 
 
-ON_8K: dict[str, Any] = {"model": "tiny", "batch": 64, "steps": 300}
+# Micro-batches of 8 sequences make a step of 64 faster on a CPU, because their
+# activations stay in its caches. The gradient is the same but for rounding.
+BATCH_OF_8K = {"batch": 64, "accumulate": 8}
+ON_8K: dict[str, Any] = {"model": "tiny", "steps": 300} | BATCH_OF_8K
 PARTS: dict[str, Part] = {
     "1k": Part({"model": "tiny", "batch": 8, "steps": 800}, SEARCHED, THREE_RATES),
     "8k": Part(ON_8K, SEARCHED, THREE_RATES),
-    "6m": Part({"model": "6m", "batch": 64, "steps": 300}, FINALISTS),
+    "6m": Part({"model": "6m", "steps": 300} | BATCH_OF_8K, FINALISTS),
     # These are 20 tokens per parameter.
-    "long": Part({"model": "tiny", "batch": 64, "steps": 3200}, FINALISTS),
+    "long": Part({"model": "tiny", "steps": 3200} | BATCH_OF_8K, FINALISTS),
     "docs": Part(
         ON_8K | {"data": "package-docs"}, ("adamw", "muon", "apollo-zero", "racs")
     ),
 }
 HEAD = (
-    *("contender", "lr", "lr emb", "seeds", "val ppl", "±", "over best adamw"),
+    *("contender", "lr", "lr emb", "seeds", "val ppl", "±"),
+    *("over best adamw", "by seed", "over muon"),
     *("update RMS / lr", "step time / adamw's"),
     *("kernels' state, MB", "all state, MB"),
     *("val ppl by lr", "val ppl by lr emb"),
 )
 NOTE = """\
 val ppl: best of a run's evaluations, mean over the seeds; ±: their standard deviation;
-over best adamw: over the lowest val ppl of AdamW's variants in the table; update RMS /
-lr: RMS of the kernels' update in a step, over the learning rate, mean over the
-evaluations in the second half of the runs with all seeds; step time: the shortest of
-the runs' median step times. Runs share the machine, so step times are rough. `make
-bench-step` measures an optimizer's step alone. State is in 1e6 bytes."""
+over best adamw: over the lowest val ppl of AdamW's variants in the table; by seed: the
+same for each seed; update RMS / lr: RMS of the kernels' update in a step, over the
+learning rate, mean over the evaluations in the second half of the runs with all seeds;
+step time: the shortest of the runs' median step times. Runs share the machine, so step
+times are rough. `make bench-step` measures an optimizer's step alone. State is in 1e6
+bytes. If a best rate is the lowest or the highest in the last columns, rates beyond it
+were not tried."""
 BY_STEP, BY_SECOND = "perplexity-by-step.png", "perplexity-by-second.png"
 
 
@@ -126,7 +133,12 @@ class SearchOptions:
     data: str | None = None
     """As in pretrain; by default that of each part."""
     out: Path = Path("runs/rate-search")
-    """Folder for the runs."""
+    """Folder for the runs and the figures."""
+    results: Path | None = None
+    """File of JSON lines with the finished runs, added to; by default results.jsonl
+    in --out."""
+    finished_only: bool = False
+    """Train nothing, and print the tables of the runs in --results."""
     processes: int = report.cores()
     """Contenders that are searched at the same time, on one core each."""
 
@@ -156,34 +168,81 @@ class SearchOptions:
 
 
 class Found(NamedTuple):
-    """What a search found; losses are in nats per token, infinite if a run diverged."""
+    """The runs of a contender in a part, by what the search looks at.
 
-    by_lr: dict[float, float]
-    by_lr_embeddings: dict[float, float]  # At the best rate of the kernels.
-    by_seed: dict[int, float]  # At the best pair.
+    Losses are in nats per token, infinite if a run diverged.
+    """
+
+    by_lr: dict[float, RunRecord]
+    by_lr_embeddings: dict[float, RunRecord]  # At the best rate of the kernels.
+    by_seed: dict[int, RunRecord]  # At the best pair.
 
     @property
     def lr(self) -> float:
-        return best(self.by_lr)
+        return best(losses(self.by_lr))
 
     @property
     def lr_embeddings(self) -> float:
-        return best(self.by_lr_embeddings)
+        return best(losses(self.by_lr_embeddings))
 
     @property
     def perplexity(self) -> float:
         """The mean over the seeds."""
-        return statistics.mean(map(perplexity, self.by_seed.values()))
+        return statistics.mean(self.perplexities.values())
+
+    @property
+    def perplexities(self) -> dict[int, float]:
+        """The perplexities by seed."""
+        return {seed: perplexity(run.loss) for seed, run in self.by_seed.items()}
+
+    @property
+    def update_rms(self) -> float | None:
+        """The RMS of the kernels' update over the learning rate, over the seeds."""
+        sizes = [run.update_rms for run in self.by_seed.values()]
+        measured = [size for size in sizes if size is not None]
+        return statistics.mean(measured) if measured else None
+
+    @property
+    def step_seconds(self) -> float:
+        """The shortest of the runs' median step times."""
+        runs = (*self.by_lr.values(), *self.by_lr_embeddings.values())
+        times = (run.step_seconds for run in (*runs, *self.by_seed.values()))
+        return min(time for time in times if time is not None)
+
+    @property
+    def curve(self) -> list[list[float]]:
+        """Pairs of step and validation perplexity of the best run."""
+        return min(self.by_seed.values(), key=lambda run: run.loss).curve
 
 
-class Record(NamedTuple):
-    """The numbers in the files of a contender's runs, besides their losses."""
+def losses(runs: Mapping[float, RunRecord]) -> dict[float, float]:
+    return {rate: run.loss for rate, run in runs.items()}
 
-    # The RMS of the kernels' update over the learning rate. Runs of earlier versions
-    # have not measured it.
-    update_rms: float | None
-    step_seconds: float
-    curve: list[tuple[int, float]]  # Steps and validation perplexities of the best run.
+
+def found_in(runs: Sequence[RunRecord], lr_embeddings: float, seed: int) -> Found:
+    """Sorts the runs of a contender; those beside the path of the search are left out.
+
+    Args:
+        runs: a contender's runs in one part, of which one or more have the two
+            following values.
+        lr_embeddings: the rate of embeddings at which the kernels' rate was searched.
+        seed: the seed of the searches.
+    """
+
+    def by(key: Callable[[RunRecord], float], **fixed: float) -> dict[Any, RunRecord]:
+        chosen = [
+            run
+            for run in runs
+            if all(getattr(run, name) == value for name, value in fixed.items())
+        ]
+        return {key(run): run for run in sorted(chosen, key=key)}
+
+    by_lr = by(lambda run: run.lr, lr_embeddings=lr_embeddings, seed=seed)
+    lr = best(losses(by_lr))
+    by_lr_embeddings = by(lambda run: run.lr_embeddings, lr=lr, seed=seed)
+    lr_embeddings = best(losses(by_lr_embeddings))
+    by_seed = by(lambda run: run.seed, lr=lr, lr_embeddings=lr_embeddings)
+    return Found(by_lr, by_lr_embeddings, by_seed)
 
 
 def best(by_rate: dict[float, float]) -> float:
@@ -223,40 +282,35 @@ def search(
     loss: Callable[[float, float, int], float],
     start: tuple[float, float],
     seeds: tuple[int, ...],
-) -> Found:
+) -> None:
     """Searches the two rates one after the other, then runs the seeds.
 
     Args:
-        loss: returns the loss for a rate of the kernels, a rate of the embeddings and a
-            seed.
+        loss: runs a rate of the kernels, a rate of the embeddings and a seed, unless it
+            was run before, and returns the loss.
         start: the first rates of both.
         seeds: the seeds, of which the searches use the first.
     """
     lr, lr_embeddings = start
-    by_lr = searched(lambda rate: loss(rate, lr_embeddings, seeds[0]), lr)
-    lr = best(by_lr)
-    by_lr_embeddings = searched(lambda rate: loss(lr, rate, seeds[0]), lr_embeddings)
-    lr_embeddings = best(by_lr_embeddings)
-    by_seed = {seed: loss(lr, lr_embeddings, seed) for seed in seeds}
-    return Found(by_lr, by_lr_embeddings, by_seed)
+    lr = best(searched(lambda rate: loss(rate, lr_embeddings, seeds[0]), lr))
+    lr_embeddings = best(searched(lambda rate: loss(lr, rate, seeds[0]), lr_embeddings))
+    for seed in seeds:
+        loss(lr, lr_embeddings, seed)
 
 
 def three_rates(
     loss: Callable[[float, float, int], float], start: tuple[float, float], seed: int
-) -> Found:
+) -> None:
     """Tries the first rate of the kernels, half of it and twice of it.
 
     Args:
-        loss: returns the loss for a rate of the kernels, a rate of the embeddings and a
-            seed.
+        loss: as in `search`.
         start: the first rates of both.
         seed: the seed of all runs.
     """
     lr, lr_embeddings = start
-    rates = (float(f"{lr * factor:.6g}") for factor in (0.5, 1.0, 2.0))
-    by_lr = {rate: loss(rate, lr_embeddings, seed) for rate in rates}
-    lowest = by_lr[best(by_lr)]
-    return Found(by_lr, {lr_embeddings: lowest}, {seed: lowest})
+    for factor in (0.5, 1.0, 2.0):
+        loss(float(f"{lr * factor:.6g}"), lr_embeddings, seed)
 
 
 def base_run(options: SearchOptions, part: str, contender: str) -> RunOptions:
@@ -276,28 +330,49 @@ def run_at(
     return dataclasses.replace(base, **rates, seed=seed, out=base.out / name)
 
 
-def found_by(
-    options: SearchOptions, part: str, contender: str, *, all_rates: bool = True
-) -> Found:
-    """Searches in this process; runs that have ended are read."""
-    base = base_run(options, part, contender)
+def first_rates(base: RunOptions) -> tuple[float, float]:
+    """Returns the default rates of the kernels and of the embeddings."""
     assert base.lr is not None
     assert base.lr_embeddings is not None
-    start = base.lr, base.lr_embeddings
+    return base.lr, base.lr_embeddings
+
+
+def results_of(options: SearchOptions) -> Records:
+    """Returns the runs that have ended."""
+    return Records(options.results or options.out / "results.jsonl")
+
+
+def run_search(
+    options: SearchOptions, part: str, contender: str, *, all_rates: bool = True
+) -> None:
+    """Searches in this process; runs that have ended are not repeated."""
+    base = base_run(options, part, contender)
+    records = results_of(options)
 
     with StopRequest() as stop:
 
-        @functools.cache
         def loss(lr: float, lr_embeddings: float, seed: int) -> float:
             run = run_at(base, contender, lr, lr_embeddings, seed)
-            try:
-                return pretrain(run, stop, measure_updates=True).val_loss
-            except DivergedError:
-                return math.inf
+            record = records.find(part, contender, run)
+            if record is None:
+                record = trained(part, contender, run, stop)
+                records.add(record)
+            return record.loss
 
         if all_rates:
-            return search(loss, start, options.seeds)
-        return three_rates(loss, start, options.seeds[0])
+            search(loss, first_rates(base), options.seeds)
+        else:
+            three_rates(loss, first_rates(base), options.seeds[0])
+
+
+def trained(part: str, contender: str, run: RunOptions, stop: StopRequest) -> RunRecord:
+    """Trains a model, or continues its run, and returns the result."""
+    try:
+        val_loss = pretrain(run, stop, measure_updates=True).val_loss
+    except DivergedError:
+        val_loss = None
+    rows, corpus = read_metrics(run.out), read_config(run.out)["corpus"]
+    return RunRecord.of(part, contender, run, val_loss, rows, corpus)
 
 
 def use_one_core(cores: Any) -> None:
@@ -305,7 +380,7 @@ def use_one_core(cores: Any) -> None:
     os.sched_setaffinity(0, {cores.get()})
 
 
-def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
+def run_searches(options: SearchOptions, part: str) -> None:
     """Searches the contenders of a part in processes of their own.
 
     If one of them fails or is interrupted, those that have not begun are left out.
@@ -318,57 +393,37 @@ def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
     with concurrent.futures.ProcessPoolExecutor(
         options.processes, context, use_one_core, (cores,)
     ) as pool:
-        found = {
-            name: pool.submit(found_by, options, part, name, all_rates=all_rates)
+        searches = [
+            pool.submit(run_search, options, part, name, all_rates=all_rates)
             for name, all_rates in options.searches(part).items()
-        }
+        ]
         try:
-            for each in concurrent.futures.as_completed(found.values()):
+            for each in concurrent.futures.as_completed(searches):
                 each.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        return {name: each.result() for name, each in found.items()}
 
 
-def record_of(
-    options: SearchOptions, part: str, contender: str, found: Found
-) -> Record:
-    """Reads the files of the runs of a search."""
-    base = base_run(options, part, contender)
-    assert base.lr_embeddings is not None
+def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
+    """Returns what is in the file of results of the contenders of a part.
 
-    def rows_at(lr: float, lr_embeddings: float, seed: int) -> list[Row]:
-        return read_metrics(run_at(base, contender, lr, lr_embeddings, seed).out)
-
-    seed = options.seeds[0]
-    lr, lr_embeddings = found.lr, found.lr_embeddings
-    tried = [
-        *(rows_at(rate, base.lr_embeddings, seed) for rate in found.by_lr),
-        *(rows_at(lr, rate, seed) for rate in found.by_lr_embeddings),
-    ]
-    seeds = {seed: rows_at(lr, lr_embeddings, seed) for seed in found.by_seed}
-    sizes = [
-        row["update_rms_over_lr"]
-        for rows in seeds.values()
-        for row in rows
-        if row["step"] > base.steps / 2 and "update_rms_over_lr" in row
-    ]
-    return Record(
-        update_rms=statistics.mean(sizes) if sizes else None,
-        step_seconds=min(map(step_seconds, filter(None, [*tried, *seeds.values()]))),
-        curve=[
-            (row["step"], row["val_ppl"])
-            for row in seeds[min(seeds, key=found.by_seed.__getitem__)]
-            if "val_ppl" in row
-        ],
-    )
-
-
-def step_seconds(rows: list[Row]) -> float:
-    """Returns the median over a run's steps, which leaves out compilation."""
-    tokens = rows[-1]["tokens"] / rows[-1]["step"]
-    return tokens / statistics.median(row["tokens_per_s"] for row in rows)
+    Contenders without a run at the default rate of embeddings are left out.
+    """
+    records, found = results_of(options), {}
+    for name in options.searches(part):
+        base = base_run(options, part, name)
+        _, lr_embeddings = first_rates(base)
+        runs = records.of(part, name, base)
+        seed = options.seeds[0]
+        if any((run.lr_embeddings, run.seed) == (lr_embeddings, seed) for run in runs):
+            found[name] = found_in(runs, lr_embeddings, seed)
+    if "adamw" not in found:
+        raise UsageError(
+            f"{records.path} has no run of adamw in part {part}, with which the others "
+            f"are compared; run the search without --finished-only"
+        )
+    return found
 
 
 def state_of(options: SearchOptions, part: str, contender: str) -> StateBytes:
@@ -379,34 +434,44 @@ def state_of(options: SearchOptions, part: str, contender: str) -> StateBytes:
     return state_bytes(make_optimizer(run, config)[0], params)
 
 
-def table(
-    found: Mapping[str, Found],
-    records: Mapping[str, Record],
-    state: Mapping[str, StateBytes],
-) -> str:
+def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
     """Returns a row per contender.
 
     The perplexities are compared with the best of AdamW's variants, and the step times
-    with that of adamw, so both must be there.
+    with that of adamw, which must be there.
     """
-    best_adamw = min(found[name].perplexity for name in ADAMW_VARIANTS if name in found)
+    adamw = min(
+        (found[name] for name in ADAMW_VARIANTS if name in found),
+        key=lambda each: each.perplexity,
+    )
 
-    def listed(by_rate: dict[float, float]) -> str:
-        cells = (f"{rate:g}: {perplexity(loss):.2f}" for rate, loss in by_rate.items())
+    def listed(runs: Mapping[float, RunRecord]) -> str:
+        cells = (f"{rate:g}: {perplexity(run.loss):.2f}" for rate, run in runs.items())
         return ", ".join(cells)
 
+    def over(other: Found, result: Found) -> str:
+        return f"{result.perplexity / other.perplexity - 1:+.1%}"
+
+    def over_by_seed(result: Found) -> str:
+        both = result.perplexities.keys() & adamw.perplexities.keys()
+        return ", ".join(
+            f"{result.perplexities[seed] / adamw.perplexities[seed] - 1:+.1%}"
+            for seed in sorted(both)
+        )
+
     def row(name: str) -> tuple[str, ...]:
-        result, record = found[name], records[name]
-        perplexities = list(map(perplexity, result.by_seed.values()))
-        seeds = len(perplexities)
+        result = found[name]
+        perplexities = list(result.perplexities.values())
+        seeds, rms = len(perplexities), result.update_rms
         spread = f"{statistics.stdev(perplexities):.2f}" if seeds > 1 else ""
-        over = result.perplexity / best_adamw - 1
-        rms = "" if record.update_rms is None else f"{record.update_rms:.3g}"
-        seconds = record.step_seconds / records["adamw"].step_seconds
+        seconds = result.step_seconds / found["adamw"].step_seconds
         return (
             *(name, f"{result.lr:g}", f"{result.lr_embeddings:g}", str(seeds)),
-            *(f"{result.perplexity:.2f}", spread, f"{over:+.1%}", rms),
-            *(f"{seconds:.2f}", f"{state[name].kernels / 1e6:.2f}"),
+            *(f"{result.perplexity:.2f}", spread),
+            *(over(adamw, result), over_by_seed(result)),
+            over(found["muon"], result) if "muon" in found else "",
+            *("" if rms is None else f"{rms:.3g}", f"{seconds:.2f}"),
+            f"{state[name].kernels / 1e6:.2f}",
             f"{sum(state[name]) / 1e6:.2f}",
             *(listed(result.by_lr), listed(result.by_lr_embeddings)),
         )
@@ -414,28 +479,38 @@ def table(
     return report.markdown(HEAD, map(row, found), 1)
 
 
-def draw(records: Mapping[str, Record], folder: Path) -> None:
+def draw(found: Mapping[str, Found], folder: Path) -> None:
     """Draws the best run of each contender by step and by second of training."""
-    by_step = {name: record.curve for name, record in records.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    by_step = {name: result.curve for name, result in found.items()}
     plot_perplexities(by_step, "step", folder / BY_STEP)
     by_second = {
-        name: [(step * record.step_seconds, loss) for step, loss in record.curve]
-        for name, record in records.items()
+        name: [(step * result.step_seconds, ppl) for step, ppl in result.curve]
+        for name, result in found.items()
     }
     label = "seconds of training, at the contender's step time"
     plot_perplexities(by_second, label, folder / BY_SECOND)
 
 
+def made_with(found: Mapping[str, Found]) -> str:
+    """Returns the machines, versions and dates of the runs in a table."""
+    runs = (
+        run
+        for result in found.values()
+        for kind in (result.by_lr, result.by_lr_embeddings, result.by_seed)
+        for run in kind.values()
+    )
+    return "\n".join(sorted({run.made_with for run in runs}))
+
+
 def report_on(options: SearchOptions, part: str, found: Mapping[str, Found]) -> str:
     """Returns the table of a part with its setting, and draws its figures."""
-    records = {name: record_of(options, part, name, found[name]) for name in found}
     state = {name: state_of(options, part, name) for name in found}
     run = base_run(options, part, "adamw")
-    draw(records, run.out)
+    draw(found, run.out)
     return (
         f"{part}: {run.model}, {run.steps} steps of {run.batch * run.seq:,} tokens of "
-        f"--data {run.data}; {report.made_with(('jax', 'flax', 'optax'))}\n\n"
-        f"{table(found, records, state)}\n\n{NOTE}\n"
+        f"--data {run.data}\n{made_with(found)}\n\n{table(found, state)}\n\n{NOTE}\n"
         f"Curves: {run.out / BY_STEP}, {run.out / BY_SECOND}\n"
     )
 
@@ -444,6 +519,8 @@ def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(SearchOptions, args, "python -m benchmarks.rate_search")
         for part in options.parts:
+            if not options.finished_only:
+                run_searches(options, part)
             print(report_on(options, part, found_by_all(options, part)), flush=True)
 
     exit_on_usage_error(command)

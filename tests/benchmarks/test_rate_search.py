@@ -11,16 +11,18 @@ from benchmarks import rate_search
 from benchmarks.rate_search import (
     BY_SECOND,
     Found,
-    Record,
     SearchOptions,
     base_run,
     best,
+    found_in,
     search,
     searched,
     three_rates,
 )
+from benchmarks.run_records import Records, RunRecord
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
+from examples.llama.run.recorder import DivergedError
 from examples.llama.run.result import RunResult
 
 
@@ -75,9 +77,8 @@ def test_embeddings_are_searched_at_the_best_rate_of_the_kernels() -> None:
         asked.append((lr, lr_embeddings, seed))
         return 3 + abs(math.log2(lr / 4)) + abs(math.log2(lr_embeddings / 2)) + seed
 
-    found = search(loss, (1.0, 1.0), seeds=(0, 1, 2))
-    assert (found.lr, found.lr_embeddings) == (4.0, 2.0)
-    assert list(found.by_seed.values()) == [3.0, 4.0, 5.0]
+    search(loss, (1.0, 1.0), seeds=(0, 1, 2))
+    assert asked[-3:] == [(4.0, 2.0, 0), (4.0, 2.0, 1), (4.0, 2.0, 2)]
     kernels = [each for each in asked if each[1:] == (1.0, 0)]
     assert {lr for lr, *_ in kernels} == {0.5, 1.0, 2.0, 4.0, 8.0}
     assert {emb for lr, emb, seed in asked if lr == 4.0} == {0.5, 1.0, 2.0, 4.0}
@@ -90,40 +91,83 @@ def test_three_rates_are_tried_with_one_seed() -> None:
         asked.append((lr, lr_embeddings, seed))
         return -lr
 
-    found = three_rates(loss, (0.3, 0.03), seed=5)
+    three_rates(loss, (0.3, 0.03), seed=5)
     assert asked == [(0.15, 0.03, 5), (0.3, 0.03, 5), (0.6, 0.03, 5)]
-    assert (found.lr, found.lr_embeddings, found.by_seed) == (0.6, 0.03, {5: -0.6})
 
 
-def found_at(*perplexities: float) -> Found:
-    first = math.log(perplexities[0])
-    by_seed = dict(enumerate(map(math.log, perplexities)))
-    return Found({1.0: math.inf, 0.5: first}, {1.0: first}, by_seed)
+def run_at(
+    lr: float, lr_embeddings: float, seed: int, loss: float | None, **others: Any
+) -> RunRecord:
+    rates = {"lr": lr, "lr_embeddings": lr_embeddings}
+    record = RunRecord(
+        *("8k", "racs", seed, rates, loss),
+        update_rms=0.5,
+        step_seconds=2.0,
+        curve=[],
+        corpus="text",
+        made_with="here",
+    )
+    return record._replace(**others)
+
+
+def test_runs_of_a_search_are_found_in_any_order() -> None:
+    runs = [
+        run_at(4.0, 2.0, 1, 2.8, step_seconds=1.5, update_rms=0.7),
+        run_at(2.0, 1.0, 0, 3.2),
+        run_at(4.0, 2.0, 0, 2.9, curve=[[10, 20.0]], update_rms=0.3),
+        run_at(8.0, 1.0, 0, None, step_seconds=None, update_rms=None),
+        run_at(4.0, 1.0, 0, 3.0),
+        run_at(4.0, 0.5, 0, 3.1),
+        run_at(4.0, 1.0, 1, 1.0),  # A seed of a pair that is not the best.
+        run_at(2.0, 0.5, 0, 1.0),  # The same.
+    ]
+    found = found_in(runs, lr_embeddings=1.0, seed=0)
+    assert {lr: run.loss for lr, run in found.by_lr.items()} == {
+        2.0: 3.2,
+        4.0: 3.0,
+        8.0: math.inf,
+    }
+    assert list(found.by_lr_embeddings) == [0.5, 1.0, 2.0]
+    assert (found.lr, found.lr_embeddings) == (4.0, 2.0)
+    assert found.perplexities == {0: math.exp(2.9), 1: math.exp(2.8)}
+    assert found.perplexity == pytest.approx((math.exp(2.9) + math.exp(2.8)) / 2)
+    assert found.update_rms == pytest.approx(0.5)
+    assert found.step_seconds == 1.5
+    assert found.curve == []  # That of seed 1.
+
+
+def found_at(*perplexities: float, **others: Any) -> Found:
+    runs = [
+        run_at(0.5, 1.0, seed, math.log(ppl), **others)
+        for seed, ppl in enumerate(perplexities)
+    ]
+    return found_in([*runs, run_at(1.0, 1.0, 0, None)], 1.0, 0)
 
 
 def test_the_table_compares_with_the_best_of_adamw_over_seeds() -> None:
     state = StateBytes(kernels=10**6, embeddings_and_head=2 * 10**6, other=0)
-    text = rate_search.table(
-        {
-            "adamw": found_at(25),
-            "adamw-clip": found_at(20),
-            "racs": found_at(9, 11),
-        },
-        {
-            "adamw": Record(0.25, 2.0, []),
-            "adamw-clip": Record(0.25, 2.0, []),
-            "racs": Record(None, 3.0, []),
-        },
-        dict.fromkeys(("adamw", "adamw-clip", "racs"), state),
+    found = {
+        "adamw": found_at(25, update_rms=0.25),
+        "adamw-clip": found_at(20),
+        "muon": found_at(16),
+        "racs": found_at(9, 11, update_rms=None, step_seconds=3.0),
+    }
+    text = rate_search.table(found, dict.fromkeys(found, state))
+    head, _, adamw, clipped, _, racs = text.splitlines()
+    assert adamw.startswith(
+        "| adamw | 0.5 | 1 | 1 | 25.00 |  | +25.0% | +25.0% | +56.2% | 0.25 | 1.00 |"
     )
-    head, _, adamw, clipped, racs = text.splitlines()
-    assert adamw.startswith("| adamw | 0.5 | 1 | 1 | 25.00 |  | +25.0% | 0.25 | 1.00 |")
-    assert "| 20.00 |  | +0.0% |" in clipped
+    assert "| 20.00 |  | +0.0% | +0.0% |" in clipped
+    # Seed 1 has no run of AdamW.
     assert racs.startswith(
-        "| racs | 0.5 | 1 | 2 | 10.00 | 1.41 | -50.0% |  | 1.50 | 1.00 | 3.00 |"
+        "| racs | 0.5 | 1 | 2 | 10.00 | 1.41 | -50.0% | -55.0% | -37.5% |  | 1.00 |"
     )
     assert "1: inf" in racs
     assert len({line.count("|") for line in (head, adamw, racs)}) == 1
+    del found["muon"]
+    assert "| -50.0% | -55.0% |  |" in rate_search.table(
+        found, dict.fromkeys(found, state)
+    )
 
 
 @pytest.mark.parametrize("name", rate_search.CONTENDERS)
@@ -166,16 +210,50 @@ def test_a_search_trains_and_goes_on_from_what_was_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = stub_pretrain(monkeypatch)
-    options = SearchOptions(out=tmp_path, seeds=(0, 1))
-    found = rate_search.found_by(options, "8k", "racs")
-    assert found.by_seed == {0: 4.0, 1: 5.0}
+    options = SearchOptions(out=tmp_path, seeds=(0,))
+    rate_search.run_search(options, "8k", "racs")
     assert {(run.optimizer, run.batch, run.steps) for run in runs} == {
         ("racs", 64, 300)
     }
     assert all(run.resume == "auto" for run in runs)
     # No run is asked for twice.
-    assert len({(run.lr, run.lr_embeddings, run.seed) for run in runs}) == len(runs)
-    assert len({run.out for run in runs}) == len(runs)
+    first = [(run.lr, run.lr_embeddings, run.seed) for run in runs]
+    assert len(set(first)) == len({run.out for run in runs}) == len(runs)
+    runs.clear()
+
+    # A machine that has the file of results repeats none of its runs.
+    elsewhere = SearchOptions(
+        out=tmp_path / "elsewhere", results=tmp_path / "results.jsonl", seeds=(0, 1)
+    )
+    rate_search.run_search(elsewhere, "8k", "racs")
+    assert [run.seed for run in runs] == [1]
+    base = base_run(elsewhere, "8k", "racs")
+    records = rate_search.results_of(elsewhere).of("8k", "racs", base)
+    found = found_in(records, 0.03, 0)
+    assert found.perplexities == pytest.approx({0: math.exp(4), 1: math.exp(5)})
+
+
+def test_a_run_that_diverged_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverged = []
+
+    def pretrain(run: RunOptions, stop: Any, *, measure_updates: bool) -> RunResult:
+        del stop, measure_updates
+        write_run(run, [{"step": 1, "tokens": 8, "tokens_per_s": 4.0}])
+        diverged.append(run)
+        raise DivergedError("the loss is nan")
+
+    monkeypatch.setattr(rate_search, "pretrain", pretrain)
+    options = SearchOptions(out=tmp_path, seeds=(0,))
+    for _ in range(2):
+        rate_search.run_search(options, "1k", "lion", all_rates=False)
+    assert len(diverged) == 3
+    (run, *_) = Records(tmp_path / "results.jsonl").of(
+        "1k", "lion", base_run(options, "1k", "lion")
+    )
+    assert run.loss == math.inf
+    assert (run.val_loss, run.update_rms, run.step_seconds) == (None, None, 2.0)
 
 
 def stub_pretrain(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
@@ -190,7 +268,6 @@ def stub_pretrain(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
         del stop
         assert measure_updates
         runs.append(run)
-        run.out.mkdir(parents=True, exist_ok=True)
         tokens, loss = run.batch * run.seq, 4.0 + run.seed
         seconds = 2 if run.optimizer == "adamw" else 1
         rows = [
@@ -202,12 +279,20 @@ def stub_pretrain(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
             # The first half of a run is left out of the mean.
             size = 1.0 + run.seed if row["step"] > run.steps / 2 else 1e6
             row |= {"val_ppl": math.exp(loss), "update_rms_over_lr": size}
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (run.out / "metrics.jsonl").write_text(lines)
+        write_run(run, rows)
         return RunResult(run, loss, tokens / seconds)
 
     monkeypatch.setattr(rate_search, "pretrain", pretrain)
     return runs
+
+
+def write_run(run: RunOptions, rows: list[dict[str, Any]]) -> None:
+    """Writes the files of a run that a search reads."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    config = {"optimizer": run.optimizer, "corpus": run.data}
+    (run.out / "config.json").write_text(json.dumps(config))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (run.out / "metrics.jsonl").write_text(lines)
 
 
 def test_a_part_ends_with_a_table_and_two_figures(
@@ -221,31 +306,47 @@ def test_a_part_ends_with_a_table_and_two_figures(
         curves[path.name] = points
         plot(points, xlabel, path)
 
-    def found_here(options: SearchOptions, part: str) -> dict[str, Found]:
-        return {
-            name: rate_search.found_by(options, part, name, all_rates=all_rates)
-            for name, all_rates in options.searches(part).items()
-        }
+    def run_here(options: SearchOptions, part: str) -> None:
+        for name, all_rates in options.searches(part).items():
+            rate_search.run_search(options, part, name, all_rates=all_rates)
 
     monkeypatch.setattr(rate_search, "plot_perplexities", plotted)
-    monkeypatch.setattr(rate_search, "found_by_all", found_here)
+    monkeypatch.setattr(rate_search, "run_searches", run_here)
     args = ["--contenders", "racs", "--three-rates", "lion", "--seeds", "0", "1"]
     rate_search.main(["--parts", "docs", "--out", str(tmp_path), *args])
     output = capsys.readouterr().out
     assert "docs: tiny, 300 steps of 8,192 tokens of --data package-docs" in output
     rows = {row.split(" | ")[0]: row.split(" | ") for row in output.split("\n| ")}
-    assert rows["racs"][6:9] == ["+0.0%", "1.5", "0.50"]
+    assert rows["racs"][6:11] == ["+0.0%", "+0.0%, +0.0%", "", "1.5", "0.50"]
     assert rows["lion"][3] == "1"
-    assert rows["lion"][7:9] == ["1", "0.50"]
-    assert float(rows["adamw"][9]) < float(rows["adamw"][10])  # The state.
+    assert rows["lion"][9:11] == ["1", "0.50"]
+    assert float(rows["adamw"][11]) < float(rows["adamw"][12])  # The state.
     assert {run.data for run in runs} == {"package-docs"}
     losses = [math.exp(4.0)] * 3  # The best of the seeds.
     by_step, by_second = curves["perplexity-by-step.png"], curves[BY_SECOND]
-    assert by_step["adamw"] == list(zip((100, 200, 300), losses, strict=True))
+    steps = (100, 200, 300)
+    assert by_step["adamw"] == list(map(list, zip(steps, losses, strict=True)))
     assert by_second["adamw"] == list(zip((200, 400, 600), losses, strict=True))
     assert list(by_step) == list(by_second) == ["adamw", "racs", "lion"]
     for name in curves:
         assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
+
+    # The same from the file of results alone, without contenders that were not run.
+    runs.clear()
+    results = ["--results", str(tmp_path / "results.jsonl"), "--finished-only"]
+    out = ["--parts", "docs", "--out", str(tmp_path / "elsewhere"), *results]
+    rate_search.main([*out, *args, "--contenders", "racs", "muon"])
+    again = capsys.readouterr().out
+    assert again.replace("/elsewhere", "") == output
+    assert not runs
+
+
+def test_a_table_needs_runs_of_adamw(tmp_path: Path) -> None:
+    options = SearchOptions(out=tmp_path, finished_only=True)
+    with pytest.raises(
+        UsageError, match=r"results\.jsonl has no run of adamw in .* 6m"
+    ):
+        rate_search.found_by_all(options, "6m")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def plot_comparison(
 
 
 def plot_perplexities(
-    curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, path: Path
+    curves: Mapping[str, Sequence[Sequence[float]]], xlabel: str, path: Path
 ) -> None:
     """Draws validation perplexities against steps or time.
 
