@@ -17,6 +17,12 @@ import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
+# XLA allocates the temporaries of a program in each execution. By default, glibc gets
+# large ones from the kernel each time, which then clears them page by page. The workers
+# of pytest-xdist and the processes that tests start read these when they begin.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+
 # Processes that tests start inherit this. Without it, each would look for TPUs wherever
 # libtpu is installed, and only one process at a time may open libtpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -61,13 +67,18 @@ def compiled_programs() -> Iterator[None]:
 QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
+def flag(option: str) -> str:
+    """Returns one of ``QUICK_OPTIONS`` as XLA reads it from the environment."""
+    return f"--{option}={str(QUICK_OPTIONS[option]).lower()}"
+
+
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     """Turns most XLA optimizations off, for modules that mainly wait for compilations.
 
-    Processes that the tests start inherit this, except for ``QUICK_OPTIONS``. The
-    caches in memory are cleared before and after, because a program that was compiled
-    with other settings may give other last digits.
+    Processes that the tests start inherit this. The caches in memory are cleared before
+    and after, because a program that was compiled with other settings may give other
+    last digits.
     """
     get_compile_options = compiler.get_compile_options
 
@@ -76,10 +87,14 @@ def quick_compilation() -> Iterator[None]:
         return get_compile_options(*args, env_options_overrides=overrides, **kwargs)
 
     before = jax.config.values["jax_disable_most_optimizations"]
+    # XLA reads its flags from the environment once, which has to be before the change.
+    jax.block_until_ready(jax.numpy.zeros(1))
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        flags = [os.environ.get("XLA_FLAGS", ""), *map(flag, QUICK_OPTIONS)]
+        patch.setenv("XLA_FLAGS", " ".join(flags).strip())
         # JAX has no public setting for compiler options of all programs.
         patch.setattr(compiler, "get_compile_options", quick_options)
         yield
