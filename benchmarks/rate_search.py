@@ -95,6 +95,37 @@ PARTS: dict[str, Part] = {
         ON_8K | {"data": "package-docs"}, ("adamw", "muon", "apollo-zero", "racs")
     ),
 }
+
+
+class Goal(NamedTuple):
+    """The highest ratio of two perplexities that counts as met, each at its best."""
+
+    contenders: str  # A key of `GROUPS`, the best of which counts.
+    over: str  # The same.
+    limits: dict[str, float]  # By part.
+
+
+EMBEDDINGS = ("apollo-zero-emb-flattening", "apollo-zero-emb-scale")
+# The contenders by what they are in a goal; those without state are found by it.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "the best without state for matrices": (),
+    "adamw": ADAMW_VARIANTS,
+    "muon": ("muon",),
+    "racs": ("racs",),
+    "apollo-zero, little state for embeddings and head": EMBEDDINGS,
+    "apollo-zero": ("apollo-zero",),
+}
+STATELESS, *_ = GROUPS
+GOALS = (
+    Goal(STATELESS, "adamw", {"1k": 0.97, "8k": 0.92, "6m": 0.95}),
+    Goal(STATELESS, "muon", {"1k": 1.03, "8k": 1.03, "6m": 1.03}),
+    Goal("racs", "adamw", {"1k": 1.02, "8k": 1.02}),
+    Goal(
+        "apollo-zero, little state for embeddings and head",
+        "apollo-zero",
+        {"1k": 1.01, "8k": 1.01},
+    ),
+)
 HEAD = (
     *("contender", "lr", "lr emb", "seeds", "val ppl", "±"),
     *("over best adamw", "by seed", "over muon"),
@@ -479,6 +510,38 @@ def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
     return report.markdown(HEAD, map(row, found), 1)
 
 
+def goals_table(
+    part: str, found: Mapping[str, Found], state: Mapping[str, StateBytes]
+) -> str:
+    """Returns a row per goal of the part, with what was measured if it was."""
+    stateless = tuple(
+        name for name in found if state[name].kernels == 0 and name not in EMBEDDINGS
+    )
+
+    def best_of(group: str) -> str | None:
+        names = stateless if group == STATELESS else GROUPS[group]
+        there = [name for name in names if name in found]
+        return min(there, key=lambda name: found[name].perplexity, default=None)
+
+    def row(goal: Goal) -> tuple[str, ...]:
+        limit = goal.limits[part]
+        ours, other = best_of(goal.contenders), best_of(goal.over)
+        what = f"{goal.contenders} over {goal.over}"
+        if ours is None or other is None:
+            return (what, f"{limit:g}", "", "", "", "not run")
+        ratio = found[ours].perplexity / found[other].perplexity
+        seeds = min(len(found[name].by_seed) for name in (ours, other))
+        result = "met" if ratio <= limit else "missed"
+        return (
+            *(what, f"{limit:g}", f"{ours} over {other}", str(seeds)),
+            *(f"{ratio:.3f}", result),
+        )
+
+    rows = [row(goal) for goal in GOALS if part in goal.limits]
+    head = ("perplexity", "at most", "of", "seeds", "measured", "goal")
+    return report.markdown(head, rows, 1) if rows else ""
+
+
 def draw(found: Mapping[str, Found], folder: Path) -> None:
     """Draws the best run of each contender by step and by second of training."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -510,7 +573,8 @@ def report_on(options: SearchOptions, part: str, found: Mapping[str, Found]) -> 
     draw(found, run.out)
     return (
         f"{part}: {run.model}, {run.steps} steps of {run.batch * run.seq:,} tokens of "
-        f"--data {run.data}\n{made_with(found)}\n\n{table(found, state)}\n\n{NOTE}\n"
+        f"--data {run.data}\n{made_with(found)}\n\n{table(found, state)}\n\n{NOTE}\n\n"
+        f"{goals_table(part, found, state)}\n\n"
         f"Curves: {run.out / BY_STEP}, {run.out / BY_SECOND}\n"
     )
 

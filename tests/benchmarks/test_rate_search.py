@@ -170,6 +170,30 @@ def test_the_table_compares_with_the_best_of_adamw_over_seeds() -> None:
     )
 
 
+def test_goals_compare_the_best_of_each_kind() -> None:
+    found = {
+        "adamw": found_at(21, 19),
+        "adamw-clip": found_at(25),
+        "racs": found_at(22.2),
+        "apollo-zero": found_at(19, 17),
+        "apollo-zero-emb-scale": found_at(10),
+    }
+    no_kernels = StateBytes(kernels=0, embeddings_and_head=1, other=0)
+    state = {name: no_kernels._replace(kernels=1) for name in found}
+    state |= {"apollo-zero": no_kernels, "apollo-zero-emb-scale": no_kernels}
+    _, _, *rows = rate_search.goals_table("8k", found, state).splitlines()
+    cells = [tuple(row.strip("| ").split(" | ")) for row in rows]
+    # Adam on embeddings is what the stateless rules are compared with.
+    assert cells[0][1:] == ("0.92", "apollo-zero over adamw", "2", "0.900", "met")
+    assert cells[1][1:] == ("1.03", "", "", "", "not run")
+    assert cells[2][1:] == ("1.02", "racs over adamw", "1", "1.110", "missed")
+    assert cells[3][2:] == (
+        *("apollo-zero-emb-scale over apollo-zero", "1"),
+        *("0.556", "met"),
+    )
+    assert rate_search.goals_table("long", found, state) == ""
+
+
 @pytest.mark.parametrize("name", rate_search.CONTENDERS)
 def test_contenders_are_runs_of_pretrain(name: str, tmp_path: Path) -> None:
     options = SearchOptions(out=tmp_path)
