@@ -41,6 +41,11 @@ $(VENV)/.tpu: $(VENV)/.test
 	$(INSTALL) -e '.[test,tpu-aot]'
 	@touch $@
 
+# A step on a CPU allocates its temporaries anew. These let glibc keep the memory, which
+# the kernel would otherwise clear page by page in each step.
+train bench-quality bench-finetune bench-variants: export MALLOC_MMAP_THRESHOLD_ = 1073741824
+train bench-quality bench-finetune bench-variants: export MALLOC_TRIM_THRESHOLD_ = 1073741824
+
 train: $(VENV)/.examples  ## pre-train a small LLaMA on this machine: AdamW, APOLLO-Mini and APOLLO-Zero side by side
 	$(BIN)/python -m examples.llama.compare --steps 350 --out $(OUT)
 
