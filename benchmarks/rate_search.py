@@ -16,6 +16,7 @@ that has the file. Each part ends with a table and two figures next to its runs.
 
 import concurrent.futures
 import dataclasses
+import math
 import multiprocessing
 import os
 import statistics
@@ -61,12 +62,13 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 ADAMW_VARIANTS = tuple(
     name for name, options in CONTENDERS.items() if options["optimizer"] == "adamw"
 )
+EMBEDDING_VARIANTS = ("apollo-zero-emb-flattening", "apollo-zero-emb-scale")
 # `--contenders` replaces these where the parts on tiny show that others are better.
 FINALISTS = ("adamw", "muon", "apollo-mini", "apollo-zero", "racs", "sinkgd")
 SEARCHED = (
     *ADAMW_VARIANTS,
     *FINALISTS[1:],
-    *("apollo-zero-emb-flattening", "apollo-zero-emb-scale"),
+    *EMBEDDING_VARIANTS,
 )
 THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)
 
@@ -98,33 +100,25 @@ PARTS: dict[str, Part] = {
 
 
 class Goal(NamedTuple):
-    """The highest ratio of two perplexities that counts as met, each at its best."""
+    """A ratio of two perplexities, each of the best of its kind, and its limits."""
 
-    contenders: str  # A key of `GROUPS`, the best of which counts.
-    over: str  # The same.
-    limits: dict[str, float]  # By part.
+    # Each is the name of a contender, or a key of `GROUPS`.
+    contenders: str
+    over: str
+    limits: dict[str, float]  # The highest ratio that meets the goal, by part.
 
 
-EMBEDDINGS = ("apollo-zero-emb-flattening", "apollo-zero-emb-scale")
-# The contenders by what they are in a goal; those without state are found by it.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "the best without state for matrices": (),
-    "adamw": ADAMW_VARIANTS,
-    "muon": ("muon",),
-    "racs": ("racs",),
-    "apollo-zero, little state for embeddings and head": EMBEDDINGS,
-    "apollo-zero": ("apollo-zero",),
-}
-STATELESS, *_ = GROUPS
+STATELESS = "the best without state for matrices"
+LITTLE_STATE = "apollo-zero, little state for embeddings and head"
+# The contenders of a kind. `goals_table` finds those of STATELESS by their state.
+GROUPS = {"adamw": ADAMW_VARIANTS, LITTLE_STATE: EMBEDDING_VARIANTS}
+# AdamW is to be beaten, Muon to be nearly reached with less state, and rules with less
+# state than another are to be level with it.
 GOALS = (
     Goal(STATELESS, "adamw", {"1k": 0.97, "8k": 0.92, "6m": 0.95}),
     Goal(STATELESS, "muon", {"1k": 1.03, "8k": 1.03, "6m": 1.03}),
     Goal("racs", "adamw", {"1k": 1.02, "8k": 1.02}),
-    Goal(
-        "apollo-zero, little state for embeddings and head",
-        "apollo-zero",
-        {"1k": 1.01, "8k": 1.01},
-    ),
+    Goal(LITTLE_STATE, "apollo-zero", {"1k": 1.01, "8k": 1.01}),
 )
 HEAD = (
     *("contender", "lr", "lr emb", "seeds", "val ppl", "±"),
@@ -135,13 +129,14 @@ HEAD = (
 )
 NOTE = """\
 val ppl: best of a run's evaluations, mean over the seeds; ±: their standard deviation;
-over best adamw: over the lowest val ppl of AdamW's variants in the table, means over
-the seeds that both have; by seed: the same for each of these seeds; update RMS / lr:
-RMS of the kernels' update in a step, over the learning rate, mean over the evaluations
-in the second half of the runs with all seeds; step time: the shortest of the runs'
-median step times. Runs share the machine, so step times are rough. `make bench-step`
-measures an optimizer's step alone. State is in 1e6 bytes. If a best rate is the lowest
-or the highest in the last columns, rates beyond it were not tried."""
+over best adamw: the ratio to the best of AdamW's variants in the table, minus 1, of
+means over the seeds that both have; by seed: the same for each of these seeds; over
+muon: the same with Muon; update RMS / lr: RMS of the kernels' update in a step, over
+the learning rate, mean over the evaluations in the second half of the runs with all
+seeds; step time: the shortest of the runs' median step times. Runs share a machine, and
+may be of several, so step times are rough. `make bench-step` measures an optimizer's
+step alone. State is in 1e6 bytes. If a best rate is the lowest or the highest in the
+last columns, rates beyond it were not tried."""
 BY_STEP, BY_SECOND = "perplexity-by-step.png", "perplexity-by-second.png"
 
 
@@ -153,21 +148,22 @@ class SearchOptions:
     """Any of 1k and 8k (tiny, so many tokens per step), 6m, long, and docs (8k on the
     documentation of installed packages)."""
     contenders: tuple[str, ...] = ()
-    """Contenders to search, in place of those of each part: optimizers of pretrain,
-    adamw-clip, adamw-b2-0.95, adamw-b2-0.95-clip, apollo-zero-emb-flattening or
-    apollo-zero-emb-scale. adamw is always among them."""
+    """Contenders to search: optimizers of pretrain, adamw-clip, adamw-b2-0.95,
+    adamw-b2-0.95-clip, apollo-zero-emb-flattening or apollo-zero-emb-scale. adamw is
+    always among them. If this or --three-rates is given, the contenders of the parts
+    are not used."""
     three_rates: tuple[str, ...] = ()
-    """Contenders that get three rates of the kernels and one seed, in place of those of
-    each part."""
+    """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """The first one searches; the best rates run with all."""
+    """The first one searches; the best rates run with all. Other seeds in --results are
+    left out."""
     data: str | None = None
     """As in pretrain; by default that of each part."""
     out: Path = Path("runs/rate-search")
     """Folder for the runs and the figures."""
     results: Path | None = None
-    """File of JSON lines with the finished runs, added to; by default results.jsonl
-    in --out."""
+    """File of JSON lines with the finished runs. New ones are added. The default is
+    results.jsonl in --out."""
     finished_only: bool = False
     """Train nothing, and print the tables of the runs in --results."""
     processes: int = report.cores()
@@ -238,7 +234,7 @@ class Found(NamedTuple):
         """The shortest of the runs' median step times."""
         runs = (*self.by_lr.values(), *self.by_lr_embeddings.values())
         times = (run.step_seconds for run in (*runs, *self.by_seed.values()))
-        return min(time for time in times if time is not None)
+        return min((time for time in times if time is not None), default=math.nan)
 
     @property
     def curve(self) -> list[list[float]]:
@@ -251,7 +247,7 @@ def losses(runs: Mapping[float, RunRecord]) -> dict[float, float]:
 
 
 def found_in(runs: Sequence[RunRecord], lr_embeddings: float, seed: int) -> Found:
-    """Sorts the runs of a contender; those beside the path of the search are left out.
+    """Returns the runs that a search would have made, out of all runs of a contender.
 
     Args:
         runs: a contender's runs in one part, of which one or more have the two
@@ -442,17 +438,25 @@ def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
     Contenders without a run at the default rate of embeddings are left out.
     """
     records, found = results_of(options), {}
+    if options.finished_only and not records.path.exists():
+        raise UsageError(
+            f"--results {records.path} does not exist; give a file of results, or "
+            "leave out --finished-only"
+        )
+    seed = options.seeds[0]
     for name in options.searches(part):
         base = base_run(options, part, name)
         _, lr_embeddings = first_rates(base)
-        runs = records.of(part, name, base)
-        seed = options.seeds[0]
+        runs = [
+            run for run in records.of(part, name, base) if run.seed in options.seeds
+        ]
         if any((run.lr_embeddings, run.seed) == (lr_embeddings, seed) for run in runs):
             found[name] = found_in(runs, lr_embeddings, seed)
     if "adamw" not in found:
         raise UsageError(
-            f"{records.path} has no run of adamw in part {part}, with which the others "
-            f"are compared; run the search without --finished-only"
+            f"{records.path} has no run of adamw in part {part} with seed {seed} and "
+            "the default rate of embeddings, with which the others are compared; leave "
+            "out --finished-only, or begin --seeds with a seed that it has"
         )
     return found
 
@@ -473,16 +477,25 @@ def ratio(one: Found, other: Found) -> float:
     )
 
 
+def best_contender(found: Mapping[str, Found], names: Sequence[str]) -> str | None:
+    """Returns the one with the lowest perplexity relative to adamw with its seeds.
+
+    A single lucky seed would otherwise be ahead of another contender's mean.
+    """
+    there = [name for name in names if name in found]
+    adamw = found["adamw"]
+    return min(there, key=lambda name: ratio(found[name], adamw), default=None)
+
+
 def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
     """Returns a row per contender.
 
     The perplexities are compared with the best of AdamW's variants, and the step times
     with that of adamw, which must be there.
     """
-    adamw = min(
-        (found[name] for name in ADAMW_VARIANTS if name in found),
-        key=lambda each: each.perplexity,
-    )
+    best_adamw = best_contender(found, ADAMW_VARIANTS)
+    assert best_adamw is not None
+    adamw = found[best_adamw]
 
     def listed(runs: Mapping[float, RunRecord]) -> str:
         cells = (f"{rate:g}: {perplexity(run.loss):.2f}" for rate, run in runs.items())
@@ -502,7 +515,8 @@ def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
         result = found[name]
         perplexities = list(result.perplexities.values())
         seeds, rms = len(perplexities), result.update_rms
-        spread = f"{statistics.stdev(perplexities):.2f}" if seeds > 1 else ""
+        has_spread = seeds > 1 and all(map(math.isfinite, perplexities))
+        spread = f"{statistics.stdev(perplexities):.2f}" if has_spread else ""
         seconds = result.step_seconds / found["adamw"].step_seconds
         return (
             *(name, f"{result.lr:g}", f"{result.lr_embeddings:g}", str(seeds)),
@@ -523,13 +537,14 @@ def goals_table(
 ) -> str:
     """Returns a row per goal of the part, with what was measured if it was."""
     stateless = tuple(
-        name for name in found if state[name].kernels == 0 and name not in EMBEDDINGS
+        name
+        for name in found
+        if state[name].kernels == 0 and name not in EMBEDDING_VARIANTS
     )
 
     def best_of(group: str) -> str | None:
-        names = stateless if group == STATELESS else GROUPS[group]
-        there = [name for name in names if name in found]
-        return min(there, key=lambda name: found[name].perplexity, default=None)
+        names = stateless if group == STATELESS else GROUPS.get(group, (group,))
+        return best_contender(found, names)
 
     def row(goal: Goal) -> tuple[str, ...]:
         limit = goal.limits[part]
@@ -540,6 +555,8 @@ def goals_table(
         measured = ratio(found[ours], found[other])
         seeds = len(found[ours].by_seed.keys() & found[other].by_seed.keys())
         result = "met" if measured <= limit else "missed"
+        if not math.isfinite(found[other].perplexity):
+            result = f"{other} diverged"
         return (
             *(what, f"{limit:g}", f"{ours} over {other}", str(seeds)),
             *(f"{measured:.3f}", result),
@@ -579,12 +596,14 @@ def report_on(options: SearchOptions, part: str, found: Mapping[str, Found]) -> 
     state = {name: state_of(options, part, name) for name in found}
     run = base_run(options, part, "adamw")
     draw(found, run.out)
-    return (
+    setting = (
         f"{part}: {run.model}, {run.steps} steps of {run.batch * run.seq:,} tokens of "
-        f"--data {run.data}\n{made_with(found)}\n\n{table(found, state)}\n\n{NOTE}\n\n"
-        f"{goals_table(part, found, state)}\n\n"
-        f"Curves: {run.out / BY_STEP}, {run.out / BY_SECOND}\n"
+        f"--data {run.data}\n{made_with(found)}"
     )
+    curves = f"Curves: {run.out / BY_STEP}, {run.out / BY_SECOND}\n"
+    goals = goals_table(part, found, state)
+    sections = (setting, table(found, state), NOTE, goals, curves)
+    return "\n\n".join(filter(None, sections))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The results of training runs, in a file of JSON lines that can be published."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import statistics
@@ -59,6 +60,17 @@ class RunRecord(NamedTuple):
         )
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        return self.part, self.contender, self.lr, self.lr_embeddings, self.seed
+
+    @property
+    def name(self) -> str:
+        return (
+            f"the run of {self.contender} in part {self.part} (lr {self.lr:g}, "
+            f"lr_embeddings {self.lr_embeddings:g}, seed {self.seed})"
+        )
+
+    @property
     def loss(self) -> float:
         return math.inf if self.val_loss is None else self.val_loss
 
@@ -81,38 +93,50 @@ def options_of(run: RunOptions) -> dict[str, Any]:
 
 
 def step_seconds(rows: Sequence[Row]) -> float:
-    """Returns the median over a run's steps, which leaves out compilation."""
+    """Returns the median over a run's steps. Compilation counts only in the first."""
     tokens = rows[-1]["tokens"] / rows[-1]["step"]
     return tokens / statistics.median(row["tokens_per_s"] for row in rows)
 
 
 class Records:
-    """The runs in a file. Several processes may add to it."""
+    """The runs in a file, as they were when it was read, and those added since.
+
+    Other processes may add lines meanwhile.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        try:
-            self._runs = [RunRecord(**json.loads(line)) for line in lines]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UsageError(
-                f"{path} is not a file of results ({error}); give another --results"
-            ) from error
+        self._runs: list[RunRecord] = []
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            lines = file.read().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                run = RunRecord(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise UsageError(
+                    f"line {number} of {path} is not the result of a run ({error}); "
+                    "remove it, or give another --results"
+                ) from error
+            if run.key in (other.key for other in self._runs):
+                raise UsageError(
+                    f"line {number} of {path} is a second result of {run.name}; remove "
+                    "one of the two"
+                )
+            self._check_text(run)
+            self._runs.append(run)
 
     def of(self, part: str, contender: str, base: RunOptions) -> list[RunRecord]:
         """Returns the runs of a contender, whose rates may differ from those of `base`.
 
         Raises:
-            UsageError: if a run was made with other options, or if the part's runs were
-                made with different texts.
+            UsageError: if a run was made with other options.
         """
-        in_part = [run for run in self._runs if run.part == part]
-        if len({run.corpus for run in in_part}) > 1:
-            raise UsageError(
-                f"{self.path} has runs of part {part} with different texts (see its "
-                f"field corpus), which can't be compared; keep the lines of one text"
-            )
-        runs = [run for run in in_part if run.contender == contender]
+        runs = [
+            run for run in self._runs if (run.part, run.contender) == (part, contender)
+        ]
         for run in runs:
             # The rates are what a search varies.
             rates = {"lr": run.lr, "lr_embeddings": run.lr_embeddings}
@@ -120,30 +144,43 @@ class Records:
             differing = differing_fields(
                 options_of(base) | rates | text, run.options | text
             )
+            # The comparison leaves options of the text out if the text is the same,
+            # which is not known before the first run here.
+            if run.options["data"] != base.data:
+                differing.append(f"data: {run.options['data']} -> {base.data}")
             if differing:
                 raise UsageError(
-                    f"{self.path} has a run of {contender} in part {part} with other "
-                    f"options ({'; '.join(differing)}); remove its line or give "
-                    f"another --results"
+                    f"{self.path} has {run.name} with other options "
+                    f"({'; '.join(differing)}); remove such lines, or give another "
+                    "--results"
                 )
         return runs
 
     def find(self, part: str, contender: str, run: RunOptions) -> RunRecord | None:
         """Returns the result of a run, or None if the file does not have it."""
-        for each in self.of(part, contender, run):
-            if (each.lr, each.lr_embeddings, each.seed) == (
-                run.lr,
-                run.lr_embeddings,
-                run.seed,
-            ):
-                return each
-        return None
+        key = (part, contender, run.lr, run.lr_embeddings, run.seed)
+        runs = self.of(part, contender, run)
+        return next((each for each in runs if each.key == key), None)
 
     def add(self, run: RunRecord) -> None:
-        """Adds a run, here and to the file."""
-        self._runs.append(run)
+        """Adds a run, here and to the file.
+
+        Raises:
+            UsageError: if the part's other runs have another text.
+        """
+        self._check_text(run)
+        line = json.dumps(run._asdict(), allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(run._asdict()) + "\n"
-        # One write in append mode, so that processes do not mix their lines.
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        with self.path.open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(line)
+        self._runs.append(run)
+
+    def _check_text(self, run: RunRecord) -> None:
+        for other in self._runs:
+            if other.part == run.part and other.corpus != run.corpus:
+                raise UsageError(
+                    f"{run.name} has the text {run.corpus}, but {self.path} has runs "
+                    f"of this part with the text {other.corpus}, which can't be "
+                    "compared; give another --results"
+                )

@@ -95,7 +95,7 @@ def test_three_rates_are_tried_with_one_seed() -> None:
     assert asked == [(0.15, 0.03, 5), (0.3, 0.03, 5), (0.6, 0.03, 5)]
 
 
-def run_at(
+def record_at(
     lr: float, lr_embeddings: float, seed: int, loss: float | None, **others: Any
 ) -> RunRecord:
     rates = {"lr": lr, "lr_embeddings": lr_embeddings}
@@ -112,14 +112,16 @@ def run_at(
 
 def test_runs_of_a_search_are_found_in_any_order() -> None:
     runs = [
-        run_at(4.0, 2.0, 1, 2.8, step_seconds=1.5, update_rms=0.7),
-        run_at(2.0, 1.0, 0, 3.2),
-        run_at(4.0, 2.0, 0, 2.9, curve=[[10, 20.0]], update_rms=0.3),
-        run_at(8.0, 1.0, 0, None, step_seconds=None, update_rms=None),
-        run_at(4.0, 1.0, 0, 3.0),
-        run_at(4.0, 0.5, 0, 3.1),
-        run_at(4.0, 1.0, 1, 1.0),  # A seed of a pair that is not the best.
-        run_at(2.0, 0.5, 0, 1.0),  # The same.
+        record_at(
+            4.0, 2.0, 1, 2.8, step_seconds=1.5, update_rms=0.7, curve=[[10, 18.0]]
+        ),
+        record_at(2.0, 1.0, 0, 3.2),
+        record_at(4.0, 2.0, 0, 2.9, curve=[[10, 20.0]], update_rms=0.3),
+        record_at(8.0, 1.0, 0, None, step_seconds=None, update_rms=None),
+        record_at(4.0, 1.0, 0, 3.0),
+        record_at(4.0, 0.5, 0, 3.1),
+        record_at(4.0, 1.0, 1, 1.0),  # A seed of a pair that is not the best.
+        record_at(2.0, 0.5, 0, 1.0),  # The same.
     ]
     found = found_in(runs, lr_embeddings=1.0, seed=0)
     assert {lr: run.loss for lr, run in found.by_lr.items()} == {
@@ -133,15 +135,15 @@ def test_runs_of_a_search_are_found_in_any_order() -> None:
     assert found.perplexity == pytest.approx((math.exp(2.9) + math.exp(2.8)) / 2)
     assert found.update_rms == pytest.approx(0.5)
     assert found.step_seconds == 1.5
-    assert found.curve == []  # That of seed 1.
+    assert found.curve == [[10, 18.0]]  # That of seed 1, which is better.
 
 
 def found_at(*perplexities: float, **others: Any) -> Found:
     runs = [
-        run_at(0.5, 1.0, seed, math.log(ppl), **others)
+        record_at(0.5, 1.0, seed, math.log(ppl), **others)
         for seed, ppl in enumerate(perplexities)
     ]
-    return found_in([*runs, run_at(1.0, 1.0, 0, None)], 1.0, 0)
+    return found_in([*runs, record_at(1.0, 1.0, 0, None)], 1.0, 0)
 
 
 def test_the_table_compares_with_the_best_of_adamw_over_seeds() -> None:
@@ -168,6 +170,23 @@ def test_the_table_compares_with_the_best_of_adamw_over_seeds() -> None:
     assert "| -55.0% | -55.0% |  |" in rate_search.table(
         found, dict.fromkeys(found, state)
     )
+
+
+def test_a_seed_that_diverged_has_a_row() -> None:
+    state = StateBytes(kernels=1, embeddings_and_head=1, other=0)
+    found = {"adamw": found_at(20, 20), "racs": found_at(18, math.inf)}
+    *_, racs = rate_search.table(found, dict.fromkeys(found, state)).splitlines()
+    assert racs.startswith("| racs | 0.5 | 1 | 2 | inf |  | +inf% | -10.0%, +inf% |")
+    goals = rate_search.goals_table("8k", found, dict.fromkeys(found, state))
+    assert "racs over adamw | 2 | inf | missed |" in goals
+    found = {"adamw": found["racs"], "racs": found["adamw"]}
+    goals = rate_search.goals_table("8k", found, dict.fromkeys(found, state))
+    assert "racs over adamw | 2 | 0.000 | adamw diverged |" in goals
+
+
+def test_a_single_seed_is_not_the_best_by_luck() -> None:
+    found = {"adamw": found_at(20, 30), "adamw-clip": found_at(21)}
+    assert rate_search.best_contender(found, rate_search.ADAMW_VARIANTS) == "adamw"
 
 
 def test_goals_compare_the_best_of_each_kind() -> None:
@@ -368,10 +387,28 @@ def test_a_part_ends_with_a_table_and_two_figures(
 
 def test_a_table_needs_runs_of_adamw(tmp_path: Path) -> None:
     options = SearchOptions(out=tmp_path, finished_only=True)
+    with pytest.raises(UsageError, match=r"results\.jsonl does not exist"):
+        rate_search.found_by_all(options, "6m")
+    (tmp_path / "results.jsonl").touch()
     with pytest.raises(
         UsageError, match=r"results\.jsonl has no run of adamw in .* 6m"
     ):
         rate_search.found_by_all(options, "6m")
+
+
+@pytest.mark.slow
+def test_contenders_are_searched_in_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs are in the file of results, so the processes need not train."""
+    stub_pretrain(monkeypatch)
+    options = SearchOptions(out=tmp_path, contenders=("racs",), seeds=(0,))
+    for name in ("adamw", "racs"):
+        rate_search.run_search(options, "8k", name)
+    before = (tmp_path / "results.jsonl").read_text()
+    rate_search.run_searches(options, "8k")
+    assert (tmp_path / "results.jsonl").read_text() == before
+    assert rate_search.found_by_all(options, "8k").keys() == {"adamw", "racs"}
 
 
 @pytest.mark.parametrize(

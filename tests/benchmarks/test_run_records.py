@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -60,33 +61,60 @@ def test_runs_with_other_options_are_not_mixed(tmp_path: Path) -> None:
         Records(path).find("1k", "apollo-mini", run)
 
 
-def test_runs_with_different_texts_are_not_mixed(tmp_path: Path) -> None:
-    run, records = mini(tmp_path), Records(tmp_path / "results.jsonl")
-    records.add(record_of(run))
-    records.add(record_of(run, part="8k", corpus="another"))
-    records.of("1k", "apollo-mini", run)  # Parts may have different texts.
-    records.add(record_of(run, contender="adamw", corpus="another"))
-    with pytest.raises(UsageError, match="part 1k with different texts"):
+@pytest.mark.parametrize("data", ["python", "package-docs"])
+def test_runs_of_another_text_are_not_taken_for_these(
+    data: str, tmp_path: Path
+) -> None:
+    """The digest of a text is not known before a run has read it."""
+    records = Records(tmp_path / "results.jsonl")
+    records.add(record_of(mini(tmp_path)))
+    run = dataclasses.replace(mini(tmp_path), data=data)
+    with pytest.raises(UsageError, match=f"data: stdlib -> {data}"):
         records.find("1k", "apollo-mini", run)
 
 
-@pytest.mark.parametrize("text", ["no JSON", '{"part": "1k"}', "[1]"])
-def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
+def test_runs_with_different_texts_are_not_mixed(tmp_path: Path) -> None:
+    run, path = mini(tmp_path), tmp_path / "results.jsonl"
+    records = Records(path)
+    records.add(record_of(run))
+    # Parts may have different texts.
+    records.add(record_of(run, part="8k", corpus="another"))
+    before = path.read_text()
+    other = record_of(run, contender="adamw", corpus="another")
+    with pytest.raises(UsageError, match=r"adamw in part 1k .* text another"):
+        records.add(other)
+    assert path.read_text() == before
+    path.write_text(before + json.dumps(other._asdict()) + "\n")
+    with pytest.raises(UsageError, match=r"adamw in part 1k .* text another"):
+        Records(path)
+
+
+@pytest.mark.parametrize("text", ["no JSON", '{"part": "1k"}', "[1]", '{"part": "1'])
+def test_a_line_that_is_no_result_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    path.write_text(text + "\n")
-    with pytest.raises(UsageError, match=r"results\.jsonl is not a file of results"):
+    Records(path).add(record_of(mini(tmp_path)))
+    with path.open("a") as file:
+        file.write(text)
+    with pytest.raises(UsageError, match=r"line 2 of .*results\.jsonl is not the resu"):
+        Records(path)
+
+
+def test_two_results_of_a_run_are_refused(tmp_path: Path) -> None:
+    """Two commands at the same time may both make a run."""
+    path = tmp_path / "results.jsonl"
+    ours, theirs = Records(path), Records(path)
+    for records in (ours, theirs):
+        records.add(record_of(mini(tmp_path)))
+    with pytest.raises(UsageError, match=r"line 2 .* second result of the run of apol"):
         Records(path)
 
 
 def test_a_line_holds_plain_json(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     records = Records(path)
-    for val_loss in (3.0, None):
-        records.add(record_of(mini(tmp_path), val_loss=val_loss))
-
-    def no_constant(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    lines = path.read_text().splitlines()
-    rows = [json.loads(line, parse_constant=no_constant) for line in lines]
-    assert [row["val_loss"] for row in rows] == [3.0, None]
+    records.add(record_of(mini(tmp_path), val_loss=None))
+    before = path.read_text()
+    assert json.loads(before)["val_loss"] is None
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.add(record_of(mini(tmp_path), seed=2, val_loss=float("inf")))
+    assert path.read_text() == before
