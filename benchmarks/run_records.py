@@ -14,25 +14,38 @@ from examples.llama.options import RunOptions, differing_fields
 from examples.llama.run.errors import UsageError
 from examples.llama.run.log import Row
 
-# Options that do not change a result, and the seed, which has a field of its own.
+# These options do not change a result, and the seed has a field of its own.
 LEFT_OUT = frozenset(("out", "resume", "workers", "seed"))
 
 
 class RunRecord(NamedTuple):
-    """The result of a run, a line in the file."""
+    """The result of a run, a line in the file.
+
+    Attributes:
+        part: the part of the comparison.
+        contender: an optimizer with options of its own.
+        seed: the seed of the run.
+        options: the options of the trainer, with all defaults filled in.
+        val_loss: the validation loss in nats per token, or None if the run diverged.
+        update_rms: the RMS of the kernels' update over the learning rate, as the mean
+            over the evaluations in the second half of the run. It is None if the run
+            diverged before that.
+        step_seconds: the median over the steps, or None without a step.
+        curve: pairs of step and validation perplexity.
+        corpus: a digest of the text and its tokenizer.
+        made_with: the machine, the versions and the date.
+    """
 
     part: str
     contender: str
     seed: int
-    options: dict[str, Any]  # Those of the trainer, with all defaults filled in.
-    val_loss: float | None  # In nats per token; None if the run diverged.
-    # The RMS of the kernels' update over the learning rate, mean over the evaluations
-    # in the second half of the run. None if the run diverged before it.
+    options: dict[str, Any]
+    val_loss: float | None
     update_rms: float | None
-    step_seconds: float | None  # The median over the steps. None without a step.
-    curve: list[list[float]]  # Pairs of step and validation perplexity.
-    corpus: str  # A digest of the text and its tokenizer.
-    made_with: str  # Machine, versions and date.
+    step_seconds: float | None
+    curve: list[list[float]]
+    corpus: str
+    made_with: str
 
     @classmethod
     def of(

@@ -18,8 +18,9 @@ from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
 # XLA allocates the temporaries of a program in each execution. By default, glibc gets
-# large ones from the kernel each time, which then clears them page by page. The workers
-# of pytest-xdist and the processes that tests start read these when they begin.
+# large ones from the kernel each time, which then clears them page by page. With these
+# thresholds it keeps them. The workers of pytest-xdist and the processes that tests
+# start read the thresholds when they begin.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
 
