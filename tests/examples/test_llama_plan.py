@@ -628,6 +628,22 @@ def test_a_compiler_that_crashes_leaves_its_last_lines(
     assert "\nthe reason\n" in error
 
 
+@pytest.mark.parametrize(
+    ("compile_for", "flags"),
+    [
+        ("v5e:1x1", "--xla_dump_to=/a --xla_tpu_b=true"),
+        ("cpu", "--xla_cpu_a=1 --xla_dump_to=/a  --xla_gpu_b --xla_tpu_b=true"),
+    ],
+)
+def test_the_compiler_for_tpus_gets_no_flags_of_other_platforms(
+    compile_for: str, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libtpu ends the process at a flag that it does not know."""
+    given = "--xla_cpu_a=1 --xla_dump_to=/a  --xla_gpu_b --xla_tpu_b=true"
+    monkeypatch.setenv("XLA_FLAGS", given)
+    assert target.environment(compile_for, 1)["XLA_FLAGS"] == flags
+
+
 def test_ctrl_c_ends_the_command(
     here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

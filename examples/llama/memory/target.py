@@ -408,8 +408,19 @@ def environment(target: str, devices: int) -> dict[str, str]:
     ours |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if target == "cpu":
         return ours
+    # libtpu ends the process if it does not know a flag, and it lacks some of those for
+    # other platforms.
+    flags = [
+        flag
+        for flag in ours.get("XLA_FLAGS", "").split()
+        if not flag.startswith(("--xla_cpu_", "--xla_gpu_"))
+    ]
     # No TPU is looked for, and another process may have libtpu loaded.
-    return ours | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    return ours | {
+        "XLA_FLAGS": " ".join(flags),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
 
 def serve() -> None:
