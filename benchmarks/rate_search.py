@@ -48,21 +48,21 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "adamw-b2-0.95": {"optimizer": "adamw", "b2": 0.95},
     "adamw-b2-0.95-clip": {"optimizer": "adamw", "b2": 0.95, "clip_norm": 1.0},
     # APOLLO-Zero has Adam for the embedding and the head. These have less state there.
-    "apollo-zero-emb-flattening": {
-        "optimizer": "apollo-zero",
-        "embeddings": "flattening",
-        "head": "flattening",
-    },
-    "apollo-zero-emb-scale": {
-        "optimizer": "apollo-zero",
-        "embeddings": "scale",
-        "head": "scale",
+    **{
+        f"apollo-zero-emb-{rule}": {
+            "optimizer": "apollo-zero",
+            "embeddings": rule,
+            "head": rule,
+        }
+        for rule in ("adafactor", "racs", "scale", "flattening")
     },
 }
 ADAMW_VARIANTS = tuple(
     name for name, options in CONTENDERS.items() if options["optimizer"] == "adamw"
 )
-EMBEDDING_VARIANTS = ("apollo-zero-emb-flattening", "apollo-zero-emb-scale")
+EMBEDDING_VARIANTS = tuple(
+    name for name, options in CONTENDERS.items() if "embeddings" in options
+)
 # `--contenders` replaces these where the parts on tiny show that others are better.
 FINALISTS = ("adamw", "muon", "apollo-mini", "apollo-zero", "racs", "sinkgd")
 SEARCHED = (
@@ -149,9 +149,9 @@ class SearchOptions:
     documentation of installed packages)."""
     contenders: tuple[str, ...] = ()
     """Contenders to search: optimizers of pretrain, adamw-clip, adamw-b2-0.95,
-    adamw-b2-0.95-clip, apollo-zero-emb-flattening or apollo-zero-emb-scale. adamw is
-    always among them. If this or --three-rates is given, the contenders of the parts
-    are not used."""
+    adamw-b2-0.95-clip, apollo-zero-emb-adafactor, apollo-zero-emb-racs,
+    apollo-zero-emb-scale or apollo-zero-emb-flattening. adamw is always among them. If
+    this or --three-rates is given, the contenders of the parts are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
