@@ -1,15 +1,16 @@
-"""The effects of APOLLO-Mini's limiter, and of a momentum for APOLLO-Zero.
+"""Variants of APOLLO-Mini and APOLLO-Zero on the tiny LLaMA.
 
-Run it with `python -m benchmarks.variants`. It trains the tiny LLaMA with variants of
-the two optimizers, one run after the other. Finished runs are not repeated and an
-interrupted run continues, so the same command continues an interrupted series.
+They differ in Mini's limiter, in a momentum for APOLLO-Zero, and in the rules for the
+embedding and the head beside APOLLO-Zero. `python -m benchmarks.variants` trains one
+after the other. Finished runs are not repeated and an interrupted run continues, so the
+same command continues an interrupted series.
 """
 
 import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,16 @@ import apollo_optax
 from apollo_optax import state_bytes
 from benchmarks import report
 from examples.llama import optimizers
-from examples.llama.config import LlamaConfig
+from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import perplexity
 from examples.llama.mesh import make_mesh
-from examples.llama.optimizers import RECIPES, Recipe, make_optimizer, with_defaults
+from examples.llama.optimizers import (
+    EMBEDDING_RULES,
+    RECIPES,
+    Recipe,
+    make_optimizer,
+    with_defaults,
+)
 from examples.llama.options import RunOptions, parse
 from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
@@ -140,6 +147,10 @@ VARIANTS: dict[str, Recipe] = {
 }
 
 
+# A tied embedding is one parameter with one rule.
+TIED = "tiny-tied"
+MODELS = {TIED: dataclasses.replace(PRESETS["tiny"], tied_head=True)}
+
 # The paper's normal entries, as for the other runs of Mini in docs/results.md.
 PAPERS = {"projection": "random"}
 
@@ -155,6 +166,18 @@ class Way(NamedTuple):
 
 def ways(label: str, optimizer: str, *rates: float, **options: Any) -> tuple[Way, ...]:
     return tuple(Way(label, optimizer, rate, options) for rate in rates)
+
+
+def rules_of_embeddings() -> Iterator[Way]:
+    """Yields each rule on the embedding, on the head, on both, and on a tied one."""
+    for rule in EMBEDDING_RULES:
+        for where, options in (
+            ("embedding", {"embeddings": rule, "head": "adam"}),
+            ("head", {"embeddings": "adam", "head": rule}),
+            ("both", {"embeddings": rule, "head": rule}),
+            ("tied", {"embeddings": rule, "model": TIED}),
+        ):
+            yield from ways(f"{rule}, {where}", "apollo-zero", 1e-3, **options)
 
 
 # The factors of rank r are about sqrt(r) times those of rank 1, hence the scales.
@@ -174,6 +197,11 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("before, 0.95", "zero-of-trace-0.95", 5e-4),
         *ways("after, average, 0.9", "average-0.9-of-zero", 4e-3, 8e-3),
     ),
+    "embeddings": (
+        *ways("adam, both", "apollo-zero", 1e-3),
+        *ways("adam, tied", "apollo-zero", 1e-3, model=TIED),
+        *rules_of_embeddings(),
+    ),
 }
 
 
@@ -182,7 +210,7 @@ class VariantOptions:
     """Variants of APOLLO-Mini and APOLLO-Zero on the tiny model."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of limiter and momentum."""
+    """Any of limiter, momentum and embeddings."""
     steps: int = 800
     """Training steps of 1,024 tokens."""
     seeds: tuple[int, ...] = (0,)
@@ -235,34 +263,38 @@ def perplexities(
     return tuple(found)
 
 
-def state_in_all(run: RunOptions) -> int:
+def all_state(run: RunOptions) -> int:
     config = model_config(run)
     params = abstract_params(config, execution_of(run, config), make_mesh(run.mesh))
     return sum(state_bytes(make_optimizer(run, config)[0], params))
 
 
-def kernels_state(run: RunOptions) -> int:
-    """Returns the bytes of optimizer state for the kernels.
+def other_state(run: RunOptions) -> int:
+    """Returns the bytes of optimizer state for embedding, head and norms.
 
-    The parts of an int8 array do not have the parameter's shape, so they are counted as
-    the difference to the state of SGD, which is the same except for the kernels.
+    The parts of an int8 array do not have the parameter's shape, so this is all the
+    state of SGD, which has none for the kernels.
     """
-    sgd = RunOptions(out=run.out, optimizer="sgd", model=run.model, steps=run.steps)
-    return state_in_all(run) - state_in_all(with_defaults(sgd, model_config(sgd)))
+    same = {"model": run.model, "embeddings": run.embeddings, "head": run.head}
+    sgd = RunOptions(out=run.out, optimizer="sgd", steps=run.steps, **same)
+    return all_state(with_defaults(sgd, model_config(sgd)))
 
 
-HEAD = ("momentum or limit", "optimizer", "lr", "val ppl", "±", "kernels' state, MB")
+HEAD = (
+    *("variant", "optimizer", "lr", "lr emb", "val ppl", "±"),
+    *("kernels' state, MB", "other state, MB"),
+)
 
 
 def row(options: VariantOptions, way: Way, results: tuple[float, ...]) -> list[str]:
     has_spread = len(results) > 1 and all(map(math.isfinite, results))
+    run = run_of(options, way, options.seeds[0])
+    other = other_state(run)
     return [
-        way.label,
-        way.optimizer,
-        f"{way.lr:g}",
+        *(way.label, way.optimizer, f"{way.lr:g}", f"{run.lr_embeddings:g}"),
         f"{statistics.mean(results):.2f}",
         f"{statistics.stdev(results):.2f}" if has_spread else "",
-        f"{kernels_state(run_of(options, way, options.seeds[0])) / 1e6:.3f}",
+        *(f"{(all_state(run) - other) / 1e6:.3f}", f"{other / 1e6:.3f}"),
     ]
 
 
@@ -284,6 +316,7 @@ def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(VariantOptions, args, "python -m benchmarks.variants")
         RECIPES.update(VARIANTS)
+        PRESETS.update(MODELS)
         with StopRequest() as stop:
             for part in options.parts:
                 print(table(options, part, stop), flush=True)

@@ -100,7 +100,7 @@ def test_haikus_stacked_layers_are_matrices_and_its_head_is_none() -> None:
 
 @pytest.mark.parametrize(
     ("text", "kernel_state"),
-    [("apollo_optax.racs(1e-3", 8 + 16 + 1), ("def part", 2 * 16 + 1)],
+    [("apollo_optax.racs(1e-3", 8 + 16 + 1), ("scale_by_factored_rms", 0)],
 )
 def test_embedding_and_head_have_no_moments(text: str, kernel_state: int) -> None:
     tx = run("docs/recipes.md", text)["tx"]

@@ -10,7 +10,15 @@ import pytest
 
 import apollo_optax
 from benchmarks import variants
-from benchmarks.variants import PARTS, VARIANTS, VariantOptions, Way, int8_trace
+from benchmarks.variants import (
+    MODELS,
+    PARTS,
+    VARIANTS,
+    VariantOptions,
+    Way,
+    int8_trace,
+)
+from examples.llama.config import PRESETS
 from examples.llama.optimizers import RECIPES, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
@@ -22,9 +30,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer knows the variants, in these tests alone."""
+    """The trainer knows the variants and their models, in these tests alone."""
     for name, recipe in VARIANTS.items():
         monkeypatch.setitem(RECIPES, name, recipe)
+    for name, config in MODELS.items():
+        monkeypatch.setitem(PRESETS, name, config)
 
 
 def with_kernel(tree: Any, matrix: Any) -> Any:
@@ -109,18 +119,41 @@ def test_a_trace_in_int8_keeps_small_gradients_beside_a_large_one() -> None:
     assert trace.nbytes < 1.1 * trace.size
 
 
-def test_state_in_int8_is_counted_and_a_rule_without_state_has_none() -> None:
-    options = VariantOptions(out=Path("unused"))
+def state_of(way: Way) -> tuple[int, int]:
+    """Returns the bytes of state for the kernels and for the rest."""
+    run = variants.run_of(VariantOptions(out=Path("unused")), way, 0)
+    other = variants.other_state(run)
+    return variants.all_state(run) - other, other
 
+
+def test_state_in_int8_is_counted_and_a_rule_without_state_has_none() -> None:
     def state(name: str) -> int:
-        return variants.kernels_state(
-            variants.run_of(options, Way("", name, 1e-3, {}), 0)
-        )
+        return state_of(Way("", name, 1e-3, {}))[0]
 
     assert state("apollo-zero") < 100
     full, int8 = state("zero-of-nesterov-0.9"), state("zero-of-int8-nesterov-0.95")
     assert full == pytest.approx(4 * 790_528, rel=1e-3)
     assert int8 < 0.27 * full
+
+
+def test_a_rule_of_an_end_replaces_adams_moments_there() -> None:
+    """The embedding and the head of tiny have 2048 rows of 128 each, or share them."""
+    other = {}
+    for way in PARTS["embeddings"]:
+        kernels, other[way.label] = state_of(way)
+        assert kernels < 100
+    adam = 2 * 4 * 2048 * 128
+    norms = other["adam, both"] - 2 * adam
+    assert 0 < norms < 20_000
+    few = 4 * (2048 + 128) + 100  # A number per row and per column, and counters.
+    for rule in ("adafactor", "racs", "flattening"):
+        assert norms <= other[f"{rule}, both"] < norms + 2 * few
+        assert adam < other[f"{rule}, embedding"] < norms + adam + few
+        assert adam < other[f"{rule}, head"] < norms + adam + few
+        assert norms <= other[f"{rule}, tied"] < norms + few
+    assert other["adam, tied"] == pytest.approx(norms + adam, abs=100)
+    momentum = adam / 2  # SCALE has one for the head alone.
+    assert other["scale, both"] == pytest.approx(norms + momentum, abs=100)
 
 
 def test_every_way_is_a_run_with_a_folder_of_its_own() -> None:
@@ -131,7 +164,9 @@ def test_every_way_is_a_run_with_a_folder_of_its_own() -> None:
         for way in part
         for seed in (0, 1)
     ]
-    assert len({run.out for run in runs}) == len(runs)
+    in_folders = {run.out: run for run in runs}
+    # Two parts may have the same run.
+    assert all(in_folders[run.out] == run for run in runs)
     assert all(run.resume == "auto" for run in runs)
 
 
@@ -153,9 +188,9 @@ def test_a_run_that_diverges_has_an_infinite_perplexity(
     options = VariantOptions(seeds=(0, 1))
     assert variants.perplexities(options, way, stop) == (pytest.approx(40), math.inf)
     row = variants.row(options, way, (40.0, 42.0))
-    assert row[:5] == ["none", "apollo-zero", "0.002", "41.00", "1.41"]
+    assert row[:6] == ["none", "apollo-zero", "0.002", "0.03", "41.00", "1.41"]
     row = variants.row(options, way, (40.0, math.inf))
-    assert row[3:5] == ["inf", ""]
+    assert row[4:6] == ["inf", ""]
 
 
 def test_rows_of_runs_that_have_not_ended_can_be_left_out(
@@ -170,8 +205,8 @@ def test_rows_of_runs_that_have_not_ended_can_be_left_out(
     monkeypatch.setattr(variants, "read_result", read_result)
     stop: Any = None
     table = variants.table(VariantOptions(finished_only=True), "momentum", stop)
-    assert [line.split(" | ")[1:4] for line in table.splitlines()[4:]] == [
-        ["apollo-zero", "0.002", "40.00"]
+    assert [line.split(" | ")[1:5] for line in table.splitlines()[4:]] == [
+        ["apollo-zero", "0.002", "0.03", "40.00"]
     ]
 
 
