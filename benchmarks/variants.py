@@ -1,9 +1,9 @@
 """Variants of APOLLO-Mini and APOLLO-Zero on the tiny LLaMA.
 
-They differ in Mini's limiter, in a momentum for APOLLO-Zero, and in the rules for the
-embedding and the head beside APOLLO-Zero. `python -m benchmarks.variants` trains one
-after the other. Finished runs are not repeated and an interrupted run continues, so the
-same command continues an interrupted series.
+They differ in Mini's limiter, in the power and the momentum of APOLLO-Zero, and in the
+rules for the embedding and the head beside APOLLO-Zero. The command `python -m
+benchmarks.variants` trains one after the other. Finished runs are not repeated and an
+interrupted run continues, so the same command continues an interrupted series.
 """
 
 import dataclasses
@@ -128,6 +128,22 @@ def momentum_of(momentum: Momentum) -> Recipe:
     return RECIPES["apollo-zero"]._replace(scaler=scaler)
 
 
+def exact_power(power: float) -> Recipe:
+    """Returns APOLLO-Zero with all singular values raised to a power."""
+
+    def scaler(
+        options: RunOptions, config: LlamaConfig
+    ) -> optax.GradientTransformation:
+        del config
+        return apollo_optax.scale_by_flattening(
+            power,
+            method="exact",
+            weight_dimension_numbers=optimizers.dimension_numbers(options),
+        )
+
+    return RECIPES["apollo-zero"]._replace(scaler=scaler, rank_of=lambda config: None)
+
+
 def mini(norm_growth_limit: float | None) -> Recipe:
     scaler = functools.partial(
         optimizers.apollo, scale_type="tensor", norm_growth_limit=norm_growth_limit
@@ -139,6 +155,9 @@ def mini(norm_growth_limit: float | None) -> Recipe:
 VARIANTS: dict[str, Recipe] = {
     "mini-no-limit": mini(None),
     "mini-limit-1.1": mini(1.1),
+    "zero-exact-0.5": exact_power(0.5),
+    "zero-exact-0.25": exact_power(0.25),
+    "zero-exact-0": exact_power(0),
     "zero-of-trace-0.95": flattening_of(trace(0.95)),
     "zero-of-nesterov-0.9": flattening_of(trace(0.9, nesterov=True)),
     "zero-of-nesterov-0.95": flattening_of(trace(0.95, nesterov=True)),
@@ -189,6 +208,13 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("rank 8, limit 1.01", "apollo-mini", 7e-3, rank=8, scale=16.0, **PAPERS),
         *ways("rank 32, limit 1.01", "apollo-mini", 7e-3, rank=32, scale=4.0, **PAPERS),
     ),
+    "power": (
+        *ways("rank 16, power 0.5", "apollo-zero", 1e-3),
+        *ways("rank 32, power 0.5", "apollo-zero", 1e-3, rank=32),
+        *ways("exact, power 0.5", "zero-exact-0.5", 1e-3),
+        *ways("exact, power 0.25", "zero-exact-0.25", 5e-4, 1e-3),
+        *ways("exact, power 0", "zero-exact-0", 5e-4, 1e-3),
+    ),
     "momentum": (
         *ways("none", "apollo-zero", 1e-3, 2e-3, 4e-3),
         *ways("before, Nesterov, 0.9", "zero-of-nesterov-0.9", 5e-4, 1e-3),
@@ -210,7 +236,7 @@ class VariantOptions:
     """Variants of APOLLO-Mini and APOLLO-Zero on the tiny model."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of limiter, momentum and embeddings."""
+    """Any of limiter, power, momentum and embeddings."""
     steps: int = 800
     """Training steps of 1,024 tokens."""
     seeds: tuple[int, ...] = (0,)

@@ -82,6 +82,21 @@ def test_the_momentum_is_before_or_after_the_flattening_of_kernels_alone() -> No
     )
 
 
+def test_the_power_is_that_of_the_name() -> None:
+    """At a power of 0, all singular values are equal."""
+    gradients = [params(1)]
+    values = {
+        power: jnp.linalg.svd(kernel(updates_of(f"zero-exact-{power}", gradients)[0]))[
+            1
+        ]
+        for power in ("0", "0.25", "0.5")
+    }
+    np.testing.assert_allclose(values["0"], values["0"].mean(), rtol=1e-3)
+    quarter = values["0.25"] / values["0.25"][:, :1]
+    half = values["0.5"] / values["0.5"][:, :1]
+    np.testing.assert_allclose(quarter**2, half, rtol=1e-3)
+
+
 def test_the_limit_is_that_of_the_name() -> None:
     growth = {}
     for name in ("mini-no-limit", "mini-limit-1.1", "apollo-mini"):
