@@ -102,12 +102,16 @@ def test_haikus_stacked_layers_are_matrices_and_its_head_is_none() -> None:
     ("text", "kernel_state"),
     [("apollo_optax.racs(1e-3", 8 + 16 + 1), ("scale_by_factored_rms", 0)],
 )
-def test_embedding_and_head_have_no_moments(text: str, kernel_state: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embedding_and_head_have_no_moments(
+    text: str, kernel_state: int, dtype: str
+) -> None:
+    """The numbers of their state are in float32 whatever the parameters' dtype."""
     tx = run("docs/recipes.md", text)["tx"]
     params = {
-        "embed": {"embedding": jnp.ones((20, 8))},
-        "layers": {"kernel": jnp.ones((8, 16))},
-        "lm_head": {"kernel": jnp.ones((8, 20))},
+        "embed": {"embedding": jnp.ones((20, 8), dtype)},
+        "layers": {"kernel": jnp.ones((8, 16), dtype)},
+        "lm_head": {"kernel": jnp.ones((8, 20), dtype)},
     }
     size = apollo_optax.state_bytes(tx, params)
     assert size.embeddings_and_head == 4 * 2 * (8 + 20 + 1)
