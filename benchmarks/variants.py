@@ -217,7 +217,7 @@ PARTS: dict[str, tuple[Way, ...]] = {
     ),
     "momentum": (
         *ways("none", "apollo-zero", 1e-3, 2e-3, 4e-3),
-        *ways("before, Nesterov, 0.9", "zero-of-nesterov-0.9", 5e-4, 1e-3),
+        *ways("before, Nesterov, 0.9", "zero-of-nesterov-0.9", 2.5e-4, 5e-4, 1e-3),
         *ways("before, Nesterov, 0.95", "zero-of-nesterov-0.95", 2.5e-4, 5e-4, 1e-3),
         *ways("the same in int8", "zero-of-int8-nesterov-0.95", 5e-4),
         *ways("before, 0.95", "zero-of-trace-0.95", 5e-4),
