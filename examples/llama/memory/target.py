@@ -413,7 +413,7 @@ def environment(target: str, devices: int) -> dict[str, str]:
     flags = [
         flag
         for flag in ours.get("XLA_FLAGS", "").split()
-        if not flag.startswith(("--xla_cpu_", "--xla_gpu_"))
+        if not flag.lstrip("-").startswith(("xla_cpu_", "xla_gpu_"))
     ]
     # No TPU is looked for, and another process may have libtpu loaded.
     return ours | {
