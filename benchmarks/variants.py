@@ -196,7 +196,7 @@ def rules_of_embeddings() -> Iterator[Way]:
             ("both", {"embeddings": rule, "head": rule}),
             ("tied", {"embeddings": rule, "model": TIED}),
         ):
-            yield from ways(f"{rule}, {where}", "apollo-zero", 1e-3, **options)
+            yield Way(f"{rule}, {where}", "apollo-zero", 1e-3, options)
 
 
 # The factors of rank r are about sqrt(r) times those of rank 1, hence the scales.

@@ -20,10 +20,13 @@ from benchmarks.rate_search import (
     three_rates,
 )
 from benchmarks.run_records import Records, RunRecord
+from examples.llama.optimizers import EMBEDDING_RULES
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.result import RunResult
+
+ROOT = Path(__file__).parents[2]
 
 
 def valley(lowest: float, diverges_from: float = math.inf) -> Any:
@@ -383,6 +386,41 @@ def test_a_part_ends_with_a_table_and_two_figures(
     again = capsys.readouterr().out
     assert again.replace("/elsewhere", "") == output
     assert not runs
+
+
+@pytest.fixture(scope="module")
+def published() -> SearchOptions:
+    """The contenders of the tables in docs/results.md, and the file of their runs."""
+    names = ("muon", "apollo-zero", "racs", "apollo-mini")
+    return SearchOptions(
+        contenders=(*names, *rate_search.EMBEDDING_VARIANTS),
+        results=ROOT / "docs/figures/rate-search.jsonl",
+        finished_only=True,
+    )
+
+
+@pytest.mark.parametrize("part", ["1k", "8k"])
+def test_the_documentation_has_the_tables_of_the_published_runs(
+    part: str, published: SearchOptions
+) -> None:
+    found = rate_search.found_by_all(published, part)
+    state = {name: rate_search.state_of(published, part, name) for name in found}
+    lines = rate_search.table(found, state).splitlines()
+    lines += rate_search.goals_table(part, found, state).splitlines()
+    assert len(lines) >= 5 + len(found)
+    documented = (ROOT / "docs/results.md").read_text().splitlines()
+    assert [line for line in lines if line not in documented] == []
+
+
+@pytest.mark.parametrize("rule", ["adafactor", "racs", "scale"])
+def test_the_default_rates_of_embeddings_are_the_best_of_the_published_runs(
+    rule: str, published: SearchOptions
+) -> None:
+    found = rate_search.found_by_all(published, "1k")[f"apollo-zero-emb-{rule}"]
+    assert found.lr_embeddings == EMBEDDING_RULES[rule].lr
+    # The rates on both sides are worse.
+    assert min(found.by_lr_embeddings) < found.lr_embeddings
+    assert max(found.by_lr_embeddings) > found.lr_embeddings
 
 
 def test_a_table_needs_runs_of_adamw(tmp_path: Path) -> None:
