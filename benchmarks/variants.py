@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import optax
 import apollo_optax
 from apollo_optax import state_bytes
 from benchmarks import report
+from benchmarks.rate_search import BATCH_OF_8K
 from examples.llama import optimizers
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import perplexity
@@ -161,7 +162,7 @@ VARIANTS: dict[str, Recipe] = {
     "zero-of-trace-0.95": flattening_of(trace(0.95)),
     "zero-of-nesterov-0.9": flattening_of(trace(0.9, nesterov=True)),
     "zero-of-nesterov-0.95": flattening_of(trace(0.95, nesterov=True)),
-    "zero-of-int8-nesterov-0.95": flattening_of(int8(0.95)),
+    "zero-of-int8-nesterov-0.9": flattening_of(int8(0.9)),
     "average-0.9-of-zero": momentum_of(average(0.9)),
 }
 
@@ -169,6 +170,9 @@ VARIANTS: dict[str, Recipe] = {
 # A tied embedding is one parameter with one rule.
 TIED = "tiny-tied"
 MODELS = {TIED: dataclasses.replace(PRESETS["tiny"], tied_head=True)}
+
+# Training steps of the parts with 1,024 tokens per step.
+STEPS = 800
 
 # The paper's normal entries, as for the other runs of Mini in docs/results.md.
 PAPERS = {"projection": "random"}
@@ -187,17 +191,25 @@ def ways(label: str, optimizer: str, *rates: float, **options: Any) -> tuple[Way
     return tuple(Way(label, optimizer, rate, options) for rate in rates)
 
 
-def rules_of_embeddings() -> Iterator[Way]:
-    """Yields each rule on the embedding, on the head, on both, and on a tied one."""
-    for rule in EMBEDDING_RULES:
-        for where, options in (
-            ("embedding", {"embeddings": rule, "head": "adam"}),
-            ("head", {"embeddings": "adam", "head": rule}),
-            ("both", {"embeddings": rule, "head": rule}),
-            ("tied", {"embeddings": rule, "model": TIED}),
-        ):
-            yield Way(f"{rule}, {where}", "apollo-zero", 1e-3, options)
+def on_embedding_and_head(rule: str, lr: float, **options: Any) -> tuple[Way, ...]:
+    """Returns a rule on the embedding, on the head, and on both."""
+    rules = {
+        "embedding": {"embeddings": rule, "head": "adam"},
+        "head": {"embeddings": "adam", "head": rule},
+        "both": {"embeddings": rule, "head": rule},
+    }
+    return tuple(
+        Way(f"{rule}, {where}", "apollo-zero", lr, chosen | options)
+        for where, chosen in rules.items()
+    )
 
+
+def tied(rule: str, lr: float) -> Way:
+    return Way(f"{rule}, tied", "apollo-zero", lr, {"embeddings": rule, "model": TIED})
+
+
+# The parts of 8,192 tokens per step train as the part `8k` of `rate_search`.
+ON_8K: dict[str, Any] = {"steps": 300} | BATCH_OF_8K
 
 # The factors of rank r are about sqrt(r) times those of rank 1, hence the scales.
 PARTS: dict[str, tuple[Way, ...]] = {
@@ -219,14 +231,27 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("none", "apollo-zero", 1e-3, 2e-3, 4e-3),
         *ways("before, Nesterov, 0.9", "zero-of-nesterov-0.9", 2.5e-4, 5e-4, 1e-3),
         *ways("before, Nesterov, 0.95", "zero-of-nesterov-0.95", 2.5e-4, 5e-4, 1e-3),
-        *ways("the same in int8", "zero-of-int8-nesterov-0.95", 5e-4),
+        *ways("before, Nesterov, 0.9, int8", "zero-of-int8-nesterov-0.9", 5e-4),
         *ways("before, 0.95", "zero-of-trace-0.95", 5e-4),
         *ways("after, average, 0.9", "average-0.9-of-zero", 4e-3, 8e-3),
+    ),
+    "momentum-8k": (
+        *ways("none", "apollo-zero", 2e-3, **ON_8K),
+        *ways("Nesterov, 0.9", "zero-of-nesterov-0.9", 5e-4, 1e-3, 2e-3, **ON_8K),
+        *ways("the same in int8", "zero-of-int8-nesterov-0.9", 1e-3, **ON_8K),
     ),
     "embeddings": (
         *ways("adam, both", "apollo-zero", 1e-3),
         *ways("adam, tied", "apollo-zero", 1e-3, model=TIED),
-        *rules_of_embeddings(),
+        *(
+            way
+            for rule in EMBEDDING_RULES
+            for way in (*on_embedding_and_head(rule, 1e-3), tied(rule, 1e-3))
+        ),
+    ),
+    "embeddings-8k": (
+        *ways("adam, both", "apollo-zero", 2e-3, **ON_8K),
+        *on_embedding_and_head("adafactor", 2e-3, **ON_8K),
     ),
 }
 
@@ -236,9 +261,10 @@ class VariantOptions:
     """Variants of APOLLO-Mini and APOLLO-Zero on the tiny model."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of limiter, power, momentum and embeddings."""
-    steps: int = 800
-    """Training steps of 1,024 tokens."""
+    """Any of limiter, power, momentum, momentum-8k, embeddings and embeddings-8k."""
+    steps: int | None = None
+    """Training steps. The default is 800 of 1,024 tokens, and 300 of 8,192 tokens in
+    momentum-8k and embeddings-8k."""
     seeds: tuple[int, ...] = (0,)
     """A run each."""
     out: Path = Path("runs/variants")
@@ -256,14 +282,14 @@ class VariantOptions:
 
 def run_of(options: VariantOptions, way: Way, seed: int) -> RunOptions:
     further = "".join(f"-{name}-{value}" for name, value in way.options.items())
+    steps = {} if options.steps is None else {"steps": options.steps}
     run = RunOptions(
         out=options.out / f"{way.optimizer}{further}-{way.lr:g}-seed{seed}",
         optimizer=way.optimizer,
         lr=way.lr,
-        steps=options.steps,
         seed=seed,
         resume="auto",
-        **way.options,
+        **{"steps": STEPS} | way.options | steps,
     )
     return with_defaults(run, model_config(run))
 
@@ -331,8 +357,10 @@ def table(options: VariantOptions, part: str, stop: StopRequest) -> str:
         if results is not None:
             rows.append(row(options, way, results))
     seeds = ", ".join(map(str, options.seeds))
+    run = run_of(options, PARTS[part][0], options.seeds[0])
     return (
-        f"{part}: tiny, {options.steps} steps of 1,024 tokens, seed {seeds}; "
+        f"{part}: tiny, {run.steps} steps of {run.batch * run.seq:,} tokens, "
+        f"seed {seeds}; "
         f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
         f"{report.markdown(HEAD, rows, 2)}\n"
     )

@@ -147,7 +147,7 @@ def test_state_in_int8_is_counted_and_a_rule_without_state_has_none() -> None:
         return state_of(Way("", name, 1e-3, {}))[0]
 
     assert state("apollo-zero") < 100
-    full, int8 = state("zero-of-nesterov-0.9"), state("zero-of-int8-nesterov-0.95")
+    full, int8 = state("zero-of-nesterov-0.9"), state("zero-of-int8-nesterov-0.9")
     assert full == pytest.approx(4 * 790_528, rel=1e-3)
     assert int8 < 0.27 * full
 
