@@ -208,6 +208,8 @@ def tied(rule: str, lr: float) -> Way:
     return Way(f"{rule}, tied", "apollo-zero", lr, {"embeddings": rule, "model": TIED})
 
 
+ACCUMULATED = {"steps": STEPS // 2, "batch": 16, "accumulate": 2}
+
 # The parts of 8,192 tokens per step train as the part `8k` of `rate_search`.
 ON_8K: dict[str, Any] = {"steps": 300} | BATCH_OF_8K
 
@@ -234,6 +236,8 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("before, Nesterov, 0.9, int8", "zero-of-int8-nesterov-0.9", 5e-4),
         *ways("before, 0.95", "zero-of-trace-0.95", 5e-4),
         *ways("after, average, 0.9", "average-0.9-of-zero", 4e-3, 8e-3),
+        # Half as many steps of twice the tokens average the gradients without a state.
+        *ways("none, two micro-batches", "apollo-zero", 1e-3, 2e-3, **ACCUMULATED),
     ),
     "momentum-8k": (
         *ways("none", "apollo-zero", 2e-3, **ON_8K),
