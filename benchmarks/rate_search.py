@@ -47,6 +47,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "adamw-clip": {"optimizer": "adamw", "clip_norm": 1.0},
     "adamw-b2-0.95": {"optimizer": "adamw", "b2": 0.95},
     "adamw-b2-0.95-clip": {"optimizer": "adamw", "b2": 0.95, "clip_norm": 1.0},
+    # These have Adam for the embedding, the head and the norms, which may gain as much.
+    "muon-b2-0.95": {"optimizer": "muon", "b2": 0.95},
+    "apollo-zero-b2-0.95": {"optimizer": "apollo-zero", "b2": 0.95},
     # APOLLO-Zero has Adam for the embedding and the head. These have less state there.
     **{
         f"apollo-zero-emb-{rule}": {
@@ -64,10 +67,14 @@ EMBEDDING_VARIANTS = tuple(
     name for name, options in CONTENDERS.items() if "embeddings" in options
 )
 # `--contenders` replaces these where the parts on tiny show that others are better.
-FINALISTS = ("adamw", "muon", "apollo-mini", "apollo-zero", "racs", "sinkgd")
+FINALISTS = (
+    *("adamw", "muon", "apollo-mini", "apollo-zero", "apollo-zero-momentum"),
+    *("racs", "sinkgd"),
+)
 SEARCHED = (
     *ADAMW_VARIANTS,
     *FINALISTS[1:],
+    *("muon-b2-0.95", "apollo-zero-b2-0.95"),
     *EMBEDDING_VARIANTS,
 )
 THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)
@@ -149,9 +156,10 @@ class SearchOptions:
     documentation of installed packages)."""
     contenders: tuple[str, ...] = ()
     """Contenders to search: optimizers of pretrain, adamw-clip, adamw-b2-0.95,
-    adamw-b2-0.95-clip, apollo-zero-emb-adafactor, apollo-zero-emb-racs,
-    apollo-zero-emb-scale or apollo-zero-emb-flattening. adamw is always among them. If
-    this or --three-rates is given, the contenders of the parts are not used."""
+    adamw-b2-0.95-clip, muon-b2-0.95, apollo-zero-b2-0.95, apollo-zero-emb-adafactor,
+    apollo-zero-emb-racs, apollo-zero-emb-scale or apollo-zero-emb-flattening. adamw is
+    always among them. If this or --three-rates is given, the contenders of the parts
+    are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)

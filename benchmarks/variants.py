@@ -46,20 +46,12 @@ Momentum = Callable[[RunOptions], optax.GradientTransformation]
 
 def trace(decay: float, *, nesterov: bool = False) -> Momentum:
     """Returns the momentum of `optax.trace` for the layers' kernels."""
-    return lambda options: of_kernels(optax.trace(decay, nesterov))
+    return lambda options: optimizers.of_kernels(optax.trace(decay, nesterov))
 
 
 def average(decay: float) -> Momentum:
     """Returns the moving average of `optax.ema` for the layers' kernels."""
-    return lambda options: of_kernels(optax.ema(decay))
-
-
-def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    def is_kernel(params: Any) -> Any:
-        groups = optimizers.lr_groups(params)
-        return jax.tree.map(lambda group: group == "kernels", groups)
-
-    return optax.masked(tx, is_kernel)
+    return lambda options: optimizers.of_kernels(optax.ema(decay))
 
 
 class Int8TraceState(NamedTuple):
@@ -102,7 +94,7 @@ def int8_trace(decay: float, seed: int) -> optax.GradientTransformation:
 
 
 def int8(decay: float) -> Momentum:
-    return lambda options: of_kernels(int8_trace(decay, options.seed))
+    return lambda options: optimizers.of_kernels(int8_trace(decay, options.seed))
 
 
 def flattening_of(momentum: Momentum) -> Recipe:
@@ -160,7 +152,6 @@ VARIANTS: dict[str, Recipe] = {
     "zero-exact-0.25": exact_power(0.25),
     "zero-exact-0": exact_power(0),
     "zero-of-trace-0.95": flattening_of(trace(0.95)),
-    "zero-of-nesterov-0.9": flattening_of(trace(0.9, nesterov=True)),
     "zero-of-nesterov-0.95": flattening_of(trace(0.95, nesterov=True)),
     "zero-of-int8-nesterov-0.9": flattening_of(int8(0.9)),
     "average-0.9-of-zero": momentum_of(average(0.9)),
@@ -208,7 +199,7 @@ def tied(rule: str, lr: float) -> Way:
     return Way(f"{rule}, tied", "apollo-zero", lr, {"embeddings": rule, "model": TIED})
 
 
-ACCUMULATED = {"steps": STEPS // 2, "batch": 16, "accumulate": 2}
+ACCUMULATED: dict[str, Any] = {"steps": STEPS // 2, "batch": 16, "accumulate": 2}
 
 # The parts of 8,192 tokens per step train as the part `8k` of `rate_search`.
 ON_8K: dict[str, Any] = {"steps": 300} | BATCH_OF_8K
@@ -231,7 +222,7 @@ PARTS: dict[str, tuple[Way, ...]] = {
     ),
     "momentum": (
         *ways("none", "apollo-zero", 1e-3, 2e-3, 4e-3),
-        *ways("before, Nesterov, 0.9", "zero-of-nesterov-0.9", 2.5e-4, 5e-4, 1e-3),
+        *ways("before, Nesterov, 0.9", "apollo-zero-momentum", 2.5e-4, 5e-4, 1e-3),
         *ways("before, Nesterov, 0.95", "zero-of-nesterov-0.95", 2.5e-4, 5e-4, 1e-3),
         *ways("before, Nesterov, 0.9, int8", "zero-of-int8-nesterov-0.9", 5e-4),
         *ways("before, 0.95", "zero-of-trace-0.95", 5e-4),
@@ -241,7 +232,7 @@ PARTS: dict[str, tuple[Way, ...]] = {
     ),
     "momentum-8k": (
         *ways("none", "apollo-zero", 2e-3, **ON_8K),
-        *ways("Nesterov, 0.9", "zero-of-nesterov-0.9", 5e-4, 1e-3, 2e-3, **ON_8K),
+        *ways("Nesterov, 0.9", "apollo-zero-momentum", 5e-4, 1e-3, 2e-3, **ON_8K),
         *ways("the same in int8", "zero-of-int8-nesterov-0.9", 1e-3, **ON_8K),
     ),
     "embeddings": (
@@ -286,14 +277,16 @@ class VariantOptions:
 
 def run_of(options: VariantOptions, way: Way, seed: int) -> RunOptions:
     further = "".join(f"-{name}-{value}" for name, value in way.options.items())
-    steps = {} if options.steps is None else {"steps": options.steps}
+    settings: dict[str, Any] = {"steps": STEPS} | way.options
+    if options.steps is not None:
+        settings["steps"] = options.steps
     run = RunOptions(
         out=options.out / f"{way.optimizer}{further}-{way.lr:g}-seed{seed}",
         optimizer=way.optimizer,
         lr=way.lr,
         seed=seed,
         resume="auto",
-        **{"steps": STEPS} | way.options | steps,
+        **settings,
     )
     return with_defaults(run, model_config(run))
 

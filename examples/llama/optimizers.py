@@ -267,6 +267,7 @@ def apollo(
 def racs(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     del config
     return apollo_optax.scale_by_racs(
+        b2=second_moment_decay(options),
         weight_dimension_numbers=dimension_numbers(options),
         moment_dtype=options.moment_dtype,
     )
@@ -279,9 +280,27 @@ def apollo_zero(
     return apollo_optax.scale_by_flattening(
         rank=options.rank,
         key=options.seed,
+        b2=second_moment_decay(options),
         weight_dimension_numbers=dimension_numbers(options),
         moment_dtype=options.moment_dtype,
     )
+
+
+def apollo_zero_momentum(
+    options: RunOptions, config: LlamaConfig
+) -> optax.GradientTransformation:
+    """APOLLO-Zero of Nesterov's momentum instead of the gradient, as in Muon."""
+    momentum = optax.trace(0.9, nesterov=True, accumulator_dtype=options.moment_dtype)
+    return optax.chain(of_kernels(momentum), apollo_zero(options, config))
+
+
+def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns `tx` for the layers' kernels, and the gradients of all other leaves."""
+
+    def is_kernel(params: Any) -> Any:
+        return jax.tree.map(lambda group: group == "kernels", lr_groups(params))
+
+    return optax.masked(tx, is_kernel)
 
 
 def sinkgd(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
@@ -468,7 +487,6 @@ class Recipe(NamedTuple):
     # What `projection` auto stands for. An optimizer without projections has the value
     # that its runs had before there was a choice, so that they can be resumed.
     projection: str = "random"
-    has_b2: bool = False  # Whether the kernels have second moments, which `b2` is for.
 
 
 def quarter_of_width(config: LlamaConfig) -> int:
@@ -487,12 +505,11 @@ def channel_wise(*, svd: bool = False) -> Recipe:
         rank_of=quarter_of_width,
         scale=1.0,
         projection="random" if svd else "rademacher",
-        has_b2=True,
     )
 
 
 RECIPES: dict[str, Recipe] = {
-    "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2, has_b2=True),
+    "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2),
     "apollo": channel_wise(),
     "apollo-mini": Recipe(
         functools.partial(apollo, scale_type="tensor"),
@@ -501,11 +518,13 @@ RECIPES: dict[str, Recipe] = {
         rank_of=lambda config: 1,
         scale=128.0,
         projection="rademacher",
-        has_b2=True,
     ),
     "apollo-svd": channel_wise(svd=True),
     "apollo-zero": Recipe(
         apollo_zero, lr=2e-3, lr_embeddings=3e-2, rank_of=eighth_of_width
+    ),
+    "apollo-zero-momentum": Recipe(
+        apollo_zero_momentum, lr=1e-3, lr_embeddings=3e-2, rank_of=eighth_of_width
     ),
     "racs": Recipe(racs, lr=1e-3, lr_embeddings=3e-2),
     "sinkgd": Recipe(sinkgd, lr=1e-3, lr_embeddings=3e-2),
@@ -518,7 +537,6 @@ RECIPES: dict[str, Recipe] = {
         rank_of=quarter_of_width,
         scale=0.25,
         layerwise=False,
-        has_b2=True,
     ),
     "muon": Recipe(muon, lr=7e-3, lr_embeddings=3e-2),
     "adafactor": Recipe(adafactor, lr=9e-2, lr_embeddings=3e-2),
@@ -630,7 +648,6 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
         for name, value, has_use in (
             ("rank", options.rank, recipe.rank_of(config) is not None),
             ("scale", options.scale, recipe.scale is not None),
-            ("b2", options.b2, recipe.has_b2),
             ("embeddings", options.embeddings, takes(options.embeddings)),
             ("head", options.head, takes(options.head)),
             (

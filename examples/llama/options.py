@@ -178,9 +178,9 @@ class TrainingOptions(TextOptions):
     Lion: float32 or bfloat16. In bfloat16 a second moment hardly decays, because 0.999
     times a number rounds to the same number."""
     b2: float | None = None
-    """The decay of the second moments, from 0 to below 1, for adamw, apollo,
-    apollo-mini, apollo-svd and galore, and for Adam on embeddings, head and norms. The
-    default is 0.999."""
+    """The decay of the second moments, from 0 to below 1, for Adam on embeddings, head
+    and norms, and on the kernels for adamw, apollo, apollo-mini, apollo-svd and galore.
+    The default is 0.999."""
     clip_norm: float | None = None
     """Scale each step's gradients down to this Euclidean norm over all parameters if
     their norm is larger. By default they are not clipped."""
@@ -397,8 +397,8 @@ class RunOptions(ProcessOptions, TrainingOptions):
     """One run: a model trained with one optimizer at one pair of learning rates."""
 
     optimizer: str = "apollo-mini"
-    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, racs, sinkgd,
-    scale-hidden, swan, galore, muon, adafactor, lion or sgd."""
+    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, apollo-zero-momentum, racs,
+    sinkgd, scale-hidden, swan, galore, muon, adafactor, lion or sgd."""
     lr: float | None = None
     """Peak learning rate of the layers' kernels. The default depends on the
     optimizer."""

@@ -71,7 +71,7 @@ def test_the_momentum_is_before_or_after_the_flattening_of_kernels_alone() -> No
     expected = (0.1 * kernel(flat[1]) + 0.09 * kernel(flat[0])) / (1 - 0.9**2)
     np.testing.assert_allclose(averaged, expected, rtol=1e-5, atol=1e-6)
 
-    updates = updates_of("zero-of-nesterov-0.9", gradients)
+    updates = updates_of("apollo-zero-momentum", gradients)
     momentum = second + 0.9 * (second + 0.9 * first)
     trees = [gradients[0], with_kernel(gradients[1], momentum)]
     expected = kernel(updates_of("apollo-zero", trees)[1])
@@ -147,7 +147,7 @@ def test_state_in_int8_is_counted_and_a_rule_without_state_has_none() -> None:
         return state_of(Way("", name, 1e-3, {}))[0]
 
     assert state("apollo-zero") < 100
-    full, int8 = state("zero-of-nesterov-0.9"), state("zero-of-int8-nesterov-0.9")
+    full, int8 = state("apollo-zero-momentum"), state("zero-of-int8-nesterov-0.9")
     assert full == pytest.approx(4 * 790_528, rel=1e-3)
     assert int8 < 0.27 * full
 
