@@ -209,6 +209,20 @@ def test_a_run_that_diverges_has_an_infinite_perplexity(
     assert row[4:6] == ["inf", ""]
 
 
+@pytest.mark.parametrize(
+    ("part", "tokens"), [("momentum", "800 steps of 1,024"), ("momentum-8k", "8,192")]
+)
+def test_a_table_says_how_long_its_runs_are(
+    part: str, tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants, "read_result", lambda run: None)
+    stop: Any = None
+    options = VariantOptions(finished_only=True)
+    assert f"{tokens} tokens" in variants.table(options, part, stop)
+    options = VariantOptions(finished_only=True, steps=7)
+    assert "7 steps of " in variants.table(options, part, stop)
+
+
 def test_rows_of_runs_that_have_not_ended_can_be_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -216,13 +230,14 @@ def test_rows_of_runs_that_have_not_ended_can_be_left_out(
         val_loss = math.log(40)
 
     def read_result(run: RunOptions) -> Any:
-        return Result if run.optimizer == "apollo-zero" and run.lr == 2e-3 else None
+        has_ended = run.optimizer == "apollo-zero" and run.lr == 4e-3
+        return Result if has_ended else None
 
     monkeypatch.setattr(variants, "read_result", read_result)
     stop: Any = None
     table = variants.table(VariantOptions(finished_only=True), "momentum", stop)
     assert [line.split(" | ")[1:5] for line in table.splitlines()[4:]] == [
-        ["apollo-zero", "0.002", "0.03", "40.00"]
+        ["apollo-zero", "0.004", "0.03", "40.00"]
     ]
 
 
