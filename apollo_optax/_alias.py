@@ -306,6 +306,7 @@ def apollo_zero(
     power: jax.typing.ArrayLike = 0.5,
     method: Literal["low_rank", "newton_schulz", "exact"] = "low_rank",
     rank: int | None = None,
+    momentum: jax.typing.ArrayLike | None = None,
     key: jax.typing.ArrayLike = 0,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -330,14 +331,16 @@ def apollo_zero(
       method: ``"low_rank"``, ``"newton_schulz"`` or ``"exact"``.
       rank: the rank of the random projection of ``"low_rank"``; by default an eighth of
         the smaller side of each matrix.
+      momentum: decay rate of a momentum of the gradients; None for no momentum and no
+        state. With 0.9, halve the learning rate.
       key: an int seed or a JAX key, for the random projections.
       b1: decay rate of the first moment of the leaves under Adam.
       b2: decay rate of the second moment of the leaves under Adam.
       eps: added to the denominator of the leaves under Adam.
       weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other
         than 2-D kernels.
-      moment_dtype: dtype of both moments of the leaves under Adam. The default is
-        float32, or float64 for float64 leaves.
+      moment_dtype: dtype of the momentum and of both moments of the leaves under Adam.
+        The default is float32, or float64 for float64 leaves.
 
     The arguments that :func:`scale_by_flattening` shares are described in full there.
 
@@ -361,6 +364,7 @@ def apollo_zero(
             power,
             method=method,
             rank=rank,
+            momentum=momentum,
             key=key,
             b1=b1,
             b2=b2,

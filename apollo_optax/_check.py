@@ -209,6 +209,16 @@ def stored_projection(is_stored: bool, projection: Any) -> None:
         )
 
 
+def stored_momentum(decay: Any, momentum: Any) -> None:
+    """Raises for a state with a momentum that is not used, or without one that is."""
+    if (decay is None) != (momentum is None):
+        found = "no momentum" if momentum is None else "a momentum"
+        raise ValueError(
+            f"the state has {found}, but momentum is {decay}; the state was made with "
+            "other arguments: give a momentum if there was one then, or call init again"
+        )
+
+
 def warn_of_large_scale(
     rank: int, scale: Any, matrices: Mapping[_tree.Path, Any]
 ) -> None:

@@ -46,12 +46,20 @@ Momentum = Callable[[RunOptions], optax.GradientTransformation]
 
 def trace(decay: float, *, nesterov: bool = False) -> Momentum:
     """Returns the momentum of `optax.trace` for the layers' kernels."""
-    return lambda options: optimizers.of_kernels(optax.trace(decay, nesterov))
+    return lambda options: of_kernels(optax.trace(decay, nesterov))
 
 
 def average(decay: float) -> Momentum:
     """Returns the moving average of `optax.ema` for the layers' kernels."""
-    return lambda options: optimizers.of_kernels(optax.ema(decay))
+    return lambda options: of_kernels(optax.ema(decay))
+
+
+def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    def is_kernel(params: Any) -> Any:
+        groups = optimizers.lr_groups(params)
+        return jax.tree.map(lambda group: group == "kernels", groups)
+
+    return optax.masked(tx, is_kernel)
 
 
 class Int8TraceState(NamedTuple):
@@ -94,7 +102,7 @@ def int8_trace(decay: float, seed: int) -> optax.GradientTransformation:
 
 
 def int8(decay: float) -> Momentum:
-    return lambda options: optimizers.of_kernels(int8_trace(decay, options.seed))
+    return lambda options: of_kernels(int8_trace(decay, options.seed))
 
 
 def flattening_of(momentum: Momentum) -> Recipe:

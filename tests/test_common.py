@@ -22,6 +22,7 @@ OPTIMIZERS: dict[str, Any] = {
     "racs": apollo_optax.racs,
     "svd": functools.partial(apollo_optax.apollo, rank=2, projection="svd"),
     "apollo_zero": apollo_optax.apollo_zero,
+    "zero_momentum": functools.partial(apollo_optax.apollo_zero, momentum=0.9),
 }
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -147,9 +148,11 @@ def test_inject_hyperparams_gives_equal_updates_and_states(name):
     )(**settings)
     state, state_injected = tx.init(params), injected.init(params)
     numbers = {"learning_rate", "weight_decay", "b1", "b2", "eps"}
-    own = {"racs": {"b", "norm_growth_limit"}, "apollo_zero": {"power"}}.get(
-        name, {"scale", "norm_growth_limit"}
-    )
+    own = {
+        "racs": {"b", "norm_growth_limit"},
+        "apollo_zero": {"power"},
+        "zero_momentum": {"power", "momentum"},
+    }.get(name, {"scale", "norm_growth_limit"})
     assert state_injected.hyperparams.keys() == numbers | own
     update_injected = jax.jit(injected.update)
     for _ in range(2):

@@ -214,6 +214,73 @@ def test_resumes_with_a_traced_seed_and_power():
     chex.assert_trees_all_close(train(7, 0.25), expected, atol=1e-5)
 
 
+# Momentum.
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_axis", [0, 1, 2])
+def test_momentum_is_nesterovs(batch_axis, moment_dtype):
+    """The momentum of ``optax.trace`` takes the gradient's place, for matrices only."""
+    sides = [axis for axis in range(3) if axis != batch_axis]
+    numbers = {"kernel": ApolloDimensionNumbers(*sides), "bias": None}
+    shape = np.insert([16, 24], batch_axis, 2)
+    gradients = [{"kernel": normal(k, shape), "bias": normal(k, 5)} for k in range(3)]
+    arguments = {"weight_dimension_numbers": numbers, "moment_dtype": moment_dtype}
+    trace = optax.trace(0.9, nesterov=True, accumulator_dtype=moment_dtype)
+    expected, _ = run(
+        optax.chain(
+            optax.masked(trace, {"kernel": True, "bias": False}),
+            scale_by_flattening(**arguments),
+        ),
+        gradients,
+    )
+    actual, states = run(scale_by_flattening(momentum=0.9, **arguments), gradients)
+    # Optax rounds the momentum to bfloat16 before it looks ahead.
+    chex.assert_trees_all_close(
+        actual, expected, atol=1e-5 if moment_dtype == "float32" else 0.1
+    )
+    momentum = states[-1].momentum["kernel"]
+    assert (momentum.shape, momentum.dtype) == ((2, 16, 24), moment_dtype)
+    assert states[-1].momentum["bias"] == optax.MaskedNode()
+
+
+def test_a_momentum_of_zero_is_the_gradient():
+    gradients = [PARAMS, jax.tree.map(jnp.negative, PARAMS)]
+    expected, _ = run(scale_by_flattening(), gradients)
+    actual, _ = run(scale_by_flattening(momentum=0.0), gradients)
+    chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+
+@combinations_of("name, axis_type", CASES, AXIS_TYPES)
+def test_a_momentum_is_sharded_like_its_parameter_and_sends_nothing(name, axis_type):
+    case, mesh = CASES[name], make_mesh(axis_type)
+    sent = [
+        sorted(
+            (each.kind, each.size)
+            for each in collectives(compiled(case, mesh, "low_rank", decay).as_text())
+        )
+        for decay in (0.9, None)
+    ]
+    assert sent[0] == sent[1]
+    sharding = NamedSharding(mesh, case.spec)
+    gradient = jax.ShapeDtypeStruct(case.shape, jnp.float32, sharding=sharding)
+    tx = scale_by_flattening(momentum=0.9, weight_dimension_numbers=case.numbers)
+    state: Any = jax.eval_shape(tx.init, gradient)
+    places = state_sharding(state, gradient, weight_dimension_numbers=case.numbers)
+    shard = places.momentum.shard_shape(state.momentum.shape)
+    assert math.prod(shard) == math.prod(sharding.shard_shape(case.shape))
+
+
+def test_rejects_states_with_and_without_momentum():
+    with_momentum, without = scale_by_flattening(momentum=0.9), scale_by_flattening()
+    message = "the state has no momentum, but momentum is 0.9.*call init again"
+    with pytest.raises(ValueError, match=message):
+        with_momentum.update(PARAMS, without.init(PARAMS))
+    message = "the state has a momentum, but momentum is None.*call init again"
+    with pytest.raises(ValueError, match=message):
+        without.update(PARAMS, with_momentum.init(PARAMS))
+
+
 # Arguments and states that do not fit.
 
 
@@ -228,6 +295,8 @@ def test_resumes_with_a_traced_seed_and_power():
         ({"method": "newton_schulz", "rank": 4}, ValueError, "has no rank"),
         ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
         ({"rank": jnp.array(4)}, TypeError, "rank must be a Python int.*STATIC_ARGS"),
+        ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"momentum": "0.9"}, TypeError, "momentum must be a number"),
         ({"b1": 1.0}, ValueError, r"b1 must be in \[0, 1\)"),
         ({"eps": -1.0}, ValueError, "eps must be"),
         ({"key": 0.5}, TypeError, "key must be an int seed"),
@@ -252,7 +321,7 @@ def test_rejects_untrainable_leaves(dtype):
 
 def test_rejects_foreign_states():
     tx, wrong = scale_by_flattening(), scale_by_apollo(4).init(PARAMS)
-    with pytest.raises(ValueError, match="mu for 'kernel' has shape.*no array"):
+    with pytest.raises(ValueError, match="ScaleByApolloState without momentum"):
         tx.update(PARAMS, wrong)
     with pytest.raises(ValueError, match="ScaleByAdamState without key"):
         tx.update(PARAMS, optax.scale_by_adam().init(PARAMS))
@@ -339,10 +408,12 @@ def test_layerwise_int8_step_is_the_ordinary_one():
 RANK = 4
 
 
-def compiled(case, mesh, method):
-    rank = RANK if method == "low_rank" else None
+def compiled(case, mesh, method, momentum=None):
     tx = scale_by_flattening(
-        method=method, rank=rank, weight_dimension_numbers=case.numbers
+        method=method,
+        rank=RANK if method == "low_rank" else None,
+        momentum=momentum,
+        weight_dimension_numbers=case.numbers,
     )
     sharding = NamedSharding(mesh, case.spec)
     gradient = jax.ShapeDtypeStruct(case.shape, jnp.float32, sharding=sharding)
@@ -394,9 +465,14 @@ SMALL = [
 
 
 @combinations_of("shape, spec, numbers, method, axis_type", SMALL, METHODS, AXIS_TYPES)
-def test_eight_devices_compute_what_one_does(shape, spec, numbers, method, axis_type):
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_eight_devices_compute_what_one_does(
+    shape, spec, numbers, method, axis_type, momentum
+):
     gradient, mesh = normal(0, shape), make_mesh(axis_type)
-    tx = scale_by_flattening(method=method, weight_dimension_numbers=numbers)
+    tx = scale_by_flattening(
+        method=method, momentum=momentum, weight_dimension_numbers=numbers
+    )
     expected = update(tx, gradient)
     actual = update(tx, put(mesh, gradient, spec))
     np.testing.assert_allclose(actual, expected, atol=3e-5)

@@ -71,6 +71,9 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     # The bits of rbg depend on how many keys a single call draws with.
     "rbg": lambda: apollo(0.1, key=jax.random.key(1, impl="rbg")),
     "zero": lambda: apollo_optax.apollo_zero(0.1, weight_dimension_numbers=NUMBERS),
+    "zero momentum": lambda: apollo_optax.apollo_zero(
+        0.1, momentum=0.9, weight_dimension_numbers=NUMBERS
+    ),
     "limiter": lambda: optax.chain(
         optax.trace(0.9, nesterov=True),
         optax.masked(limit_norm_growth(weight_dimension_numbers=NUMBERS), is_matrix),

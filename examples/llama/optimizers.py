@@ -274,33 +274,17 @@ def racs(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformati
 
 
 def apollo_zero(
-    options: RunOptions, config: LlamaConfig
+    options: RunOptions, config: LlamaConfig, *, momentum: float | None = None
 ) -> optax.GradientTransformation:
     del config
     return apollo_optax.scale_by_flattening(
         rank=options.rank,
+        momentum=momentum,
         key=options.seed,
         b2=second_moment_decay(options),
         weight_dimension_numbers=dimension_numbers(options),
         moment_dtype=options.moment_dtype,
     )
-
-
-def apollo_zero_momentum(
-    options: RunOptions, config: LlamaConfig
-) -> optax.GradientTransformation:
-    """APOLLO-Zero of Nesterov's momentum instead of the gradient, as in Muon."""
-    momentum = optax.trace(0.9, nesterov=True, accumulator_dtype=options.moment_dtype)
-    return optax.chain(of_kernels(momentum), apollo_zero(options, config))
-
-
-def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `tx` for the layers' kernels, and the gradients of all other leaves."""
-
-    def is_kernel(params: Any) -> Any:
-        return jax.tree.map(lambda group: group == "kernels", lr_groups(params))
-
-    return optax.masked(tx, is_kernel)
 
 
 def sinkgd(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
@@ -524,7 +508,10 @@ RECIPES: dict[str, Recipe] = {
         apollo_zero, lr=2e-3, lr_embeddings=3e-2, rank_of=eighth_of_width
     ),
     "apollo-zero-momentum": Recipe(
-        apollo_zero_momentum, lr=1e-3, lr_embeddings=3e-2, rank_of=eighth_of_width
+        functools.partial(apollo_zero, momentum=0.9),
+        lr=1e-3,
+        lr_embeddings=3e-2,
+        rank_of=eighth_of_width,
     ),
     "racs": Recipe(racs, lr=1e-3, lr_embeddings=3e-2),
     "sinkgd": Recipe(sinkgd, lr=1e-3, lr_embeddings=3e-2),
