@@ -60,9 +60,17 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         for rule in ("adafactor", "racs", "scale", "flattening")
     },
 }
-ADAMW_VARIANTS = tuple(
-    name for name, options in CONTENDERS.items() if options["optimizer"] == "adamw"
-)
+
+
+def variants_of(optimizer: str) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, options in CONTENDERS.items()
+        if options["optimizer"] == optimizer
+    )
+
+
+ADAMW_VARIANTS, MUON_VARIANTS = variants_of("adamw"), variants_of("muon")
 EMBEDDING_VARIANTS = tuple(
     name for name, options in CONTENDERS.items() if "embeddings" in options
 )
@@ -73,8 +81,9 @@ FINALISTS = (
 )
 SEARCHED = (
     *ADAMW_VARIANTS,
-    *FINALISTS[1:],
-    *("muon-b2-0.95", "apollo-zero-b2-0.95"),
+    *MUON_VARIANTS,
+    *FINALISTS[2:],
+    "apollo-zero-b2-0.95",
     *EMBEDDING_VARIANTS,
 )
 THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)
@@ -118,7 +127,11 @@ class Goal(NamedTuple):
 STATELESS = "the best without state for matrices"
 LITTLE_STATE = "apollo-zero, little state for embeddings and head"
 # The contenders of a kind. `goals_table` finds those of STATELESS by their state.
-GROUPS = {"adamw": ADAMW_VARIANTS, LITTLE_STATE: EMBEDDING_VARIANTS}
+GROUPS = {
+    "adamw": ADAMW_VARIANTS,
+    "muon": MUON_VARIANTS,
+    LITTLE_STATE: EMBEDDING_VARIANTS,
+}
 # AdamW is to be beaten, Muon to be nearly reached with less state, and rules with less
 # state than another are to be level with it.
 GOALS = (
@@ -129,7 +142,7 @@ GOALS = (
 )
 HEAD = (
     *("contender", "lr", "lr emb", "seeds", "val ppl", "±"),
-    *("over best adamw", "by seed", "over muon"),
+    *("over best adamw", "by seed", "over best muon"),
     *("update RMS / lr", "step time / adamw's"),
     *("kernels' state, MB", "all state, MB"),
     *("val ppl by lr", "val ppl by lr emb"),
@@ -138,12 +151,12 @@ NOTE = """\
 val ppl: best of a run's evaluations, mean over the seeds; ±: their standard deviation;
 over best adamw: the ratio to the best of AdamW's variants in the table, minus 1, of
 means over the seeds that both have; by seed: the same for each of these seeds; over
-muon: the same with Muon; update RMS / lr: RMS of the kernels' update in a step, over
-the learning rate, mean over the evaluations in the second half of the runs with all
-seeds; step time: the shortest of the runs' median step times. Runs share a machine, and
-may be of several, so step times are rough. `make bench-step` measures an optimizer's
-step alone. State is in 1e6 bytes. If a best rate is the lowest or the highest in the
-last columns, rates beyond it were not tried."""
+best muon: the same with the variants of Muon; update RMS / lr: RMS of the kernels'
+update in a step, over the learning rate, mean over the evaluations in the second half
+of the runs with all seeds; step time: the shortest of the runs' median step times. Runs
+share a machine, and may be of several, so step times are rough. `make bench-step`
+measures an optimizer's step alone. State is in 1e6 bytes. If a best rate is the lowest
+or the highest in the last columns, rates beyond it were not tried."""
 BY_STEP, BY_SECOND = "perplexity-by-step.png", "perplexity-by-second.png"
 
 
@@ -498,10 +511,11 @@ def best_contender(found: Mapping[str, Found], names: Sequence[str]) -> str | No
 def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
     """Returns a row per contender.
 
-    The perplexities are compared with the best of AdamW's variants, and the step times
-    with that of adamw, which must be there.
+    The perplexities are compared with the best of AdamW's variants and of Muon's, and
+    the step times with that of adamw, which must be there.
     """
     best_adamw = best_contender(found, ADAMW_VARIANTS)
+    best_muon = best_contender(found, MUON_VARIANTS)
     assert best_adamw is not None
     adamw = found[best_adamw]
 
@@ -530,7 +544,7 @@ def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
             *(name, f"{result.lr:g}", f"{result.lr_embeddings:g}", str(seeds)),
             *(f"{result.perplexity:.2f}", spread),
             *(over(adamw, result), over_by_seed(result)),
-            over(found["muon"], result) if "muon" in found else "",
+            "" if best_muon is None else over(found[best_muon], result),
             *("" if rms is None else f"{rms:.3g}", f"{seconds:.2f}"),
             f"{state[name].kernels / 1e6:.2f}",
             f"{sum(state[name]) / 1e6:.2f}",
