@@ -39,17 +39,24 @@ from examples.llama.run.plots import plot_perplexities
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import abstract_params, execution_of, model_config
 
+# Optimizers that are also run with other settings than the usual ones of Adam, which are
+# a b2 of 0.999 and no clipping. All of them have Adam for embedding, head and norms.
+VARIED = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "clip": {"clip_norm": 1.0},
+    "b2-0.95": {"b2": 0.95},
+    "b2-0.95-clip": {"b2": 0.95, "clip_norm": 1.0},
+}
+
 # The options of each contender. Folders of runs begin with its name, so a name must
 # keep its options.
 CONTENDERS: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name} for name in RECIPES},
-    # AdamW's own b2 is 0.999, and it does not clip.
-    "adamw-clip": {"optimizer": "adamw", "clip_norm": 1.0},
-    "adamw-b2-0.95": {"optimizer": "adamw", "b2": 0.95},
-    "adamw-b2-0.95-clip": {"optimizer": "adamw", "b2": 0.95, "clip_norm": 1.0},
-    # These have Adam for the embedding, the head and the norms, which may gain as much.
-    "muon-b2-0.95": {"optimizer": "muon", "b2": 0.95},
-    "apollo-zero-b2-0.95": {"optimizer": "apollo-zero", "b2": 0.95},
+    **{
+        f"{name}-{setting}": {"optimizer": name} | options
+        for name in VARIED
+        for setting, options in SETTINGS.items()
+    },
     # APOLLO-Zero has Adam for the embedding and the head. These have less state there.
     **{
         f"apollo-zero-emb-{rule}": {
@@ -63,11 +70,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 
 def variants_of(optimizer: str) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, options in CONTENDERS.items()
-        if options["optimizer"] == optimizer
-    )
+    return (optimizer, *(f"{optimizer}-{setting}" for setting in SETTINGS))
 
 
 ADAMW_VARIANTS, MUON_VARIANTS = variants_of("adamw"), variants_of("muon")
@@ -80,10 +83,8 @@ FINALISTS = (
     *("racs", "sinkgd"),
 )
 SEARCHED = (
-    *ADAMW_VARIANTS,
-    *MUON_VARIANTS,
-    *FINALISTS[2:],
-    "apollo-zero-b2-0.95",
+    *(variant for name in VARIED for variant in variants_of(name)),
+    *("apollo-mini", "racs", "sinkgd"),
     *EMBEDDING_VARIANTS,
 )
 THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)
@@ -168,11 +169,11 @@ class SearchOptions:
     """Any of 1k and 8k (tiny, so many tokens per step), 6m, long, and docs (8k on the
     documentation of installed packages)."""
     contenders: tuple[str, ...] = ()
-    """Contenders to search: optimizers of pretrain, adamw-clip, adamw-b2-0.95,
-    adamw-b2-0.95-clip, muon-b2-0.95, apollo-zero-b2-0.95, apollo-zero-emb-adafactor,
-    apollo-zero-emb-racs, apollo-zero-emb-scale or apollo-zero-emb-flattening. adamw is
-    always among them. If this or --three-rates is given, the contenders of the parts
-    are not used."""
+    """Contenders to search: optimizers of pretrain; adamw, muon, apollo-zero or
+    apollo-zero-momentum followed by -clip, -b2-0.95 or -b2-0.95-clip; or
+    apollo-zero-emb-adafactor, apollo-zero-emb-racs, apollo-zero-emb-scale or
+    apollo-zero-emb-flattening. adamw is always among them. If this or --three-rates is
+    given, the contenders of the parts are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
