@@ -39,8 +39,8 @@ from examples.llama.run.plots import plot_perplexities
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import abstract_params, execution_of, model_config
 
-# Optimizers that are also run with other settings than the usual ones of Adam, which are
-# a b2 of 0.999 and no clipping. All of them have Adam for embedding, head and norms.
+# Optimizers that are also run with other settings than the default, which is a b2 of
+# 0.999 and no clipping. All of them have Adam for embedding, head and norms.
 VARIED = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
 SETTINGS: dict[str, dict[str, Any]] = {
     "clip": {"clip_norm": 1.0},
