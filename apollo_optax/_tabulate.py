@@ -61,8 +61,9 @@ def tabulate(
       A line per parameter with its path, its shape, its treatment, the shapes and bytes
       of its state, and the bytes that ``optax.adamw`` would keep. Below them are the
       totals for kernels, for embeddings and output heads, and for the rest, as in
-      :class:`StateBytes`. Under :func:`scale_by_flattening` a matrix has no state, so a
-      matrix that ``optax.masked`` excludes is shown as "flattened" too.
+      :class:`StateBytes`. Under :func:`scale_by_flattening` without momentum a matrix
+      has no state, so a matrix that ``optax.masked`` excludes is shown as "flattened"
+      too.
 
     Raises:
       ValueError: if the state's shapes do not follow from `weight_dimension_numbers`.
@@ -161,15 +162,21 @@ def _stateless(tx: optax.GradientTransformation, params: Any) -> str:
 
     The class of the optimizer's state says so, for nothing of the matrix is in it.
     """
-    kinds = tuple(
-        kind
-        for kind in _state.STATES
-        if all(field.shape is None for field in _state.fields_of(kind).values())
-    )
+    kinds = tuple(_state.STATES)
+
+    def has_no_matrices(state: Any) -> bool:
+        fields = _state.fields_of(type(state)).items()
+        trees = (getattr(state, name) for name, field in fields if field.shape)
+        return all(tree is None for tree in trees)
+
     nodes = jax.tree.leaves(
         jax.eval_shape(tx.init, params), is_leaf=lambda node: isinstance(node, kinds)
     )
-    found = (type(node) for node in nodes if isinstance(node, kinds))
+    found = (
+        type(node)
+        for node in nodes
+        if isinstance(node, kinds) and has_no_matrices(node)
+    )
     return next((_state.STATES[kind] for kind in found), "no state")
 
 

@@ -96,6 +96,8 @@ def test_totals_are_the_bytes_of_the_whole_state(make):
         (apollo(0.1, rank=64), "APOLLO rank 4, 4 contracted"),
         (apollo(0.1, rank=2, projection="svd"), "APOLLO rank 2, 4 contracted"),
         (apollo_zero(0.1), "flattened"),
+        (apollo_zero(0.1, momentum=0.9), "flattened"),
+        (optax.masked(apollo_zero(0.1, momentum=0.9), {"kernel": False}), "no state"),
         (racs(0.1), "RACS"),
     ],
 )
