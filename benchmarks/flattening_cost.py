@@ -1,4 +1,4 @@
-"""The cost of APOLLO-Zero's update relative to the model, in flops.
+"""The cost of APOLLO-Zero's update and of Muon's relative to the model, in flops.
 
 Run it with `python -m benchmarks.flattening_cost`. For each model it prints the flops
 of one update of all kernels, and their share of those of forward and backward passes.
@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+import optax.contrib
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import apollo_optax
@@ -21,6 +23,7 @@ from benchmarks.report import made_with, markdown
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.flops import flops_per_token
 
+MUON = "muon, for comparison"
 MODELS, TOKENS, SEQ = ("60m", "1b", "7b"), (4096, 32768, 131072), 256
 
 
@@ -69,8 +72,12 @@ def program_flops(program: Jaxpr) -> float:
 
 @functools.cache
 def update_flops(shape: tuple[int, int], method: Any, rank: int | None) -> float:
-    """The flops of the update of one kernel."""
-    tx = apollo_optax.scale_by_flattening(method=method, rank=rank)
+    """The flops of the update of one kernel, by Muon or by a method of flattening."""
+    tx = (
+        optax.contrib.scale_by_muon()
+        if method == MUON
+        else apollo_optax.scale_by_flattening(method=method, rank=rank)
+    )
     gradient = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(tx.init, gradient)
     return program_flops(jax.make_jaxpr(tx.update)(gradient, state).jaxpr)
@@ -92,7 +99,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=PRESETS)
     parser.add_argument("--parts", nargs="+", type=int, default=(4, 8, 16, 32))
     options = parser.parse_args()
-    methods = [("low_rank", part) for part in options.parts] + [("newton_schulz", None)]
+    methods = [("low_rank", part) for part in options.parts]
+    methods += [("newton_schulz", None), (MUON, None)]
     head = ("model", "method", "Tflop", *(f"{tokens:,} tokens" for tokens in TOKENS))
     rows = [row(name, *method) for name in options.models for method in methods]
     print(made_with(("jax", "jaxlib")) + "\n")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from apollo_optax import _spectrum
-from benchmarks.flattening_cost import program_flops, update_flops
+from benchmarks.flattening_cost import MUON, program_flops, update_flops
 
 M, N = 48, 80
 
@@ -34,3 +34,8 @@ def test_low_rank_takes_five_large_products(rank):
     polynomial = _spectrum.NEWTON_SCHULZ_STEPS * 4 * 2 * r**3
     total = large + basis + change + polynomial
     assert update_flops((M, N), "low_rank", r) == pytest.approx(total, rel=1e-12)
+
+
+def test_muon_takes_fifteen_products():
+    """Each of its five steps has X X^T = A, A A, and a polynomial of A times X."""
+    assert update_flops((M, N), MUON, None) == 5 * (2 * (2 * M * M * N) + 2 * M**3)
