@@ -134,11 +134,11 @@ def scale_by_flattening(
         F_t &= X_t + Q_t \big((B_t B_t^\top / \tau_t^2)^{(p-1)/2} - I\big) B_t
       \end{align*}
 
-    A matrix has no state. Besides the moments of the leaves under Adam, the state is
-    the count of steps and the key for :math:`\Omega_t`, which is drawn anew in every
-    step. The update of a matrix has the same root mean square in every step. Adam's
-    updates have about the same size in every step too, so learning rates are near
-    Adam's. A gradient of zero gives an update of zero.
+    By default, a matrix has no state, and a gradient of zero gives an update of zero.
+    Besides the moments of the leaves under Adam, the state is the count of steps and
+    the key for :math:`\Omega_t`, which is drawn anew in every step. The update of a
+    matrix has the same root mean square in every step. Adam's updates have about the
+    same size in every step too, so learning rates are near Adam's.
 
     With a momentum :math:`\mu`, a matrix has a state of its own size, as in Muon. Then
     :math:`G_t + \mu M_t`, which is Nesterov's momentum, takes the place of
@@ -148,8 +148,8 @@ def scale_by_flattening(
 
       M_t = \mu M_{t-1} + G_t
 
-    Successive updates are then more alike, so the best learning rate is lower. On a
-    small model it was half of the rate without momentum.
+    The best learning rate is lower with a momentum. On a small model it was half of the
+    rate without.
 
     All other leaves (vectors, scalars, embeddings, the output head) get the update of
     :func:`optax.scale_by_adam`. This transformation is a drop-in replacement for
