@@ -77,11 +77,12 @@ ADAMW_VARIANTS, MUON_VARIANTS = variants_of("adamw"), variants_of("muon")
 EMBEDDING_VARIANTS = tuple(
     name for name, options in CONTENDERS.items() if "embeddings" in options
 )
-# `--contenders` replaces these where the parts on tiny show that others are better.
-FINALISTS = (
-    *("adamw", "muon", "apollo-mini", "apollo-zero", "apollo-zero-momentum"),
-    *("racs", "sinkgd"),
+# The best settings in the part 8k, as far as it was run. `--contenders` replaces these.
+BEST_OF_8K = (
+    *("adamw-b2-0.95-clip", "muon-b2-0.95"),
+    *("apollo-zero-b2-0.95", "apollo-zero-momentum-b2-0.95"),
 )
+FINALISTS = (*BEST_OF_8K, "apollo-mini", "racs", "sinkgd")
 SEARCHED = (
     *(variant for name in VARIED for variant in variants_of(name)),
     *("apollo-mini", "racs", "sinkgd"),
@@ -110,9 +111,7 @@ PARTS: dict[str, Part] = {
     "6m": Part({"model": "6m", "steps": 300} | BATCH_OF_8K, FINALISTS),
     # These are 20 tokens per parameter.
     "long": Part({"model": "tiny", "steps": 3200} | BATCH_OF_8K, FINALISTS),
-    "docs": Part(
-        ON_8K | {"data": "package-docs"}, ("adamw", "muon", "apollo-zero", "racs")
-    ),
+    "docs": Part(ON_8K | {"data": "package-docs"}, BEST_OF_8K),
 }
 
 
