@@ -42,6 +42,7 @@ RULES: dict[str, tuple[str, str, int | None]] = {
     "Adafactor, no momentum": ("adafactor", "adafactor", None),
     "RACS": ("racs", "racs", None),
     "flattening (APOLLO-Zero)": ("apollo-zero", "flattening", None),
+    "the same, momentum 0.9": ("apollo-zero-momentum", "flattening", None),
 }
 
 

@@ -372,16 +372,26 @@ def second_updates_of(
     )
 
 
-@pytest.mark.parametrize("name", ["apollo", "apollo-mini", "apollo-svd"])
-def test_apollo_is_made_with_the_decay_of_second_moments(
-    name: str, small: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "factory"),
+    [
+        ("apollo", "scale_by_apollo"),
+        ("apollo-mini", "scale_by_apollo"),
+        ("apollo-svd", "scale_by_apollo"),
+        ("apollo-zero", "scale_by_flattening"),
+        ("apollo-zero-momentum", "scale_by_flattening"),
+        ("racs", "scale_by_racs"),
+    ],
+)
+def test_the_librarys_optimizers_are_made_with_the_decay_of_second_moments(
+    name: str, factory: str, small: LlamaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decays: list[float] = []
 
-    def scale_by_apollo(*_: Any, b2: float, **others: Any) -> None:
+    def stub(*_: Any, b2: float, **others: Any) -> None:
         decays.append(b2)
 
-    monkeypatch.setattr(apollo_optax, "scale_by_apollo", scale_by_apollo)
+    monkeypatch.setattr(apollo_optax, factory, stub)
     for b2 in (None, 0.95):
         RECIPES[name].scaler(options_for(name, b2=b2), small)
     assert decays == [0.999, 0.95]
