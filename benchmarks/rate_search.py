@@ -39,24 +39,10 @@ from examples.llama.run.plots import plot_perplexities
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import abstract_params, execution_of, model_config
 
-# Optimizers that are also run with other settings than the default, which is a b2 of
-# 0.999 and no clipping. All of them have Adam for embedding, head and norms.
-VARIED = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "clip": {"clip_norm": 1.0},
-    "b2-0.95": {"b2": 0.95},
-    "b2-0.95-clip": {"b2": 0.95, "clip_norm": 1.0},
-}
-
-# The options of each contender. Folders of runs begin with its name, so a name must
-# keep its options.
-CONTENDERS: dict[str, dict[str, Any]] = {
+# The options of each contender with the default settings: a b2 of 0.999, no clipping.
+# Folders of runs begin with its name, so a name must keep its options.
+BASES: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name} for name in RECIPES},
-    **{
-        f"{name}-{setting}": {"optimizer": name} | options
-        for name in VARIED
-        for setting, options in SETTINGS.items()
-    },
     # APOLLO-Zero has Adam for the embedding and the head. These have less state there.
     **{
         f"apollo-zero-emb-{rule}": {
@@ -67,15 +53,35 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         for rule in ("adafactor", "racs", "scale", "flattening")
     },
 }
+EMBEDDING_RULES = tuple(name for name in BASES if name not in RECIPES)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "clip": {"clip_norm": 1.0},
+    "b2-0.95": {"b2": 0.95},
+    "b2-0.95-clip": {"b2": 0.95, "clip_norm": 1.0},
+}
+# The further settings of a contender. Each is a contender of its own.
+ALL_SETTINGS = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
+OTHER_B2 = ("apollo-mini", "racs", "apollo-zero-emb-adafactor")
+SETTINGS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(ALL_SETTINGS, tuple(SETTINGS)),
+    **dict.fromkeys(OTHER_B2, ("b2-0.95",)),
+}
+CONTENDERS = BASES | {
+    f"{name}-{setting}": BASES[name] | SETTINGS[setting]
+    for name, settings in SETTINGS_OF.items()
+    for setting in settings
+}
 
 
-def variants_of(optimizer: str) -> tuple[str, ...]:
-    return (optimizer, *(f"{optimizer}-{setting}" for setting in SETTINGS))
+def variants_of(name: str) -> tuple[str, ...]:
+    """Returns a contender with the default settings and with its further ones."""
+    further = (f"{name}-{setting}" for setting in SETTINGS_OF.get(name, ()))
+    return (name, *further)
 
 
 ADAMW_VARIANTS, MUON_VARIANTS = variants_of("adamw"), variants_of("muon")
 EMBEDDING_VARIANTS = tuple(
-    name for name, options in CONTENDERS.items() if "embeddings" in options
+    variant for name in EMBEDDING_RULES for variant in variants_of(name)
 )
 # The best settings in the part 8k, as far as it was run. `--contenders` replaces these.
 BEST_OF_8K = (
@@ -83,10 +89,10 @@ BEST_OF_8K = (
     *("apollo-zero-b2-0.95", "apollo-zero-momentum-b2-0.95"),
 )
 FINALISTS = (*BEST_OF_8K, "apollo-mini", "racs", "sinkgd")
-SEARCHED = (
-    *(variant for name in VARIED for variant in variants_of(name)),
-    *("apollo-mini", "racs", "sinkgd"),
-    *EMBEDDING_VARIANTS,
+SEARCHED = tuple(
+    variant
+    for name in (*ALL_SETTINGS, "apollo-mini", "racs", "sinkgd", *EMBEDDING_RULES)
+    for variant in variants_of(name)
 )
 THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)
 
@@ -128,8 +134,7 @@ STATELESS = "the best without state for matrices"
 LITTLE_STATE = "apollo-zero, little state for embeddings and head"
 # The contenders of a kind. `goals_table` finds those of STATELESS by their state.
 GROUPS = {
-    "adamw": ADAMW_VARIANTS,
-    "muon": MUON_VARIANTS,
+    **{name: variants_of(name) for name in ("adamw", "muon", "racs", "apollo-zero")},
     LITTLE_STATE: EMBEDDING_VARIANTS,
 }
 # AdamW is to be beaten, Muon to be nearly reached with less state, and rules with less
@@ -153,10 +158,11 @@ over best adamw: the ratio to the best of AdamW's variants in the table, minus 1
 means over the seeds that both have; by seed: the same for each of these seeds; over
 best muon: the same with the variants of Muon; update RMS / lr: RMS of the kernels'
 update in a step, over the learning rate, mean over the evaluations in the second half
-of the runs with all seeds; step time: the shortest of the runs' median step times. Runs
-share a machine, and may be of several, so step times are rough. `make bench-step`
-measures an optimizer's step alone. State is in 1e6 bytes. If a best rate is the lowest
-or the highest in the last columns, rates beyond it were not tried."""
+of the runs with all seeds; step time: the shortest of the runs' median step times, over
+that of the first variant of AdamW in the table. Runs share a machine, and may be of
+several, so step times are rough. `make bench-step` measures an optimizer's step alone.
+State is in 1e6 bytes. If a best rate is the lowest or the highest in the last columns,
+rates beyond it were not tried."""
 BY_STEP, BY_SECOND = "perplexity-by-step.png", "perplexity-by-second.png"
 
 
@@ -168,10 +174,11 @@ class SearchOptions:
     """Any of 1k and 8k (tiny, so many tokens per step), 6m, long, and docs (8k on the
     documentation of installed packages)."""
     contenders: tuple[str, ...] = ()
-    """Contenders to search: optimizers of pretrain; adamw, muon, apollo-zero or
-    apollo-zero-momentum followed by -clip, -b2-0.95 or -b2-0.95-clip; or
-    apollo-zero-emb-adafactor, apollo-zero-emb-racs, apollo-zero-emb-scale or
-    apollo-zero-emb-flattening. adamw is always among them. If this or --three-rates is
+    """Contenders to search: optimizers of pretrain; apollo-zero-emb-adafactor,
+    apollo-zero-emb-racs, apollo-zero-emb-scale or apollo-zero-emb-flattening; adamw,
+    muon, apollo-zero or apollo-zero-momentum followed by -clip, -b2-0.95 or
+    -b2-0.95-clip; or apollo-mini, racs or apollo-zero-emb-adafactor followed by
+    -b2-0.95. adamw is added if no contender is AdamW. If this or --three-rates is
     given, the contenders of the parts are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
@@ -211,7 +218,9 @@ class SearchOptions:
         searched, three_rates = self.contenders, self.three_rates
         if not searched and not three_rates:
             searched, three_rates = PARTS[part].contenders, PARTS[part].three_rates
-        searches = dict.fromkeys(("adamw", *searched), True)
+        if not any(name in ADAMW_VARIANTS for name in searched):
+            searched = ("adamw", *searched)
+        searches = dict.fromkeys(searched, True)
         return searches | {name: False for name in three_rates if name not in searches}
 
 
@@ -473,13 +482,18 @@ def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
         ]
         if any((run.lr_embeddings, run.seed) == (lr_embeddings, seed) for run in runs):
             found[name] = found_in(runs, lr_embeddings, seed)
-    if "adamw" not in found:
+    if not any(name in found for name in ADAMW_VARIANTS):
         raise UsageError(
-            f"{records.path} has no run of adamw in part {part} with seed {seed} and "
+            f"{records.path} has no run of AdamW in part {part} with seed {seed} and "
             "the default rate of embeddings, with which the others are compared; leave "
             "out --finished-only, or begin --seeds with a seed that it has"
         )
     return found
+
+
+def first_adamw(found: Mapping[str, Found]) -> Found:
+    """Returns the runs of the first of AdamW's variants that was run."""
+    return next(found[name] for name in ADAMW_VARIANTS if name in found)
 
 
 def state_of(options: SearchOptions, part: str, contender: str) -> StateBytes:
@@ -499,12 +513,12 @@ def ratio(one: Found, other: Found) -> float:
 
 
 def best_contender(found: Mapping[str, Found], names: Sequence[str]) -> str | None:
-    """Returns the one with the lowest perplexity relative to adamw with its seeds.
+    """Returns the one with the lowest perplexity relative to AdamW with its seeds.
 
     A single lucky seed would otherwise be ahead of another contender's mean.
     """
     there = [name for name in names if name in found]
-    adamw = found["adamw"]
+    adamw = first_adamw(found)
     return min(there, key=lambda name: ratio(found[name], adamw), default=None)
 
 
@@ -512,12 +526,12 @@ def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
     """Returns a row per contender.
 
     The perplexities are compared with the best of AdamW's variants and of Muon's, and
-    the step times with that of adamw, which must be there.
+    the step times with those of the first variant of AdamW, which must be there.
     """
     best_adamw = best_contender(found, ADAMW_VARIANTS)
     best_muon = best_contender(found, MUON_VARIANTS)
     assert best_adamw is not None
-    adamw = found[best_adamw]
+    adamw, timed = found[best_adamw], first_adamw(found)
 
     def listed(runs: Mapping[float, RunRecord]) -> str:
         cells = (f"{rate:g}: {perplexity(run.loss):.2f}" for rate, run in runs.items())
@@ -539,7 +553,7 @@ def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
         seeds, rms = len(perplexities), result.update_rms
         has_spread = seeds > 1 and all(map(math.isfinite, perplexities))
         spread = f"{statistics.stdev(perplexities):.2f}" if has_spread else ""
-        seconds = result.step_seconds / found["adamw"].step_seconds
+        seconds = result.step_seconds / timed.step_seconds
         return (
             *(name, f"{result.lr:g}", f"{result.lr_embeddings:g}", str(seeds)),
             *(f"{result.perplexity:.2f}", spread),

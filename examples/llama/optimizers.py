@@ -117,10 +117,29 @@ def with_adam_for_the_rest(
     return optax.partition(scalers, lr_groups)
 
 
+def factored_rms(
+    options: RunOptions, min_dim_size_to_factor: int = 128
+) -> optax.GradientTransformation:
+    """Returns Adafactor's second moments, whose decay rises towards 1.
+
+    If `b2` is given, the decay rises to that at most, as in Scaling Vision Transformers
+    (https://arxiv.org/abs/2106.04560).
+    """
+
+    def decay(step: jax.typing.ArrayLike, exponent: jax.typing.ArrayLike) -> jax.Array:
+        steps = jnp.asarray(step, jnp.float32) + 1
+        rising = 1 - steps ** jnp.negative(exponent)
+        return rising if options.b2 is None else jnp.minimum(rising, options.b2)
+
+    return optax.scale_by_factored_rms(
+        min_dim_size_to_factor=min_dim_size_to_factor, decay_rate_fn=decay
+    )
+
+
 def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     # The chain is that of `optax.adafactor`.
     scaler = optax.chain(
-        optax.scale_by_factored_rms(),
+        factored_rms(options),
         optax.clip_by_block_rms(1.0),
         optax.scale_by_param_block_rms(),
     )
@@ -377,10 +396,9 @@ def adafactor_of_embedding(options: RunOptions) -> optax.GradientTransformation:
     By default, Optax factors only matrices whose sides are at least 128. An embedding
     should be factored at any width.
     """
-    del options
     return in_float32(
         optax.chain(
-            optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+            factored_rms(options, min_dim_size_to_factor=1),
             optax.clip_by_block_rms(1.0),
         )
     )

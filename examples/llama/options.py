@@ -180,7 +180,8 @@ class TrainingOptions(TextOptions):
     b2: float | None = None
     """The decay of the second moments, from 0 to below 1, for Adam on embeddings, head
     and norms, and on the kernels for adamw, apollo, apollo-mini, apollo-svd and galore.
-    The default is 0.999."""
+    The default is 0.999. Adafactor's decay rises towards 1, and to no more than this if
+    it is given."""
     clip_norm: float | None = None
     """Scale each step's gradients down to this Euclidean norm over all parameters if
     their norm is larger. By default they are not clipped."""

@@ -192,27 +192,44 @@ def test_a_single_seed_is_not_the_best_by_luck() -> None:
     assert rate_search.best_contender(found, rate_search.ADAMW_VARIANTS) == "adamw"
 
 
+def test_a_variant_of_adamw_takes_the_place_of_adamw() -> None:
+    options = SearchOptions(contenders=("muon", "adamw-clip"))
+    assert list(options.searches("8k")) == ["muon", "adamw-clip"]
+    options = SearchOptions(contenders=("muon",))
+    assert list(options.searches("8k")) == ["adamw", "muon"]
+    state = StateBytes(kernels=1, embeddings_and_head=1, other=0)
+    found = {
+        "adamw-clip": found_at(20, step_seconds=1.0),
+        "racs": found_at(19, step_seconds=2.0),
+    }
+    *_, racs = rate_search.table(found, dict.fromkeys(found, state)).splitlines()
+    assert racs.split(" | ")[6:11] == ["-5.0%", "-5.0%", "", "0.5", "2.00"]
+
+
 def test_goals_compare_the_best_of_each_kind() -> None:
     found = {
         "adamw": found_at(21, 19),
         "adamw-clip": found_at(25),
         "racs": found_at(22.2),
+        "racs-b2-0.95": found_at(22.0),
         "apollo-zero": found_at(19, 17),
+        "apollo-zero-b2-0.95": found_at(20, 18),
         "apollo-zero-emb-scale": found_at(10),
+        "apollo-zero-emb-adafactor-b2-0.95": found_at(9.5),
     }
     no_kernels = StateBytes(kernels=0, embeddings_and_head=1, other=0)
     state = {name: no_kernels._replace(kernels=1) for name in found}
-    state |= {"apollo-zero": no_kernels, "apollo-zero-emb-scale": no_kernels}
+    state |= {name: no_kernels for name in found if name.startswith("apollo-zero")}
     _, _, *rows = rate_search.goals_table("8k", found, state).splitlines()
     cells = [tuple(row.strip("| ").split(" | ")) for row in rows]
     # Adam on embeddings is what the stateless rules are compared with.
     assert cells[0][1:] == ("0.92", "apollo-zero over adamw", "2", "0.900", "met")
     assert cells[1][1:] == ("1.03", "", "", "", "not run")
     # Only the first seed of AdamW is compared with the only one of RACS.
-    assert cells[2][1:] == ("1.02", "racs over adamw", "1", "1.057", "missed")
+    assert cells[2][1:] == ("1.02", "racs-b2-0.95 over adamw", "1", "1.048", "missed")
     assert cells[3][2:] == (
-        *("apollo-zero-emb-scale over apollo-zero", "1"),
-        *("0.526", "met"),
+        *("apollo-zero-emb-adafactor-b2-0.95 over apollo-zero", "1"),
+        *("0.500", "met"),
     )
     assert rate_search.goals_table("long", found, state) == ""
 
@@ -428,7 +445,7 @@ def test_a_table_needs_runs_of_adamw(tmp_path: Path) -> None:
         rate_search.found_by_all(options, "6m")
     (tmp_path / "results.jsonl").touch()
     with pytest.raises(
-        UsageError, match=r"results\.jsonl has no run of adamw in .* 6m"
+        UsageError, match=r"results\.jsonl has no run of AdamW in .* 6m"
     ):
         rate_search.found_by_all(options, "6m")
 

@@ -527,8 +527,10 @@ def scale_of_head(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return momentum / rms(momentum, 0)
 
 
-def adafactor(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    squares = first**2 * (1 - 2**-0.8) + second**2 * 2**-0.8
+def adafactor(
+    first: np.ndarray, second: np.ndarray, decay: float = 1 - 2**-0.8
+) -> np.ndarray:
+    squares = decay * first**2 + (1 - decay) * second**2
     rows, columns = squares.mean(1, keepdims=True), squares.mean(0, keepdims=True)
     update = second / np.sqrt(rows * columns / squares.mean())
     return update / max(1.0, np.sqrt(np.mean(update**2)))
@@ -553,9 +555,9 @@ SECOND_UPDATES: dict[str, tuple[Callable[..., np.ndarray], ...]] = {
 }
 
 
-def second_updates(config: LlamaConfig, params: Params, **rules: str) -> Any:
+def second_updates(config: LlamaConfig, params: Params, **changes: Any) -> Any:
     """Returns APOLLO-Mini's updates for the second of two gradients, without a rate."""
-    options = options_for("apollo-mini", **rules)
+    options = options_for("apollo-mini", **changes)
     scaler = RECIPES["apollo-mini"].scaler(options, config)
     update = jax.jit(with_embedding_rules(scaler, options, config).update)
     state = with_embedding_rules(scaler, options, config).init(params)
@@ -582,6 +584,17 @@ def test_a_rule_changes_embeddings_only(
         np.testing.assert_allclose(update, by_rule, rtol=1e-4, atol=1e-5)
         del expected[module][leaf]
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+@pytest.mark.parametrize(("b2", "decay"), [(0.2, 0.2), (0.95, 1 - 2**-0.8)])
+def test_b2_bounds_the_decay_of_adafactor(
+    b2: float, decay: float, small: LlamaConfig, params: Params
+) -> None:
+    ours = second_updates(small, params, b2=b2, embeddings="adafactor")
+    grads = (gradients(params, seed)["embed"]["embedding"] for seed in (1, 2))
+    expected = adafactor(*(np.asarray(each, np.float64) for each in grads), decay)
+    update = ours["embed"]["embedding"]
+    np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_flattened_embeddings_give_all_tokens_one_size_and_absent_ones_zeros(
