@@ -1,8 +1,8 @@
-"""Variants of APOLLO-Mini and APOLLO-Zero on the tiny LLaMA.
+"""Variants of AdamW, APOLLO-Mini and APOLLO-Zero on the tiny LLaMA.
 
-They differ in Mini's limiter, in the power and the momentum of APOLLO-Zero, and in the
-rules for the embedding and the head beside APOLLO-Zero. The command `python -m
-benchmarks.variants` trains one after the other. Finished runs are not repeated and an
+They differ in Mini's limiter, in the power and the momentum of APOLLO-Zero, in the
+dtype of the moments, and in the rules for the embedding and the head beside
+APOLLO-Zero. The command `python -m benchmarks.variants` trains one after the other. Finished runs are not repeated and an
 interrupted run continues, so the same command continues an interrupted series.
 """
 
@@ -207,6 +207,16 @@ def tied(rule: str, lr: float) -> Way:
     return Way(f"{rule}, tied", "apollo-zero", lr, {"embeddings": rule, "model": TIED})
 
 
+def dtypes_of_moments(optimizer: str, lr: float) -> tuple[Way, ...]:
+    """Returns an optimizer with moments of both dtypes, at two decays of the second."""
+    return tuple(
+        way
+        for dtype in ("float32", "bfloat16")
+        for b2 in (0.999, 0.95)
+        for way in ways(f"{dtype}, b2 {b2}", optimizer, lr, moment_dtype=dtype, b2=b2)
+    )
+
+
 ACCUMULATED: dict[str, Any] = {"steps": STEPS // 2, "batch": 16, "accumulate": 2}
 
 # The parts of 8,192 tokens per step train as the part `8k` of `rate_search`.
@@ -243,6 +253,10 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("Nesterov, 0.9", "apollo-zero-momentum", 5e-4, 1e-3, 2e-3, **ON_8K),
         *ways("the same in int8", "zero-of-int8-nesterov-0.9", 1e-3, **ON_8K),
     ),
+    "moments": (
+        *dtypes_of_moments("adamw", 2e-3),
+        *dtypes_of_moments("apollo-mini", 3.5e-3),
+    ),
     "embeddings": (
         *ways("adam, both", "apollo-zero", 1e-3),
         *ways("adam, tied", "apollo-zero", 1e-3, model=TIED),
@@ -261,10 +275,11 @@ PARTS: dict[str, tuple[Way, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VariantOptions:
-    """Variants of APOLLO-Mini and APOLLO-Zero on the tiny model."""
+    """Variants of AdamW, APOLLO-Mini and APOLLO-Zero on the tiny model."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of limiter, power, momentum, momentum-8k, embeddings and embeddings-8k."""
+    """Any of limiter, power, momentum, momentum-8k, moments, embeddings and
+    embeddings-8k."""
     steps: int | None = None
     """Training steps. The default is 800 of 1,024 tokens, and 300 of 8,192 tokens in
     momentum-8k and embeddings-8k."""
@@ -332,7 +347,8 @@ def other_state(run: RunOptions) -> int:
     The parts of an int8 array do not have the parameter's shape, so this is all the
     state of SGD, which has none for the kernels.
     """
-    same = {"model": run.model, "embeddings": run.embeddings, "head": run.head}
+    names = ("model", "embeddings", "head", "moment_dtype")
+    same: dict[str, Any] = {name: getattr(run, name) for name in names}
     sgd = RunOptions(out=run.out, optimizer="sgd", steps=run.steps, **same)
     return all_state(with_defaults(sgd, model_config(sgd)))
 
