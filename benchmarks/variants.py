@@ -2,8 +2,9 @@
 
 They differ in Mini's limiter, in the power and the momentum of APOLLO-Zero, in the
 dtype of the moments, and in the rules for the embedding and the head beside
-APOLLO-Zero. The command `python -m benchmarks.variants` trains one after the other. Finished runs are not repeated and an
-interrupted run continues, so the same command continues an interrupted series.
+APOLLO-Zero. The command `python -m benchmarks.variants` trains one after the other.
+Finished runs are not repeated and an interrupted run continues, so the same command
+continues an interrupted series.
 """
 
 import dataclasses
