@@ -39,6 +39,18 @@ def test_each_public_name_is_stable_or_experimental() -> None:
     )
 
 
+def test_readme_and_the_site_choose_alike() -> None:
+    def choices(page: pathlib.Path) -> list[str]:
+        """Returns the rows of the first table, without links."""
+        rows = re.findall(r"^\| .* \|$", page.read_text(), re.MULTILINE)
+        table = rows[: next(i for i, row in enumerate(rows) if "fine-tune" in row)]
+        return [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", row) for row in table]
+
+    on_site = choices(DOCS / "choosing.md")
+    assert len(on_site) > 4
+    assert on_site == choices(DOCS.parent / "README.md")
+
+
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_first_example_of_the_site_runs(capsys: Any) -> None:
     (example,) = python_blocks("index.md")

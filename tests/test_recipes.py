@@ -122,13 +122,15 @@ def test_embedding_and_head_have_no_moments(
     assert jax.tree.all(jax.tree.map(lambda leaf: (leaf < 0).all(), updates))
 
 
-def test_embeddings_have_a_learning_rate_of_their_own() -> None:
+def test_all_but_the_kernels_have_a_learning_rate_of_their_own() -> None:
     params, grads = params_and_grads()
     tx = run("docs/recipes.md", "def group")["tx"]
     updates, _ = tx.update(grads, tx.init(params), params)
-    # Adam's first update is 1 in size.
-    assert jnp.allclose(updates["embed"], -0.001, rtol=1e-3)
+    # Adam's first update is 1 in size, and a kernel's update has an RMS of 1.
+    assert jnp.allclose(updates["embed"], -0.01, rtol=1e-3)
     assert jnp.allclose(updates["layers"]["bias"], -0.01, rtol=1e-3)
+    rms = jnp.sqrt(jnp.mean(updates["layers"]["kernel"] ** 2))
+    assert jnp.isclose(rms, 0.001, rtol=1e-3)
 
 
 def test_the_state_is_created_where_its_shardings_say() -> None:

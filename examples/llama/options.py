@@ -50,6 +50,7 @@ CHANGEABLE = frozenset(
         "on_nonfinite",
     )
 )
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Such as gs://bucket/run.
 OFFLOADABLE = ("weights", "activations")
 LARGEST_SEED = 2**32 - 1  # The largest seed of Grain's shuffle.
 # Options whose value "auto" means the value that a resumed run began with. Runs that
@@ -617,7 +618,21 @@ Options = TypeVar("Options")
 
 
 def parse(options: type[Options], args: list[str] | None, prog: str) -> Options:
-    """Returns a command line's options. If it is invalid, exits with status 2."""
+    """Returns a command line's options. If it is invalid, exits with status 2.
+
+    Raises:
+        UsageError: for a path that is the address of a bucket. The file system would
+            take it for a folder of this machine, and lose it with the machine.
+    """
     import tyro  # The import is here so that training from Python does not need it.
 
-    return tyro.cli(options, args=args, prog=prog)
+    parsed = tyro.cli(options, args=args, prog=prog)
+    for name, path in vars(parsed).items():
+        if isinstance(path, Path) and ADDRESS.match(str(path)):
+            # `Path` has made one slash of two.
+            address = str(path).replace(":/", "://", 1)
+            raise UsageError(
+                f"`{name}` {address} is an address, not a path; mount the bucket and "
+                "give the folder where it is mounted"
+            )
+    return parsed

@@ -886,6 +886,24 @@ def test_rejects_a_folder_with_a_run(
     assert [path.read_text() for path in out.iterdir()] == ["earlier"]
 
 
+@pytest.mark.parametrize(
+    ("main", "flag"), [(pretrain.main, "--out"), (tokenise.main, "--save-tokenizer")]
+)
+def test_rejects_the_address_of_a_bucket(
+    main: Any,
+    flag: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = exits_with_message(main, [flag, "gs://bucket/run"], capsys)
+    assert error.startswith(
+        f"error: {flag} gs://bucket/run is an address, not a path; mount the bucket"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_rejects_a_file_as_folder(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
