@@ -272,18 +272,23 @@ def _update_matrix(
     # 3. mu = b1 mu + (1 - b1) R, nu = b2 nu + (1 - b2) R^2, N = mu / (sqrt(nu) + eps)
     mu, nu = _adam.update_moments(h, R, state)
     N = mu / (jnp.sqrt(nu) + h.eps)
-    # 4. s_j = |N_j| / (|R_j| + 1e-8), over a channel or over the matrix
+    # 4. s_j = |N_j| / (|R_j| + 1e-8), over a channel or over the matrix; 0 if R cancels
     # The limiter asks for the norms without eps. They are summed in the same pass.
-    undamped = _zero_if_nan(mu / jnp.sqrt(nu))
+    undamped = _over_root(mu, nu)
     N_norms, undamped_norms = m.norms_of_two(N, undamped, per)
     R_norms = m.norms(R, per)
     s = m.place_factors(N_norms / (R_norms + TINY_NORM))
+    G_norms = m.gradient_norms(G, per)
+    # Random signs may cancel on equal rows, and |R| is then a rounding error.
+    error = jnp.finfo(m.dtype).eps * m.axes.contracted_size**0.5
+    is_cancelled = m.place_factors(R_norms) <= error * G_norms
+    s = jnp.where(is_cancelled, jnp.zeros_like(s), s)
     # 5. U = G diag(s), and U = a U here with scale_front
     if h.scale_front:
         s = a * s
     # 6. U = U / (max(|U| / (q + 1e-8), g) / g), q = |U|, by |U|^2 = sum_j s_j^2 |G_j|^2
     if h.norm_growth_limit is not None:
-        norm = m.matrix_norms(s * m.gradient_norms(G, per))
+        norm = m.matrix_norms(s * G_norms)
         share = _share(m, N_norms, undamped_norms, R_norms)
         norm, share = (
             _sharding.reshard(x, _sharding.sharding_of(q)) for x in (norm, share)
@@ -313,6 +318,11 @@ def _share(
     return damped / m.matrix_norms(undamped)
 
 
-def _zero_if_nan(x: jax.Array) -> jax.Array:
-    """Zero for 0 / 0, where there has been no gradient."""
-    return jnp.where(jnp.isnan(x), jnp.zeros_like(x), x)
+def _over_root(mu: jax.Array, nu: jax.Array) -> jax.Array:
+    """``mu / sqrt(nu)``, and 0 for 0 / 0, where there has been no gradient.
+
+    Nothing is divided by zero, because debuggers of NaN would report that.
+    """
+    has_root = nu != 0
+    ratio = mu / jnp.sqrt(jnp.where(has_root, nu, jnp.ones_like(nu)))
+    return jnp.where(has_root | (mu == 0), ratio, jnp.full_like(mu, jnp.inf))
