@@ -35,12 +35,12 @@ def apollo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""APOLLO: AdamW-level training at a fraction of AdamW's memory.
 
-    The state of a matrix of sizes :math:`m \le n` is :math:`2nr` numbers, against
+    The state of a matrix of sizes :math:`m \le n` is :math:`2nr + 1` numbers, against
     :math:`2mn` for AdamW. See :func:`scale_by_apollo` for the algorithm.
 
     Args:
       learning_rate: a fixed value or a schedule. Start near 0.01 for pre-training, not
-        at AdamW's rate, and near AdamW's rate for fine-tuning.
+        at AdamW's rate. For fine-tuning, sweep from AdamW's rate up.
       rank: rank of the projection. The paper uses a quarter of the model's width. It is
         clipped to the smaller side of each matrix, and a rank of that size saves no
         memory.
@@ -148,7 +148,7 @@ def apollo_mini(
     r"""APOLLO-Mini: APOLLO of rank 1, at about the memory of SGD.
 
     This is :func:`apollo` with one scaling factor per matrix. The state of a
-    matrix of sizes :math:`m \le n` is :math:`2n` numbers.
+    matrix of sizes :math:`m \le n` is :math:`2n + 1` numbers.
 
     Args:
       learning_rate: a fixed value or a schedule. Start near 0.01 for pre-training.
@@ -270,10 +270,13 @@ def racs(
       >>> state[0].row["kernel"].shape, state[0].column["kernel"].shape
       ((512,), (1376,))
 
-      With ``inject_hyperparams``, where `iterations` must be static:
+      With ``inject_hyperparams``, where `iterations` must be static too:
 
+      >>> import inspect
+      >>> arguments = inspect.signature(apollo_optax.racs).parameters.keys()
+      >>> static = (apollo_optax.STATIC_ARGS | {"iterations"}) & arguments
       >>> tx = optax.inject_hyperparams(
-      ...     apollo_optax.racs, static_args="iterations", hyperparam_dtype=jnp.float32
+      ...     apollo_optax.racs, static_args=static, hyperparam_dtype=jnp.float32
       ... )(learning_rate=optax.cosine_decay_schedule(1e-3, 1000))
 
     References:

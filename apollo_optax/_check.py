@@ -61,11 +61,26 @@ def _number_in_range(
     name: str, value: Any, is_in_range: Callable[[Any], bool], range_words: str
 ) -> None:
     if _is_array(value):
+        _wide_enough(name, value)
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number {range_words}, got {value!r}")
     if not is_in_range(value):
         raise ValueError(f"{name} must be {range_words}, got {value!r}")
+
+
+def _wide_enough(name: str, array: Any) -> None:
+    """Raises for 16 bits: a decay of 0.999 rounds to 1, and all updates would be 0.
+
+    ``inject_hyperparams`` casts to the parameters' dtype unless it is given another.
+    """
+    dtype = jnp.result_type(array)
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"{name} has dtype {dtype}, which rounds decay rates such as 0.999; pass a "
+            "Python number or float32, with optax.inject_hyperparams by "
+            "hyperparam_dtype=jnp.float32"
+        )
 
 
 def decay(name: str, value: Any) -> None:
@@ -102,6 +117,11 @@ def moment_dtype(value: Any) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"moment_dtype must be a real floating-point dtype, got {value!r}"
+        )
+    if jnp.finfo(dtype).bits < 16:
+        raise ValueError(
+            f"moment_dtype {dtype} has too few bits to add a gradient to a moment; "
+            "give bfloat16 or wider"
         )
 
 
@@ -178,6 +198,17 @@ def path_difference(
     return f"{missing if lacking else unexpected}: {shown}"
 
 
+def batch_index(value: Any) -> None:
+    if _is_array(value):
+        is_index = value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    else:
+        is_index = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_index:
+        raise TypeError(
+            f"batch_index must be an integer, the index of a layer, got {value!r}"
+        )
+
+
 def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
     if jnp.shape(stored) != expected:
         raise ValueError(
@@ -244,13 +275,14 @@ def warn_of_large_scale(
         "to Adam with None in weight_dimension_numbers, for example by "
         "dimension_numbers_by_path([(r'<their path>$', None)]), or use a higher rank",
         UserWarning,
-        stacklevel=4,  # The warning shows the line that calls `init`.
+        stacklevel=4,  # Without a chain, this is the line that calls `init`.
     )
 
 
 OTHER_ARGUMENTS = (
-    "the state was made with other arguments: use the same rank and "
-    "weight_dimension_numbers as then, or call init again"
+    "the state was made with other arguments: use the same "
+    "weight_dimension_numbers as then, and the same rank if there is one, or call init "
+    "again"
 )
 SIDE_OF_ONE = (
     "a leaf with a side of 1 is a vector, which Adam trains, and the state was made "
@@ -274,6 +306,6 @@ def state_shape(
             for shape in (actual, expected)
         )
         raise ValueError(
-            f"the state's {field} for '{_tree.show(path)}' has {found}, but the rank "
-            f"and dimension numbers here give {wanted.removeprefix('shape ')}; {remedy}"
+            f"the state's {field} for '{_tree.show(path)}' has {found}, but the "
+            f"arguments here give {wanted.removeprefix('shape ')}; {remedy}"
         )

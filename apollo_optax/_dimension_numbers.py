@@ -506,8 +506,8 @@ def _unguessable(unknown: dict[_tree.Path, tuple[int, ...]], total: int) -> str:
     largest = sorted(unknown, key=lambda path: -sizes[path])[:3]
     named = ", ".join(f"'{_tree.show(path)}' {unknown[path]}" for path in largest)
     return (
-        f"{len(unknown)} leaves of three or more axes, {share:.0%} of the parameters, "
-        "are trained with Adam and take Adam's memory, because it can't be guessed "
+        f"Adam trains {_count_leaves(len(unknown))} of three or more axes, {share:.0%} "
+        "of the parameters, with Adam's memory, because it can't be guessed "
         f"which of their axes form a matrix. The largest: {named}. Name the axes with "
         "weight_dimension_numbers. For layer-stacked kernels (layers, in, out), for "
         "example, pass dimension_numbers_by_path([(r'layers/.*/kernel$', "

@@ -33,7 +33,7 @@ from apollo_optax._state import Field, LeafState
 
 METHODS = ("low_rank", "newton_schulz", "exact")
 
-# The rank of the random projection by default, as a share of a matrix's smaller side.
+# The default rank of the random projection is a matrix's smaller side over this.
 SIDE_PER_RANK = 8
 
 
@@ -123,7 +123,9 @@ def scale_by_flattening(
     With ``method="low_rank"``, a random projection :math:`\Omega_t` of rank :math:`r`
     finds the largest singular values. Only those are flattened, to the level
     :math:`\tau` of the :math:`m - r` others, where :math:`m` is the size of the smaller
-    side. If the smaller side is not that of the rows, :math:`X_t` is transposed first:
+    side. The power is computed by the polynomial of ``"newton_schulz"``, with its
+    errors. If the smaller side is not that of the rows, :math:`X_t` is transposed
+    first:
 
     .. math::
 
@@ -244,7 +246,6 @@ def scale_by_flattening(
     h = _Hyperparams(power, method, momentum, b1, b2, eps)
 
     def check_state(state: Any) -> None:
-        _check.state_class(state, ScaleByFlatteningState)
         _check.stored_momentum(momentum, state.momentum)
         state_key.check(state.key)
 
@@ -333,7 +334,7 @@ def _update_matrix(
     else:
         assert omega is not None
         F = _spectrum.low_rank(matrix, X, p, omega)
-    # 4. The root mean square over live rows is 1.
+    # 4. U has a root mean square of 1 over the rows that are not zero.
     U = _spectrum.rms_one(F, X, rows, columns)
     return _batch_axes_first(matrix, saturating_cast(U, gradient.dtype)), state
 

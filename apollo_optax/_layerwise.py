@@ -22,6 +22,7 @@ from apollo_optax import _tree
 from apollo_optax._layerwise_state import (
     Leaves,
     PartialOptimizer,
+    depends_on,
     leaves_of,
     structure_of,
 )
@@ -93,7 +94,7 @@ def layerwise_step(
         ``(1, ...)`` slices, with the layer's number as the extra argument
         `batch_index`. A transformation that mixes layers is rejected if its state shows
         it: ``MultiSteps``, ``apply_if_finite``, the factored moments of
-        ``optax.adafactor``. The others compute different updates
+        ``optax.adafactor``. These others compute different updates
         **without an error**: ``clip_by_global_norm``, ``adaptive_grad_clip``,
         ``clip_by_block_rms``, ``scale_by_param_block_norm``,
         ``scale_by_param_block_rms``, ``scale_by_trust_ratio`` and
@@ -479,13 +480,15 @@ def _check_depth(stack: Leaves, per_layer: Any) -> int:
 
 
 def _read_by(function: Callable[[Leaves], Any], leaves: Leaves) -> list[_tree.Path]:
-    """The paths of the leaves that `function` reads."""
+    """The paths of the leaves that the outputs of `function` depend on."""
     jaxpr = jax.make_jaxpr(function)(leaves).jaxpr
-    read = {id(var) for eqn in jaxpr.eqns for var in eqn.invars}
-    read |= {id(var) for var in jaxpr.outvars}
     # JAX flattens a dictionary in the order of its sorted keys.
-    inputs = zip(sorted(leaves), jaxpr.invars, strict=True)
-    return [path for path, var in inputs if id(var) in read]
+    paths = sorted(leaves)
+    return [
+        path
+        for path in paths
+        if any(depends_on(jaxpr, [other == path for other in paths]))
+    ]
 
 
 def _sum_of_squares(grads: Any, dtype: Any) -> jax.Array:

@@ -235,7 +235,7 @@ class PartialOptimizer:
         jaxpr = jax.make_jaxpr(update)(tree, tree, state).jaxpr
         # The first two arguments, the gradients and the parameters, differ by layer.
         differ = [i < 2 * len(params) for i in range(len(jaxpr.invars))]
-        depends = _depends_on(jaxpr, differ)
+        depends = depends_on(jaxpr, differ)
         for path, by_layer in zip(sorted(after), depends, strict=True):
             if self._owner[path] is None and by_layer:
                 reason = "is computed from the gradients of all layers"
@@ -271,7 +271,7 @@ class PartialOptimizer:
         )
 
 
-def _depends_on(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
+def depends_on(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
     """For each output of a program, whether it depends on one of the marked `inputs`.
 
     A loop counts as one operation: all of its outputs depend on all of its inputs.
@@ -282,10 +282,10 @@ def _depends_on(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
         read = [id(var) in reached for var in eqn.invars]
         outputs = [any(read)] * len(eqn.outvars)
         if eqn.primitive.name in ("jit", "pjit"):
-            outputs = _depends_on(eqn.params["jaxpr"].jaxpr, read)
+            outputs = depends_on(eqn.params["jaxpr"].jaxpr, read)
         elif eqn.primitive.name == "cond" and not read[0]:
             branches = [
-                _depends_on(branch.jaxpr, read[1:]) for branch in eqn.params["branches"]
+                depends_on(branch.jaxpr, read[1:]) for branch in eqn.params["branches"]
             ]
             outputs = [any(output) for output in zip(*branches, strict=True)]
         written = zip(eqn.outvars, outputs, strict=True)

@@ -119,8 +119,10 @@ def leafwise(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
+        _check.batch_index(batch_index)
         axes = resolve(weight_dimension_numbers, updates)
         gradients = _tree.leaves_by_path(updates)
+        _check.state_class(state, state_class)
         check_state(state)
         states = _state.by_leaf(fields, state, gradients)
         count = jnp.asarray(optax.safe_increment(state.count))

@@ -18,9 +18,10 @@ from apollo_optax._matrix import Matrix
 # Fira's limiter (arXiv 2410.01623) adds this to the remembered norm it divides by.
 TINY_NORM = 1e-8
 
-# A norm that constants against division by zero have shrunk below this share of itself
-# is not remembered: at 1% growth per step, an update would need ten steps to make up
-# for 0.9, and hundreds of steps for the norm of a vanishing gradient.
+# If `eps` or the 1e-8 reduces a norm to less than this share of what it would be
+# without them, the limiter does not remember it. At 1% growth per step, an update would
+# need ten steps to make up for 0.9, and hundreds of steps for the norm of a vanishing
+# gradient.
 LEAST_SHARE = 0.9
 
 
@@ -162,6 +163,7 @@ def limit_norm_growth(
     ) -> tuple[optax.Updates, LimitNormGrowthState]:
         del params, extra_args
         axes, leaves = leaf_axes(updates), _tree.leaves_by_path(updates)
+        _check.state_class(state, LimitNormGrowthState)
         remembered = _tree.leaves_by_path(state.norm)
         _check.same_paths(leaves, remembered)
         limited, norms = {}, {}
@@ -170,11 +172,12 @@ def limit_norm_growth(
             _check.not_varying(path, leaf)
             matrix = Matrix.of_gradient(update, axes[path], dtype)
             _check.state_shape(path, "norm", remembered[path], matrix.batch_shape)
-            factor, norms[path] = limit_norm(
+            factor, norm = limit_norm(
                 matrix.tensor_norms(update.astype(dtype)),
                 remembered[path],
                 norm_growth_limit,
             )
+            norms[path] = norm.astype(remembered[path].dtype)
             limited[path] = matrix.scale(update, matrix.per_channel(factor))
         return (
             jax.tree.unflatten(jax.tree.structure(updates), list(limited.values())),

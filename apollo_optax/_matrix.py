@@ -29,7 +29,7 @@ SCALE_TYPES: dict[str, Callable[[int], tuple[int, ...]]] = {
     "channel": lambda channel_axes: (),
     "tensor": lambda channel_axes: tuple(range(channel_axes)),
 }
-"""Which of its channel axes share a scaling factor, given how many a matrix has.
+"""Maps a matrix's number of channel axes to those that share a scaling factor.
 
 A scaling factor is a ratio of norms over the rank axis and the shared channel axes. The
 limiter takes the gradient's norms over the contracted side and the same channel axes,

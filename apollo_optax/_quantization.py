@@ -283,7 +283,8 @@ def apply_updates_stochastic(
     leaves = _tree.leaves_by_path(params, is_quantized)
     deltas = _tree.leaves_by_path(updates)
     _check_updates(leaves, deltas)
-    key, first = _threefry_key(key), _first_index(batch_index)
+    key, first = _threefry_key(key), 0 if batch_index is None else batch_index
+    _check.batch_index(first)
     # Follow the parameters' order of leaves. The updates' order can differ if their
     # containers sort keys differently.
     new = [
@@ -345,17 +346,6 @@ def _threefry_key(key: Any) -> jax.Array:
         return key
     words = jax.random.bits(key, (2,), jnp.uint32)
     return jax.random.wrap_key_data(words, impl=_keys.SEED_IMPL)
-
-
-def _first_index(batch_index: Any) -> jax.typing.ArrayLike:
-    if batch_index is None:
-        return 0
-    dtype = jnp.result_type(batch_index)
-    if jnp.ndim(batch_index) != 0 or not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(
-            f"batch_index must be an integer, the index of a layer, got {batch_index!r}"
-        )
-    return batch_index
 
 
 def _check_updates(

@@ -28,7 +28,7 @@ from apollo_optax._state import Field, LeafState
 # less than 1e-4 of the RMS that the strongest row has is scaled as if it had as much.
 # Without a floor, what is left of a dead row by rounding would be scaled up to the size
 # of all others.
-LEAST_SHARE = 1e-8
+LEAST_FACTOR = 1e-8
 
 ROW = Field(
     shape=lambda matrix: matrix.side_shape(matrix.axes.contracted),
@@ -48,7 +48,7 @@ class ScaleByRacsState(NamedTuple):
 
     All fields but `count` are trees in the structure of the parameters. A field that a
     leaf does not have is an ``optax.MaskedNode`` there. An array is in a Flax box if
-    the parameter's box says how to shard the parameter.
+    the parameter's box says how to shard the parameter; norms never are.
 
     In the shapes below, ``batch`` stands for the sizes of a matrix's batch axes,
     ``contracted`` for those of its smaller side, which has the rows, and ``channel``
@@ -247,12 +247,12 @@ def _update_matrix(
     X = G / m.spread(unit, ())
     # 2. q s^T is near H, by rounds from q_{t-1}
     q, s = _factors(m, jnp.square(X), _start(m, old[0]), h.iterations)
-    # 3. q = b q + (1 - b) q_t, s = b s + (1 - b) s_t, where s is kept as its root
+    # 3. q_t = b q_{t-1} + (1 - b) q, the same for s, which is kept as its root
     new = q, m.per_side(unit, columns) * jnp.sqrt(s)
     q, root_s = _averages(m, h.b, old, new, has_factors)
     # 4. U = diag(q)^(-1/2) G diag(s)^(-1/2), with a factor per matrix put off to step 7
-    q_shares, q_largest = _shares(m, q, rows, LEAST_SHARE)
-    root_s_shares, root_s_largest = _shares(m, root_s, columns, math.sqrt(LEAST_SHARE))
+    q_shares, q_largest = _shares(m, q, rows, LEAST_FACTOR)
+    root_s_shares, root_s_largest = _shares(m, root_s, columns, math.sqrt(LEAST_FACTOR))
     U = X / m.spread(jnp.sqrt(q_shares), rows) / m.spread(root_s_shares, columns)
     factor = unit / root_s_largest / jnp.sqrt(q_largest)
     # 5. U = U / max(1, RMS(U))
@@ -278,7 +278,7 @@ def _start(m: Matrix, q: jax.Array) -> jax.Array:
     A row without a gradient until now counts as the least share of the largest. With a
     weight of 0, a matrix of which only such rows have a gradient would get no factors.
     """
-    shares, _ = _shares(m, q, m.axes.contracted, LEAST_SHARE)
+    shares, _ = _shares(m, q, m.axes.contracted, LEAST_FACTOR)
     is_first = m.reduce(jnp.max, q) == 0
     return jnp.where(m.per_side(is_first, m.axes.contracted), 1, shares)
 

@@ -34,8 +34,8 @@ NEWTON_SCHULZ_STEPS = 6
 # one, their errors exceed those of the iterates themselves.
 WEIGHT_DEGREE = 8
 
-# The smallest singular value, relative to the largest, that the weights of the
-# Newton-Schulz iterates are fitted for.
+# The smallest singular value that the weights of the Newton-Schulz iterates are fitted
+# for. It is relative to the fourth root of the sum of all fourth powers.
 SMALLEST_FITTED = 1e-3
 
 # The floor of a Gram matrix's eigenvalues relative to the largest one, in units of the
@@ -60,9 +60,9 @@ SMALLEST_LEVEL = 1e-6
 
 
 def normalize(tensor: jax.Array, rows: Axes, columns: Axes) -> jax.Array:
-    """Divides each row by its root mean square, then each column by its own, once.
+    """Divides each row by its root mean square, then each column by its own.
 
-    Zero rows and columns stay zero.
+    The rows are not divided again after the columns. Zero rows and columns stay zero.
 
     Args:
       tensor: a leaf of any magnitude.
@@ -107,7 +107,7 @@ def exact(matrix: Matrix, X: jax.Array, power: Any) -> jax.Array:
 
 
 def newton_schulz(matrix: Matrix, X: jax.Array, power: Any) -> jax.Array:
-    """``F(X)`` times a constant, by products alone, in the dtype of the matrix.
+    """``F(X)`` to within a few percent, by products alone, in the matrix's dtype.
 
     It is a weighted sum of Muon's Newton-Schulz iterates. Each iterate brings smaller
     singular values near 1 than the one before does, and the weights make ``s^p`` of

@@ -72,7 +72,8 @@ class ScaleByApolloState(NamedTuple):
     """State of :func:`scale_by_apollo`.
 
     `mu`, `nu`, `norm` and `projection` are trees in the structure of the parameters. An
-    array is in a Flax box if the parameter's box says how to shard the parameter.
+    array is in a Flax box if the parameter's box says how to shard the parameter; norms
+    never are.
 
     In the shapes below, ``batch`` stands for the sizes of a matrix's batch axes,
     ``channel`` for those of its channel side and ``contracted`` for those of the other
@@ -367,7 +368,9 @@ def state_owners(state: Any, params: Any) -> Any:
 
     Returns:
       A tree of the structure of `state`. Every leaf is the path of a parameter, such as
-      ``"layers/mlp/kernel"``, or ``""`` if it belongs to no parameter.
+      ``"layers/mlp/kernel"``, or ``""`` if it belongs to no parameter. A parameter
+      without a path, which is a single array, has the name ``""`` too. Optax's counts
+      seem to belong to a parameter that has the name ``count``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

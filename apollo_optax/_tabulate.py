@@ -47,8 +47,9 @@ def tabulate(
 ) -> str:
     """A table of the state that `tx` keeps for each parameter, from shapes alone.
 
-    Works for any Optax pipeline. No array is allocated. "4 contracted" means that the
-    side of size 4 is projected away, and that the other side has the channels.
+    Works for any Optax pipeline. No array is allocated. "Adam" stands for two arrays of
+    the parameter's shape, whichever optimizer they belong to. "4 contracted" means that
+    the side of size 4 is projected away, and that the other side has the channels.
 
     Args:
       tx: the optimizer.
@@ -213,7 +214,12 @@ def _state_by_parameter(
     parameters = _tree.leaves_by_path(params)
     leaves = _tree.leaves_by_path(jax.eval_shape(tx.init, params))
     masked = jax.tree.map(lambda _: optax.MaskedNode(), params)
-    shared = _state.shared_state(tx.init, masked)
+    try:
+        shared = _state.shared_state(tx.init, masked)
+    except (IndexError, TypeError, ValueError):
+        # Some need an array, such as `optax.flatten` and `optax.lbfgs`. Names then tell
+        # what belongs to no parameter.
+        shared = ()
     owned: dict[_tree.Path | None, _Owned] = {path: [] for path in [*parameters, None]}
     for path, owner in _state.owners(leaves, parameters, shared).items():
         owned[owner.parameter].append((owner, leaves[path]))

@@ -319,10 +319,8 @@ def _share(
 
 
 def _over_root(mu: jax.Array, nu: jax.Array) -> jax.Array:
-    """``mu / sqrt(nu)``, and 0 for 0 / 0, where there has been no gradient.
+    """``mu / sqrt(nu)``, and 0 where there has been no gradient.
 
-    Nothing is divided by zero, because debuggers of NaN would report that.
+    A quotient 0 / 0 there would be reported by JAX's checks for NaN.
     """
-    has_root = nu != 0
-    ratio = mu / jnp.sqrt(jnp.where(has_root, nu, jnp.ones_like(nu)))
-    return jnp.where(has_root | (mu == 0), ratio, jnp.full_like(mu, jnp.inf))
+    return mu / jnp.where((mu == 0) & (nu == 0), jnp.ones_like(nu), jnp.sqrt(nu))

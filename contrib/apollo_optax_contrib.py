@@ -31,7 +31,8 @@ class ScaleByApolloState(NamedTuple):
       mu: first moments, ``(r, n)`` for a matrix whose larger side is ``n``, and of the
         parameter's shape for any other leaf.
       nu: second moments, of the same shapes.
-      norm: norm of each matrix's last update, a scalar per leaf.
+      norm: the norm of each matrix's update that the limiter remembers; a scalar per
+        leaf.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -254,7 +255,14 @@ def _is_matrix(tree: Any, matrices: Mask | None) -> Any:
     """A tree of booleans: whether each leaf has two sides that can be projected."""
     if matrices is None:
         return jax.tree.map(lambda leaf: leaf.ndim == 2 and min(leaf.shape) > 1, tree)
-    return matrices(tree) if callable(matrices) else matrices
+    mask = matrices(tree) if callable(matrices) else matrices
+    # `masked` and `partition` hand over a tree without some of its leaves.
+    return jax.tree.map(
+        lambda leaf, chosen: leaf if isinstance(leaf, optax.MaskedNode) else chosen,
+        tree,
+        mask,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
 
 
 def _moment_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int]:
@@ -281,7 +289,9 @@ def _share(
 ) -> jax.Array:
     """How much of the update's norm eps and the 1e-8 leave, from 0 to 1."""
     R_norm = _norm(R, axis)
-    undamped = _norm(jnp.nan_to_num(mu / jnp.sqrt(nu)), axis)
+    # Both moments are zero where there has been no gradient.
+    root = jnp.where((mu == 0) & (nu == 0), 1.0, jnp.sqrt(nu))
+    undamped = _norm(mu / root, axis)
     damped = _norm(N, axis) * R_norm / (R_norm + _TINY_NORM)
     return _norm(damped) / _norm(jnp.where(R_norm > 0, undamped, 0.0))
 

@@ -1,5 +1,7 @@
 """Every mistake gives one error that names the value, the leaf and the remedy."""
 
+import functools
+import inspect
 import re
 
 import jax
@@ -13,8 +15,12 @@ from apollo_optax import (
     ApolloDimensionNumbers,
     apollo,
     apollo_mini,
+    apollo_zero,
     limit_norm_growth,
+    racs,
     scale_by_apollo,
+    scale_by_flattening,
+    scale_by_racs,
 )
 from tests.helpers import make_mesh, put
 
@@ -70,6 +76,16 @@ PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
             TypeError,
             "moment_dtype must be a real floating-point dtype",
         ),
+        (
+            {"moment_dtype": jnp.float8_e4m3fn},
+            ValueError,
+            "moment_dtype float8_e4m3fn has too few bits",
+        ),
+        (
+            {"b2": jnp.array(0.999, jnp.bfloat16)},
+            TypeError,
+            "b2 has dtype bfloat16.*hyperparam_dtype=jnp.float32",
+        ),
         ({"moment_dtype": "flot32"}, TypeError, "moment_dtype must be .*got 'flot32'"),
         ({"key": 0.5}, TypeError, "key must be an int seed.*got 0.5"),
         ({"key": True}, TypeError, "key must be an int seed.*got True"),
@@ -118,6 +134,45 @@ def test_rejects_inject_hyperparams_without_static_args():
     tx = optax.inject_hyperparams(apollo)(learning_rate=0.1)
     with pytest.raises(TypeError, match="STATIC_ARGS"):
         tx.init(PARAMS)
+
+
+TRANSFORMATIONS = [
+    lambda: scale_by_apollo(2),
+    scale_by_racs,
+    scale_by_flattening,
+    limit_norm_growth,
+]
+
+
+@pytest.mark.parametrize("make", TRANSFORMATIONS)
+def test_rejects_the_state_of_another_transformation(make):
+    state = optax.scale_by_adam().init(PARAMS)
+    with pytest.raises(
+        ValueError, match="the state is a ScaleByAdamState without .*call init again"
+    ):
+        make().update(PARAMS, state)
+
+
+@pytest.mark.parametrize("make", TRANSFORMATIONS[:3])
+@pytest.mark.parametrize("index", [1.5, None, (0, 1), True])
+def test_rejects_a_batch_index_that_is_no_integer(make, index):
+    tx = make()
+    with pytest.raises(TypeError, match="batch_index must be an integer"):
+        tx.update(PARAMS, tx.init(PARAMS), batch_index=index)
+
+
+@pytest.mark.parametrize("optimizer", [apollo, apollo_mini, apollo_zero, racs])
+def test_rejects_hyperparameters_that_are_injected_in_bfloat16(optimizer):
+    """In bfloat16, a b2 of 0.999 is 1, so that all updates would be 0."""
+    names = apollo_optax.STATIC_ARGS | {"iterations"}
+    static = names & inspect.signature(optimizer).parameters.keys()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    inject = functools.partial(optax.inject_hyperparams, optimizer, static_args=static)
+    with pytest.raises(TypeError, match=r"has dtype bfloat16.*hyperparam_dtype"):
+        inject()(learning_rate=0.1).init(params)
+    tx = inject(hyperparam_dtype=jnp.float32)(learning_rate=0.1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert (updates["layer"]["bias"] < 0).all()
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])

@@ -82,6 +82,30 @@ def test_trains_and_takes_a_mask() -> None:
     assert loss(after) < loss(params) / 2
 
 
+def test_a_mask_goes_with_masked_and_partition() -> None:
+    params = {"embed": jnp.ones((6, 8)), "kernel": jnp.ones((8, 16))}
+    is_kernel = {"embed": False, "kernel": True}
+    ours = contrib.scale_by_apollo(2, matrices=is_kernel)
+    labels = jax.tree.map(str, is_kernel)
+    for tx in (
+        optax.masked(ours, is_kernel),
+        optax.partition({"True": ours, "False": optax.sgd(1.0)}, labels),
+    ):
+        state = tx.init(params)
+        updates, _ = jax.jit(tx.update)(params, state, params)
+        shapes = {x.shape for x in jax.tree.leaves(state)}
+        assert shapes == {(), (2,), (2, 16)}
+        assert not jnp.allclose(updates["kernel"], params["kernel"])
+
+
+def test_a_channel_without_a_gradient_divides_nothing_by_zero() -> None:
+    params = {"kernel": jnp.ones((8, 16)).at[:, 3].set(0.0)}
+    tx = contrib.scale_by_apollo(2)
+    with jax.debug_nans(True):
+        updates, _ = tx.update(params, tx.init(params))
+    assert (updates["kernel"][:, 3] == 0).all()
+
+
 def test_rejects_an_unknown_scale_type() -> None:
     with pytest.raises(ValueError, match="'channel' or 'tensor', got row"):
         contrib.scale_by_apollo(4, scale_type="row")

@@ -102,7 +102,7 @@ def test_maxtext_layers_need_rules():
         scale_by_apollo(4).init(params)
     (warning,) = caught
     message = str(warning.message)
-    assert message.startswith("4 leaves of three or more axes, ")
+    assert message.startswith("Adam trains 4 leaves of three or more axes, ")
     total = 32 * 8 + 16 * 8 + 8 + 16 + 8 * 32 + 256 + 256 + 32 + 192 + 192
     assert f"{(256 + 256 + 192 + 192) / total:.0%} of the parameters" in message
     assert "'decoder/layers/self_attention/out/kernel' (4, 2, 4, 8)" in message

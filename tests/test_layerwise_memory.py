@@ -14,7 +14,9 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from apollo_optax import (
+    _layerwise,
     _stack_rows,
+    _tree,
     dequantize,
     state_sharding,
 )
@@ -91,6 +93,19 @@ def test_gradients_of_all_layers_never_exist(name):
     assert max(growths(lambda model, tx: model.step(tx), (2, 4, 8))) <= input_bytes + 64
     # The ordinary step exceeds the limit above, so the limit can fail.
     assert min(growths(scanned_step, (2, 8))) >= layer_bytes
+
+
+@pytest.mark.parametrize("jit", [lambda function: function, jax.jit])
+def test_leaves_that_only_other_parts_read_do_not_wait_for_the_embedding(jit):
+    model = toy()
+    rest = _tree.leaves_by_path(without(model.params, ["layers"]))
+
+    def embedded(leaves):
+        params = {"embed": {"embedding": leaves["embed", "embedding"]}}
+        return embed(params, batches()[0])
+
+    assert ("lm_head", "kernel") in rest
+    assert _layerwise._read_by(jit(embedded), rest) == [("embed", "embedding")]
 
 
 # With older versions, a loop that reads host memory aborts the process on CPUs.

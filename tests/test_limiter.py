@@ -84,6 +84,14 @@ def test_transformation_limits_each_leaf_by_itself():
     chex.assert_trees_all_close(updates["kernel"], first["kernel"] * LIMIT)
 
 
+def test_norms_keep_the_dtype_that_they_began_with():
+    with jax.enable_x64(True):
+        tx = limit_norm_growth()
+        state = tx.init(jnp.zeros(3, jnp.float64))
+        _, after = tx.update(jnp.ones(3, jnp.float32), state)
+        assert after.norm.dtype == state.norm.dtype == jnp.float64
+
+
 def test_batch_elements_are_limited_separately():
     # The batch axis is the last one, as in MaxText's scanned layers.
     numbers = ApolloDimensionNumbers(0, 1)

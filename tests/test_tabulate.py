@@ -126,3 +126,13 @@ def test_parameters_may_be_named_like_fields_of_other_states():
 def test_scalars_and_the_empty_tree_have_tables():
     assert rows(tabulate(apollo(0.1), {"t": leaf()}))["t"][:2] == ["()", "Adam"]
     assert rows(tabulate(apollo(0.1), {}))["total"] == ["12", "4"]
+
+
+def test_optimizers_that_need_an_array_have_a_table_too():
+    size = 3 * 8 * 16 + 3 * 8 + 2 * 100 * 8
+    for tx in (optax.flatten(optax.adam(0.1)), optax.lbfgs()):
+        total = rows(tabulate(tx, PARAMS))["total"]
+        state = jax.tree.leaves(jax.eval_shape(tx.init, PARAMS))
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+        assert nbytes > 4 * size
+        assert f"{nbytes:,}" in total

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 from scipy import stats
 
 from apollo_optax import (
@@ -448,6 +449,19 @@ def test_moments_accumulate_bfloat16_gradients_in_float32():
     _, (*_, wide) = run(scale_by_apollo(2), in_float32)
     assert state.nu.dtype == jnp.float32
     np.testing.assert_allclose(state.nu, wide.nu, rtol=1e-6)
+
+
+def test_channels_without_a_gradient_divide_nothing_by_zero():
+    gradient = normal(0, (8, 16)).at[:, 3].set(0.0)
+    tx = scale_by_apollo(2)
+    update = checkify.checkify(jax.jit(tx.update), errors=checkify.nan_checks)
+    error, (updates, _) = update(gradient, tx.init(gradient))
+    error.throw()
+    assert (updates[:, 3] == 0).all()
+    # The check sees a gradient of NaN.
+    error, _ = update(gradient.at[0, 0].set(jnp.nan), tx.init(gradient))
+    with pytest.raises(checkify.JaxRuntimeError, match="nan"):
+        error.throw()
 
 
 def test_nan_stays_in_its_leaf():

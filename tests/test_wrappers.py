@@ -147,7 +147,7 @@ def test_default_rule_sees_the_name_above(wrap):
 def test_no_warning_of_wrapped_vectors(wrap):
     tx = scale_by_apollo(2)
     tx.init({"x": {"bias": wrap(jnp.ones((2, 3, 4)))}})
-    with pytest.warns(UserWarning, match="1 leaves of three or more axes"):
+    with pytest.warns(UserWarning, match="Adam trains 1 leaf of three or more axes"):
         tx.init({"x": {"kernel": wrap(jnp.ones((2, 3, 4)))}})
 
 
