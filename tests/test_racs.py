@@ -25,7 +25,7 @@ from apollo_optax import (
     tabulate,
 )
 from apollo_optax._dimension_numbers import matrix_axes
-from apollo_optax._racs import LEAST_SHARE
+from apollo_optax._racs import LEAST_FACTOR
 from benchmarks.hlo import collectives
 from tests.helpers import (
     AXIS_TYPES,
@@ -60,7 +60,7 @@ def reference(gradients, b=0.9, iterations=1, limit=1.01):
         H = G**2
         if H.any():
             new_q = np.ones(len(G)) if q is None else q
-            new_q = np.maximum(new_q / new_q.max(), LEAST_SHARE)
+            new_q = np.maximum(new_q / new_q.max(), LEAST_FACTOR)
             new_s = np.zeros(0)
             for _ in range(iterations):
                 new_s = H.T @ new_q / (new_q @ new_q)
@@ -72,7 +72,7 @@ def reference(gradients, b=0.9, iterations=1, limit=1.01):
         if q is None:
             updates.append(np.zeros_like(G))
             continue
-        rows, columns = (np.maximum(x, LEAST_SHARE * x.max()) for x in (q, s))
+        rows, columns = (np.maximum(x, LEAST_FACTOR * x.max()) for x in (q, s))
         U = G / np.sqrt(rows)[:, None] / np.sqrt(columns)
         U /= max(1, np.sqrt(np.mean(U**2)))
         if limit is not None:
