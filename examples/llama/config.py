@@ -129,7 +129,7 @@ class LlamaConfig:
 
 # 60m to 7b are the shapes of the GaLore and APOLLO papers, and 13b is LLaMA-13B. The
 # others are the published models of their names: mistral-7b is version 0.3, and
-# qwen2.5-7b has the context of the base model. `tiny` and `6m` are for CPUs: two
+# qwen2.5-7b has the context of the base model. `tiny` and `6m` are for CPUs: three
 # optimizers train `tiny` for a few hundred steps in a few minutes on two cores.
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(2048, 128, 344, 4, 4),

@@ -3,10 +3,13 @@
 Run it with `python -m examples.llama.export --run R --to D`.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import tokenizers
 
 from apollo_optax import dequantize
@@ -22,6 +25,7 @@ from examples.llama.options import CHOICES, parse
 from examples.llama.run.checkpoint import restore_params
 from examples.llama.run.errors import (
     UsageError,
+    device_memory_is_full,
     exit_on_usage_error,
     first_line,
     notice,
@@ -40,8 +44,8 @@ class ExportOptions:
     run: Path
     """Folder of the run."""
     to: Path
-    """Folder to write config.json, *.safetensors and the tokenizer to. It must not
-    exist."""
+    """Folder to write config.json, *.safetensors and the tokenizer to. It must be empty
+    or not exist."""
     step: int | None = None
     """The checkpoint's step; by default the newest."""
     best: bool = False
@@ -80,12 +84,33 @@ def config_of_run(folder: Path) -> tuple[LlamaConfig, dict[str, Any]]:
     return LlamaConfig(**shape), run
 
 
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Raises `UsageError` with the remedy if the weights do not fit in memory."""
+    try:
+        yield
+    except Exception as error:
+        on_device = device_memory_is_full(error)
+        if not (on_device or isinstance(error, MemoryError)):
+            raise
+        remedy = (
+            "export in the host's memory, with JAX_PLATFORMS=cpu"
+            if on_device and jax.default_backend() != "cpu"
+            else "use a machine with more memory"
+        )
+        raise UsageError(
+            f"the weights do not fit in memory ({first_line(error)}); {remedy}"
+        ) from error
+
+
+@memory_explained()
 def export(options: ExportOptions) -> None:
     """Writes the weights.
 
     Raises:
         UsageError: if there is no such run or checkpoint, if something would be
-            overwritten, or if --adapter or --merge does not fit the run.
+            overwritten, if --adapter or --merge does not fit the run, or if memory is
+            too small.
     """
     config, run = config_of_run(options.run)
     check_adapters(options, config)

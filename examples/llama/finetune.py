@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 
 from examples.llama.config import LlamaConfig
-from examples.llama.evaluate import perplexity
+from examples.llama.evaluate import perplexity, rows_at_once
 from examples.llama.hf import pretrained
 from examples.llama.loop import Text
 from examples.llama.mesh import batch_share
@@ -53,7 +53,6 @@ from examples.llama.text.template import TEMPLATE, find_template
 from examples.llama.text.tokenizer import Encoder, load_tokenizer
 from examples.llama.train import train
 
-EVALUATED_AT_ONCE = 8  # Rows.
 PROMPTS = 2  # The held-out conversations that samples answer.
 
 
@@ -87,7 +86,8 @@ def load_text(
     rows = packed_rows(options, train_set)
     options = with_steps(options, len(rows), conversations, train_set)
     share, shares = batch_share(mesh, options.batch)
-    longest_prompt = max(1, config.max_seq_len - LENGTH)
+    # A prompt is no longer than a row, which bounds the memory of a sample.
+    longest_prompt = max(1, min(options.seq, config.longest_seq - LENGTH))
     text = Text(
         tokenizer=encoder.tokenizer,
         end_id=encoder.end_id,
@@ -104,8 +104,7 @@ def load_text(
         held_out=evaluation_batches(
             Packed(held_out, options.seq + 1, seed=0),
             count=options.eval_windows,
-            # An evaluation needs no more memory than a step.
-            batch=min(EVALUATED_AT_ONCE, options.batch),
+            batch=rows_at_once(options),
         ),
         prompts={
             f"{each.question}\n> ": chat_encoder.prompt(each)[-longest_prompt:]
@@ -150,7 +149,9 @@ def read_conversations(options: FinetuneOptions) -> Conversations:
     source = open_conversations("--data", options.data)
     other = source.held_out()
     if options.validation:
-        other = open_conversations("--validation", options.validation)
+        given = open_conversations("--validation", options.validation)
+        # A data set on the hub may have held-out rows of its own.
+        other = given.held_out() or given
     labelled: Iterable[tuple[str, Document]] = (
         split(source, options.data)
         if other is None

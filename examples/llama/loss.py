@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-LOGITS_BYTES = 2**28  # The bytes of one chunk's float32 logits, over the whole batch.
+LOGITS_BYTES = 2**28  # The bytes of one chunk's float32 logits on one device.
 # Up to this size the head's gradient is always summed over the chunks, in float32.
 HEAD_SUM_BYTES = 2**30
 

@@ -73,7 +73,7 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model is computed: its speed and memory, but not its values."""
+    """How a model is computed. Only the dtypes change values beyond rounding."""
 
     remat: str = "dots"
     """A key of `REMAT_POLICIES`."""
@@ -93,11 +93,17 @@ class Execution:
         """Returns the size per device of an axis that is sharded over `axes`."""
         return size if self.mesh is None else -(-size // shard_count(self.mesh, axes))
 
-    def attention_implementation(self, head_size: int) -> Any:
+    def attention_implementation(
+        self, head_size: int, length: int, *, has_mask: bool
+    ) -> Any:
         if self.attention != "auto":
             return self.attention
         fits = (
-            self.compute_dtype == "bfloat16" and head_size <= 128 and head_size % 8 == 0
+            self.compute_dtype == "bfloat16"
+            and head_size <= 128
+            and head_size % 8 == 0
+            # JAX has no gradient of cuDNN's attention with a mask and an odd length.
+            and not (has_mask and length % 2)
         )
         return "cudnn" if fits and cudnn_has_flash_attention() else "xla"
 
@@ -270,7 +276,7 @@ class Attention(nnx.Module):
             mask=mask_Bx1xTxT,
             is_causal=True,
             implementation=self.execution.attention_implementation(
-                self.config.head_size
+                self.config.head_size, T, has_mask=mask_Bx1xTxT is not None
             ),
         )
         return self.o_proj(out_BxTxNxH.reshape(B, T, -1))

@@ -687,6 +687,27 @@ def make_schedule(
     )
 
 
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Returns Optax's transformation of the name, with a norm in float32.
+
+    Optax sums the squares in the gradients' dtype, and in bfloat16 small ones are lost.
+    """
+
+    def clipped(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        norm = global_norm(updates)
+        factor = jnp.where(norm < limit, 1, limit / norm)
+        return jax.tree.map(lambda x: (factor * x).astype(x.dtype), updates)
+
+    return optax.stateless(clipped)
+
+
+def global_norm(grads: Any) -> jax.Array:
+    return jnp.sqrt(
+        sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
+    )
+
+
 def lr_group(path: str) -> str:
     of_kernels = re.search(KERNELS, path) or re.search(ADAPTERS, path)
     return "kernels" if of_kernels else "rest"
@@ -722,5 +743,5 @@ def make_optimizer(
     transformations = [scaler, optax.partition(rates, lr_groups)]
     if options.clip_norm is not None:
         # Without it, the chain stays as in the checkpoints of earlier runs.
-        transformations.insert(0, optax.clip_by_global_norm(options.clip_norm))
+        transformations.insert(0, clip_by_global_norm(options.clip_norm))
     return optax.chain(*transformations), schedules

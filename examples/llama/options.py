@@ -33,8 +33,8 @@ CHOICES = {
     "--schedule": ("cosine", "linear"),
 }
 
-# These options may change when a run is resumed. The results stay the same, up to
-# rounding.
+# These options may change when a run is resumed. The trained weights stay the same, up
+# to rounding, unless a step is not finite.
 CHANGEABLE = frozenset(
     (
         "layerwise",
@@ -116,8 +116,8 @@ class TrainingOptions(TextOptions):
     mesh: str = "data=1"
     """The mesh of devices, such as data=2,fsdp=2,tensor=2. data and fsdp shard each
     batch, fsdp shards every matrix of weights, and tensor shards their heads and
-    columns. The sizes must multiply to the number of devices. An axis that is left out
-    has size 1."""
+    columns. The sizes must multiply to the number of devices, except that data=1
+    takes the first device alone. An axis that is left out has size 1."""
     steps: int = 800
     """Training steps. Learning rates rise in the first tenth of them."""
     schedule: str = "cosine"
@@ -130,7 +130,8 @@ class TrainingOptions(TextOptions):
     seq: int = 128
     """Tokens per sequence."""
     seed: int = 0
-    """Sets the initial weights, the order of the data and APOLLO's projections."""
+    """Sets the initial weights, the order of the data, the samples, stochastic rounding
+    and APOLLO's projections."""
     workers: int = 2
     """Threads that read data ahead."""
     eval_every: int = 100

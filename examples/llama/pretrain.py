@@ -9,7 +9,7 @@ output folder.
 import jax
 
 from examples.llama.config import LlamaConfig
-from examples.llama.evaluate import perplexity
+from examples.llama.evaluate import MOST_ROWS, perplexity, rows_at_once
 from examples.llama.hf import pretrained
 from examples.llama.loop import Text
 from examples.llama.mesh import batch_share
@@ -47,8 +47,10 @@ def load_text(
         process_count=shares,
     )
     held_out = validation_batches(
-        text.validation, seq=options.seq, count=options.eval_windows
+        text.validation, seq=options.seq, count=options.eval_windows, batch=MOST_ROWS
     )
+    # The windows are the same for any batch.
+    held_out = held_out.reshape(-1, rows_at_once(options), options.seq + 1)
     # A sample is the start of a document.
     start_id = text.prefix[-1] if text.prefix else text.end_id
     return options, Text(

@@ -40,7 +40,8 @@ def make_sampler(
         mesh: the mesh of the parameters.
     """
     length = max(map(len, prompts.values())) + LENGTH  # One length, so one program.
-    known = tokenizer.get_vocab_size()  # The model's vocabulary may be larger.
+    # The model's vocabulary may be larger, and the ids of the tokens may have gaps.
+    known = 1 + max(tokenizer.get_vocab().values())
 
     @functools.partial(jax.jit, out_shardings=on_every_device(mesh))
     def sampled_tokens(

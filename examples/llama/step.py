@@ -20,7 +20,7 @@ from examples.llama.model import (
     next_token_loss,
     target_weights,
 )
-from examples.llama.optimizers import lr_group, path_name
+from examples.llama.optimizers import global_norm, lr_group, path_name
 
 
 class TrainState(NamedTuple):
@@ -239,10 +239,4 @@ def accumulated(
     (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), stacked)
     return loss / micro_batches, jax.tree.map(
         lambda g, p: (g / micro_batches).astype(p.dtype), grads, params
-    )
-
-
-def global_norm(grads: Params) -> jax.Array:
-    return jnp.sqrt(
-        sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
     )

@@ -145,7 +145,10 @@ def train(
         )
         if measure_updates:
             train_step = with_update_rms(train_step, options.evaluates_after)
-        evaluate = with_frozen(make_evaluation(options, pieces, text, mesh), frozen)
+        recorder = Recorder(options, config, mesh, schedules["kernels"], log, bar)
+        evaluate = recorder.checked(
+            with_frozen(make_evaluation(options, pieces, text, mesh), frozen)
+        )
         if keep_best:
             best = stack.enter_context(
                 BestWeights(options.out, step=step, config=description)
@@ -161,14 +164,13 @@ def train(
                 mesh=mesh,
                 stop=stop,
                 evaluate=evaluate,
-                recorder=Recorder(
-                    options, config, mesh, schedules["kernels"], log, bar
-                ),
+                recorder=recorder,
                 checkpoints=checkpoints,
             )
         except DivergedError as error:
             checkpoints.wait()
             raise DivergedError(f"{error}; {checkpoints.newest()}") from error
+    # The curves mark the run as finished, so all checkpoints must be on disk before.
     if is_first():
         plots.plot_curves({options.optimizer: options.out}, options.out)
     result = result_of(options)

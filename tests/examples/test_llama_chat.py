@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from examples.llama.hf import pretrained
 from examples.llama.run.errors import UsageError
@@ -23,7 +24,13 @@ from examples.llama.text.packing import (
 )
 from examples.llama.text.template import find_template
 from examples.llama.text.tokenizer import load_tokenizer
-from tests.examples.chat_models import CHATML, TEMPLATES, THINKING, write_tokenizer
+from tests.examples.chat_models import (
+    CHATML,
+    TEMPLATES,
+    THINKING,
+    chat_tokenizer,
+    write_tokenizer,
+)
 
 CHAT = (
     {"role": "user", "content": "What is 1 + 1?"},
@@ -40,9 +47,17 @@ TODAY = datetime.date(2026, 11, 27)
 
 
 def encoder_of(
-    folder: Path, template: str | None = CHATML, *, learn_all: bool = False
+    folder: Path,
+    template: str | None = CHATML,
+    *,
+    learn_all: bool = False,
+    trim_offsets: bool = False,
 ) -> ChatEncoder:
     write_tokenizer(folder, template)
+    if trim_offsets:
+        tokenizer = chat_tokenizer()
+        tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
     files = pretrained.find_files(str(folder), None)
     return ChatEncoder(
         "`data` 'x'",
@@ -128,19 +143,45 @@ def test_what_follows_the_last_answer_is_no_sequence(tmp_path: Path) -> None:
     assert decoded(encoder, example.tokens).endswith("</think>One.<|im_end|>\n")
 
 
+@pytest.mark.parametrize("trim_offsets", [False, True])
 def test_says_that_an_answer_shares_a_token_with_the_prompt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trim_offsets: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
         "{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
     )
-    encoder = encoder_of(tmp_path, template)
+    encoder = encoder_of(tmp_path, template, trim_offsets=trim_offsets)
     chat = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "ttt"})
     (example,) = encoder.examples([Conversation("x:1", chat)])
     # " t" is one token, so the answer begins with the second "t" of "ttt".
     assert decoded(encoder, example.tokens[example.weights == 1]) == "tt</s>"
     assert "1 answers begin in the middle of a token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_says_that_a_completion_shares_a_token_with_the_prompt(
+    trim_offsets: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        Conversation("x:1", (), "What: ", "three \N{GRINNING FACE}"),
+        Conversation("x:2", (), "What: ", "4"),
+        Conversation("x:3", (), "What:", " three"),
+    ]
+    encoder = encoder_of(tmp_path, None, trim_offsets=trim_offsets)
+    examples = encoder.examples(rows)
+    # " t" is one token, and the space before "4" is a token of the prompt.
+    assert [decoded(encoder, each.tokens[each.weights == 1]) for each in examples] == [
+        "hree \N{GRINNING FACE}</s>",
+        "4</s>",
+        " three</s>",
+    ]
+    said = capsys.readouterr().err
+    assert "1 answers begin in the middle of a token" in said
+    assert "end the prompt without a space and begin the completion with it" in said
+    encoder = encoder_of(tmp_path, None, learn_all=True, trim_offsets=trim_offsets)
+    assert all(each.weights.all() for each in encoder.examples(rows))
+    assert not capsys.readouterr().err
 
 
 def test_prompts_completions_and_texts(tmp_path: Path) -> None:
@@ -295,6 +336,22 @@ def test_rows_of_all_kinds(folder: Path) -> None:
 def test_rejects_rows(row: Any, message: str, folder: Path) -> None:
     with pytest.raises(UsageError, match=message):
         rows_of(folder, {"text": "fine"}, row)
+
+
+def test_rejects_messages_with_values_that_json_has_not(folder: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    fine = {"role": "user", "content": "?"}
+    timed = fine | {"extra": {"time": datetime.datetime(2026, 11, 27)}}
+    rows = [{"messages": [fine]}, {"messages": [fine, timed]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), "chat.parquet")
+    with pytest.raises(
+        UsageError,
+        match=r"`data` 'chat.parquet': chat.parquet row 2: message 2: extra cannot be "
+        r"written as JSON \(.*datetime.*\); make it a string, or remove the field",
+    ):
+        list(open_conversations("`data`", "chat.parquet"))
 
 
 def test_rejects_data_without_rows(folder: Path) -> None:

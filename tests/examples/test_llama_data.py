@@ -1,10 +1,13 @@
 import itertools
 import json
+from pathlib import Path
 
 import grain
 import numpy as np
 import pytest
 
+from examples.llama.evaluate import rows_at_once
+from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.text import loader
 from examples.llama.text.windows import Windows, validation_batches
@@ -139,3 +142,14 @@ def test_processes_must_divide_the_batch() -> None:
 def test_batches_of_one_window() -> None:
     batches = loader.train_loader([np.arange(1000)], seq=9, batch=1, seed=0)
     assert next(batches).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "rows"),
+    [(64, 1, 8), (64, 8, 8), (8, 1, 8), (12, 2, 4), (3, 1, 2), (8, 8, 1), (1, 1, 1)],
+)
+def test_an_evaluation_has_no_more_rows_than_a_step(
+    batch: int, accumulate: int, rows: int
+) -> None:
+    options = RunOptions(out=Path("unused"), batch=batch, accumulate=accumulate)
+    assert rows_at_once(options) == rows

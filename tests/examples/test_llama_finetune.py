@@ -97,6 +97,29 @@ def test_trains_resumes_and_exports(
     assert loss == pytest.approx(losses[best], abs=1e-5)
 
 
+def test_held_out_rows_are_those_of_the_validations_own_split(
+    start: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        turns = [
+            {"role": "user", "content": split},
+            {"role": "assistant", "content": "yes"},
+        ]
+        (folder / f"{split}.jsonl").write_text(json.dumps({"messages": turns}))
+    options = FinetuneOptions(
+        out=tmp_path / "tuned",
+        init_from=str(start / "model"),
+        data=f"hf:{folder}",
+        validation=f"hf:{folder}",
+    )
+    train, held_out = finetune.read_conversations(options)
+    assert [each.question for each in train] == ["train"]
+    assert [each.question for each in held_out] == ["validation"]
+
+
 @pytest.mark.slow  # Other tests have packing by layers, and int8.
 def test_layerwise_int8_with_a_given_template(start: Path, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"

@@ -291,9 +291,17 @@ def test_dtypes_of_parameters_and_of_the_computation(small: LlamaConfig) -> None
 def test_the_attention_kernel_is_the_one_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def kernel(
+        execution: Execution,
+        head_size: int = 64,
+        length: int = 127,
+        has_mask: bool = False,
+    ) -> str:
+        return execution.attention_implementation(head_size, length, has_mask=has_mask)
+
     half = Execution(compute_dtype="bfloat16")
-    assert Execution(attention="cudnn").attention_implementation(64) == "cudnn"
-    assert half.attention_implementation(64) == "xla"  # This machine has no GPU.
+    assert kernel(Execution(attention="cudnn")) == "cudnn"
+    assert kernel(half) == "xla"  # This machine has no GPU.
 
     def device(kind: str, version: str, capability: str) -> Any:
         client = types.SimpleNamespace(platform_version=version)
@@ -308,21 +316,17 @@ def test_the_attention_kernel_is_the_one_asked_for(
         (device("tpu", "TFRT TPU v5", ""), "xla"),
     ):
         monkeypatch.setattr(jax, "local_devices", lambda gpu=gpu: [gpu])
-        assert half.attention_implementation(64) == expected
+        assert kernel(half) == expected
     monkeypatch.setattr(
         jax, "local_devices", lambda: [device("gpu", "cuda 12080", "9.0")]
     )
-    assert (
-        Execution().attention_implementation(64) == "xla"
-    )  # cuDNN's kernel does not take float32.
-    assert half.attention_implementation(160) == "xla"
-    assert half.attention_implementation(12) == "xla"
-    assert (
-        Execution(attention="xla", compute_dtype="bfloat16").attention_implementation(
-            64
-        )
-        == "xla"
-    )
+    assert kernel(Execution()) == "xla"  # cuDNN's kernel does not take float32.
+    assert kernel(half, head_size=160) == "xla"
+    assert kernel(half, head_size=12) == "xla"
+    assert kernel(Execution(attention="xla", compute_dtype="bfloat16")) == "xla"
+    # Packed rows have a mask.
+    assert kernel(half, has_mask=True) == "xla"
+    assert kernel(half, length=128, has_mask=True) == "cudnn"
 
 
 def test_rotary_scores_depend_on_relative_position_only() -> None:

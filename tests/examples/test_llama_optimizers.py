@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from examples.llama.model import Execution, Params, init_params
 from examples.llama.optimizers import (
     EMBEDDING_RULES,
     RECIPES,
+    clip_by_global_norm,
     dimension_numbers,
     lr_group,
     make_optimizer,
@@ -447,6 +449,16 @@ def test_large_gradients_are_clipped_and_small_ones_stay(
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b / 4, rtol=1e-4), narrow, plain
     )
+
+
+def test_clipping_sees_small_gradients_in_bfloat16() -> None:
+    """In bfloat16, the squares of the small ones would be lost in the sum."""
+    small = [jnp.full((), 1e-1, jnp.bfloat16)] * 1000
+    gradients = [jnp.ones(1000, jnp.bfloat16), *small]
+    clipped, _ = clip_by_global_norm(1.0).update(gradients, optax.EmptyState())
+    norm = math.sqrt(1000 + 10)
+    assert float(clipped[0][0]) == pytest.approx(1 / norm, rel=2e-3)
+    assert clipped[0].dtype == jnp.bfloat16
 
 
 def test_without_clipping_the_state_is_as_in_earlier_checkpoints(

@@ -32,6 +32,10 @@ from examples.llama.run.log import (
 )
 from examples.llama.step import TrainState
 
+# A checkpoint of another run is not damaged, nor is one that memory or permissions keep
+# us from reading. For damaged files, TensorStore raises all sorts of other errors.
+NOT_DAMAGE = (UsageError, MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
 
 class Restored(NamedTuple):
     step: int
@@ -155,17 +159,9 @@ class Checkpoints:
             try:
                 with together():
                     restored = self._restore(step, abstract_state)
-            # A checkpoint of another run is not damaged, nor is one that memory or
-            # permissions keep us from reading.
-            except (
-                UsageError,
-                MemoryError,
-                PermissionError,
-                jax.errors.JaxRuntimeError,
-            ):
+            except NOT_DAMAGE:
                 raise
             except Exception as error:
-                # TensorStore raises all sorts of them for damaged files.
                 damaged[step] = first_line(error)
             else:
                 with together():
@@ -252,6 +248,9 @@ class BestWeights:
             if self._lowest is None or row["val_loss"] < self._lowest:
                 self._lowest = row["val_loss"]
                 self._checkpoints.save(step, {"params": params}, {})
+                # A run that continues from a checkpoint of this step does not evaluate
+                # it again, so that checkpoint must not be ahead of these weights.
+                self._checkpoints.wait()
             return row
 
         return evaluate_and_keep
@@ -284,7 +283,7 @@ def restore_params(
         name: the folder of the checkpoints in the run's folder.
 
     Raises:
-        UsageError: if there is no such checkpoint, or if it cannot be read.
+        UsageError: if there is no such checkpoint, or if it is damaged.
     """
     folder, steps = (run_folder / name).absolute(), steps_on_disk(run_folder, name)
     if not steps or step not in (None, *steps):
@@ -303,8 +302,10 @@ def restore_params(
         return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
             path / "state", args
         )["params"]
+    except NOT_DAMAGE:
+        raise
     except Exception as error:
-        # TensorStore raises all sorts of them for damaged files.
+        remedy = "leave out `best`" if name == BEST else "give another `step`"
         raise UsageError(
-            f"{path} cannot be read ({first_line(error)}); give another `step`"
+            f"{path} cannot be read ({first_line(error)}); {remedy}"
         ) from error

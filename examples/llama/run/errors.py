@@ -83,6 +83,13 @@ def disk_is_full(error: BaseException) -> bool:
     )
 
 
+def device_memory_is_full(error: BaseException) -> bool:
+    """Whether an error says that the devices, which may be the CPU, lack memory."""
+    return isinstance(
+        error, jax.errors.JaxRuntimeError
+    ) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def explained(error: Exception) -> str | None:
     """Returns the message for an error, or None if the user can't correct it."""
     if isinstance(error, UsageError | OtherProcessError):
@@ -94,9 +101,7 @@ def explained(error: Exception) -> str | None:
                 "begun"
             )
         return f"{error}; make it readable and writable, or give another path"
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(
-        error
-    ):
+    if device_memory_is_full(error):
         return (
             f"the device's memory is too small ({first_line(error)}); raise "
             "`accumulate`, lower `batch` or `seq`, "

@@ -17,7 +17,10 @@ def plot_curves(runs: Mapping[str, Path], folder: Path) -> None:
     """Draws training and validation loss by step of the runs in labelled folders."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     draw_curves(figure.subplots(), runs)
-    figure.savefig(folder / CURVES, dpi=120)
+    # An incomplete figure must not have the name that marks a run as finished.
+    new = folder / f"{CURVES}.new"
+    figure.savefig(new, dpi=120, format="png")
+    new.replace(folder / CURVES)
 
 
 def plot_comparison(

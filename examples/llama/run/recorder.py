@@ -14,6 +14,7 @@ from tqdm import tqdm
 from examples.llama import flops
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
+from examples.llama.model import Params
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError, notice
 from examples.llama.run.log import NoLog, Row, RunLog
@@ -114,7 +115,6 @@ class Recorder:
             row["mfu"] = mfu
         if evaluate:
             row |= evaluate()
-            self._check_validation(row["val_loss"], step)
             row["val_ppl"] = perplexity(row["val_loss"])
             notice(
                 f"step {step}: validation perplexity {row['val_ppl']:.2f}; "
@@ -125,6 +125,23 @@ class Recorder:
         self._clock_before, self._clock = self._clock, time.perf_counter()
         if evaluate:
             self.restart_clock()
+
+    def checked(
+        self, evaluate: Callable[[Params, int], Row]
+    ) -> Callable[[Params, int], Row]:
+        """Returns an `evaluate` that raises `DivergedError` if the loss diverged."""
+
+        def evaluate_and_check(params: Params, step: int) -> Row:
+            row = evaluate(params, step)
+            # The condition also holds for NaN.
+            if not row["val_loss"] < self._ceiling:
+                raise DivergedError(
+                    f"the validation loss is {row['val_loss']:.4g} at step {step}; "
+                    "lower `lr` or `lr_embeddings`"
+                )
+            return row
+
+        return evaluate_and_check
 
     def sync(self) -> None:
         """Writes out the queued step, and returns when all steps are on disk."""
@@ -169,13 +186,6 @@ class Recorder:
         if loss > self._ceiling:
             raise DivergedError(
                 f"the loss is {loss:.4g} at step {step}; lower `lr` or `lr_embeddings`"
-            )
-
-    def _check_validation(self, loss: float, step: int) -> None:
-        if not loss < self._ceiling:  # The condition also holds for NaN.
-            raise DivergedError(
-                f"the validation loss is {loss:.4g} at step {step}; "
-                "lower `lr` or `lr_embeddings`"
             )
 
     def _show(self, row: Row) -> None:

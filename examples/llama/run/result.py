@@ -4,7 +4,7 @@ import statistics
 from typing import NamedTuple
 
 from examples.llama.options import RunOptions
-from examples.llama.run.log import read_metrics
+from examples.llama.run.log import CURVES, read_metrics
 
 
 class RunResult(NamedTuple):
@@ -21,6 +21,9 @@ class RunResult(NamedTuple):
 
 def read_result(options: RunOptions) -> RunResult | None:
     """Returns the result of the run in `options.out`, or None if it is unfinished."""
+    # The metrics are complete before the last checkpoint is, and the curves after it.
+    if not (options.out / CURVES).exists():
+        return None
     rows = read_metrics(options.out)
     if not rows or rows[-1]["step"] < options.steps or "val_loss" not in rows[-1]:
         return None

@@ -104,15 +104,17 @@ def execution_of(
         mesh=mesh,
     )
     automatic = dataclasses.replace(execution, attention="auto")
-    if (
-        options.attention == "cudnn"
-        and automatic.attention_implementation(config.head_size) != "cudnn"
-    ):
+    # Fine-tuning packs rows, which takes a mask.
+    best = automatic.attention_implementation(
+        config.head_size, options.seq, has_mask=isinstance(options, TuningOptions)
+    )
+    if options.attention == "cudnn" and best != "cudnn":
         raise UsageError(
             "`attention` cudnn takes an NVIDIA GPU from Ampere on, `compute_dtype` "
-            "bfloat16 and heads of a multiple of 8 up to 128; this is "
-            f"{jax.devices()[0].device_kind}, {execution.compute_dtype}, "
-            f"{config.head_size}; leave it out"
+            "bfloat16, heads of a multiple of 8 up to 128, and in fine-tuning an even "
+            f"`seq`; this is {jax.devices()[0].device_kind}, "
+            f"{execution.compute_dtype}, {config.head_size}, {options.seq}; leave it "
+            "out"
         )
     return execution
 

@@ -156,6 +156,15 @@ def checked_messages(place: str, messages: Any) -> list[dict[str, Any]]:
                 f"{where} has the unknown role {message['role']!r}; give one of: "
                 f"{', '.join(ROLES)}"
             )
+        for name, value in message.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                # Parquet has values that JSON has not, such as times and bytes.
+                raise DocumentError(
+                    f"{where}: {name} cannot be written as JSON ({error}); make it a "
+                    "string, or remove the field"
+                ) from error
         found.append(message)
     return found
 
@@ -191,7 +200,9 @@ class ChatEncoder:
         self._option, self._encoder, self._template = option, encoder, template
         self._learn_all = learn_all
         self._joined = 0  # The answers that share their first token with what precedes.
-        self.chat_tokenizer = tokenizers.Tokenizer.from_str(encoder.tokenizer.to_str())
+        self._plain_tokenizer = with_whole_spans(encoder.tokenizer)
+        self._plain_tokenizer.encode_special_tokens = True
+        self.chat_tokenizer = with_whole_spans(encoder.tokenizer)
         self.chat_tokenizer.encode_special_tokens = False
         known = self.chat_tokenizer.get_vocab(with_added_tokens=True)
         names = TOKEN_NAME.findall(template.source) if template else ()
@@ -229,9 +240,12 @@ class ChatEncoder:
         if self._joined:
             notice(
                 f"{self._option}: {self._joined:,} answers begin in the middle of a "
-                "token, which does not count in the loss; the chat template should end "
-                "the text before an answer with a special token or a line feed"
+                "token, which does not count in the loss; a chat template should end "
+                "the text before an answer with a special token or a line feed; in "
+                "rows without a template, end the prompt without a space and begin the "
+                "completion with it"
             )
+            self._joined = 0
         return found
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -263,7 +277,7 @@ class ChatEncoder:
             for parts in written
         )
         of_plain = zip(
-            self._encoder.tokenizer.encode_batch(
+            self._plain_tokenizer.encode_batch(
                 [each.prompt + each.completion for each in plain],
                 add_special_tokens=False,
             ),
@@ -385,7 +399,9 @@ class ChatEncoder:
     ) -> Example:
         prefix = self._encoder.prefix
         starts = np.array([start for start, _ in encoding.offsets], np.int64)
+        ends = np.array([end for _, end in encoding.offsets], np.int64)
         counts = (starts >= prompt_size) | self._learn_all
+        self._joined += bool(np.any(~counts & (prompt_size < ends)))
         tokens = [*prefix, *encoding.ids, self._encoder.end_id]
         return Example(
             np.array(tokens, np.int32),
@@ -394,6 +410,16 @@ class ChatEncoder:
 
     def _error(self, conversation: Conversation, message: str) -> UsageError:
         return UsageError(f"{self._option}: {conversation.place}: {message}")
+
+
+def with_whole_spans(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Returns a copy in which the span of a token includes the token's spaces."""
+    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    # The post-processor of some tokenizers trims spaces off the spans, so that a token
+    # with the last space of a prompt would seem to begin in the answer. It is not
+    # needed for anything else, since its special tokens are not added.
+    copy.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    return copy
 
 
 def digest(*parts: Sequence[Example]) -> str:

@@ -76,7 +76,7 @@ def batches_of(
     Args:
         rows: the source of a batch's rows; it has at least `batch` of them.
         batch: B, the rows per step of all processes together.
-        seed: sets the order.
+        seed: sets the order. Epoch 2 of a seed has the order of epoch 1 of the next.
         workers: the number of threads that read ahead; with none, `next` reads.
         process_index: the number of this process.
         process_count: the number of processes, which must divide `batch`.

@@ -47,7 +47,7 @@ def validation_batches(
     Args:
         shards: validation tokens (1-D).
         seq: T, tokens per sequence.
-        count: windows at the most, rounded down to whole batches.
+        count: windows at the most, rounded down to whole batches, but at least one.
         batch: B.
 
     Raises:
