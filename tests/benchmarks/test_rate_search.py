@@ -423,7 +423,7 @@ def test_the_documentation_has_the_tables_of_the_published_runs(
     state = {name: rate_search.state_of(published, part, name) for name in found}
     lines = rate_search.table(found, state).splitlines()
     lines += rate_search.goals_table(part, found, state).splitlines()
-    assert len(lines) >= 5 + len(found)
+    assert len(lines) >= 2 + len(found)  # The head, its line, and the rows.
     documented = (ROOT / "docs/results.md").read_text().splitlines()
     assert [line for line in lines if line not in documented] == []
 
