@@ -53,7 +53,7 @@ BASES: dict[str, dict[str, Any]] = {
         for rule in ("adafactor", "racs", "scale", "flattening")
     },
 }
-EMBEDDING_RULES = tuple(name for name in BASES if name not in RECIPES)
+EMBEDDING_CONTENDERS = tuple(name for name in BASES if name not in RECIPES)
 SETTINGS: dict[str, dict[str, Any]] = {
     "clip": {"clip_norm": 1.0},
     "b2-0.95": {"b2": 0.95},
@@ -81,7 +81,7 @@ def variants_of(name: str) -> tuple[str, ...]:
 
 ADAMW_VARIANTS, MUON_VARIANTS = variants_of("adamw"), variants_of("muon")
 EMBEDDING_VARIANTS = tuple(
-    variant for name in EMBEDDING_RULES for variant in variants_of(name)
+    variant for name in EMBEDDING_CONTENDERS for variant in variants_of(name)
 )
 # The best settings in the part 8k, as far as it was run. `--contenders` replaces these.
 BEST_OF_8K = (
@@ -91,7 +91,7 @@ BEST_OF_8K = (
 FINALISTS = (*BEST_OF_8K, "apollo-mini", "racs", "sinkgd")
 SEARCHED = tuple(
     variant
-    for name in (*ALL_SETTINGS, "apollo-mini", "racs", "sinkgd", *EMBEDDING_RULES)
+    for name in (*ALL_SETTINGS, "apollo-mini", "racs", "sinkgd", *EMBEDDING_CONTENDERS)
     for variant in variants_of(name)
 )
 THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)

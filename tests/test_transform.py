@@ -358,7 +358,7 @@ def test_updates_are_zero_where_random_signs_cancel(scale_type):
     norms, remembered = jax.jit(jax.vmap(two_steps))(jnp.arange(100))
     first, second = np.asarray(norms).T
     cancelled = first == 0
-    # Of 16 signs, as many are positive as negative in a fifth of the draws.
+    # A fifth of the draws has as many positive signs as negative ones.
     assert 5 < cancelled.sum() < 40
     np.testing.assert_array_equal(remembered == 0, cancelled)
     # Adam's first update has an RMS of 1. Normal draws may leave a small |R| too.
