@@ -16,8 +16,8 @@ MOST_ROWS = 8  # The most rows that an evaluation computes at once.
 def rows_at_once(options: TrainingOptions) -> int:
     """Returns the rows of an evaluation's batches.
 
-    They are no more than those of a step's micro-batch, so that an evaluation needs no
-    more memory than a step. They are a power of 2, and so divide `MOST_ROWS`.
+    They are no more than those of a step's micro-batch, which bounds the memory of an
+    evaluation. They are a power of 2, so they divide `MOST_ROWS`.
     """
     rows = min(MOST_ROWS, options.batch // options.accumulate)
     return 1 << (rows.bit_length() - 1)
