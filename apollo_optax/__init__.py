@@ -17,6 +17,7 @@ from apollo_optax._quantization import (
     quantize,
 )
 from apollo_optax._racs import ScaleByRacsState, scale_by_racs
+from apollo_optax._relative import scale_by_param_matrix_rms
 from apollo_optax._state import ScaleByApolloState, state_owners, state_sharding
 from apollo_optax._tabulate import StateBytes, state_bytes, tabulate
 from apollo_optax._transform import scale_by_apollo
@@ -47,6 +48,7 @@ __all__ = [
     "racs",
     "scale_by_apollo",
     "scale_by_flattening",
+    "scale_by_param_matrix_rms",
     "scale_by_racs",
     "state_bytes",
     "state_owners",

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import jax
 import optax
 
-from apollo_optax import _projection
+from apollo_optax import _check, _projection
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
 from apollo_optax._flattening import scale_by_flattening
 from apollo_optax._racs import scale_by_racs
+from apollo_optax._relative import scale_by_param_matrix_rms
 from apollo_optax._transform import scale_by_apollo
 
 
@@ -310,6 +311,7 @@ def apollo_zero(
     method: Literal["low_rank", "newton_schulz", "exact"] = "low_rank",
     rank: int | None = None,
     momentum: jax.typing.ArrayLike | None = None,
+    relative: bool = False,
     key: jax.typing.ArrayLike = 0,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -336,6 +338,9 @@ def apollo_zero(
         the smaller side of each matrix.
       momentum: decay rate of a momentum of the gradients; None for no momentum and no
         state. With 0.9, halve the learning rate.
+      relative: whether a matrix's updates are in proportion to its weights, by
+        :func:`scale_by_param_matrix_rms`. The learning rate is then that of weights
+        with a root mean square of 0.02. ``update`` needs the parameters.
       key: an int seed or a JAX key, for the random projections.
       b1: decay rate of the first moment of the leaves under Adam.
       b2: decay rate of the second moment of the leaves under Adam.
@@ -362,6 +367,10 @@ def apollo_zero(
 
     .. seealso:: :func:`apollo`, :func:`optax.contrib.muon`
     """
+    _check.boolean("relative", relative)
+    in_proportion = scale_by_param_matrix_rms(
+        weight_dimension_numbers=weight_dimension_numbers
+    )
     return optax.chain(
         scale_by_flattening(
             power,
@@ -375,6 +384,7 @@ def apollo_zero(
             weight_dimension_numbers=weight_dimension_numbers,
             moment_dtype=moment_dtype,
         ),
+        *((in_proportion,) if relative else ()),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

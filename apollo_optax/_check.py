@@ -101,6 +101,23 @@ def non_negative(name: str, value: Any) -> None:
     )
 
 
+def positive(name: str, value: Any) -> None:
+    _number_in_range(
+        name, value, lambda x: 0 < x < float("inf"), "finite and greater than 0"
+    )
+
+
+def bounds(lowest: tuple[str, Any], highest: tuple[str, Any]) -> None:
+    """Checks a range, of which each end is a name and a value."""
+    non_negative(*lowest)
+    _number_in_range(*highest, lambda x: x > 0, "greater than 0")
+    (low_name, low), (high_name, high) = lowest, highest
+    if not _is_array(low) and not _is_array(high) and high < low:
+        raise ValueError(
+            f"{high_name} is {high!r}, below {low_name}, which is {low!r}; change one"
+        )
+
+
 def norm_growth_limit(value: Any) -> None:
     _number_in_range("norm_growth_limit", value, lambda x: x >= 1, "at least 1")
 
@@ -171,6 +188,27 @@ def same_paths(
             "the tree of updates has another structure than the parameters given to "
             f"init: it {difference}; call init with the parameters of these gradients"
         )
+
+
+def same_shapes(
+    updates: Mapping[_tree.Path, Any], params: Mapping[_tree.Path, Any]
+) -> None:
+    """Raises for parameters whose leaves, by path, are not those of the updates."""
+    difference = path_difference(
+        updates, params, missing="lacks leaves", unexpected="has further leaves"
+    )
+    if difference:
+        raise ValueError(
+            "the tree of parameters has another structure than the updates: it "
+            f"{difference}; pass the parameters that the gradients are of"
+        )
+    for path, update in updates.items():
+        if jnp.shape(update) != jnp.shape(params[path]):
+            raise ValueError(
+                f"the parameter '{_tree.show(path)}' has shape "
+                f"{jnp.shape(params[path])}, but its update has {jnp.shape(update)}; "
+                "pass the parameters that the gradients are of"
+            )
 
 
 def path_difference(

@@ -36,6 +36,7 @@ OPTIMIZERS = {
     "apollo": functools.partial(apollo, 0.01, 8, update_proj_gap=5),
     "apollo-mini": functools.partial(apollo_mini, 0.002, update_proj_gap=5),
     "apollo-zero": functools.partial(apollo_zero, 0.002),
+    "apollo-zero relative": functools.partial(apollo_zero, 2e-4, relative=True),
     "racs": functools.partial(racs, 0.003),
 }
 

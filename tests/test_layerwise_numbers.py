@@ -74,6 +74,9 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "zero momentum": lambda: apollo_optax.apollo_zero(
         0.1, momentum=0.9, weight_dimension_numbers=NUMBERS
     ),
+    "zero relative": lambda: apollo_optax.apollo_zero(
+        0.1, relative=True, weight_dimension_numbers=NUMBERS
+    ),
     "limiter": lambda: optax.chain(
         optax.trace(0.9, nesterov=True),
         optax.masked(limit_norm_growth(weight_dimension_numbers=NUMBERS), is_matrix),

@@ -1,0 +1,151 @@
+"""Updates in proportion to the weights of each matrix, as in LARS and Adafactor.
+
+A rule such as APOLLO-Zero gives all matrices updates of one size. Weights differ in
+size from matrix to matrix, and grow during training. In proportion to the weights, an
+update changes each matrix by the same share.
+
+Such updates are a feedback: they make weights grow, and larger weights make them larger
+still. At a rate that is too high, weights would grow exponentially, hence the bound.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from apollo_optax import _check, _tree
+from apollo_optax._dimension_numbers import WeightDimensionNumbers, resolve
+from apollo_optax._matrix import Matrix
+
+# The standard deviation of the initial weights of LLaMA, GPT-2 and BERT.
+USUAL_RMS = 0.02
+
+
+def scale_by_param_matrix_rms(
+    reference_rms: jax.typing.ArrayLike = USUAL_RMS,
+    *,
+    min_rms: jax.typing.ArrayLike = 1e-3,
+    max_rms: jax.typing.ArrayLike = 0.1,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the update of each matrix by the root mean square of its weights.
+
+    With the update :math:`U` and the weights :math:`W` of a matrix of sizes :math:`m`
+    and :math:`n`:
+
+    .. math::
+
+      \text{update} = \frac{\min(\max(|W| / \sqrt{mn},\ \texttt{min\_rms}),\
+        \texttt{max\_rms})}{\texttt{reference\_rms}}\ U
+
+    A matrix whose weights have a root mean square of `reference_rms` keeps its update,
+    so learning rates stay near those without this transformation. Larger weights get
+    larger updates, and small ones smaller updates. All other leaves keep their updates.
+
+    This is :func:`optax.scale_by_param_block_rms` for matrices: a layer-stacked leaf
+    has a factor per layer, and embeddings, the output head and vectors have none. There
+    is no state. On a mesh, one number per matrix is summed over the devices.
+
+    Put it after a transformation whose updates have about the same size in every step,
+    such as :func:`scale_by_flattening` or ``optax.scale_by_adam``, and before weight
+    decay and the learning rate.
+
+    Args:
+      reference_rms: the root mean square of weights whose update is not changed,
+        greater than 0. The default is the standard deviation of the initial weights of
+        LLaMA and GPT-2. With 1, the learning rate is relative to the weights, as in
+        :func:`optax.adafactor`.
+      min_rms: smaller root mean squares count as this, so that a matrix of zeros is
+        trained too.
+      max_rms: larger root mean squares count as this, so that weights can't grow
+        exponentially.
+      weight_dimension_numbers: which axes of a leaf form a matrix, as for
+        :func:`scale_by_apollo`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose state is empty. Updates keep
+      their dtypes. Its ``update`` function needs the parameters.
+
+    Raises:
+      TypeError: if an argument is not a number.
+      ValueError: if an argument is out of range. From ``update``, without parameters;
+        for parameters of another structure or other shapes than the updates; for a leaf
+        that is not real floating-point; for dimension numbers that do not fit; or,
+        inside ``shard_map``, for a matrix that varies over a manual axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from apollo_optax import scale_by_flattening, scale_by_param_matrix_rms
+      >>> tx = optax.chain(
+      ...     scale_by_flattening(),
+      ...     scale_by_param_matrix_rms(),
+      ...     optax.scale_by_learning_rate(1e-3),
+      ... )
+
+      By itself:
+
+      >>> tx = scale_by_param_matrix_rms()
+      >>> params = {"kernel": jnp.full((8, 16), 0.04), "bias": jnp.zeros(16)}
+      >>> updates = {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}
+      >>> updates, state = tx.update(updates, tx.init(params), params)
+      >>> print(f"{updates['kernel'][0, 0]:.2f}, {updates['bias'][0]:.2f}")
+      2.00, 1.00
+
+    References:
+      You et al., `Large Batch Training of Convolutional Networks
+      <https://arxiv.org/abs/1708.03888>`_, 2017
+
+      Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
+      <https://arxiv.org/abs/1804.04235>`_, 2018
+    """
+    _check.positive("reference_rms", reference_rms)
+    _check.bounds(("min_rms", min_rms), ("max_rms", max_rms))
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        resolve(weight_dimension_numbers, params)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "updates are scaled by the parameters, which are missing; call "
+                "update(updates, state, params)"
+            )
+        axes, leaves = resolve(weight_dimension_numbers, updates), _leaves(updates)
+        weights = _leaves(params)
+        _check.same_shapes(leaves, weights)
+        scaled = {}
+        for path, leaf in leaves.items():
+            scaled[path], dtype = leaf, _check.accumulator_dtype(path, leaf)
+            if (matrix_axes := axes[path]) is not None:
+                _check.not_varying(path, leaf)
+                _check.not_varying(path, weights[path])
+                matrix = Matrix.of_gradient(leaf, matrix_axes, dtype)
+                rms = matrix.tensor_norms(weights[path].astype(dtype)) / math.sqrt(
+                    matrix_axes.matrix_size
+                )
+                factor = jnp.clip(rms, min_rms, max_rms) / reference_rms
+                scaled[path] = matrix.scale(
+                    leaf, matrix.per_channel(factor.astype(dtype))
+                )
+        return (
+            jax.tree.unflatten(jax.tree.structure(updates), list(scaled.values())),
+            state,
+        )
+
+    # Optax types any state as a tree of arrays.
+    init: Any = init_fn
+    update: Any = update_fn
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _leaves(tree: Any) -> dict[_tree.Path, jax.Array]:
+    return {path: jnp.asarray(x) for path, x in _tree.leaves_by_path(tree).items()}
