@@ -489,6 +489,7 @@ class Recipe(NamedTuple):
     # What `projection` auto stands for. An optimizer without projections has the value
     # that its runs had before there was a choice, so that they can be resumed.
     projection: str = "random"
+    relative: bool = False  # The default in pre-training.
 
 
 def quarter_of_width(config: LlamaConfig) -> int:
@@ -523,13 +524,18 @@ RECIPES: dict[str, Recipe] = {
     ),
     "apollo-svd": channel_wise(svd=True),
     "apollo-zero": Recipe(
-        apollo_zero, lr=2e-3, lr_embeddings=3e-2, rank_of=eighth_of_width
+        apollo_zero,
+        lr=2e-3,
+        lr_embeddings=3e-2,
+        rank_of=eighth_of_width,
+        relative=True,
     ),
     "apollo-zero-momentum": Recipe(
         functools.partial(apollo_zero, momentum=0.9),
         lr=1e-3,
         lr_embeddings=3e-2,
         rank_of=eighth_of_width,
+        relative=True,
     ),
     "racs": Recipe(racs, lr=1e-3, lr_embeddings=3e-2),
     "sinkgd": Recipe(sinkgd, lr=1e-3, lr_embeddings=3e-2),
@@ -603,6 +609,8 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
         "rank": recipe.rank_of(config),
         "scale": recipe.scale,
         "projection": recipe.projection,
+        # In fine-tuning, this was not measured.
+        "relative": recipe.relative and not isinstance(options, TuningOptions),
     }
     unset = {
         name: value
@@ -629,6 +637,11 @@ def check_lora(options: TuningOptions) -> None:
                 f"`{name}` {value} means nothing to `lora` {options.lora}, which "
                 "leaves embeddings, head and norms as they are; leave it out"
             )
+    if options.relative:
+        raise UsageError(
+            f"`relative` means nothing to `lora` {options.lora}, whose adapters start "
+            "at zero; leave it out"
+        )
 
 
 def lr_of_embeddings(options: RunOptions, recipe: Recipe) -> float:
@@ -708,6 +721,14 @@ def global_norm(grads: Any) -> jax.Array:
     )
 
 
+def in_proportion_to_weights() -> optax.GradientTransformation:
+    """Returns a transformation that scales updates of kernels by their weights."""
+    rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2)), ("", None)]
+    return apollo_optax.scale_by_param_matrix_rms(
+        weight_dimension_numbers=apollo_optax.dimension_numbers_by_path(rules)
+    )
+
+
 def lr_group(path: str) -> str:
     of_kernels = re.search(KERNELS, path) or re.search(ADAPTERS, path)
     return "kernels" if of_kernels else "rest"
@@ -741,6 +762,8 @@ def make_optimizer(
     scaler = RECIPES[options.optimizer].scaler(options, config)
     scaler = with_embedding_rules(scaler, options, config)
     transformations = [scaler, optax.partition(rates, lr_groups)]
+    if options.relative:
+        transformations.insert(1, in_proportion_to_weights())
     if options.clip_norm is not None:
         # Without it, the chain stays as in the checkpoints of earlier runs.
         transformations.insert(0, clip_by_global_norm(options.clip_norm))

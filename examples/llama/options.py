@@ -53,9 +53,9 @@ CHANGEABLE = frozenset(
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Such as gs://bucket/run.
 OFFLOADABLE = ("weights", "activations")
 LARGEST_SEED = 2**32 - 1  # The largest seed of Grain's shuffle.
-# Options whose value "auto" means the value that a resumed run began with. Runs that
-# are older than the option have the value given here.
-BEFORE_CHOICE = {"bos": "never", "projection": "random"}
+# Options whose value "auto" or None means the value that a resumed run began with. Runs
+# that are older than the option have the value given here.
+BEFORE_CHOICE = {"bos": "never", "projection": "random", "relative": False}
 MOST_STEPS = 2**31 - 1  # Optax counts in int32.
 MOST_WORKERS = 256
 
@@ -187,6 +187,10 @@ class TrainingOptions(TextOptions):
     clip_norm: float | None = None
     """Scale each step's gradients down to this Euclidean norm over all parameters if
     their norm is larger. By default they are not clipped."""
+    relative: bool | None = None
+    """Whether the updates of a kernel of the layers are in proportion to the RMS of its
+    weights. If that is 0.02, the update is as without this. By default, apollo-zero and
+    apollo-zero-momentum do this in pre-training. A resumed run does as it began."""
     embeddings: str = "adam"
     """The rule for the embeddings and the head. adam, scale, adafactor (without
     momentum), racs and flattening work with any --optimizer. apollo works with the
@@ -433,7 +437,7 @@ class RunOptions(ProcessOptions, TrainingOptions):
         kept = {
             name: config.get(name, before)
             for name, before in BEFORE_CHOICE.items()
-            if name in options and getattr(self, name) == "auto"
+            if name in options and getattr(self, name) in (None, "auto")
         }
         return dataclasses.replace(self, **kept)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -459,6 +460,21 @@ def test_clipping_sees_small_gradients_in_bfloat16() -> None:
     norm = math.sqrt(1000 + 10)
     assert float(clipped[0][0]) == pytest.approx(1 / norm, rel=2e-3)
     assert clipped[0].dtype == jnp.bfloat16
+
+
+def test_relative_updates_are_in_proportion_to_the_weights_of_each_kernel(
+    small: LlamaConfig, params: Params
+) -> None:
+    plain, relative = second_updates_of("muon", params, small, {}, {"relative": True})
+    for path, update in jax.tree_util.tree_leaves_with_path(relative):
+        weights, before = (
+            np.asarray(functools.reduce(lambda node, key: node[key.key], path, tree))
+            for tree in (params, plain)
+        )
+        if lr_group(path_name(path)) == "kernels":
+            rms = np.sqrt(np.mean(weights**2, axis=(1, 2), keepdims=True))
+            before = before * rms / 0.02
+        np.testing.assert_allclose(update, before, rtol=1e-5)
 
 
 def test_without_clipping_the_state_is_as_in_earlier_checkpoints(
