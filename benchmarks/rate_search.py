@@ -58,13 +58,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clip": {"clip_norm": 1.0},
     "b2-0.95": {"b2": 0.95},
     "b2-0.95-clip": {"b2": 0.95, "clip_norm": 1.0},
+    "relative": {"relative": True},
+    "b2-0.95-relative": {"b2": 0.95, "relative": True},
+    "b2-0.95-clip-relative": {"b2": 0.95, "clip_norm": 1.0, "relative": True},
 }
 # The further settings of a contender. Each is a contender of its own.
 ALL_SETTINGS = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
 OTHER_B2 = ("apollo-mini", "racs", "apollo-zero-emb-adafactor")
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ALL_SETTINGS, tuple(SETTINGS)),
-    **dict.fromkeys(OTHER_B2, ("b2-0.95",)),
+    **dict.fromkeys(OTHER_B2, ("b2-0.95", "relative", "b2-0.95-relative")),
 }
 CONTENDERS = BASES | {
     f"{name}-{setting}": BASES[name] | SETTINGS[setting]
@@ -176,10 +179,12 @@ class SearchOptions:
     contenders: tuple[str, ...] = ()
     """Contenders to search: optimizers of pretrain; apollo-zero-emb-adafactor,
     apollo-zero-emb-racs, apollo-zero-emb-scale or apollo-zero-emb-flattening; adamw,
-    muon, apollo-zero or apollo-zero-momentum followed by -clip, -b2-0.95 or
-    -b2-0.95-clip; or apollo-mini, racs or apollo-zero-emb-adafactor followed by
-    -b2-0.95. adamw is added if no contender is AdamW. If this or --three-rates is
-    given, the contenders of the parts are not used."""
+    muon, apollo-zero or apollo-zero-momentum followed by -clip, -b2-0.95,
+    -b2-0.95-clip, and these or nothing by -relative; or apollo-mini, racs or
+    apollo-zero-emb-adafactor followed by -b2-0.95, -relative or both. Only those with
+    -relative have updates in proportion to the weights. adamw is added if no contender
+    is AdamW. If this or --three-rates is given, the contenders of the parts are not
+    used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -373,7 +378,8 @@ def three_rates(
 def base_run(options: SearchOptions, part: str, contender: str) -> RunOptions:
     """Returns a part's run of a contender at its default rates."""
     data = {} if options.data is None else {"data": options.data}
-    settings: dict[str, Any] = PARTS[part].run | data | CONTENDERS[contender]
+    settings: dict[str, Any] = {"relative": False}
+    settings |= PARTS[part].run | data | CONTENDERS[contender]
     run = RunOptions(out=options.out / part, resume="auto", **settings)
     return with_defaults(run, model_config(run))
 

@@ -106,6 +106,50 @@ def int8(decay: float) -> Momentum:
     return lambda options: of_kernels(int8_trace(decay, options.seed))
 
 
+class LowRankTraceState(NamedTuple):
+    """State of `low_rank_trace`; the trace is `basis @ coefficients`."""
+
+    basis: Any  # (L, m, r) per leaf, with orthonormal columns.
+    coefficients: Any  # (L, r, n) per leaf.
+
+
+def low_rank_trace(decay: float, rank: int) -> optax.GradientTransformation:
+    """Returns `optax.trace` with Nesterov's look-ahead, and a state of a low rank.
+
+    Of the trace, each step keeps the part in a subspace of `rank` dimensions. One step
+    of power iteration from the last subspace gives the next one, as in PowerSGD
+    (https://arxiv.org/abs/1905.13727), so it follows the largest singular values.
+    """
+
+    def init(params: optax.Params) -> Any:
+        def coefficients(leaf: jax.Array) -> jax.Array:
+            shape = leaf.shape[0], rank, leaf.shape[2]
+            # The first subspace is random, because that of zeros would stay zero.
+            return jax.random.normal(jax.random.key(0), shape)
+
+        basis = jax.tree.map(lambda p: jnp.zeros((*p.shape[:2], rank)), params)
+        return LowRankTraceState(basis, jax.tree.map(coefficients, params))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        del params
+        # Before the first step, the basis is zero and so is the trace.
+        new = jax.tree.map(lambda g, q, b: g + decay * (q @ b), updates, *state)
+        basis = jax.tree.map(
+            lambda t, b: jnp.linalg.qr(t @ b.mT).Q, new, state.coefficients
+        )
+        coefficients = jax.tree.map(lambda t, q: q.mT @ t, new, basis)
+        updates = jax.tree.map(lambda g, t: g + decay * t, updates, new)
+        return updates, LowRankTraceState(basis, coefficients)
+
+    return optax.GradientTransformation(init, update)
+
+
+def low_rank(decay: float, rank: int) -> Momentum:
+    return lambda options: of_kernels(low_rank_trace(decay, rank))
+
+
 def flattening_of(momentum: Momentum) -> Recipe:
     """Returns APOLLO-Zero on a momentum of the gradients, as in Muon."""
 
@@ -126,6 +170,24 @@ def momentum_of(momentum: Momentum) -> Recipe:
     ) -> optax.GradientTransformation:
         flatten = optimizers.apollo_zero(options, config)
         return optax.chain(flatten, momentum(options))
+
+    return RECIPES["apollo-zero"]._replace(scaler=scaler)
+
+
+def relative_to_all() -> Recipe:
+    """Returns APOLLO-Zero with updates in proportion to the RMS of all kernels."""
+
+    def scaled(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        leaves = jax.tree.leaves(params)
+        square = sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)
+        rms = jnp.sqrt(square / sum(leaf.size for leaf in leaves))
+        return jax.tree.map(lambda u: u * rms / 0.02, updates)
+
+    def scaler(
+        options: RunOptions, config: LlamaConfig
+    ) -> optax.GradientTransformation:
+        flatten = optimizers.apollo_zero(options, config)
+        return optax.chain(flatten, of_kernels(optax.stateless(scaled)))
 
     return RECIPES["apollo-zero"]._replace(scaler=scaler)
 
@@ -163,6 +225,9 @@ VARIANTS: dict[str, Recipe] = {
     "zero-of-trace-0.95": flattening_of(trace(0.95)),
     "zero-of-nesterov-0.95": flattening_of(trace(0.95, nesterov=True)),
     "zero-of-int8-nesterov-0.9": flattening_of(int8(0.9)),
+    "zero-of-rank-16-nesterov-0.9": flattening_of(low_rank(0.9, 16)),
+    "zero-of-rank-32-nesterov-0.9": flattening_of(low_rank(0.9, 32)),
+    "zero-relative-to-all": relative_to_all(),
     "average-0.9-of-zero": momentum_of(average(0.9)),
 }
 
@@ -244,10 +309,17 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("before, Nesterov, 0.9", "apollo-zero-momentum", 2.5e-4, 5e-4, 1e-3),
         *ways("before, Nesterov, 0.95", "zero-of-nesterov-0.95", 2.5e-4, 5e-4, 1e-3),
         *ways("before, Nesterov, 0.9, int8", "zero-of-int8-nesterov-0.9", 5e-4),
+        *ways("before, Nesterov, rank 16", "zero-of-rank-16-nesterov-0.9", 5e-4, 1e-3),
+        *ways("before, Nesterov, rank 32", "zero-of-rank-32-nesterov-0.9", 1e-3),
         *ways("before, 0.95", "zero-of-trace-0.95", 5e-4),
         *ways("after, average, 0.9", "average-0.9-of-zero", 4e-3, 8e-3),
         # Half as many steps of twice the tokens average the gradients without a state.
         *ways("none, two micro-batches", "apollo-zero", 1e-3, 2e-3, **ACCUMULATED),
+    ),
+    "relative": (
+        *ways("no factor", "apollo-zero", 1e-3),
+        *ways("one factor for all", "zero-relative-to-all", 1e-3),
+        *ways("a factor per matrix", "apollo-zero", 1e-3, relative=True),
     ),
     "momentum-8k": (
         *ways("none", "apollo-zero", 2e-3, **ON_8K),
@@ -279,7 +351,7 @@ class VariantOptions:
     """Variants of AdamW, APOLLO-Mini and APOLLO-Zero on the tiny model."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of limiter, power, momentum, momentum-8k, moments, embeddings and
+    """Any of limiter, power, momentum, relative, momentum-8k, moments, embeddings and
     embeddings-8k."""
     steps: int | None = None
     """Training steps. The default is 800 of 1,024 tokens, and 300 of 8,192 tokens in
@@ -301,7 +373,7 @@ class VariantOptions:
 
 def run_of(options: VariantOptions, way: Way, seed: int) -> RunOptions:
     further = "".join(f"-{name}-{value}" for name, value in way.options.items())
-    settings: dict[str, Any] = {"steps": STEPS} | way.options
+    settings: dict[str, Any] = {"steps": STEPS, "relative": False} | way.options
     if options.steps is not None:
         settings["steps"] = options.steps
     run = RunOptions(
