@@ -82,14 +82,24 @@ def variants_of(name: str) -> tuple[str, ...]:
     return (name, *further)
 
 
-ADAMW_VARIANTS, MUON_VARIANTS = variants_of("adamw"), variants_of("muon")
+def plain_variants_of(name: str) -> tuple[str, ...]:
+    """Returns those of `variants_of` without relative updates.
+
+    With them, AdamW is no longer the optimizer that others are to be compared with.
+    """
+    variants = variants_of(name)
+    return tuple(name for name in variants if "relative" not in CONTENDERS[name])
+
+
+ADAMW_VARIANTS = plain_variants_of("adamw")
+MUON_VARIANTS = plain_variants_of("muon")
 EMBEDDING_VARIANTS = tuple(
     variant for name in EMBEDDING_CONTENDERS for variant in variants_of(name)
 )
 # The best settings in the part 8k, as far as it was run. `--contenders` replaces these.
 BEST_OF_8K = (
     *("adamw-b2-0.95-clip", "muon-b2-0.95"),
-    *("apollo-zero-b2-0.95", "apollo-zero-momentum-b2-0.95"),
+    *("apollo-zero-b2-0.95-relative", "apollo-zero-momentum-b2-0.95-relative"),
 )
 FINALISTS = (*BEST_OF_8K, "apollo-mini", "racs", "sinkgd")
 SEARCHED = tuple(
@@ -137,8 +147,13 @@ STATELESS = "the best without state for matrices"
 LITTLE_STATE = "apollo-zero, little state for embeddings and head"
 # The contenders of a kind. `goals_table` finds those of STATELESS by their state.
 GROUPS = {
-    **{name: variants_of(name) for name in ("adamw", "muon", "racs", "apollo-zero")},
-    LITTLE_STATE: EMBEDDING_VARIANTS,
+    **{
+        name: plain_variants_of(name)
+        for name in ("adamw", "muon", "racs", "apollo-zero")
+    },
+    LITTLE_STATE: tuple(
+        variant for name in EMBEDDING_CONTENDERS for variant in plain_variants_of(name)
+    ),
 }
 # AdamW is to be beaten, Muon to be nearly reached with less state, and rules with less
 # state than another are to be level with it.
@@ -157,13 +172,14 @@ HEAD = (
 )
 NOTE = """\
 val ppl: best of a run's evaluations, mean over the seeds; ±: their standard deviation;
-over best adamw: the ratio to the best of AdamW's variants in the table, minus 1, of
-means over the seeds that both have; by seed: the same for each of these seeds; over
-best muon: the same with the variants of Muon; update RMS / lr: RMS of the kernels'
-update in a step, over the learning rate, mean over the evaluations in the second half
-of the runs with all seeds; step time: the shortest of the runs' median step times, over
-that of the first variant of AdamW in the table. Runs share a machine, and may be of
-several, so step times are rough. `make bench-step` measures an optimizer's step alone.
+over best adamw: the ratio to the best of AdamW's variants in the table, other than
+those with relative updates, minus 1, of means over the seeds that both have; by seed:
+the same for each of these seeds; over best muon: the same with the variants of Muon;
+update RMS / lr: RMS of the kernels' update in a step, over the learning rate, mean over
+the evaluations in the second half of the runs with all seeds; step time: the shortest
+of the runs' median step times, over that of the first variant of AdamW in the table.
+Runs share a machine, and may be of several, so step times are rough. `make bench-step`
+measures an optimizer's step alone.
 State is in 1e6 bytes. If a best rate is the lowest or the highest in the last columns,
 rates beyond it were not tried."""
 BY_STEP, BY_SECOND = "perplexity-by-step.png", "perplexity-by-second.png"

@@ -234,6 +234,31 @@ def test_goals_compare_the_best_of_each_kind() -> None:
     assert rate_search.goals_table("long", found, state) == ""
 
 
+def test_relative_updates_are_no_setting_of_adamw_or_muon() -> None:
+    """They are one of a rule without state, though."""
+    found = {
+        "adamw": found_at(20),
+        "adamw-relative": found_at(15),
+        "muon": found_at(18),
+        "muon-relative": found_at(16),
+        "apollo-zero-relative": found_at(18),
+        "apollo-zero-emb-adafactor-relative": found_at(10),
+    }
+    state = {
+        name: StateBytes(
+            kernels=not name.startswith("apollo-zero"), embeddings_and_head=1, other=0
+        )
+        for name in found
+    }
+    *_, last = rate_search.table(found, state).splitlines()
+    assert last.split(" | ")[6:9] == ["-50.0%", "-50.0%", "-44.4%"]
+    over_adamw, over_muon, *_ = rate_search.goals_table(
+        "8k", found, state
+    ).splitlines()[2:]
+    assert "apollo-zero-relative over adamw | 1 | 0.900 | met" in over_adamw
+    assert "apollo-zero-relative over muon | 1 | 1.000 | met" in over_muon
+
+
 @pytest.mark.parametrize("name", rate_search.CONTENDERS)
 def test_contenders_are_runs_of_pretrain(name: str, tmp_path: Path) -> None:
     options = SearchOptions(out=tmp_path)
@@ -407,9 +432,10 @@ def test_a_part_ends_with_a_table_and_two_figures(
 
 @pytest.fixture(scope="module")
 def published() -> SearchOptions:
-    """All searched contenders that have runs, and the file of their runs."""
+    """All contenders that have runs, and the file of their runs."""
     return SearchOptions(
         contenders=rate_search.SEARCHED,
+        three_rates=rate_search.THREE_RATES,
         results=ROOT / "docs/figures/rate-search.jsonl",
         finished_only=True,
     )
