@@ -125,12 +125,14 @@ def test_embedding_and_head_have_no_moments(
 def test_all_but_the_kernels_have_a_learning_rate_of_their_own() -> None:
     params, grads = params_and_grads()
     tx = run("docs/recipes.md", "def group")["tx"]
+    params["layers"]["kernel"] = jnp.full_like(params["layers"]["kernel"], 0.04)
     updates, _ = tx.update(grads, tx.init(params), params)
-    # Adam's first update is 1 in size, and a kernel's update has an RMS of 1.
+    # Adam's first update is 1 in size. A kernel's update has an RMS of 1, times that of
+    # its weights over 0.02.
     assert jnp.allclose(updates["embed"], -0.01, rtol=1e-3)
     assert jnp.allclose(updates["layers"]["bias"], -0.01, rtol=1e-3)
     rms = jnp.sqrt(jnp.mean(updates["layers"]["kernel"] ** 2))
-    assert jnp.isclose(rms, 0.001, rtol=1e-3)
+    assert jnp.isclose(rms, 2 * 0.001, rtol=1e-3)
 
 
 def test_the_state_is_created_where_its_shardings_say() -> None:
