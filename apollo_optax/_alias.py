@@ -338,9 +338,10 @@ def apollo_zero(
         the smaller side of each matrix.
       momentum: decay rate of a momentum of the gradients; None for no momentum and no
         state. With 0.9, halve the learning rate.
-      relative: whether a matrix's updates are in proportion to its weights, by
-        :func:`scale_by_param_matrix_rms`. The learning rate is then that of weights
-        with a root mean square of 0.02. ``update`` needs the parameters.
+      relative: whether a matrix's updates are in proportion to the root mean square of
+        its weights, by :func:`scale_by_param_matrix_rms` with its defaults. If that is
+        0.02, updates are as with ``relative=False``. For other bounds, chain the two
+        transformations.
       key: an int seed or a JAX key, for the random projections.
       b1: decay rate of the first moment of the leaves under Adam.
       b2: decay rate of the second moment of the leaves under Adam.
@@ -356,7 +357,8 @@ def apollo_zero(
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as for :func:`scale_by_flattening`.
+      TypeError, ValueError: as for :func:`scale_by_flattening` and, with `relative`,
+        :func:`scale_by_param_matrix_rms`.
 
     Examples:
       >>> import apollo_optax, jax, jax.numpy as jnp
@@ -367,10 +369,12 @@ def apollo_zero(
 
     .. seealso:: :func:`apollo`, :func:`optax.contrib.muon`
     """
-    _check.boolean("relative", relative)
-    in_proportion = scale_by_param_matrix_rms(
-        weight_dimension_numbers=weight_dimension_numbers
-    )
+    _check.boolean("relative", relative, "an array can't choose what is compiled")
+    factors = []
+    if relative:
+        factors.append(
+            scale_by_param_matrix_rms(weight_dimension_numbers=weight_dimension_numbers)
+        )
     return optax.chain(
         scale_by_flattening(
             power,
@@ -384,7 +388,7 @@ def apollo_zero(
             weight_dimension_numbers=weight_dimension_numbers,
             moment_dtype=moment_dtype,
         ),
-        *((in_proportion,) if relative else ()),
+        *factors,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

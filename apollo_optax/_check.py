@@ -50,10 +50,11 @@ def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> 
         raise ValueError(f"{name} must be {names}{otherwise}, got {value!r}")
 
 
-def boolean(name: str, value: Any) -> None:
+def boolean(name: str, value: Any, remedy: str = "") -> None:
+    """Checks an argument that must be static; `remedy` replaces the usual one."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f"{name} must be True or False, got {value!r}: {_static_remedy()}"
+            f"{name} must be True or False, got {value!r}: {remedy or _static_remedy()}"
         )
 
 
@@ -107,14 +108,12 @@ def positive(name: str, value: Any) -> None:
     )
 
 
-def bounds(lowest: tuple[str, Any], highest: tuple[str, Any]) -> None:
-    """Checks a range, of which each end is a name and a value."""
-    non_negative(*lowest)
-    _number_in_range(*highest, lambda x: x > 0, "greater than 0")
-    (low_name, low), (high_name, high) = lowest, highest
-    if not _is_array(low) and not _is_array(high) and high < low:
+def rms_bounds(min_rms: Any, max_rms: Any) -> None:
+    non_negative("min_rms", min_rms)
+    _number_in_range("max_rms", max_rms, lambda x: x > 0, "greater than 0")
+    if not _is_array(min_rms) and not _is_array(max_rms) and max_rms < min_rms:
         raise ValueError(
-            f"{high_name} is {high!r}, below {low_name}, which is {low!r}; change one"
+            f"max_rms is {max_rms!r}, below min_rms, which is {min_rms!r}; change one"
         )
 
 
@@ -159,7 +158,14 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
     return wide_dtype(dtype)
 
 
-def not_varying(path: _tree.Path, leaf: Any) -> None:
+OUTSIDE_SHARD_MAP = "update outside shard_map, where jit shards the computation"
+
+
+def not_varying(
+    path: _tree.Path,
+    leaf: Any,
+    remedy: str = "average the gradient first (jax.lax.pmean), or " + OUTSIDE_SHARD_MAP,
+) -> None:
     """Inside ``shard_map``, raises for a leaf whose values may differ by device."""
     kind: Any = jax.typeof(leaf)
     # Older JAX names the axes in the type itself.
@@ -167,9 +173,7 @@ def not_varying(path: _tree.Path, leaf: Any) -> None:
     if varying:
         raise ValueError(
             f"'{_tree.show(path)}' varies over the manual axes {sorted(varying)} "
-            "inside shard_map, so its norms would be local to each device; average the "
-            "gradient first (jax.lax.pmean), or update outside shard_map, where jit "
-            "shards the computation"
+            f"inside shard_map, so its norms would be local to each device; {remedy}"
         )
 
 
@@ -190,17 +194,18 @@ def same_paths(
         )
 
 
-def same_shapes(
+def params_of_updates(
     updates: Mapping[_tree.Path, Any], params: Mapping[_tree.Path, Any]
 ) -> None:
-    """Raises for parameters whose leaves, by path, are not those of the updates."""
+    """Raises unless the parameters have the updates' leaves, by path, and shapes."""
     difference = path_difference(
         updates, params, missing="lacks leaves", unexpected="has further leaves"
     )
     if difference:
         raise ValueError(
             "the tree of parameters has another structure than the updates: it "
-            f"{difference}; pass the parameters that the gradients are of"
+            f"{difference}; pass the parameters that the gradients are of, and int8 "
+            "weights as dequantize(params)"
         )
     for path, update in updates.items():
         if jnp.shape(update) != jnp.shape(params[path]):

@@ -1,11 +1,11 @@
 """Updates in proportion to the weights of each matrix, as in LARS and Adafactor.
 
-A rule such as APOLLO-Zero gives all matrices updates of one size. Weights differ in
-size from matrix to matrix, and grow during training. In proportion to the weights, an
-update changes each matrix by the same share.
+A rule such as APOLLO-Zero gives all matrices updates with the same root mean square.
+Weights differ in size from matrix to matrix, and grow during training. An update in
+proportion to the weights changes every matrix by the same share.
 
-Such updates are a feedback: they make weights grow, and larger weights make them larger
-still. At a rate that is too high, weights would grow exponentially, hence the bound.
+This is a positive feedback: updates make weights grow, and larger weights make updates
+larger. Without a bound, weights would grow exponentially at a rate that is too high.
 """
 
 import math
@@ -40,9 +40,14 @@ def scale_by_param_matrix_rms(
       \text{update} = \frac{\min(\max(|W| / \sqrt{mn},\ \texttt{min\_rms}),\
         \texttt{max\_rms})}{\texttt{reference\_rms}}\ U
 
-    A matrix whose weights have a root mean square of `reference_rms` keeps its update,
-    so learning rates stay near those without this transformation. Larger weights get
-    larger updates, and small ones smaller updates. All other leaves keep their updates.
+    A matrix whose weights have a root mean square of `reference_rms` keeps its update.
+    Larger weights get larger updates, and small ones smaller updates. So if the initial
+    weights have a standard deviation of 0.02, learning rates stay near those without
+    this transformation. Flax's default initializers give narrow layers larger weights:
+    there, pass their root mean square as `reference_rms`, and a larger `max_rms`.
+
+    All other leaves keep their updates. Without `weight_dimension_numbers`, so do
+    kernels of three axes or more, such as those of stacked layers.
 
     This is :func:`optax.scale_by_param_block_rms` for matrices: a layer-stacked leaf
     has a factor per layer, and embeddings, the output head and vectors have none. There
@@ -55,12 +60,12 @@ def scale_by_param_matrix_rms(
     Args:
       reference_rms: the root mean square of weights whose update is not changed,
         greater than 0. The default is the standard deviation of the initial weights of
-        LLaMA and GPT-2. With 1, the learning rate is relative to the weights, as in
-        :func:`optax.adafactor`.
+        LLaMA, GPT-2 and BERT. With 1, the learning rate is relative to the weights, as
+        in :func:`optax.adafactor`.
       min_rms: smaller root mean squares count as this, so that a matrix of zeros is
-        trained too.
+        trained too; at least 0.
       max_rms: larger root mean squares count as this, so that weights can't grow
-        exponentially.
+        exponentially; greater than 0 and at least `min_rms`. Infinity is no bound.
       weight_dimension_numbers: which axes of a leaf form a matrix, as for
         :func:`scale_by_apollo`.
 
@@ -69,11 +74,12 @@ def scale_by_param_matrix_rms(
       their dtypes. Its ``update`` function needs the parameters.
 
     Raises:
-      TypeError: if an argument is not a number.
-      ValueError: if an argument is out of range. From ``update``, without parameters;
-        for parameters of another structure or other shapes than the updates; for a leaf
-        that is not real floating-point; for dimension numbers that do not fit; or,
-        inside ``shard_map``, for a matrix that varies over a manual axis.
+      TypeError: if an argument is not a number, or dimension numbers are malformed.
+      ValueError: if an argument is out of range. From ``init`` and ``update``, for a
+        leaf that is not real floating-point, or dimension numbers that do not fit. From
+        ``update``, without parameters, for parameters of another structure or other
+        shapes than the updates, or, inside ``shard_map``, for a matrix that varies over
+        a manual axis.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -101,10 +107,12 @@ def scale_by_param_matrix_rms(
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
     _check.positive("reference_rms", reference_rms)
-    _check.bounds(("min_rms", min_rms), ("max_rms", max_rms))
+    _check.rms_bounds(min_rms, max_rms)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
         resolve(weight_dimension_numbers, params)
+        for path, leaf in _tree.leaves_by_path(params).items():
+            _check.accumulator_dtype(path, leaf)
         return optax.EmptyState()
 
     def update_fn(
@@ -121,13 +129,14 @@ def scale_by_param_matrix_rms(
             )
         axes, leaves = resolve(weight_dimension_numbers, updates), _leaves(updates)
         weights = _leaves(params)
-        _check.same_shapes(leaves, weights)
+        _check.params_of_updates(leaves, weights)
         scaled = {}
         for path, leaf in leaves.items():
-            scaled[path], dtype = leaf, _check.accumulator_dtype(path, leaf)
+            scaled[path] = leaf
+            dtype = _check.accumulator_dtype(path, leaf)
             if (matrix_axes := axes[path]) is not None:
                 _check.not_varying(path, leaf)
-                _check.not_varying(path, weights[path])
+                _check.not_varying(path, weights[path], _check.OUTSIDE_SHARD_MAP)
                 matrix = Matrix.of_gradient(leaf, matrix_axes, dtype)
                 rms = matrix.tensor_norms(weights[path].astype(dtype)) / math.sqrt(
                     matrix_axes.matrix_size

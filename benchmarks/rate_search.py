@@ -39,7 +39,8 @@ from examples.llama.run.plots import plot_perplexities
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import abstract_params, execution_of, model_config
 
-# The options of each contender with the default settings: a b2 of 0.999, no clipping.
+# The options of each contender with the default settings: a b2 of 0.999, no clipping,
+# and no updates in proportion to the weights.
 # Folders of runs begin with its name, so a name must keep its options.
 BASES: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name} for name in RECIPES},
@@ -64,10 +65,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # The further settings of a contender. Each is a contender of its own.
 ALL_SETTINGS = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
-OTHER_B2 = ("apollo-mini", "racs", "apollo-zero-emb-adafactor")
+SOME_SETTINGS = ("apollo-mini", "racs", "apollo-zero-emb-adafactor")
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ALL_SETTINGS, tuple(SETTINGS)),
-    **dict.fromkeys(OTHER_B2, ("b2-0.95", "relative", "b2-0.95-relative")),
+    **dict.fromkeys(SOME_SETTINGS, ("b2-0.95", "relative", "b2-0.95-relative")),
 }
 CONTENDERS = BASES | {
     f"{name}-{setting}": BASES[name] | SETTINGS[setting]
@@ -85,10 +86,14 @@ def variants_of(name: str) -> tuple[str, ...]:
 def plain_variants_of(name: str) -> tuple[str, ...]:
     """Returns those of `variants_of` without relative updates.
 
-    With them, AdamW is no longer the optimizer that others are to be compared with.
+    With these, AdamW and Muon are no longer the optimizers that goals are about, and
+    two rules of this library are compared without them on both sides.
     """
-    variants = variants_of(name)
-    return tuple(name for name in variants if "relative" not in CONTENDERS[name])
+    return tuple(
+        variant
+        for variant in variants_of(name)
+        if "relative" not in CONTENDERS[variant]
+    )
 
 
 ADAMW_VARIANTS = plain_variants_of("adamw")
@@ -196,8 +201,9 @@ class SearchOptions:
     """Contenders to search: optimizers of pretrain; apollo-zero-emb-adafactor,
     apollo-zero-emb-racs, apollo-zero-emb-scale or apollo-zero-emb-flattening; adamw,
     muon, apollo-zero or apollo-zero-momentum followed by -clip, -b2-0.95,
-    -b2-0.95-clip, and these or nothing by -relative; or apollo-mini, racs or
-    apollo-zero-emb-adafactor followed by -b2-0.95, -relative or both. Only those with
+    -b2-0.95-clip, -relative, -b2-0.95-relative or -b2-0.95-clip-relative; or
+    apollo-mini, racs or apollo-zero-emb-adafactor followed by -b2-0.95, -relative or
+    -b2-0.95-relative. Only those with
     -relative have updates in proportion to the weights. adamw is added if no contender
     is AdamW. If this or --three-rates is given, the contenders of the parts are not
     used."""

@@ -172,7 +172,10 @@ def run_of(options: SpectraOptions, rule: Rule) -> RunOptions:
 
 
 def scaler_of(options: SpectraOptions, rule: Rule) -> optax.GradientTransformation:
-    """Returns a rule as the trainer has it, without a learning rate."""
+    """Returns a rule as the trainer has it, without a learning rate.
+
+    Factors from the weights are left out, because they change no spectrum.
+    """
     run = run_of(options, rule)
     return RECIPES[rule.optimizer].scaler(run, model_config(run))
 

@@ -181,7 +181,8 @@ def relative_to_all() -> Recipe:
         leaves = jax.tree.leaves(params)
         square = sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)
         rms = jnp.sqrt(square / sum(leaf.size for leaf in leaves))
-        return jax.tree.map(lambda u: u * rms / 0.02, updates)
+        factor = jnp.clip(rms, 1e-3, 0.1) / 0.02  # As for a factor per matrix.
+        return jax.tree.map(lambda u: u * factor, updates)
 
     def scaler(
         options: RunOptions, config: LlamaConfig

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from apollo_optax import (
     ApolloDimensionNumbers,
     apollo_zero,
+    quantize,
     scale_by_param_matrix_rms,
 )
 from benchmarks.hlo import collectives
@@ -80,12 +82,57 @@ def test_weights_grow_linearly_at_most():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
 @pytest.mark.usefixtures("x64")
 def test_updates_keep_their_dtype(dtype):
-    """The squares of float16 weights are summed in float32."""
-    weights = jnp.full((64, 64), 0.04, dtype)
-    updates = {"kernel": jnp.full((64, 64), 0.5, dtype)}
-    new = scaled(scale_by_param_matrix_rms(), updates, {"kernel": weights})
-    assert new["kernel"].dtype == dtype
-    np.testing.assert_allclose(np.asarray(new["kernel"], float), 1.0, rtol=1e-2)
+    """The squares of 300 overflow float16, and are summed in float32."""
+    tx = scale_by_param_matrix_rms(150.0, max_rms=jnp.inf)
+    params, update = jnp.full((8, 16), 300, dtype), jnp.full((8, 16), 0.5, dtype)
+    new = scaled(tx, update, params)
+    assert new.dtype == dtype
+    np.testing.assert_allclose(np.asarray(new, float), 1.0, rtol=1e-3)
+
+
+def test_arguments_may_be_injected():
+    tx = optax.inject_hyperparams(
+        scale_by_param_matrix_rms,
+        static_args="weight_dimension_numbers",
+        hyperparam_dtype=jnp.float32,
+    )(reference_rms=optax.constant_schedule(0.01))
+    params = {"kernel": jnp.full((4, 6), 0.04, jnp.bfloat16)}
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert updates["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(updates["kernel"], float), 0.16, rtol=1e-2)
+
+
+def masked(tx):
+    return optax.masked(tx, {"first": True, "second": False})
+
+
+def partitioned(tx):
+    labels = {"first": "scaled", "second": "kept"}
+    return optax.partition({"scaled": tx, "kept": optax.identity()}, labels)
+
+
+@pytest.mark.parametrize("wrap", [masked, partitioned])
+def test_masked_leaves_keep_their_updates(wrap):
+    params = {"first": jnp.full((4, 6), 0.04), "second": jnp.full((4, 6), 0.04)}
+    updates = jax.tree.map(jnp.ones_like, params)
+    new = scaled(wrap(scale_by_param_matrix_rms()), updates, params)
+    np.testing.assert_allclose(new["first"], 2.0, rtol=1e-6)
+    np.testing.assert_array_equal(new["second"], 1.0)
+
+
+def test_vmap():
+    tx = scale_by_param_matrix_rms()
+    params = jnp.array([0.02, 0.06])[:, None, None] * jnp.ones((2, 4, 6))
+    new = jax.vmap(lambda update, p: scaled(tx, update, p))(jnp.ones((2, 4, 6)), params)
+    np.testing.assert_allclose(new[:, 0, 0], [1.0, 3.0], rtol=1e-6)
+
+
+def test_linen_boxes():
+    boxed = nn.Partitioned(jnp.full((4, 6), 0.04), names=("in", "out"))
+    params, tx = {"kernel": boxed}, scale_by_param_matrix_rms()
+    new = scaled(tx, jax.tree.map(jnp.ones_like, params), params)
+    assert isinstance(new["kernel"], nn.Partitioned)
+    np.testing.assert_allclose(new["kernel"].value, 2.0, rtol=1e-6)
 
 
 def test_nnx_optimizer():
@@ -162,4 +209,33 @@ def test_rejects_relative_that_is_not_boolean(relative):
 def test_rejects_a_leaf_that_is_not_floating_point():
     tx, params = scale_by_param_matrix_rms(), {"kernel": jnp.ones((4, 6), jnp.int8)}
     with pytest.raises(ValueError, match="'kernel' has dtype int8"):
-        tx.update(params, tx.init(params), params)
+        tx.init(params)
+    with pytest.raises(ValueError, match="'kernel' has dtype int8"):
+        tx.update(params, optax.EmptyState(), params)
+
+
+def test_rejects_int8_weights():
+    tx, update = scale_by_param_matrix_rms(), jnp.ones((4, 128))
+    with pytest.raises(ValueError, match=r"dequantize\(params\)"):
+        tx.update({"kernel": update}, optax.EmptyState(), {"kernel": quantize(update)})
+
+
+def test_rejects_dimension_numbers_that_do_not_fit():
+    tx = scale_by_param_matrix_rms(weight_dimension_numbers={"kernel": STACKED})
+    with pytest.raises(ValueError, match="does not fit 'kernel'"):
+        tx.init({"kernel": jnp.ones((4, 6))})
+
+
+@pytest.mark.parametrize(
+    ("sharded", "remedy"),
+    [(0, "average the gradient first"), (1, "each device; update outside shard_map")],
+)
+def test_rejects_matrices_that_vary_inside_shard_map(sharded, remedy):
+    tx, mesh = scale_by_param_matrix_rms(), make_mesh()
+    specs, trees = [P(), P()], [jnp.ones((4, 6)), jnp.ones((4, 6))]
+    specs[sharded], trees[sharded] = P("data"), jnp.ones((8, 6))
+    update = jax.shard_map(
+        functools.partial(scaled, tx), mesh=mesh, in_specs=tuple(specs), out_specs=P()
+    )
+    with pytest.raises(ValueError, match=f"varies over the manual axes.*{remedy}"):
+        update(*trees)

@@ -609,7 +609,7 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
         "rank": recipe.rank_of(config),
         "scale": recipe.scale,
         "projection": recipe.projection,
-        # In fine-tuning, this was not measured.
+        # It is off in fine-tuning, where it was not measured.
         "relative": recipe.relative and not isinstance(options, TuningOptions),
     }
     unset = {
@@ -673,6 +673,8 @@ def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:
                 options.projection,
                 recipe.projection == "rademacher",
             ),
+            # Adafactor has such factors of its own.
+            ("relative", options.relative or None, options.optimizer != "adafactor"),
         )
         # "random" is the projection of other optimizers' runs, see `Recipe`.
         if value not in (None, "adam", "auto", "random") and not has_use
@@ -722,7 +724,7 @@ def global_norm(grads: Any) -> jax.Array:
 
 
 def in_proportion_to_weights() -> optax.GradientTransformation:
-    """Returns a transformation that scales updates of kernels by their weights."""
+    """Returns a transformation of the kernels' updates by the RMS of their weights."""
     rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2)), ("", None)]
     return apollo_optax.scale_by_param_matrix_rms(
         weight_dimension_numbers=apollo_optax.dimension_numbers_by_path(rules)

@@ -188,9 +188,9 @@ class TrainingOptions(TextOptions):
     """Scale each step's gradients down to this Euclidean norm over all parameters if
     their norm is larger. By default they are not clipped."""
     relative: bool | None = None
-    """Whether the updates of a kernel of the layers are in proportion to the RMS of its
-    weights. If that is 0.02, the update is as without this. By default, apollo-zero and
-    apollo-zero-momentum do this in pre-training. A resumed run does as it began."""
+    """Whether a kernel's updates are multiplied by the RMS of its weights over 0.02, a
+    factor of 0.05 to 5. By default, those of apollo-zero and apollo-zero-momentum are
+    in pre-training. A resumed run keeps what it began with."""
     embeddings: str = "adam"
     """The rule for the embeddings and the head. adam, scale, adafactor (without
     momentum), racs and flattening work with any --optimizer. apollo works with the

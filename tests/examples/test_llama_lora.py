@@ -313,7 +313,10 @@ def test_files_of_adapters(small: LlamaConfig, tmp_path: Path) -> None:
             "--embeddings scale means nothing to --lora",
         ),
         ([*LORA, "--head", "scale"], "--head scale means nothing to --lora 4, which"),
-        ([*LORA, "--relative"], "--relative means nothing to --lora 4, whose adapt"),
+        (
+            [*LORA, "--relative", "True"],
+            "--relative means nothing to --lora 4, whose adapters start at zero",
+        ),
         ([*LORA, "--rank", "4"], "--rank 4 means nothing to --optimizer adamw"),
     ],
 )

@@ -28,7 +28,7 @@ from examples.llama.optimizers import (
     with_defaults,
     with_embedding_rules,
 )
-from examples.llama.options import RunOptions, differing_fields
+from examples.llama.options import RunOptions, TuningOptions, differing_fields
 from examples.llama.run.errors import UsageError
 
 SMALL = LlamaConfig(384, 16, 24, 2, 3)
@@ -509,6 +509,46 @@ def test_a_resumed_run_keeps_its_projection(
         asked = dataclasses.replace(options, projection="rademacher")
         (difference,) = differing_fields(resolved(asked, before), before)
         assert difference == "projection: random -> rademacher"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "new"),
+    [("apollo-zero", True), ("apollo-zero-momentum", True), ("apollo-mini", False)],
+)
+def test_a_resumed_run_keeps_whether_its_updates_are_relative(
+    optimizer: str, new: bool, small: LlamaConfig
+) -> None:
+    options = RunOptions(out=Path("run"), optimizer=optimizer)
+
+    def resolved(options: RunOptions, began: dict[str, Any] | None) -> dict[str, Any]:
+        run = with_defaults(options.as_begun(began), small)
+        return run.as_run() | {"corpus": "key"}
+
+    fresh = resolved(options, None)
+    assert fresh["relative"] is new
+    before = {k: v for k, v in fresh.items() if k != "relative"}
+    for began in (fresh, before, before | {"relative": False}):
+        resumed = resolved(options, began)
+        assert resumed["relative"] is began.get("relative", False)
+        assert not differing_fields(resumed, began)
+    asked = dataclasses.replace(options, relative=True)
+    (difference,) = differing_fields(resolved(asked, before), before)
+    assert difference == "relative: False -> True"
+
+
+def test_updates_are_not_relative_by_default_in_fine_tuning(
+    small: LlamaConfig,
+) -> None:
+    options = TuningOptions(out=Path("run"), optimizer="apollo-zero")
+    assert with_defaults(options, small).relative is False
+    asked = dataclasses.replace(options, relative=True)
+    assert with_defaults(asked, small).relative
+
+
+def test_adafactor_has_such_factors_of_its_own() -> None:
+    assert options_for("adafactor", relative=False).relative is False
+    with pytest.raises(UsageError, match="`relative` True means nothing to"):
+        options_for("adafactor", relative=True)
 
 
 def test_unknown_optimizer_lists_the_nearest_first() -> None:
