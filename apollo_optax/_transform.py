@@ -323,4 +323,6 @@ def _over_root(mu: jax.Array, nu: jax.Array) -> jax.Array:
 
     A quotient 0 / 0 there would be reported by JAX's checks for NaN.
     """
-    return mu / jnp.where((mu == 0) & (nu == 0), jnp.ones_like(nu), jnp.sqrt(nu))
+    # Nothing stands between the root and the division, because XLA for CPUs would then
+    # round the quotient differently in the ordinary and in the layer-wise step.
+    return mu / jnp.sqrt(jnp.where((mu == 0) & (nu == 0), jnp.ones_like(nu), nu))

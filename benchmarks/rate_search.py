@@ -203,10 +203,9 @@ class SearchOptions:
     muon, apollo-zero or apollo-zero-momentum followed by -clip, -b2-0.95,
     -b2-0.95-clip, -relative, -b2-0.95-relative or -b2-0.95-clip-relative; or
     apollo-mini, racs or apollo-zero-emb-adafactor followed by -b2-0.95, -relative or
-    -b2-0.95-relative. Only those with
-    -relative have updates in proportion to the weights. adamw is added if no contender
-    is AdamW. If this or --three-rates is given, the contenders of the parts are not
-    used."""
+    -b2-0.95-relative. Only those with -relative have updates in proportion to the
+    weights. adamw is added if no contender is AdamW. If this or --three-rates is given,
+    the contenders of the parts are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)

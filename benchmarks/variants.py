@@ -116,9 +116,9 @@ class LowRankTraceState(NamedTuple):
 def low_rank_trace(decay: float, rank: int) -> optax.GradientTransformation:
     """Returns `optax.trace` with Nesterov's look-ahead, and a state of a low rank.
 
-    Of the trace, each step keeps the part in a subspace of `rank` dimensions. One step
-    of power iteration from the last subspace gives the next one, as in PowerSGD
-    (https://arxiv.org/abs/1905.13727), so it follows the largest singular values.
+    Each step keeps the part of the trace that lies in a subspace of `rank` dimensions.
+    One step of power iteration from the last subspace gives the next one, so it follows
+    the largest singular values, as in PowerSGD (https://arxiv.org/abs/1905.13727).
     """
 
     def init(params: optax.Params) -> Any:
@@ -181,7 +181,8 @@ def relative_to_all() -> Recipe:
         leaves = jax.tree.leaves(params)
         square = sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)
         rms = jnp.sqrt(square / sum(leaf.size for leaf in leaves))
-        factor = jnp.clip(rms, 1e-3, 0.1) / 0.02  # As for a factor per matrix.
+        # The bounds and the reference are those of `scale_by_param_matrix_rms`.
+        factor = jnp.clip(rms, 1e-3, 0.1) / 0.02
         return jax.tree.map(lambda u: u * factor, updates)
 
     def scaler(

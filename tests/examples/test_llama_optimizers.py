@@ -484,6 +484,14 @@ def test_without_clipping_the_state_is_as_in_earlier_checkpoints(
     assert len(jax.eval_shape(tx.init, params)) == 2
 
 
+def description(
+    config: LlamaConfig, options: RunOptions, began: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns a run that resumes one with the description `began`, or a new one."""
+    run = with_defaults(options.as_begun(began), config)
+    return run.as_run() | {"corpus": "key"}
+
+
 @pytest.mark.parametrize(
     ("optimizer", "new"),
     [("apollo-mini", "rademacher"), ("apollo-svd", "random"), ("adamw", "random")],
@@ -492,11 +500,7 @@ def test_a_resumed_run_keeps_its_projection(
     optimizer: str, new: str, small: LlamaConfig
 ) -> None:
     options = RunOptions(out=Path("run"), optimizer=optimizer)
-
-    def resolved(options: RunOptions, began: dict[str, Any] | None) -> dict[str, Any]:
-        run = with_defaults(options.as_begun(began), small)
-        return run.as_run() | {"corpus": "key"}
-
+    resolved = functools.partial(description, small)
     fresh = resolved(options, None)
     assert fresh["projection"] == new
     # Runs that are older than the option drew normal entries.
@@ -519,11 +523,7 @@ def test_a_resumed_run_keeps_whether_its_updates_are_relative(
     optimizer: str, new: bool, small: LlamaConfig
 ) -> None:
     options = RunOptions(out=Path("run"), optimizer=optimizer)
-
-    def resolved(options: RunOptions, began: dict[str, Any] | None) -> dict[str, Any]:
-        run = with_defaults(options.as_begun(began), small)
-        return run.as_run() | {"corpus": "key"}
-
+    resolved = functools.partial(description, small)
     fresh = resolved(options, None)
     assert fresh["relative"] is new
     before = {k: v for k, v in fresh.items() if k != "relative"}
