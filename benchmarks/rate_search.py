@@ -44,6 +44,8 @@ from examples.llama.run.setup import abstract_params, execution_of, model_config
 # Folders of runs begin with its name, so a name must keep its options.
 BASES: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name} for name in RECIPES},
+    # This is a quarter of the width of tiny, and twice the default rank.
+    "apollo-zero-rank-32": {"optimizer": "apollo-zero", "rank": 32},
     # APOLLO-Zero has Adam for the embedding and the head. These have less state there.
     **{
         f"apollo-zero-emb-{rule}": {
@@ -54,7 +56,9 @@ BASES: dict[str, dict[str, Any]] = {
         for rule in ("adafactor", "racs", "scale", "flattening")
     },
 }
-EMBEDDING_CONTENDERS = tuple(name for name in BASES if name not in RECIPES)
+EMBEDDING_CONTENDERS = tuple(
+    name for name, options in BASES.items() if "embeddings" in options
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "clip": {"clip_norm": 1.0},
     "b2-0.95": {"b2": 0.95},
@@ -65,10 +69,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # The further settings of a contender. Each is a contender of its own.
 ALL_SETTINGS = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
-SOME_SETTINGS = ("apollo-mini", "racs", "apollo-zero-emb-adafactor")
+NO_CLIPPING = ("apollo-zero-rank-32", "apollo-mini", "racs")
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ALL_SETTINGS, tuple(SETTINGS)),
-    **dict.fromkeys(SOME_SETTINGS, ("b2-0.95", "relative", "b2-0.95-relative")),
+    **dict.fromkeys(
+        (*NO_CLIPPING, "apollo-zero-emb-adafactor"),
+        ("b2-0.95", "relative", "b2-0.95-relative"),
+    ),
 }
 CONTENDERS = BASES | {
     f"{name}-{setting}": BASES[name] | SETTINGS[setting]
@@ -109,7 +116,7 @@ BEST_OF_8K = (
 FINALISTS = (*BEST_OF_8K, "apollo-mini", "racs", "sinkgd")
 SEARCHED = tuple(
     variant
-    for name in (*ALL_SETTINGS, "apollo-mini", "racs", "sinkgd", *EMBEDDING_CONTENDERS)
+    for name in (*ALL_SETTINGS, *NO_CLIPPING, "sinkgd", *EMBEDDING_CONTENDERS)
     for variant in variants_of(name)
 )
 THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)
@@ -198,14 +205,15 @@ class SearchOptions:
     """Any of 1k and 8k (tiny, so many tokens per step), 6m, long, and docs (8k on the
     documentation of installed packages)."""
     contenders: tuple[str, ...] = ()
-    """Contenders to search: optimizers of pretrain; apollo-zero-emb-adafactor,
-    apollo-zero-emb-racs, apollo-zero-emb-scale or apollo-zero-emb-flattening; adamw,
-    muon, apollo-zero or apollo-zero-momentum followed by -clip, -b2-0.95,
-    -b2-0.95-clip, -relative, -b2-0.95-relative or -b2-0.95-clip-relative; or
-    apollo-mini, racs or apollo-zero-emb-adafactor followed by -b2-0.95, -relative or
-    -b2-0.95-relative. Only those with -relative have updates in proportion to the
-    weights. adamw is added if no contender is AdamW. If this or --three-rates is given,
-    the contenders of the parts are not used."""
+    """Contenders to search: optimizers of pretrain; apollo-zero-rank-32;
+    apollo-zero-emb-adafactor, apollo-zero-emb-racs, apollo-zero-emb-scale or
+    apollo-zero-emb-flattening; adamw, muon, apollo-zero or apollo-zero-momentum
+    followed by -clip, -b2-0.95, -b2-0.95-clip, -relative, -b2-0.95-relative or
+    -b2-0.95-clip-relative; or apollo-zero-rank-32, apollo-mini, racs or
+    apollo-zero-emb-adafactor followed by -b2-0.95, -relative or -b2-0.95-relative. Only
+    those with -relative have updates in proportion to the weights. adamw is added if no
+    contender is AdamW. If this or --three-rates is given, the contenders of the parts
+    are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
