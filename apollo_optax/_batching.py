@@ -82,14 +82,14 @@ def update_all(
         an array with the remaining batch axes in front and the new state. A pytree,
         such as ``jax.tree_util.Partial``, since it is an argument of jitted functions.
       draw_one: the draw of one leaf, from its matrix and a key per batch element to an
-        array that depends on their shapes alone. None: the draws are None. A pytree
-        too.
+        array that depends on their shapes alone. None: nothing is drawn. A
+        pytree too.
       keys: what the keys are made from.
       leaves: by path.
 
     Returns:
       By path what ``update_one(matrix, gradient, state, draw_one(matrix, keys))``
-      returns.
+      returns. The draw is None for a leaf without a `drawn_shape`.
     """
     results = {}
     for group in _group_by_shape(leaves):
@@ -97,7 +97,7 @@ def update_all(
             for path, leaf in group.items():
                 results[path] = _update_leaf(
                     update_one,
-                    draw_one,
+                    draw_one if leaf.drawn_shape is not None else None,
                     keys,
                     leaf.gradient,
                     leaf.state,

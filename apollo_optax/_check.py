@@ -16,6 +16,7 @@ import numpy as np
 
 from apollo_optax import _tree
 from apollo_optax._dtypes import wide_dtype
+from apollo_optax._hyperparams import ARRAYS
 
 _IN_STATIC_ARGS = "pass static_args=apollo_optax.STATIC_ARGS"
 
@@ -28,7 +29,7 @@ def _static_remedy(remedy: str = _IN_STATIC_ARGS) -> str:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, (jax.Array, np.ndarray))
+    return isinstance(value, ARRAYS)
 
 
 def positive_int(name: str, value: Any, remedy: str = _IN_STATIC_ARGS) -> None:
@@ -134,10 +135,12 @@ def moment_dtype(value: Any) -> None:
         raise TypeError(
             f"moment_dtype must be a real floating-point dtype, got {value!r}"
         )
-    if jnp.finfo(dtype).bits < 16:
+    is_small = jnp.finfo(dtype).tiny > jnp.finfo(jnp.float32).tiny
+    if is_small or jnp.finfo(dtype).bits < 16:
         raise ValueError(
-            f"moment_dtype {dtype} has too few bits to add a gradient to a moment; "
-            "give bfloat16 or wider"
+            f"moment_dtype {dtype} can't hold the squares of small gradients, or has "
+            "too few bits to add a gradient to a moment; give bfloat16, float32 or "
+            "float64"
         )
 
 

@@ -346,7 +346,7 @@ def dimension_numbers_from(tree: Any) -> Any:
         return None
 
     def weight_dimension_numbers(params: Any) -> Any:
-        given = tree(params) if callable(tree) else tree
+        given = tree(params) if _is_function(tree) else tree
         numbers = _converted(given)
         if not _has_sides(given):
             return numbers
@@ -354,9 +354,20 @@ def dimension_numbers_from(tree: Any) -> Any:
             lambda leaf: numbers if jnp.ndim(leaf) >= 2 else None, _tree.unbox(params)
         )
 
-    if callable(tree) or _has_sides(tree):
+    if _is_function(tree) or _has_sides(tree):
         return weight_dimension_numbers
     return _converted(tree)
+
+
+def _is_function(numbers: Any) -> bool:
+    """Whether `numbers` are a function of the parameters.
+
+    A tree of dimension numbers may be callable too, such as an Equinox module.
+    """
+    if not callable(numbers):
+        return False
+    leaves = jax.tree.leaves(numbers, is_leaf=_has_sides)
+    return not any(map(_has_sides, leaves))
 
 
 def _has_sides(numbers: Any) -> bool:
@@ -401,7 +412,7 @@ def _numbers_by_prefix(
     weight_dimension_numbers: Any, tree: Any
 ) -> dict[_tree.Path, ApolloDimensionNumbers | None]:
     """The caller's dimension numbers by path, of a leaf or of a whole subtree."""
-    if callable(weight_dimension_numbers):
+    if _is_function(weight_dimension_numbers):
         weight_dimension_numbers = weight_dimension_numbers(tree)
     numbers_by_prefix = _tree.leaves_by_path(
         weight_dimension_numbers,

@@ -182,10 +182,10 @@ def scale_by_flattening(
       moment_dtype: dtype of the momentum and of both moments of the leaves under Adam.
         The default is float32, or float64 for float64 leaves.
 
-    ``"newton_schulz"`` is a weighted sum of the six iterates of Muon's Newton-Schulz
-    steps, with weights that are fitted to :math:`\sigma^p`. For singular values of at
-    least a thousandth of the norm of the spectrum, the error is at most 6% at
-    ``power=0.5`` and at most 17% at ``power=0``.
+    ``"newton_schulz"`` is a weighted sum of :math:`X_t` and the iterates of six of
+    Muon's Newton-Schulz steps, with weights that are fitted to :math:`\sigma^p`. For
+    singular values of at least a thousandth of the norm of the spectrum, the error is
+    at most 6% at ``power=0.5`` and at most 17% at ``power=0``.
 
     On a mesh, ``"low_rank"`` sends ``n * rank`` numbers per matrix twice if the smaller
     side is sharded, and ``m * rank`` numbers twice if the larger side is. It never
@@ -238,10 +238,6 @@ def scale_by_flattening(
         _check.rank_of_method(rank, method)
     if momentum is not None:
         _check.decay("momentum", momentum)
-    _check.decay("b1", b1)
-    _check.decay("b2", b2)
-    _check.non_negative("eps", eps)
-    _check.moment_dtype(moment_dtype)
     state_key = _keys.StateKey(key)
     h = _Hyperparams(power, method, momentum, b1, b2, eps)
 
@@ -285,7 +281,7 @@ def _leaf(
     m = leaf.matrix.axes.contracted_size
     own_rank = max(1, m // SIDE_PER_RANK) if rank is None else min(rank, m)
     matrix = dataclasses.replace(leaf.matrix, rank=own_rank)
-    draws = is_random and not _spectrum.uses_exact(matrix)
+    draws = is_random and not _spectrum.is_exact_cheaper(matrix)
     return _batching.Leaf(
         matrix,
         leaf.gradient,
@@ -327,12 +323,11 @@ def _update_matrix(
         X = X.astype(jnp.bfloat16)
     # 3. F(X) = (X X^T)^((p - 1) / 2) X
     p = _in_dtype(h.power, matrix.dtype)
-    if h.method == "exact":
-        F = _spectrum.exact(matrix, X, p)
-    elif h.method == "newton_schulz":
+    if h.method == "newton_schulz":
         F = _spectrum.newton_schulz(matrix, X, p)
+    elif omega is None:  # The method is "exact", or its cost is below that of the rank.
+        F = _spectrum.exact(matrix, X, p)
     else:
-        assert omega is not None
         F = _spectrum.low_rank(matrix, X, p, omega)
     # 4. U has a root mean square of 1 over the rows that are not zero.
     U = _spectrum.rms_one(F, X, rows, columns)

@@ -7,8 +7,6 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import numpy as np
 
-from apollo_optax._projection import Projection
-
 STATIC_ARGS = frozenset(
     {
         "rank",
@@ -57,17 +55,3 @@ def hyperparams(cls: _Class) -> _Class:
 
     jax.tree_util.register_pytree_node(made, flatten, unflatten)
     return made
-
-
-@hyperparams
-class Hyperparams:
-    """The hyperparameters of :func:`scale_by_apollo`."""
-
-    scale_type: str
-    scale: Any
-    b1: Any
-    b2: Any
-    eps: Any
-    norm_growth_limit: Any
-    scale_front: bool
-    projection: Projection

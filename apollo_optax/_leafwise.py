@@ -85,7 +85,15 @@ def leafwise(
         serve.
       check_state: raises for a state that was made with other arguments, before the
         leaves of the state are looked at.
+
+    Raises:
+      TypeError: for `adam` or `moment_dtype` of the wrong type.
+      ValueError: for `adam` or `moment_dtype` out of range.
     """
+    _check.decay("b1", adam.b1)
+    _check.decay("b2", adam.b2)
+    _check.non_negative("eps", adam.eps)
+    _check.moment_dtype(moment_dtype)
     fields = _state.fields_of(state_class, with_optional=with_optional)
 
     def init_fn(params: optax.Params) -> Any:

@@ -18,18 +18,13 @@ from apollo_optax._matrix import Matrix
 # Fira's limiter (arXiv 2410.01623) adds this to the remembered norm it divides by.
 TINY_NORM = 1e-8
 
-# If `eps` or the 1e-8 reduces a norm to less than this share of what it would be
-# without them, the limiter does not remember it. At 1% growth per step, an update would
-# need ten steps to make up for 0.9, and hundreds of steps for the norm of a vanishing
-# gradient.
-LEAST_SHARE = 0.9
-
 
 def limit_norm(
     norm: jax.Array,
     remembered: jax.Array,
     norm_growth_limit: jax.typing.ArrayLike,
-    share: jax.Array | float = 1.0,
+    *,
+    is_transient: jax.Array | bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     r"""The limiter as a function of norms alone.
 
@@ -39,15 +34,15 @@ def limit_norm(
 
     Only norms that are finite and not zero are remembered. Nothing is limited before
     the first of them. A zero update, such as that of an expert that saw no token,
-    leaves :math:`q` as it is. So does an update that is small only because of constants
-    such as Adam's :math:`\varepsilon`, since its norm says nothing about later norms.
+    leaves :math:`q` as it is. So does an update whose size is that of one step only,
+    since its norm says nothing about later norms.
 
     Args:
       norm: :math:`|U|`, of any shape.
       remembered: :math:`q`, of the same shape; 0 before the first norm is remembered.
       norm_growth_limit: :math:`g \ge 1`.
-      share: the ratio of :math:`|U|` to the norm without these constants, of the same
-        shape. If it is below ``LEAST_SHARE``, the norm is not remembered.
+      is_transient: of the same shape; whether :math:`|U|` is so small for a reason that
+        will pass, such as Adam's :math:`\varepsilon`. Then it is not remembered.
 
     Returns:
       The factor to multiply the update by, and the norm to remember.
@@ -57,7 +52,7 @@ def limit_norm(
     excess = jnp.maximum(norm / (remembered + TINY_NORM) / norm_growth_limit, 1.0)
     factor = jnp.where(remembered > 0, 1 / excess, 1.0).astype(norm.dtype)
     limited = norm * factor
-    is_remembered = (limited > 0) & (limited < jnp.inf) & (share >= LEAST_SHARE)
+    is_remembered = (limited > 0) & (limited < jnp.inf) & jnp.logical_not(is_transient)
     return factor, jnp.where(is_remembered, limited, remembered).astype(norm.dtype)
 
 

@@ -30,6 +30,12 @@ from apollo_optax._state import Field, LeafState
 # of all others.
 LEAST_FACTOR = 1e-8
 
+# The limiter does not remember a norm that is below this share of the one it remembers.
+# Norms hardly change from step to step while the factors fit the gradient. A norm drops
+# if a gradient is much smaller than those in the averages, or much larger than those
+# that follow it. From there, 1% growth per step would take hundreds of steps.
+TRANSIENT_DROP = 0.5
+
 ROW = Field(
     shape=lambda matrix: matrix.side_shape(matrix.axes.contracted),
     sharding=lambda matrix: matrix.side_sharding(matrix.axes.contracted),
@@ -146,6 +152,9 @@ def scale_by_racs(
       prevent that, because it has no earlier norm to compare with.
     * A factor counts as at least 1e-8 of the largest factor of its side. The update of
       a row of zeros is a row of zeros.
+    * The limiter does not remember a norm below half of the one it remembers. A single
+      gradient that is far from the averages causes such norms, which would otherwise
+      hold back the next updates for hundreds of steps.
 
     The gradient is divided by its largest entry before it is squared, and the square
     root of `s` is stored. So float32 is enough for gradients of any scale.
@@ -166,7 +175,8 @@ def scale_by_racs(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByRacsState`.
-      Updates keep the gradients' dtypes.
+      Updates keep the gradients' dtypes. The ``update`` function accepts the extra
+      argument `batch_index` of :func:`scale_by_apollo`, which changes nothing here.
 
     Raises:
       TypeError: for an argument of the wrong type, such as an array for `iterations`,
@@ -201,10 +211,6 @@ def scale_by_racs(
     _check.positive_int("iterations", iterations, 'add "iterations" to static_args')
     if norm_growth_limit is not None:
         _check.norm_growth_limit(norm_growth_limit)
-    _check.decay("b1", b1)
-    _check.decay("b2", b2)
-    _check.non_negative("eps", eps)
-    _check.moment_dtype(moment_dtype)
     h = _Hyperparams(b, int(iterations), norm_growth_limit, b1, b2, eps)
 
     def update_matrices(
@@ -262,7 +268,10 @@ def _update_matrix(
     # 6. U = U / (max(|U| / (norm + 1e-8), g) / g), norm = |U|
     if h.norm_growth_limit is not None:
         norm = _sharding.reshard(norm, _sharding.sharding_of(remembered))
-        limit, remembered = limit_norm(norm, remembered, h.norm_growth_limit)
+        is_transient = norm < TRANSIENT_DROP * remembered
+        limit, remembered = limit_norm(
+            norm, remembered, h.norm_growth_limit, is_transient=is_transient
+        )
         factor = _sharding.reshard(limit, m.norm_sharding) * factor
     # 7. the factor per matrix
     U = U * m.spread(factor, ())

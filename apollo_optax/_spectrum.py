@@ -126,8 +126,8 @@ def low_rank(matrix: Matrix, X: jax.Array, power: Any, omega: jax.Array) -> jax.
 
     A random projection finds the ``r`` directions ``Q`` of the largest singular values.
     They are multiplied by ``c = (s / t)^(p - 1)`` with the root mean square ``t`` of
-    the others, so that the result is near ``t^(1 - p) F(X)``. A rank of half of ``m``
-    or more would cost more than :func:`exact`, which is used there.
+    the others, so that the result is near ``t^(1 - p) F(X)``. :func:`exact` costs less
+    at a high rank (:func:`is_exact_cheaper`).
 
     Args:
       matrix: the leaf's axes, and the rank ``r``.
@@ -138,34 +138,36 @@ def low_rank(matrix: Matrix, X: jax.Array, power: Any, omega: jax.Array) -> jax.
     Returns:
       An array like `X` in the dtype of the matrix.
     """
-    m, axes, r = matrix, matrix.axes, len(matrix.axes.shape)
-    if uses_exact(m):
-        return exact(m, X, power)
-    leaf = tuple(range(r))
-    left = (*axes.batch, *axes.contracted, r)  # Q is (m, r).
-    right = (*axes.batch, *axes.channel, r)  # X^T Q is (n, r).
+    axes, dtype = matrix.axes, matrix.dtype
+    product = functools.partial(_product, matrix, X.dtype)
+    leaf = tuple(range(len(axes.shape)))
+    # Axes that the leaf does not have are named by the next numbers.
+    rank_axis, new_rank_axis = len(leaf), len(leaf) + 1
+    left = (*axes.batch, *axes.contracted, rank_axis)  # Q is (m, r).
+    right = (*axes.batch, *axes.channel, rank_axis)  # X^T Q is (n, r).
 
-    Y = _product(m, X.dtype, X, leaf, omega, (*axes.batch, r, *axes.channel), left)
-    Y = _orthonormal(m, Y, left, FIRST_PASSES)
-    Z = _product(m, X.dtype, X, leaf, Y, left, right)
-    Q = _product(m, X.dtype, X, leaf, Z, right, left)
-    Q = _orthonormal(m, Q, left, SECOND_PASSES)
-    B = _product(m, X.dtype, X, leaf, Q, left, right)  # The transpose of Q^T X.
-    square = jnp.square(m.tensor_norms(X.astype(m.dtype)))
-    others = axes.contracted_size - m.rank
-    factors = _on_gram(m, _factors_less_one, power, others)(_gram(m, B, right), square)
-    change = _product(
-        m, m.dtype, B, right, factors, (*axes.batch, r, r + 1), (*right[:-1], r + 1)
-    )
+    Y = product(X, leaf, omega, (*axes.batch, rank_axis, *axes.channel), left)
+    Y = _orthonormal(matrix, Y, left, FIRST_PASSES)
+    Z = product(X, leaf, Y, left, right)
+    Q = product(X, leaf, Z, right, left)
+    Q = _orthonormal(matrix, Q, left, SECOND_PASSES)
+    B = product(X, leaf, Q, left, right)  # The transpose of Q^T X.
+    square = jnp.square(matrix.tensor_norms(X.astype(dtype)))
+    others = axes.contracted_size - matrix.rank
+    of_gram = _on_gram(matrix, _factors_less_one, power, others)
+    factors = of_gram(_gram(matrix, B, right), square)
+    factor_axes = (*axes.batch, rank_axis, new_rank_axis)
+    new_right = (*axes.batch, *axes.channel, new_rank_axis)
+    change = _product(matrix, dtype, B, right, factors, factor_axes, new_right)
     # The difference of X and almost the same in its largest directions needs more
     # digits than bfloat16 has.
     precision = jax.lax.Precision.HIGH if X.dtype == jnp.bfloat16 else HIGHEST
-    difference = _product(m, m.dtype, Q, left, change, right, leaf, precision)
-    return X.astype(m.dtype) + difference
+    difference = _product(matrix, dtype, Q, left, change, right, leaf, precision)
+    return X.astype(dtype) + difference
 
 
-def uses_exact(matrix: Matrix) -> bool:
-    """Whether :func:`low_rank` is :func:`exact` for a matrix of this size and rank."""
+def is_exact_cheaper(matrix: Matrix) -> bool:
+    """Whether :func:`exact` costs less than :func:`low_rank` of the matrix's rank."""
     return 2 * matrix.rank >= matrix.axes.contracted_size
 
 
@@ -240,9 +242,10 @@ def _product(
 
 def _gram(matrix: Matrix, V: jax.Array, axes: Axes) -> jax.Array:
     """``V^T V``, ``(*batch, r, r)``, of a tensor with the rank axis last."""
-    r, batch = axes[-1], matrix.axes.batch
-    other = (*axes[:-1], r + 1)
-    return _product(matrix, matrix.dtype, V, axes, V, other, (*batch, r, r + 1))
+    rank_axis, batch = axes[-1], matrix.axes.batch
+    other = (*axes[:-1], rank_axis + 1)
+    gram_axes = (*batch, rank_axis, rank_axis + 1)
+    return _product(matrix, matrix.dtype, V, axes, V, other, gram_axes)
 
 
 def _orthonormal(matrix: Matrix, V: jax.Array, axes: Axes, passes: int) -> jax.Array:
@@ -252,12 +255,12 @@ def _orthonormal(matrix: Matrix, V: jax.Array, axes: Axes, passes: int) -> jax.A
     almost dependent, one pass leaves a basis that is better conditioned, but not
     orthonormal yet.
     """
-    r, batch = axes[-1], matrix.axes.batch
+    rank_axis, batch = axes[-1], matrix.axes.batch
 
     def divided(_: jax.Array, V: jax.Array) -> jax.Array:
         inverse = _on_gram(matrix, _inverse_of_factor)(_gram(matrix, V, axes))
-        new_axes = (*axes[:-1], r + 1)
-        inverse_axes = (*batch, r, r + 1)
+        new_axes = (*axes[:-1], rank_axis + 1)
+        inverse_axes = (*batch, rank_axis, rank_axis + 1)
         return _product(matrix, matrix.dtype, V, axes, inverse, inverse_axes, new_axes)
 
     # A loop compiles faster than its passes one after the other.

@@ -7,7 +7,7 @@ determine the factors that scale the channels of the gradient itself.
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from apollo_optax import (
     _tree,
 )
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
-from apollo_optax._hyperparams import Hyperparams
+from apollo_optax._hyperparams import hyperparams
 from apollo_optax._limiter import limit_norm
 from apollo_optax._matrix import SCALE_TYPES, Matrix
 from apollo_optax._state import LeafState, ScaleByApolloState
@@ -33,6 +33,26 @@ from apollo_optax._state import LeafState, ScaleByApolloState
 # Step 4 adds it to |R|, as the authors' release does, so that a channel without a
 # gradient has a finite factor.
 TINY_NORM = 1e-8
+
+# If `eps` or the 1e-8 reduces the norm of an update to less than this share of what it
+# would be without them, the limiter does not remember it. At 1% growth per step, an
+# update would need ten steps to make up for 0.9, and hundreds of steps for the norm of
+# a vanishing gradient.
+LEAST_SHARE = 0.9
+
+
+@hyperparams
+class _Hyperparams:
+    """The hyperparameters of :func:`scale_by_apollo`, for jitted functions."""
+
+    scale_type: str
+    scale: Any
+    b1: Any
+    b2: Any
+    eps: Any
+    norm_growth_limit: Any
+    scale_front: bool
+    projection: _projection.Projection
 
 
 class _Step(NamedTuple):
@@ -169,18 +189,14 @@ def scale_by_apollo(
     _check.one_of("scale_type", scale_type, SCALE_TYPES)
     _check.non_negative("scale", scale)
     _check.positive_int("update_proj_gap", update_proj_gap)
-    _check.decay("b1", b1)
-    _check.decay("b2", b2)
-    _check.non_negative("eps", eps)
     if norm_growth_limit is not None:
         _check.norm_growth_limit(norm_growth_limit)
     _check.boolean("scale_front", scale_front)
     kind = _projection.resolve(projection)
-    _check.moment_dtype(moment_dtype)
     state_key = _keys.StateKey(key)
     # A longer gap is never reached, and has to fit an int32 beside the count.
     gap = min(int(update_proj_gap), jnp.iinfo(jnp.int32).max)
-    hyperparams = Hyperparams(
+    h = _Hyperparams(
         scale_type, scale, b1, b2, eps, norm_growth_limit, scale_front, kind
     )
 
@@ -199,12 +215,12 @@ def scale_by_apollo(
         count = step.state.count
         shared = _Step(
             is_refresh=count % gap == 0,
-            correction=_adam.bias_correction(hyperparams, step.number),
+            correction=_adam.bias_correction(h, step.number),
         )
         keys = state_key.source(step.state.key, count // gap, step.batch_index)
         results = _batching.update_all(
-            jax.tree_util.Partial(_update_matrix, hyperparams, shared),
-            None if kind.is_stored else jax.tree_util.Partial(_draw, hyperparams),
+            jax.tree_util.Partial(_update_matrix, h, shared),
+            None if kind.is_stored else jax.tree_util.Partial(_draw, h),
             keys,
             {
                 path: _batching.Leaf(
@@ -227,7 +243,7 @@ def scale_by_apollo(
     return _leafwise.leafwise(
         ScaleByApolloState,
         update_matrices,
-        adam=hyperparams,
+        adam=h,
         rank=rank,
         weight_dimension_numbers=weight_dimension_numbers,
         moment_dtype=moment_dtype,
@@ -238,13 +254,13 @@ def scale_by_apollo(
     )
 
 
-def _draw(h: Hyperparams, matrix: Matrix, keys: jax.Array) -> jax.Array:
+def _draw(h: _Hyperparams, matrix: Matrix, keys: jax.Array) -> jax.Array:
     """The random numbers of step 1 for one leaf."""
     return cast(_projection.Drawn, h.projection).draw(matrix, keys)
 
 
 def _update_matrix(
-    h: Hyperparams,
+    h: _Hyperparams,
     step: _Step,
     matrix: Matrix,
     gradient: jax.Array,
@@ -274,10 +290,10 @@ def _update_matrix(
     N = mu / (jnp.sqrt(nu) + h.eps)
     # 4. s_j = |N_j| / (|R_j| + 1e-8), over a channel or over the matrix; 0 if R cancels
     # The limiter asks for the norms without eps. They are summed in the same pass.
-    undamped = _over_root(mu, nu)
-    N_norms, undamped_norms = m.norms_of_two(N, undamped, per)
+    N_norms, undamped_norms = m.norms_of_two(N, _over_root(mu, nu), per)
     R_norms = m.norms(R, per)
-    s = m.place_factors(N_norms / (R_norms + TINY_NORM))
+    ratios = N_norms / (R_norms + TINY_NORM)
+    s = m.place_factors(ratios)
     G_norms = m.gradient_norms(G, per)
     # Random signs may cancel on equal rows, and |R| is then a rounding error.
     error = jnp.finfo(m.dtype).eps * m.axes.contracted_size**0.5
@@ -289,11 +305,11 @@ def _update_matrix(
     # 6. U = U / (max(|U| / (q + 1e-8), g) / g), q = |U|, by |U|^2 = sum_j s_j^2 |G_j|^2
     if h.norm_growth_limit is not None:
         norm = m.matrix_norms(s * G_norms)
-        share = _share(m, N_norms, undamped_norms, R_norms)
-        norm, share = (
-            _sharding.reshard(x, _sharding.sharding_of(q)) for x in (norm, share)
+        is_damped = _is_damped(m, ratios, R_norms, undamped_norms)
+        norm, is_damped = (
+            _sharding.reshard(x, _sharding.sharding_of(q)) for x in (norm, is_damped)
         )
-        limit, q = limit_norm(norm, q, h.norm_growth_limit, share)
+        limit, q = limit_norm(norm, q, h.norm_growth_limit, is_transient=is_damped)
         s = m.per_channel(limit) * s
     # 7. U = a U here without scale_front
     if not h.scale_front:
@@ -303,26 +319,27 @@ def _update_matrix(
     return s, _state.updated(state, mu=mu, nu=nu, norm=q, projection=stored)
 
 
-def _share(
-    m: Matrix, N_norms: jax.Array, undamped_norms: jax.Array, R_norms: jax.Array
+def _is_damped(
+    m: Matrix, ratios: jax.Array, R_norms: jax.Array, undamped_norms: jax.Array
 ) -> jax.Array:
-    """How much of a matrix's update `eps` and ``TINY_NORM`` leave, from 0 to 1.
+    """Whether `eps` and ``TINY_NORM`` make a matrix's update much smaller.
 
-    The share is computed from the projected update ``R diag(s)``, which unlike ``G`` is
-    sharded as the moments are. Its channels have the norms
-    ``|N_j| |R_j| / (|R_j| + 1e-8)``. Without the constants, these would be the norms of
-    ``mu / sqrt(nu)``. Channels without a gradient are left out.
+    The projected update ``R diag(s)`` decides it, which unlike ``G`` is sharded as the
+    moments are. Without the constants, its channels would have the norms of
+    ``mu / sqrt(nu)``. Norms over a projected gradient of zero are left out on both
+    sides.
     """
-    damped = m.matrix_norms(N_norms * R_norms / (R_norms + TINY_NORM))
+    damped = m.matrix_norms(ratios * R_norms)
     undamped = jnp.where(R_norms > 0, undamped_norms, jnp.zeros_like(undamped_norms))
-    return damped / m.matrix_norms(undamped)
+    return damped < LEAST_SHARE * m.matrix_norms(undamped)
 
 
 def _over_root(mu: jax.Array, nu: jax.Array) -> jax.Array:
-    """``mu / sqrt(nu)``, and 0 where there has been no gradient.
+    """``mu / sqrt(nu)``, and 0 where ``nu`` is 0.
 
-    A quotient 0 / 0 there would be reported by JAX's checks for NaN.
+    That is so where there has been no gradient, and where the squares of a gradient
+    underflow. A single infinity there would look as if `eps` had damped all channels.
     """
     # Nothing stands between the root and the division, because XLA for CPUs would then
     # round the quotient differently in the ordinary and in the layer-wise step.
-    return mu / jnp.sqrt(jnp.where((mu == 0) & (nu == 0), jnp.ones_like(nu), nu))
+    return mu / jnp.sqrt(jnp.where(nu == 0, jnp.full_like(nu, jnp.inf), nu))

@@ -139,7 +139,7 @@ def scale_by_apollo(
         factors = _norm(N, axis) / (_norm(R, axis) + _TINY_NORM)
         U, norm = X * factors, old.norm
         if norm_growth_limit is not None:
-            is_damped = _share(N, mu, nu, R, axis) < _LEAST_SHARE
+            is_damped = _is_damped(N, mu, nu, R, axis)
             U, norm = _limit(U, norm, norm_growth_limit, is_damped)
         t = state.count + 1
         correction = jnp.sqrt(_one_minus_power(b2, t)) / _one_minus_power(b1, t)
@@ -284,16 +284,15 @@ def _norm(x: jax.Array, axis: int | None = None) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis))
 
 
-def _share(
+def _is_damped(
     N: jax.Array, mu: jax.Array, nu: jax.Array, R: jax.Array, axis: int | None
 ) -> jax.Array:
-    """How much of the update's norm eps and the 1e-8 leave, from 0 to 1."""
+    """Whether eps and the 1e-8 make the update's norm much smaller."""
     R_norm = _norm(R, axis)
-    # Both moments are zero where there has been no gradient.
-    root = jnp.where((mu == 0) & (nu == 0), 1.0, jnp.sqrt(nu))
-    undamped = _norm(mu / root, axis)
+    # nu is zero where there has been no gradient, or where its squares underflow.
+    undamped = _norm(mu / jnp.sqrt(jnp.where(nu == 0, jnp.inf, nu)), axis)
     damped = _norm(N, axis) * R_norm / (R_norm + _TINY_NORM)
-    return _norm(damped) / _norm(jnp.where(R_norm > 0, undamped, 0.0))
+    return _norm(damped) < _LEAST_SHARE * _norm(jnp.where(R_norm > 0, undamped, 0.0))
 
 
 def _limit(

@@ -79,7 +79,12 @@ PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
         (
             {"moment_dtype": jnp.float8_e4m3fn},
             ValueError,
-            "moment_dtype float8_e4m3fn has too few bits",
+            "moment_dtype float8_e4m3fn can't hold .*; give bfloat16",
+        ),
+        (
+            {"moment_dtype": "float16"},
+            ValueError,
+            "moment_dtype float16 can't hold .*; give bfloat16",
         ),
         (
             {"b2": jnp.array(0.999, jnp.bfloat16)},

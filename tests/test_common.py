@@ -208,9 +208,7 @@ def test_state_is_float32_unless_parameters_are_float64(name, dtype):
             assert set(floats) == {jnp.dtype(expected)}
 
 
-@pytest.mark.parametrize(
-    "moment_dtype", ["float16", "bfloat16", "float32", jnp.bfloat16]
-)
+@pytest.mark.parametrize("moment_dtype", ["bfloat16", "float32", jnp.bfloat16])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_moment_dtype_is_that_of_both_moments_of_all_leaves(dtype, moment_dtype):
     def dtypes(*trees):

@@ -23,6 +23,10 @@ from apollo_optax import (
 )
 from apollo_optax._dimension_numbers import resolve
 
+MUON = optax.contrib.MuonDimensionNumbers
+# Optax 0.2.6 has Muon's objects only.
+GALORE = getattr(optax.contrib, "GaLoreDimensionNumbers", MUON)
+
 STACKED = ApolloDimensionNumbers(1, 2)
 # Flax before 0.12.7 calls it nnx.pure.
 as_pure = getattr(nnx, "as_pure", None) or nnx.pure
@@ -203,6 +207,27 @@ def test_accepts_prefixes_and_callables(given):
     )
 
 
+@pytest.mark.parametrize("numbers", [ApolloDimensionNumbers, MUON])
+def test_a_callable_model_may_hold_the_numbers(numbers):
+    """As an Equinox model does after ``jax.tree.map`` over it."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Linear:
+        weight: jax.Array
+        bias: jax.Array
+
+        def __call__(self, x):
+            raise AssertionError("these are the numbers, not a function of parameters")
+
+    params = Linear(jnp.ones((4, 6)), jnp.ones(6))
+    given = jax.tree.map(lambda x: numbers(1, 0) if x.ndim == 2 else None, params)
+    if numbers is MUON:
+        given = dimension_numbers_from(given)
+    assert matrices(params, given) == {"weight": (0,)}
+    assert matrices(params, dimension_numbers_from(given)) == {"weight": (0,)}
+
+
 def test_matches_by_path_whatever_the_node_types():
     model = NnxModel(nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
@@ -223,11 +248,6 @@ def test_matches_by_path_whatever_the_node_types():
         lambda x: ApolloDimensionNumbers() if x.ndim == 2 else None, state
     )
     assert "embed/embedding" in matrices(state, boxed)
-
-
-MUON = optax.contrib.MuonDimensionNumbers
-# Optax 0.2.6 has Muon's objects only.
-GALORE = getattr(optax.contrib, "GaLoreDimensionNumbers", MUON)
 
 
 @pytest.mark.parametrize("numbers", [MUON, GALORE])

@@ -135,6 +135,17 @@ def test_default_rank_is_an_eighth_of_the_smaller_side():
     )
 
 
+@pytest.mark.parametrize("rank", [8, 9, 16, 99])
+def test_low_rank_of_half_the_side_or_more_is_exact(rank):
+    gradient = normal(0, (16, 24))
+    expected = update(scale_by_flattening(method="exact"), gradient)
+    tx = scale_by_flattening(rank=rank)
+    np.testing.assert_array_equal(update(tx, gradient), expected)
+    # Nothing is drawn for it.
+    jaxpr = jax.make_jaxpr(tx.update)(gradient, tx.init(gradient))
+    assert "random_bits" not in str(jaxpr)
+
+
 @every_method
 def test_zero_and_nan_stay_in_their_leaf(method):
     shape = (16, 24)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 
 from apollo_optax import (
     ApolloDimensionNumbers,
@@ -204,20 +205,46 @@ def test_the_limiter_limits_growth_that_eps_does_not_decide():
     assert free[1, 20] > 2 * free[1, 19]
 
 
-def test_norms_without_a_gradient_of_their_own_do_not_count():
-    """Channels without gradient, and NaN, have no effect on the rest of a matrix."""
-    tx = scale_by_apollo(2)
-    gradient = normal(1, (4, 6)).at[:, 2].set(0)
+# With a factor of 1e-25, the squares of a gradient underflow in float32.
+@pytest.mark.parametrize("factor", [0.0, 1e-25])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        scale_by_apollo(2),
+        scale_by_apollo(1, scale_type="tensor", scale=128.0),
+        scale_by_apollo(4),
+    ],
+    ids=["channel", "tensor", "full rank"],
+)
+def test_a_few_vanishing_gradients_do_not_switch_the_limiter_off(tx, factor):
+    gradient = normal(1, (4, 6)).at[:, 2].multiply(factor).at[1].multiply(factor)
     state = tx.init(gradient)
-    _, state = tx.update(gradient, state)
-    assert state.norm > 0
+    for _ in range(3):
+        _, state = tx.update(gradient, state)
+        assert state.norm > 0
+
+
+def test_a_gradient_of_nan_is_not_remembered():
+    tx = scale_by_apollo(2)
+    gradient = normal(1, (4, 6))
+    _, state = tx.update(gradient, tx.init(gradient))
     _, after_nan = tx.update(gradient.at[0, 0].set(jnp.nan), state)
-    assert after_nan.norm == state.norm
+    assert after_nan.norm == state.norm > 0
 
 
-def test_a_norm_that_was_shrunk_is_not_remembered():
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_a_matrix_without_a_gradient_computes_no_nan(scale_type):
+    tx = scale_by_apollo(2, scale_type=scale_type)
+    gradient = jnp.zeros((4, 6))
+    checked = checkify.checkify(tx.update, errors=checkify.nan_checks)
+    error, _ = checked(gradient, tx.init(gradient))
+    error.throw()
+
+
+def test_a_norm_that_will_pass_is_not_remembered():
     norm, remembered = jnp.array([2.0, 2.0, 1.0]), jnp.array([5.0, 5.0, 0.0])
-    factor, new = limit_norm(norm, remembered, LIMIT, jnp.array([0.89, 0.91, 0.0]))
+    is_transient = jnp.array([True, False, True])
+    factor, new = limit_norm(norm, remembered, LIMIT, is_transient=is_transient)
     np.testing.assert_allclose(factor, 1)
     np.testing.assert_allclose(new, [5.0, 2.0, 0.0])
 

@@ -1,6 +1,7 @@
 """RACS against its equations, at the extremes of gradients, and on meshes."""
 
 import functools
+import math
 from typing import Any
 
 import chex
@@ -78,8 +79,9 @@ def reference(gradients, b=0.9, iterations=1, limit=1.01):
         if limit is not None:
             if remembered is not None:
                 U /= max(np.linalg.norm(U) / (remembered + 1e-8), limit) / limit
-            if U.any():
-                remembered = np.linalg.norm(U)
+            norm = np.linalg.norm(U)
+            if norm > 0 and (remembered is None or norm >= remembered / 2):
+                remembered = norm
         updates.append(U)
     return updates, (q, None if s is None else np.sqrt(s), remembered)
 
@@ -294,6 +296,24 @@ def test_an_outlier_does_not_make_a_large_update():
     # The factors that fit the outlier are no measure of the other entries.
     assert np.abs(updates[0]).max() < 50
     assert rms(updates[1]) < 1.01 + 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1e4, 1e8])
+def test_recovers_from_a_gradient_far_from_the_others(size):
+    """The averages decay by 0.9 per step. The limiter adds no more than 70 steps."""
+    tx: Any = scale_by_racs()
+    gradients = normal(0, (500, 8, 12)).at[20].multiply(size)
+
+    def step(state, gradient):
+        update, state = tx.update(gradient, state)
+        return state, jnp.sqrt(jnp.mean(update**2))
+
+    _, rms = jax.lax.scan(step, tx.init(gradients[0]), gradients)
+    assert rms.max() <= 1 + 1e-5
+    steps = max(0, math.log(size**2) / math.log(1 / 0.9)) + 70
+    recovered = rms[21 + math.ceil(steps) :]
+    assert recovered.size > 50
+    assert recovered.min() > 0.7  # The least RMS without the odd gradient is 0.76.
 
 
 def test_heavy_tailed_noise_leaves_factors_in_range():

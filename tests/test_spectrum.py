@@ -164,14 +164,6 @@ def test_low_rank_is_its_formula():
     assert error(actual, expected) < 0.02
 
 
-@pytest.mark.parametrize("rank", [8, 9, 16, 99])
-def test_low_rank_of_half_the_side_or_more_is_exact(rank):
-    X = jnp.asarray(with_spectrum(SPECTRA["exponential"][:16], 24), jnp.float32)
-    matrix = matrix_of(X.shape, rank=rank)
-    expected = apply("exact", matrix, X)
-    np.testing.assert_array_equal(apply("low_rank", matrix, X), expected)
-
-
 @every_method
 @pytest.mark.parametrize(("shape", "numbers"), LAYOUTS)
 def test_axes_in_any_order(shape, numbers, method):

@@ -163,7 +163,7 @@ def first_update_rms(tx_of_seed, shape, seeds=40):
 
 
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
-@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (2, 64), (64, 4), (4, 4)])
+@pytest.mark.parametrize("shape", [(2, 64), (64, 4), (4, 4)])
 def test_updates_at_full_rank_do_not_depend_on_the_seed(shape, scale_type):
     def make(seed):
         return scale_by_apollo(4, scale_type=scale_type, key=seed)
@@ -383,19 +383,13 @@ def test_float16_updates_saturate():
     assert state.norm > 65504
 
 
-@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 def test_infinite_gradients_stay_visible_in_the_moments(moment_dtype):
     tx = scale_by_apollo(2, moment_dtype=moment_dtype)
     params = {"matrix": jnp.ones((4, 6)), "vector": jnp.ones(4)}
     _, state = tx.update(jax.tree.map(lambda x: x * jnp.inf, params), tx.init(params))
     updates, _ = tx.update(params, state)
     assert all(jnp.isnan(update).all() for update in updates.values())
-
-
-def test_float16_moments_saturate():
-    tx = scale_by_apollo(2, moment_dtype="float16")
-    _, states = run(tx, [jnp.full((4, 6), 1e5)] * 3)
-    chex.assert_tree_all_finite(states)
 
 
 def test_projections_are_compared_by_identity():
