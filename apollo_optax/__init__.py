@@ -8,6 +8,7 @@ from apollo_optax._dimension_numbers import (
 )
 from apollo_optax._flattening import ScaleByFlatteningState, scale_by_flattening
 from apollo_optax._hyperparams import STATIC_ARGS
+from apollo_optax._int8_trace import Int8TraceState, int8_trace
 from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
 from apollo_optax._quantization import (
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "STATIC_ARGS",
     "ApolloDimensionNumbers",
+    "Int8TraceState",
     "LayerwiseMetrics",
     "LimitNormGrowthState",
     "QuantizedArray",
@@ -41,6 +43,7 @@ __all__ = [
     "dequantize",
     "dimension_numbers_by_path",
     "dimension_numbers_from",
+    "int8_trace",
     "layerwise_apply",
     "layerwise_step",
     "limit_norm_growth",

@@ -9,6 +9,7 @@ import optax
 from apollo_optax import _check, _projection
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
 from apollo_optax._flattening import scale_by_flattening
+from apollo_optax._int8_trace import int8_trace
 from apollo_optax._racs import scale_by_racs
 from apollo_optax._relative import scale_by_param_matrix_rms
 from apollo_optax._transform import scale_by_apollo
@@ -311,6 +312,7 @@ def apollo_zero(
     method: Literal["low_rank", "newton_schulz", "exact"] = "low_rank",
     rank: int | None = None,
     momentum: jax.typing.ArrayLike | None = None,
+    int8_momentum: bool = False,
     relative: bool = False,
     key: jax.typing.ArrayLike = 0,
     b1: jax.typing.ArrayLike = 0.9,
@@ -338,6 +340,8 @@ def apollo_zero(
         the smaller side of each matrix.
       momentum: decay rate of a momentum of the gradients; None for no momentum and no
         state. With 0.9, halve the learning rate.
+      int8_momentum: whether the momentum takes one byte per number instead of four, by
+        :func:`int8_trace`. It needs a `momentum`.
       relative: whether a matrix's updates are in proportion to the root mean square of
         its weights, by :func:`scale_by_param_matrix_rms` with its defaults. If that is
         0.02, updates are as with ``relative=False``. For other bounds, chain the two
@@ -357,8 +361,9 @@ def apollo_zero(
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as for :func:`scale_by_flattening` and, with `relative`,
-        :func:`scale_by_param_matrix_rms`.
+      TypeError, ValueError: as for :func:`scale_by_flattening`, :func:`int8_trace` with
+        `int8_momentum`, and :func:`scale_by_param_matrix_rms` with `relative`. Also for
+        `int8_momentum` without a `momentum`.
 
     Examples:
       >>> import apollo_optax, jax, jax.numpy as jnp
@@ -369,13 +374,29 @@ def apollo_zero(
 
     .. seealso:: :func:`apollo`, :func:`optax.contrib.muon`
     """
-    _check.boolean("relative", relative, "an array can't choose what is compiled")
-    factors = []
+    static = "an array can't choose what is compiled"
+    _check.boolean("relative", relative, static)
+    _check.boolean("int8_momentum", int8_momentum, static)
+    before, after = [], []
+    if int8_momentum:
+        if momentum is None:
+            raise ValueError(
+                "int8_momentum=True needs a momentum; give momentum=0.9, for example"
+            )
+        before.append(
+            int8_trace(
+                momentum,
+                nesterov=True,
+                weight_dimension_numbers=weight_dimension_numbers,
+            )
+        )
+        momentum = None
     if relative:
-        factors.append(
+        after.append(
             scale_by_param_matrix_rms(weight_dimension_numbers=weight_dimension_numbers)
         )
     return optax.chain(
+        *before,
         scale_by_flattening(
             power,
             method=method,
@@ -388,7 +409,7 @@ def apollo_zero(
             weight_dimension_numbers=weight_dimension_numbers,
             moment_dtype=moment_dtype,
         ),
-        *factors,
+        *after,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -328,8 +328,11 @@ class Matrix:
 
     def side_sums(self, tensor: jax.Array, side: tuple[int, ...]) -> jax.Array:
         """Sums of a leaf over the axes of the other side, to ``(*batch, *side)``."""
-        kept = {*self.axes.batch, *side}
-        return self._sum(tensor, tuple(a for a in self.axes.order if a not in kept))
+        return self._sum(tensor, self._other_axes(side))
+
+    def side_largest(self, tensor: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        """The largest magnitudes along the other side, to ``(*batch, *side)``."""
+        return self._reduced(jnp.max, jnp.abs(tensor), self._other_axes(side))
 
     def largest(self, tensor: jax.Array) -> jax.Array:
         """The largest magnitude per matrix of a leaf, to ``(*batch,)``."""
@@ -359,11 +362,25 @@ class Matrix:
         shared = SCALE_TYPES[scale_type](len(self.axes.channel))
         return tuple(first + axis for axis in shared)
 
+    def _other_axes(self, side: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of the other side, or of both if `side` is empty."""
+        kept = {*self.axes.batch, *side}
+        return tuple(axis for axis in self.axes.order if axis not in kept)
+
     def _sum(self, tensor: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
         """The sum of a leaf over some axes, with the others in the matrix's order."""
+        return self._reduced(jnp.sum, tensor, reduced)
+
+    def _reduced(
+        self,
+        reduction: Callable[..., jax.Array],
+        tensor: jax.Array,
+        reduced: tuple[int, ...],
+    ) -> jax.Array:
+        """A reduction of a leaf over some axes; the others in the matrix's order."""
         kept = (axis for axis in self.axes.order if axis not in reduced)
         order = _argsort(_argsort(tuple(kept)))
-        return jnp.transpose(jnp.sum(tensor, axis=reduced), order)
+        return jnp.transpose(reduction(tensor, axis=reduced), order)
 
 
 def _argsort(axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ BASES: dict[str, dict[str, Any]] = {
             "embeddings": rule,
             "head": rule,
         }
-        for rule in ("adafactor", "racs", "scale", "flattening")
+        for rule in ("adafactor", "adafactor-momentum", "racs", "scale", "flattening")
     },
 }
 EMBEDDING_CONTENDERS = tuple(
@@ -69,11 +69,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # The further settings of a contender. Each is a contender of its own.
 ALL_SETTINGS = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
-NO_CLIPPING = ("apollo-zero-rank-32", "apollo-mini", "racs")
+NO_CLIPPING = (
+    "apollo-zero-rank-32",
+    "apollo-zero-momentum-int8",
+    "apollo-mini",
+    "racs",
+)
+ADAFACTORS = ("apollo-zero-emb-adafactor", "apollo-zero-emb-adafactor-momentum")
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ALL_SETTINGS, tuple(SETTINGS)),
     **dict.fromkeys(
-        (*NO_CLIPPING, "apollo-zero-emb-adafactor"),
+        (*NO_CLIPPING, *ADAFACTORS),
         ("b2-0.95", "relative", "b2-0.95-relative"),
     ),
 }
@@ -206,14 +212,15 @@ class SearchOptions:
     documentation of installed packages)."""
     contenders: tuple[str, ...] = ()
     """Contenders to search: optimizers of pretrain; apollo-zero-rank-32;
-    apollo-zero-emb-adafactor, apollo-zero-emb-racs, apollo-zero-emb-scale or
-    apollo-zero-emb-flattening; adamw, muon, apollo-zero or apollo-zero-momentum
-    followed by -clip, -b2-0.95, -b2-0.95-clip, -relative, -b2-0.95-relative or
-    -b2-0.95-clip-relative; or apollo-zero-rank-32, apollo-mini, racs or
-    apollo-zero-emb-adafactor followed by -b2-0.95, -relative or -b2-0.95-relative. Only
-    those with -relative have updates in proportion to the weights. adamw is added if no
-    contender is AdamW. If this or --three-rates is given, the contenders of the parts
-    are not used."""
+    apollo-zero-emb-adafactor, apollo-zero-emb-adafactor-momentum, apollo-zero-emb-racs,
+    apollo-zero-emb-scale or apollo-zero-emb-flattening; adamw, muon, apollo-zero or
+    apollo-zero-momentum followed by -clip, -b2-0.95, -b2-0.95-clip, -relative,
+    -b2-0.95-relative or -b2-0.95-clip-relative; or apollo-zero-rank-32,
+    apollo-zero-momentum-int8, apollo-mini, racs, apollo-zero-emb-adafactor or
+    apollo-zero-emb-adafactor-momentum followed by -b2-0.95, -relative or
+    -b2-0.95-relative. Only those with -relative have updates in proportion to the
+    weights. adamw is added if no contender is AdamW. If this or --three-rates is given,
+    the contenders of the parts are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)

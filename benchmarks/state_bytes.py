@@ -40,9 +40,11 @@ RULES: dict[str, tuple[str, str, int | None]] = {
     "APOLLO-Mini": ("apollo-mini", "apollo", None),
     "SCALE": ("scale-hidden", "scale", None),
     "Adafactor, no momentum": ("adafactor", "adafactor", None),
+    "Adafactor, int8 momentum": ("adafactor", "adafactor-momentum", None),
     "RACS": ("racs", "racs", None),
     "flattening (APOLLO-Zero)": ("apollo-zero", "flattening", None),
     "the same, momentum 0.9": ("apollo-zero-momentum", "flattening", None),
+    "the same, in int8": ("apollo-zero-momentum-int8", "flattening", None),
 }
 
 

@@ -63,49 +63,6 @@ def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation
     return optax.masked(tx, is_kernel)
 
 
-class Int8TraceState(NamedTuple):
-    """State of `int8_trace`; matrices are in int8, with a scale per 128 entries."""
-
-    steps: jax.Array  # The number of steps taken.
-    trace: Any  # A `QuantizedArray` per leaf.
-
-
-def int8_trace(decay: float, seed: int) -> optax.GradientTransformation:
-    """Returns `optax.trace` with Nesterov's look-ahead, and a state in int8.
-
-    The trace is rounded stochastically. Rounded to nearest, a group with one large
-    entry would lose the small gradients of the others in every step.
-    """
-
-    def init(params: optax.Params) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        quantized = jax.tree.map(apollo_optax.quantize, zeros)
-        return Int8TraceState(jnp.zeros([], jnp.int32), quantized)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, Any]:
-        del params
-        before = apollo_optax.dequantize(state.trace)
-        new = jax.tree.map(lambda g, t: g + decay * t, updates, before)
-        key = jax.random.fold_in(jax.random.key(seed), state.steps)
-        leaves, structure = jax.tree.flatten(new)
-        quantized = [
-            apollo_optax.quantize(leaf, key=jax.random.fold_in(key, index))
-            for index, leaf in enumerate(leaves)
-        ]
-        state = Int8TraceState(
-            state.steps + 1, jax.tree.unflatten(structure, quantized)
-        )
-        return jax.tree.map(lambda g, t: g + decay * t, updates, new), state
-
-    return optax.GradientTransformation(init, update)
-
-
-def int8(decay: float) -> Momentum:
-    return lambda options: of_kernels(int8_trace(decay, options.seed))
-
-
 class LowRankTraceState(NamedTuple):
     """State of `low_rank_trace`; the trace is `basis @ coefficients`."""
 
@@ -226,7 +183,6 @@ VARIANTS: dict[str, Recipe] = {
     "zero-exact-0": exact_power(0),
     "zero-of-trace-0.95": flattening_of(trace(0.95)),
     "zero-of-nesterov-0.95": flattening_of(trace(0.95, nesterov=True)),
-    "zero-of-int8-nesterov-0.9": flattening_of(int8(0.9)),
     "zero-of-rank-16-nesterov-0.9": flattening_of(low_rank(0.9, 16)),
     "zero-of-rank-32-nesterov-0.9": flattening_of(low_rank(0.9, 32)),
     "zero-relative-to-all": relative_to_all(),
@@ -310,7 +266,7 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("none", "apollo-zero", 1e-3, 2e-3, 4e-3),
         *ways("before, Nesterov, 0.9", "apollo-zero-momentum", 2.5e-4, 5e-4, 1e-3),
         *ways("before, Nesterov, 0.95", "zero-of-nesterov-0.95", 2.5e-4, 5e-4, 1e-3),
-        *ways("before, Nesterov, 0.9, int8", "zero-of-int8-nesterov-0.9", 5e-4),
+        *ways("before, Nesterov, 0.9, int8", "apollo-zero-momentum-int8", 5e-4),
         *ways("before, Nesterov, rank 16", "zero-of-rank-16-nesterov-0.9", 5e-4, 1e-3),
         *ways("before, Nesterov, rank 32", "zero-of-rank-32-nesterov-0.9", 1e-3),
         *ways("before, 0.95", "zero-of-trace-0.95", 5e-4),
@@ -326,7 +282,7 @@ PARTS: dict[str, tuple[Way, ...]] = {
     "momentum-8k": (
         *ways("none", "apollo-zero", 2e-3, **ON_8K),
         *ways("Nesterov, 0.9", "apollo-zero-momentum", 5e-4, 1e-3, 2e-3, **ON_8K),
-        *ways("the same in int8", "zero-of-int8-nesterov-0.9", 1e-3, **ON_8K),
+        *ways("the same in int8", "apollo-zero-momentum-int8", 1e-3, **ON_8K),
     ),
     "moments": (
         *dtypes_of_moments("adamw", 2e-3),
@@ -419,7 +375,7 @@ def all_state(run: RunOptions) -> int:
 def other_state(run: RunOptions) -> int:
     """Returns the bytes of optimizer state for embedding, head and norms.
 
-    The parts of an int8 array do not have the parameter's shape, so this is all the
+    The scales of an int8 momentum do not have the parameter's shape, so this is all the
     state of SGD, which has none for the kernels.
     """
     names = ("model", "embeddings", "head", "moment_dtype")

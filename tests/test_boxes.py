@@ -47,6 +47,9 @@ OPTIMIZERS: dict[str, Any] = {
     "apollo_mini": apollo_optax.apollo_mini,
     # Without momentum, APOLLO-Zero has no state that could be sharded.
     "apollo_zero": functools.partial(apollo_optax.apollo_zero, momentum=0.9),
+    "int8": functools.partial(
+        apollo_optax.apollo_zero, momentum=0.9, int8_momentum=True
+    ),
     "racs": apollo_optax.racs,
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

@@ -23,6 +23,9 @@ OPTIMIZERS: dict[str, Any] = {
     "svd": functools.partial(apollo_optax.apollo, rank=2, projection="svd"),
     "apollo_zero": apollo_optax.apollo_zero,
     "zero_momentum": functools.partial(apollo_optax.apollo_zero, momentum=0.9),
+    "int8_momentum": functools.partial(
+        apollo_optax.apollo_zero, momentum=0.9, int8_momentum=True
+    ),
 }
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -152,6 +155,7 @@ def test_inject_hyperparams_gives_equal_updates_and_states(name):
         "racs": {"b", "norm_growth_limit"},
         "apollo_zero": {"power"},
         "zero_momentum": {"power", "momentum"},
+        "int8_momentum": {"power", "momentum"},
     }.get(name, {"scale", "norm_growth_limit"})
     assert state_injected.hyperparams.keys() == numbers | own
     update_injected = jax.jit(injected.update)

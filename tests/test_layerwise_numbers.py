@@ -74,6 +74,9 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "zero momentum": lambda: apollo_optax.apollo_zero(
         0.1, momentum=0.9, weight_dimension_numbers=NUMBERS
     ),
+    "int8 momentum": lambda: apollo_optax.apollo_zero(
+        0.1, momentum=0.9, int8_momentum=True, weight_dimension_numbers=NUMBERS
+    ),
     "zero relative": lambda: apollo_optax.apollo_zero(
         0.1, relative=True, weight_dimension_numbers=NUMBERS
     ),

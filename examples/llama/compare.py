@@ -54,7 +54,8 @@ class CompareOptions(TrainingOptions):
 
     optimizers: tuple[str, ...] = ("adamw", "apollo-mini", "apollo-zero")
     """Any of adamw, apollo, apollo-mini, apollo-svd, apollo-zero, apollo-zero-momentum,
-    racs, sinkgd, scale-hidden, swan, galore, muon, adafactor, lion and sgd."""
+    apollo-zero-momentum-int8, racs, sinkgd, scale-hidden, swan, galore, muon,
+    adafactor, lion and sgd."""
     lr: tuple[float, ...] = ()
     """Peak learning rates of the layers' kernels to try. The default is each
     optimizer's default rate."""

@@ -245,7 +245,7 @@ def dimension_numbers(options: RunOptions) -> Callable[[Any], Any]:
     rules += [
         (ENDS[end], apollo_optax.ApolloDimensionNumbers(0, 1))
         for end, rule in embedding_rules(options).items()
-        if rule in ("apollo", "racs", "flattening")
+        if rule in ("apollo", "racs", "flattening", "adafactor-momentum")
     ]
     return apollo_optax.dimension_numbers_by_path(rules)
 
@@ -304,6 +304,15 @@ def apollo_zero(
         weight_dimension_numbers=dimension_numbers(options),
         moment_dtype=options.moment_dtype,
     )
+
+
+def apollo_zero_of_int8_momentum(
+    options: RunOptions, config: LlamaConfig
+) -> optax.GradientTransformation:
+    momentum = apollo_optax.int8_trace(
+        0.9, nesterov=True, weight_dimension_numbers=dimension_numbers(options)
+    )
+    return optax.chain(momentum, apollo_zero(options, config))
 
 
 def sinkgd(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
@@ -404,6 +413,20 @@ def adafactor_of_embedding(options: RunOptions) -> optax.GradientTransformation:
     )
 
 
+def adafactor_with_momentum(options: RunOptions) -> optax.GradientTransformation:
+    """Returns `adafactor_of_embedding` with the moving average of its updates.
+
+    The average is stored in int8.
+    """
+    decay = 0.9
+    momentum = apollo_optax.int8_trace(
+        decay, weight_dimension_numbers=dimension_numbers(options)
+    )
+    return optax.chain(
+        adafactor_of_embedding(options), momentum, optax.scale(1 - decay)
+    )
+
+
 def racs_of_embedding(options: RunOptions) -> optax.GradientTransformation:
     return apollo_optax.scale_by_racs(
         weight_dimension_numbers=dimension_numbers(options)
@@ -433,6 +456,9 @@ EMBEDDING_RULES: dict[str, EmbeddingRule] = {
     "scale": EmbeddingRule(scale_of_embedding, scale_of_head, lr=1.5e-2),
     "adafactor": EmbeddingRule(
         adafactor_of_embedding, adafactor_of_embedding, lr=2.4e-2
+    ),
+    "adafactor-momentum": EmbeddingRule(
+        adafactor_with_momentum, adafactor_with_momentum, lr=2.4e-2
     ),
     "racs": EmbeddingRule(racs_of_embedding, racs_of_embedding, lr=2e-2),
     "flattening": EmbeddingRule(
@@ -532,6 +558,13 @@ RECIPES: dict[str, Recipe] = {
     ),
     "apollo-zero-momentum": Recipe(
         functools.partial(apollo_zero, momentum=0.9),
+        lr=1e-3,
+        lr_embeddings=3e-2,
+        rank_of=eighth_of_width,
+        relative=True,
+    ),
+    "apollo-zero-momentum-int8": Recipe(
+        apollo_zero_of_int8_momentum,
         lr=1e-3,
         lr_embeddings=3e-2,
         rank_of=eighth_of_width,

@@ -15,7 +15,10 @@ from examples.llama.run.errors import UsageError, unknown_name
 from examples.llama.text.rows import FIELD
 
 # The rules for embeddings and head.
-EMBEDDING_RULES = ("adam", "apollo", "scale", "adafactor", "racs", "flattening")
+EMBEDDING_RULES = (
+    *("adam", "apollo", "scale", "adafactor", "adafactor-momentum", "racs"),
+    "flattening",
+)
 
 CHOICES = {
     "--remat": tuple(REMAT_POLICIES),
@@ -138,7 +141,7 @@ class TrainingOptions(TextOptions):
     """Steps between evaluations. There is always one after the last step."""
     eval_windows: int = 128
     """Sequences of held-out text per evaluation. They are spread evenly over the text
-    and are always the same."""
+    and are always the same. Pre-training takes the next lower multiple of 8."""
     checkpoint_every: int = 500
     """Steps between checkpoints. There is always one after the last step."""
     keep_checkpoints: int = 2
@@ -189,13 +192,13 @@ class TrainingOptions(TextOptions):
     their norm is larger. By default they are not clipped."""
     relative: bool | None = None
     """Whether a kernel's updates are multiplied by the RMS of its weights over 0.02, a
-    factor of 0.05 to 5. By default, those of apollo-zero and apollo-zero-momentum are
-    in pre-training. A resumed run keeps what it began with."""
+    factor of 0.05 to 5. By default, those of apollo-zero, with or without a momentum,
+    are in pre-training. A resumed run keeps what it began with."""
     embeddings: str = "adam"
     """The rule for the embeddings and the head. adam, scale, adafactor (without
-    momentum), racs and flattening work with any --optimizer. apollo works with the
-    optimizers of that name, and does the same as they do for the kernels. Norms have
-    Adam."""
+    momentum), adafactor-momentum (with a momentum in int8), racs and flattening work
+    with any --optimizer. apollo works with the optimizers of that name, and does the
+    same as they do for the kernels. Norms have Adam."""
     head: str | None = None
     """A different one of these rules for the head."""
     projection: str = "auto"
@@ -404,8 +407,9 @@ class RunOptions(ProcessOptions, TrainingOptions):
     """One run: a model trained with one optimizer at one pair of learning rates."""
 
     optimizer: str = "apollo-mini"
-    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, apollo-zero-momentum, racs,
-    sinkgd, scale-hidden, swan, galore, muon, adafactor, lion or sgd."""
+    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, apollo-zero-momentum,
+    apollo-zero-momentum-int8, racs, sinkgd, scale-hidden, swan, galore, muon,
+    adafactor, lion or sgd."""
     lr: float | None = None
     """Peak learning rate of the layers' kernels. The default depends on the
     optimizer."""

@@ -176,7 +176,7 @@ def assert_same_training(
             "muon",
             "dots",
             False,
-            {"embeddings": "adafactor", "head": "flattening"},
+            {"embeddings": "adafactor-momentum", "head": "flattening"},
             marks=pytest.mark.slow,
         ),
     ],

@@ -110,7 +110,7 @@ def test_any_mesh_trains_as_one_device(mesh: str, on_one_device: list[float]) ->
             {
                 "layerwise": True,
                 "optimizer": "muon",
-                "embeddings": "adafactor",
+                "embeddings": "adafactor-momentum",
                 "head": "flattening",
             },
             marks=pytest.mark.slow,

@@ -30,6 +30,7 @@ from examples.llama.optimizers import (
 )
 from examples.llama.options import RunOptions, TuningOptions, differing_fields
 from examples.llama.run.errors import UsageError
+from tests.test_int8_trace import stored
 
 SMALL = LlamaConfig(384, 16, 24, 2, 3)
 KERNELS = 3 * (
@@ -556,20 +557,25 @@ def test_unknown_optimizer_lists_the_nearest_first() -> None:
         options_for("apolo")
 
 
-RULES = ("scale", "adafactor", "racs", "flattening")
-EMBEDDING_SHAPES = {
+RULES = ("scale", "adafactor", "adafactor-momentum", "racs", "flattening")
+FACTORS: set[tuple[int, ...]] = {(384,), (16,)}
+EMBEDDING_SHAPES: dict[str, set[tuple[int, ...]]] = {
     "scale": set(),
-    "adafactor": {(384,), (16,), (1,)},
-    "racs": {(384,), (16,)},
+    "adafactor": FACTORS | {(1,)},
+    "adafactor-momentum": FACTORS | {(1,), (384, 16)},
+    "racs": FACTORS,
     "flattening": set(),
 }
 # Only the head has momentum in SCALE.
-HEAD_SHAPES = EMBEDDING_SHAPES | {"scale": {(16, 384)}}
+HEAD_SHAPES = EMBEDDING_SHAPES | {
+    "scale": {(16, 384)},
+    "adafactor-momentum": FACTORS | {(1,), (16, 384)},
+}
 ADAM_SHAPES = {"embed/embedding": {(384, 16)}, "lm_head/kernel": {(16, 384)}}
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rules_of_embeddings_keep_no_moments_of_their_shape(
+def test_rules_of_embeddings_have_no_state_but_their_own(
     name: str, small: LlamaConfig, params: Params
 ) -> None:
     def shapes(**rules: str) -> dict[str, set[Any]]:
@@ -604,6 +610,11 @@ def adafactor(
     return update / max(1.0, np.sqrt(np.mean(update**2)))
 
 
+def adafactor_with_momentum(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    before, _ = stored(adafactor(first, first))
+    return 0.1 * (0.9 * before + adafactor(first, second))
+
+
 def by_library(tx: optax.GradientTransformation) -> Callable[..., np.ndarray]:
     def rule(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         state = tx.init({"kernel": jnp.asarray(first)})
@@ -619,6 +630,7 @@ def by_library(tx: optax.GradientTransformation) -> Callable[..., np.ndarray]:
 SECOND_UPDATES: dict[str, tuple[Callable[..., np.ndarray], ...]] = {
     "scale": (lambda first, second: second / rms(second, 0), scale_of_head),
     "adafactor": (adafactor, adafactor),
+    "adafactor-momentum": (adafactor_with_momentum, adafactor_with_momentum),
     "racs": (by_library(apollo_optax.scale_by_racs()),) * 2,
 }
 
@@ -718,6 +730,7 @@ def test_rules_of_embeddings_go_with_every_optimizer(
     [
         ("scale", "no state"),
         ("adafactor", "other"),
+        ("adafactor-momentum", "momentum in int8"),
         ("racs", "RACS"),
         ("flattening", "flattened"),
     ],

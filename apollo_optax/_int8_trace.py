@@ -1,0 +1,251 @@
+"""A momentum that takes a byte per number.
+
+A momentum is as large as the parameters. Here it is stored in int8, with a scale that
+two short vectors give: the largest magnitude of each row and of each column. The scale
+of an entry is the smaller of the two, so one large entry makes only the entries less
+precise that share both its row and its column with large ones.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from apollo_optax import _check, _sharding, _state, _tree
+from apollo_optax._dimension_numbers import (
+    WeightDimensionNumbers,
+    resolve,
+    warn_if_unguessable,
+)
+from apollo_optax._dtypes import saturating_cast
+from apollo_optax._hyperparams import hyperparams
+from apollo_optax._matrix import Matrix
+from apollo_optax._state import Field, LeafState
+
+LARGEST_CODE = 127
+
+CODES = Field(
+    shape=lambda matrix: matrix.axes.shape,
+    sharding=lambda matrix: matrix.sharding,
+    is_moment=True,
+    only_matrices=True,
+)
+ROW = Field(
+    shape=lambda matrix: matrix.side_shape(matrix.axes.contracted),
+    sharding=lambda matrix: matrix.side_sharding(matrix.axes.contracted),
+    only_matrices=True,
+)
+COLUMN = Field(
+    shape=lambda matrix: matrix.side_shape(matrix.axes.channel),
+    sharding=lambda matrix: matrix.side_sharding(matrix.axes.channel),
+    only_matrices=True,
+)
+
+
+class Int8TraceState(NamedTuple):
+    """State of :func:`int8_trace`.
+
+    All fields are trees in the structure of the parameters, with an
+    ``optax.MaskedNode`` in the place of a leaf that is not a matrix. Arrays are in a
+    Flax box if the parameter's box says how to shard the parameter.
+
+    In the shapes below, ``batch`` stands for the sizes of a matrix's batch axes,
+    ``contracted`` for those of its smaller side, which has the rows, and ``channel``
+    for those of the other side, which has the columns.
+
+    Attributes:
+      codes: the momentum as int8, of the parameter's shape.
+      row: the largest magnitude of each row, ``(*batch, *contracted)``.
+      column: the largest magnitude of each column, ``(*batch, *channel)``.
+    """
+
+    codes: Annotated[optax.Updates, CODES]
+    row: Annotated[optax.Updates, ROW]
+    column: Annotated[optax.Updates, COLUMN]
+
+
+_state.STATES[Int8TraceState] = "momentum in int8"
+
+
+@hyperparams
+class _Hyperparams:
+    """The hyperparameters of :func:`int8_trace`, for jitted functions."""
+
+    decay: Any
+    nesterov: bool
+
+
+def int8_trace(
+    decay: jax.typing.ArrayLike,
+    nesterov: bool = False,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Computes a momentum of the updates of matrices and stores it in int8.
+
+    It is :func:`optax.trace` for matrices, with a state of a byte per number. With the
+    update :math:`G_t` of a matrix and the decay :math:`\mu`:
+
+    .. math::
+
+      \begin{align*}
+        M_t &= \mu \hat M_{t-1} + G_t \\
+        \text{update} &= M_t, \text{ or } G_t + \mu M_t \text{ with Nesterov's
+          look-ahead}
+      \end{align*}
+
+    Here, :math:`\hat M_{t-1}` is the momentum that was stored:
+
+    .. math::
+
+      \begin{align*}
+        \delta_{ij} &= \min\big(\max_k |M_{ik}|,\, \max_k |M_{kj}|\big) / 127 \\
+        \hat M_{ij} &= \delta_{ij}\, \mathrm{round}(M_{ij} / \delta_{ij})
+      \end{align*}
+
+    The error of an entry is at most half of its :math:`\delta_{ij}`. Besides the codes,
+    the state of a matrix of shape :math:`m \times n` is :math:`m + n` float32 numbers.
+    All other leaves pass through unchanged and have no state.
+
+    ``optax.ema(decay)``, the moving average, is :math:`1 - \mu` times this momentum but
+    for its correction of the first steps. On a mesh, devices exchange the maxima of
+    rows or columns that are sharded, and nothing else.
+
+    Args:
+      decay: decay rate :math:`\mu`, in [0, 1).
+      nesterov: whether the update is Nesterov's momentum.
+      weight_dimension_numbers: which axes of a leaf form a matrix, as in
+        :func:`scale_by_apollo`. By default, embeddings and output heads are not
+        matrices.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with :class:`Int8TraceState`. Updates
+      keep their dtypes.
+
+    Raises:
+      TypeError: if `decay` is not a number, or `nesterov` not a bool.
+      ValueError: if `decay` is out of range. From ``init`` and ``update``, for a leaf
+        that is not real floating-point, dimension numbers that do not fit, updates of
+        another structure than the parameters, a state of another transformation, or,
+        inside ``shard_map``, a matrix that varies over a manual axis.
+
+    Examples:
+      APOLLO-Zero with a momentum in int8, as :func:`apollo_zero` makes it with
+      ``int8_momentum=True``:
+
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from apollo_optax import int8_trace, scale_by_flattening
+      >>> tx = optax.chain(
+      ...     int8_trace(0.9, nesterov=True),
+      ...     scale_by_flattening(),
+      ...     optax.scale_by_learning_rate(5e-4),
+      ... )
+      >>> params = {"kernel": jnp.ones((8, 16)), "bias": jnp.zeros(16)}
+      >>> state = tx.init(params)
+      >>> state[0].codes["kernel"].dtype, state[0].row["kernel"].shape
+      (dtype('int8'), (8,))
+      >>> grads = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = tx.update(grads, state, params)
+
+    References:
+      Anil et al., `Memory-Efficient Adaptive Optimization
+      <https://arxiv.org/abs/1901.11150>`_, 2019, which bounds second moments by rows
+      and columns in the same way
+
+      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+      <https://arxiv.org/abs/2110.02861>`_, 2022
+    """
+    _check.decay("decay", decay)
+    _check.boolean("nesterov", nesterov, 'add "nesterov" to static_args')
+    h = _Hyperparams(decay, bool(nesterov))
+    fields = _state.fields_of(Int8TraceState)
+
+    def init_fn(params: optax.Params) -> Int8TraceState:
+        if weight_dimension_numbers is None:
+            warn_if_unguessable(params)
+        axes = resolve(weight_dimension_numbers, params)
+        states, matrices = {}, {}
+        for path, leaf in _tree.leaves_by_path(params).items():
+            dtype, matrix = _check.accumulator_dtype(path, leaf), None
+            if (matrix_axes := axes[path]) is not None:
+                matrix = matrices[path] = Matrix.of_parameter(leaf, matrix_axes, dtype)
+            states[path] = _state.init_leaf(fields, leaf, matrix, dtype, jnp.int8)
+        return Int8TraceState(**_state.trees_of(fields, states, matrices, params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Int8TraceState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Int8TraceState]:
+        del params, extra_args
+        axes = resolve(weight_dimension_numbers, updates)
+        leaves = _tree.leaves_by_path(updates)
+        _check.state_class(state, Int8TraceState)
+        states = _state.by_leaf(fields, state, leaves)
+        new_updates = dict(leaves)
+        for path, leaf in leaves.items():
+            dtype, matrix = _check.accumulator_dtype(path, leaf), None
+            if (matrix_axes := axes[path]) is not None:
+                _check.not_varying(path, leaf)
+                matrix = Matrix.of_gradient(jnp.asarray(leaf), matrix_axes, dtype)
+            _state.check_leaf(fields, path, leaf, states[path], matrix)
+            if matrix is not None:
+                new_updates[path], states[path] = _update_matrix(
+                    h, matrix, jnp.asarray(leaf), states[path]
+                )
+        return (
+            jax.tree.unflatten(
+                jax.tree.structure(updates), [new_updates[path] for path in leaves]
+            ),
+            _state.with_leaves(fields, state, states),
+        )
+
+    # Optax types any state as a tree of arrays.
+    init: Any = init_fn
+    update: Any = update_fn
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Jitted by itself, so that leaves of one shape share a trace, and an eager step
+# computes what a jitted one does.
+@functools.partial(jax.jit, static_argnames="matrix")
+def _update_matrix(
+    h: _Hyperparams, matrix: Matrix, gradient: jax.Array, state: LeafState
+) -> tuple[jax.Array, LeafState]:
+    """The update of one leaf, a matrix or a batch of them, and its new state."""
+    decay = jnp.asarray(h.decay, matrix.dtype)
+    G = gradient.astype(matrix.dtype)
+    M = decay * _decoded(matrix, state) + G
+    update = G + decay * M if h.nesterov else M
+    return saturating_cast(update, gradient.dtype), _encoded(matrix, M, state)
+
+
+def _steps(matrix: Matrix, row: jax.Array, column: jax.Array) -> jax.Array:
+    """The size of a step of the code of each entry, in the leaf's order of axes."""
+    rows, columns = matrix.axes.contracted, matrix.axes.channel
+    largest = jnp.minimum(matrix.spread(row, rows), matrix.spread(column, columns))
+    return largest / LARGEST_CODE
+
+
+def _decoded(matrix: Matrix, state: Mapping[str, jax.Array]) -> jax.Array:
+    row = matrix.place(state["row"], matrix.axes.contracted)
+    column = matrix.place(state["column"], matrix.axes.channel)
+    codes = _sharding.reshard(state["codes"], matrix.sharding)
+    return codes.astype(matrix.dtype) * _steps(matrix, row, column)
+
+
+def _encoded(matrix: Matrix, M: jax.Array, state: LeafState) -> LeafState:
+    """The codes, rows and columns of a momentum, placed as those of `state` are."""
+    row = matrix.side_largest(M, matrix.axes.contracted)
+    column = matrix.side_largest(M, matrix.axes.channel)
+    steps = _steps(matrix, row, column)
+    codes = jnp.round(M / jnp.where(steps == 0, 1, steps)).astype(jnp.int8)
+    new = {"codes": codes, "row": row, "column": column}
+    return {
+        name: _sharding.reshard(value, _sharding.sharding_of(state[name]))
+        for name, value in new.items()
+    }
