@@ -292,8 +292,7 @@ def _update_matrix(
     # The limiter asks for the norms without eps. They are summed in the same pass.
     N_norms, undamped_norms = m.norms_of_two(N, _over_root(mu, nu), per)
     R_norms = m.norms(R, per)
-    ratios = N_norms / (R_norms + TINY_NORM)
-    s = m.place_factors(ratios)
+    s = m.place_factors(N_norms / (R_norms + TINY_NORM))
     G_norms = m.gradient_norms(G, per)
     # Random signs may cancel on equal rows, and |R| is then a rounding error.
     error = jnp.finfo(m.dtype).eps * m.axes.contracted_size**0.5
@@ -305,7 +304,7 @@ def _update_matrix(
     # 6. U = U / (max(|U| / (q + 1e-8), g) / g), q = |U|, by |U|^2 = sum_j s_j^2 |G_j|^2
     if h.norm_growth_limit is not None:
         norm = m.matrix_norms(s * G_norms)
-        is_damped = _is_damped(m, ratios, R_norms, undamped_norms)
+        is_damped = _is_damped(m, N_norms, R_norms, undamped_norms)
         norm, is_damped = (
             _sharding.reshard(x, _sharding.sharding_of(q)) for x in (norm, is_damped)
         )
@@ -320,16 +319,18 @@ def _update_matrix(
 
 
 def _is_damped(
-    m: Matrix, ratios: jax.Array, R_norms: jax.Array, undamped_norms: jax.Array
+    m: Matrix, N_norms: jax.Array, R_norms: jax.Array, undamped_norms: jax.Array
 ) -> jax.Array:
     """Whether `eps` and ``TINY_NORM`` make a matrix's update much smaller.
 
     The projected update ``R diag(s)`` decides it, which unlike ``G`` is sharded as the
-    moments are. Without the constants, its channels would have the norms of
-    ``mu / sqrt(nu)``. Norms over a projected gradient of zero are left out on both
-    sides.
+    moments are. Its channels have the norms ``|N_j| |R_j| / (|R_j| + 1e-8)``. Without
+    the constants, these would be the norms of ``mu / sqrt(nu)``. Norms over a projected
+    gradient of zero are left out on both sides.
     """
-    damped = m.matrix_norms(ratios * R_norms)
+    # With the quotient of step 4 as a factor here, XLA for CPUs would round step 4
+    # differently in the ordinary and in the layer-wise step.
+    damped = m.matrix_norms(N_norms * R_norms / (R_norms + TINY_NORM))
     undamped = jnp.where(R_norms > 0, undamped_norms, jnp.zeros_like(undamped_norms))
     return damped < LEAST_SHARE * m.matrix_norms(undamped)
 

@@ -300,6 +300,7 @@ PARTS: dict[str, tuple[Way, ...]] = {
     "embeddings-8k": (
         *ways("adam, both", "apollo-zero", 2e-3, **ON_8K),
         *on_embedding_and_head("adafactor", 2e-3, **ON_8K),
+        *on_embedding_and_head("adafactor-momentum", 2e-3, **ON_8K),
     ),
 }
 
