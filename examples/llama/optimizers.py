@@ -444,6 +444,7 @@ class EmbeddingRule(NamedTuple):
 
     The learning rates are the best of the searches in docs/results.md, on both the
     embedding and the head, with APOLLO-Zero on the kernels of the tiny model. That of
+    adafactor-momentum is the rate of adafactor; twice as much was better. That of
     flattening was not searched, because flattening the head's gradient fails.
     """
 
