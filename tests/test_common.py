@@ -63,7 +63,7 @@ def test_unexpected_extra_arguments_change_nothing(name):
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @every_optimizer
 def test_second_call_does_not_compile(name, jit, caplog):
-    # No other optimizer or test has this eps, so the eager step was not compiled before.
+    # No other optimizer or test has this eps, so its eager step was not compiled yet.
     tx = OPTIMIZERS[name](0.1, eps=1e-7 * (1 + list(OPTIMIZERS).index(name)))
     traces = []
 
