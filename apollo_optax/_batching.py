@@ -82,8 +82,7 @@ def update_all(
         an array with the remaining batch axes in front and the new state. A pytree,
         such as ``jax.tree_util.Partial``, since it is an argument of jitted functions.
       draw_one: the draw of one leaf, from its matrix and a key per batch element to an
-        array that depends on their shapes alone. None: nothing is drawn. A
-        pytree too.
+        array that depends on their shapes alone. None: nothing is drawn. A pytree too.
       keys: what the keys are made from.
       leaves: by path.
 

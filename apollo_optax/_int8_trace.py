@@ -33,16 +33,6 @@ CODES = Field(
     is_moment=True,
     only_matrices=True,
 )
-ROW = Field(
-    shape=lambda matrix: matrix.side_shape(matrix.axes.contracted),
-    sharding=lambda matrix: matrix.side_sharding(matrix.axes.contracted),
-    only_matrices=True,
-)
-COLUMN = Field(
-    shape=lambda matrix: matrix.side_shape(matrix.axes.channel),
-    sharding=lambda matrix: matrix.side_sharding(matrix.axes.channel),
-    only_matrices=True,
-)
 
 
 class Int8TraceState(NamedTuple):
@@ -63,8 +53,8 @@ class Int8TraceState(NamedTuple):
     """
 
     codes: Annotated[optax.Updates, CODES]
-    row: Annotated[optax.Updates, ROW]
-    column: Annotated[optax.Updates, COLUMN]
+    row: Annotated[optax.Updates, _state.ROW]
+    column: Annotated[optax.Updates, _state.COLUMN]
 
 
 _state.STATES[Int8TraceState] = "momentum in int8"

@@ -22,7 +22,7 @@ from apollo_optax._dtypes import saturating_cast
 from apollo_optax._hyperparams import hyperparams
 from apollo_optax._limiter import limit_norm
 from apollo_optax._matrix import Matrix
-from apollo_optax._state import Field, LeafState
+from apollo_optax._state import LeafState
 
 # The least q_i, as a share of the largest, and the least s_j. A row whose gradient has
 # less than 1e-4 of the RMS that the strongest row has is scaled as if it had as much.
@@ -36,16 +36,6 @@ LEAST_FACTOR = 1e-8
 # that follow it. From there, 1% growth per step would take hundreds of steps.
 TRANSIENT_DROP = 0.5
 
-ROW = Field(
-    shape=lambda matrix: matrix.side_shape(matrix.axes.contracted),
-    sharding=lambda matrix: matrix.side_sharding(matrix.axes.contracted),
-    only_matrices=True,
-)
-COLUMN = Field(
-    shape=lambda matrix: matrix.side_shape(matrix.axes.channel),
-    sharding=lambda matrix: matrix.side_sharding(matrix.axes.channel),
-    only_matrices=True,
-)
 NORM = dataclasses.replace(_state.NORM, only_matrices=True)
 
 
@@ -74,8 +64,8 @@ class ScaleByRacsState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: Annotated[optax.Updates, _state.ADAM_MOMENT]
     nu: Annotated[optax.Updates, _state.ADAM_MOMENT]
-    row: Annotated[optax.Updates, ROW]
-    column: Annotated[optax.Updates, COLUMN]
+    row: Annotated[optax.Updates, _state.ROW]
+    column: Annotated[optax.Updates, _state.COLUMN]
     norm: Annotated[optax.Updates, NORM]
 
 

@@ -62,6 +62,17 @@ NORM = Field(
     sharding=lambda matrix: matrix.norm_sharding,
 )
 ADAM_MOMENT = Field(like_parameter=True, is_moment=True)
+# A number per row, which lies along the contracted side, and one per column.
+ROW = Field(
+    shape=lambda matrix: matrix.side_shape(matrix.axes.contracted),
+    sharding=lambda matrix: matrix.side_sharding(matrix.axes.contracted),
+    only_matrices=True,
+)
+COLUMN = Field(
+    shape=lambda matrix: matrix.side_shape(matrix.axes.channel),
+    sharding=lambda matrix: matrix.side_sharding(matrix.axes.channel),
+    only_matrices=True,
+)
 PROJECTION = Field(
     shape=lambda matrix: matrix.projection_shape,
     sharding=lambda matrix: matrix.projection_sharding,

@@ -328,8 +328,8 @@ def _is_damped(
     the constants, these would be the norms of ``mu / sqrt(nu)``. Norms over a projected
     gradient of zero are left out on both sides.
     """
-    # With the quotient of step 4 as a factor here, XLA for CPUs would round step 4
-    # differently in the ordinary and in the layer-wise step.
+    # XLA for CPUs would round step 4 differently in the ordinary and in the layer-wise
+    # step if the quotient of step 4 were a factor here.
     damped = m.matrix_norms(N_norms * R_norms / (R_norms + TINY_NORM))
     undamped = jnp.where(R_norms > 0, undamped_norms, jnp.zeros_like(undamped_norms))
     return damped < LEAST_SHARE * m.matrix_norms(undamped)

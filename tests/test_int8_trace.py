@@ -145,7 +145,7 @@ def test_magnitudes_of_float32_stay_in_range():
         )
 
 
-# In APOLLO-Zero.
+# APOLLO-Zero with this momentum.
 
 
 def test_apollo_zero_with_a_momentum_in_int8():

@@ -205,7 +205,7 @@ def test_the_limiter_limits_growth_that_eps_does_not_decide():
     assert free[1, 20] > 2 * free[1, 19]
 
 
-# With a factor of 1e-25, the squares of a gradient underflow in float32.
+# The squares of a gradient underflow in float32 with a factor of 1e-25.
 @pytest.mark.parametrize("factor", [0.0, 1e-25])
 @pytest.mark.parametrize(
     "tx",
