@@ -188,10 +188,10 @@ def scale_by_flattening(
     at most 6% at ``power=0.5`` and at most 17% at ``power=0``.
 
     On a mesh, ``"low_rank"`` sends ``n * rank`` numbers per matrix twice if the smaller
-    side is sharded, and ``m * rank`` numbers twice if the larger side is. It never
-    sends the gradient. The other methods send one Gram matrix of the smaller side if
-    the larger side is sharded. If the smaller side is sharded, they gather the
-    gradient.
+    side is sharded, and ``m * rank`` numbers twice if the larger side is, besides a few
+    smaller arrays. It never sends the gradient. The other methods send one Gram matrix
+    of the smaller side if the larger side is sharded. If the smaller side is sharded,
+    they gather the gradient.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with

@@ -37,7 +37,8 @@ from examples.llama.memory.target import (
     mesh_on,
     refused_bytes,
 )
-from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.partition import state_shardings
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name

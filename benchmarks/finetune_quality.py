@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
-from examples.llama import export, optimizers
+from examples.llama import export
 from examples.llama.evaluate import make_evaluator, perplexity
 from examples.llama.finetune import finetune, load_text
 from examples.llama.hf.config import read_config
@@ -26,6 +26,7 @@ from examples.llama.hf.weights import load_params
 from examples.llama.memory.target import memory_of
 from examples.llama.mesh import make_mesh
 from examples.llama.model import Batch, Execution, pieces_of
+from examples.llama.optimizers import recipes
 from examples.llama.options import FinetuneOptions, RunOptions, parse
 from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
@@ -140,9 +141,9 @@ def passages(text: str, characters: int = PASSAGE_CHARACTERS) -> Iterator[str]:
 
 def rates_of(name: str) -> list[Rates]:
     """Returns the pairs of rates to try."""
-    recipe = optimizers.RECIPES[CONTENDERS[name]["optimizer"]]
+    recipe = recipes.RECIPES[CONTENDERS[name]["optimizer"]]
     if "lora" in CONTENDERS[name]:
-        factor = optimizers.LORA_FACTOR
+        factor = recipes.LORA_FACTOR
         return [
             (rounded(factor * multiple * recipe.lr), None) for multiple in MULTIPLES
         ]
@@ -242,7 +243,7 @@ def found_of(options: FinetuneQualityOptions, name: str, stop: StopRequest) -> F
     }
     run = run_of(options, name, rates_of(name)[0], options.seeds[0])
     config = model_config(run)
-    memory = memory_of(optimizers.with_defaults(run, config), "cpu")
+    memory = memory_of(recipes.with_defaults(run, config), "cpu")
     return Found(by_rates, memory.optimizer_bytes, memory.peak_bytes)
 
 

@@ -32,7 +32,8 @@ from examples.llama.model import (
     graphdef_of,
     init_params,
 )
-from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
 from examples.llama.step import TrainState, make_train_step

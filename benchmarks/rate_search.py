@@ -29,7 +29,8 @@ from benchmarks import report
 from benchmarks.run_records import Records, RunRecord
 from examples.llama.evaluate import perplexity
 from examples.llama.mesh import make_mesh
-from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
@@ -147,8 +148,8 @@ PARTS: dict[str, Part] = {
     "1k": Part({"model": "tiny", "batch": 8, "steps": 800}, SEARCHED, THREE_RATES),
     "8k": Part(ON_8K, SEARCHED, THREE_RATES),
     "6m": Part({"model": "6m", "steps": 300} | BATCH_OF_8K, FINALISTS),
-    # These are 20 tokens per parameter. Micro-batches of 2 sequences are 20% faster than
-    # those of 8. The other parts had finished runs when this was found.
+    # These are 20 tokens per parameter. Micro-batches of 2 sequences are 20% faster
+    # than those of 8. The other parts had finished runs when this was found.
     "long": Part(
         {"model": "tiny", "steps": 3200, "batch": 64, "accumulate": 32}, FINALISTS
     ),

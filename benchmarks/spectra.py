@@ -28,7 +28,8 @@ from benchmarks.memory_figure import INK
 from benchmarks.variants import VARIANTS
 from examples.llama.mesh import make_mesh
 from examples.llama.model import Batch, graphdef_of, init_params
-from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.pretrain import load_text
 from examples.llama.run.errors import UsageError, exit_on_usage_error

@@ -17,7 +17,8 @@ import optax
 import apollo_optax
 from examples.llama.config import preset
 from examples.llama.model import Execution, init_params
-from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import with_defaults
 from examples.llama.options import RunOptions
 
 # The values are hidden size, intermediate size, layers and rank, from the paper's

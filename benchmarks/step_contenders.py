@@ -17,13 +17,9 @@ import optax.contrib
 import apollo_optax
 from examples.llama.config import preset
 from examples.llama.model import Execution, init_params
-from examples.llama.optimizers import (
-    KERNELS,
-    galore_over_layers,
-    in_float32,
-    moments_in,
-    path_name,
-)
+from examples.llama.optimizers.kernels import galore_over_layers
+from examples.llama.optimizers.parameters import KERNELS, path_name
+from examples.llama.optimizers.wrappers import in_float32, moments_in
 
 # The least number of measurements in a block, even of a slow step.
 FEWEST_TIMES = 3

@@ -23,17 +23,13 @@ import apollo_optax
 from apollo_optax import state_bytes
 from benchmarks import report
 from benchmarks.rate_search import BATCH_OF_8K
-from examples.llama import optimizers
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import perplexity
 from examples.llama.mesh import make_mesh
-from examples.llama.optimizers import (
-    EMBEDDING_RULES,
-    RECIPES,
-    Recipe,
-    make_optimizer,
-    with_defaults,
-)
+from examples.llama.optimizers import kernels, parameters
+from examples.llama.optimizers.embeddings import EMBEDDING_RULES
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import RECIPES, Recipe, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
@@ -57,7 +53,7 @@ def average(decay: float) -> Momentum:
 
 def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     def is_kernel(params: Any) -> Any:
-        groups = optimizers.lr_groups(params)
+        groups = parameters.lr_groups(params)
         return jax.tree.map(lambda group: group == "kernels", groups)
 
     return optax.masked(tx, is_kernel)
@@ -113,7 +109,7 @@ def flattening_of(momentum: Momentum) -> Recipe:
     def scaler(
         options: RunOptions, config: LlamaConfig
     ) -> optax.GradientTransformation:
-        flatten = optimizers.apollo_zero(options, config)
+        flatten = kernels.apollo_zero(options, config)
         return optax.chain(momentum(options), flatten)
 
     return RECIPES["apollo-zero"]._replace(scaler=scaler)
@@ -125,7 +121,7 @@ def momentum_of(momentum: Momentum) -> Recipe:
     def scaler(
         options: RunOptions, config: LlamaConfig
     ) -> optax.GradientTransformation:
-        flatten = optimizers.apollo_zero(options, config)
+        flatten = kernels.apollo_zero(options, config)
         return optax.chain(flatten, momentum(options))
 
     return RECIPES["apollo-zero"]._replace(scaler=scaler)
@@ -145,7 +141,7 @@ def relative_to_all() -> Recipe:
     def scaler(
         options: RunOptions, config: LlamaConfig
     ) -> optax.GradientTransformation:
-        flatten = optimizers.apollo_zero(options, config)
+        flatten = kernels.apollo_zero(options, config)
         return optax.chain(flatten, of_kernels(optax.stateless(scaled)))
 
     return RECIPES["apollo-zero"]._replace(scaler=scaler)
@@ -161,7 +157,7 @@ def exact_power(power: float) -> Recipe:
         return apollo_optax.scale_by_flattening(
             power,
             method="exact",
-            weight_dimension_numbers=optimizers.dimension_numbers(options),
+            weight_dimension_numbers=parameters.dimension_numbers(options),
         )
 
     return RECIPES["apollo-zero"]._replace(scaler=scaler, rank_of=lambda config: None)
@@ -169,7 +165,7 @@ def exact_power(power: float) -> Recipe:
 
 def mini(norm_growth_limit: float | None) -> Recipe:
     scaler = functools.partial(
-        optimizers.apollo, scale_type="tensor", norm_growth_limit=norm_growth_limit
+        kernels.apollo, scale_type="tensor", norm_growth_limit=norm_growth_limit
     )
     return RECIPES["apollo-mini"]._replace(scaler=scaler)
 

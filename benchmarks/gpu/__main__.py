@@ -135,7 +135,7 @@ def runners(given: argparse.Namespace) -> dict[str, Callable[..., None]]:
     """Returns the parts as functions of a `Bench`."""
     # The imports are here because they load JAX, which --needs must do without.
     from benchmarks.gpu import check, memory, step, throughput, train
-    from examples.llama.optimizers import RECIPES
+    from examples.llama.optimizers.recipes import RECIPES
     from examples.llama.run.errors import unknown_name
 
     for name in given.optimizers or ():

@@ -22,7 +22,7 @@ from examples.llama.config import preset
 from examples.llama.memory.search import runs
 from examples.llama.mesh import make_mesh, over_data
 from examples.llama.model import Batch, cudnn_has_flash_attention
-from examples.llama.optimizers import make_optimizer
+from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
 

@@ -31,7 +31,7 @@ from examples.llama.memory.search import runs
 from examples.llama.memory.target import Memory, compiled_step
 from examples.llama.mesh import make_mesh, over_data
 from examples.llama.model import Batch, pieces_of
-from examples.llama.optimizers import make_optimizer
+from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
 from examples.llama.run.errors import notice

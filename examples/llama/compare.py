@@ -23,7 +23,8 @@ from apollo_optax import StateBytes, state_bytes
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
 from examples.llama.mesh import make_mesh
-from examples.llama.optimizers import RECIPES, make_optimizer, unused, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import with_defaults, without_unused
 from examples.llama.options import (
     RunOptions,
     TrainingOptions,
@@ -113,14 +114,7 @@ def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
     runs = []
     for name in options.optimizers:
         run = dataclasses.replace(common, optimizer=name)
-        # Options for some of the optimizers are dropped for the others.
-        names = unused(run, config) if name in RECIPES else ()
-        ignored = {
-            field.name: field.default
-            for field in dataclasses.fields(run)
-            if field.name in names
-        }
-        default = with_defaults(dataclasses.replace(run, **ignored), config)
+        default = with_defaults(without_unused(run, config), config)
         assert default.lr is not None
         lrs = (
             options.lr

@@ -197,8 +197,8 @@ class TrainingOptions(TextOptions):
     embeddings: str = "adam"
     """The rule for the embeddings and the head. adam, scale, adafactor (without
     momentum), adafactor-momentum (with a momentum in int8), racs and flattening work
-    with any --optimizer. apollo works with the optimizers of that name, and does the
-    same as they do for the kernels. Norms have Adam."""
+    with any --optimizer. apollo works with apollo, apollo-mini and apollo-svd, and does
+    the same as they do for the kernels. Norms have Adam."""
     head: str | None = None
     """A different one of these rules for the head."""
     projection: str = "auto"

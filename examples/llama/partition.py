@@ -20,7 +20,7 @@ import apollo_optax
 from examples.llama.config import LlamaConfig
 from examples.llama.lora import ADAPTERS
 from examples.llama.mesh import axis_sizes, shard_count
-from examples.llama.optimizers import KERNELS, dimension_numbers, path_name
+from examples.llama.optimizers.parameters import KERNELS, dimension_numbers, path_name
 from examples.llama.options import RunOptions, TrainingOptions
 from examples.llama.run.errors import UsageError
 

@@ -20,7 +20,8 @@ from examples.llama.model import (
     next_token_loss,
     target_weights,
 )
-from examples.llama.optimizers import global_norm, lr_group, path_name
+from examples.llama.optimizers.parameters import lr_group, path_name
+from examples.llama.optimizers.wrappers import global_norm
 
 
 class TrainState(NamedTuple):

@@ -18,7 +18,7 @@ import apollo_optax
 from apollo_optax import QuantizedArray
 from examples.llama.mesh import shard_count
 from examples.llama.model import Params
-from examples.llama.optimizers import KERNELS, path_name
+from examples.llama.optimizers.parameters import KERNELS, path_name
 from examples.llama.partition import spec_of
 
 

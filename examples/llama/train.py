@@ -12,7 +12,8 @@ from examples.llama.hf import pretrained
 from examples.llama.loop import Text, make_evaluation, run_steps
 from examples.llama.lora import joined
 from examples.llama.model import Params, pieces_of
-from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import distributed, plots, setup
 from examples.llama.run.checkpoint import BestWeights, Checkpoints, steps_on_disk

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import finetune_quality as benchmark
 from benchmarks.finetune_quality import Found, Losses
-from examples.llama import optimizers
 from examples.llama.config import preset
+from examples.llama.optimizers import recipes
 from examples.llama.run.recorder import DivergedError
 
 
@@ -112,4 +112,4 @@ def test_rejects_options(
 def test_the_options_of_each_run_go_together(name: str, tmp_path: Path) -> None:
     options = benchmark.FinetuneQualityOptions(out=tmp_path)
     run = benchmark.run_of(options, name, benchmark.rates_of(name)[0], seed=0)
-    assert optimizers.with_defaults(run, preset("tiny")).lr == run.lr
+    assert recipes.with_defaults(run, preset("tiny")).lr == run.lr

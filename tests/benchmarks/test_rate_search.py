@@ -20,7 +20,7 @@ from benchmarks.rate_search import (
     three_rates,
 )
 from benchmarks.run_records import Records, RunRecord
-from examples.llama.optimizers import EMBEDDING_RULES
+from examples.llama.optimizers.embeddings import EMBEDDING_RULES
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.recorder import DivergedError

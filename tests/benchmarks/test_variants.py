@@ -10,7 +10,7 @@ import pytest
 from benchmarks import variants
 from benchmarks.variants import MODELS, PARTS, VARIANTS, VariantOptions, Way
 from examples.llama.config import PRESETS
-from examples.llama.optimizers import RECIPES, with_defaults
+from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.recorder import DivergedError

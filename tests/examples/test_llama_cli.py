@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from examples.llama import compare, export, optimizers, pretrain, tokenise
+from examples.llama import compare, export, pretrain, tokenise
 from examples.llama import train as training
 from examples.llama.config import PRESETS, LlamaConfig, param_count
 from examples.llama.evaluate import make_evaluator
@@ -25,6 +25,7 @@ from examples.llama.model import (
     next_token_loss,
     pieces_of,
 )
+from examples.llama.optimizers import recipes
 from examples.llama.options import CHOICES, RunOptions
 from examples.llama.run import checkpoint, recorder, setup
 from examples.llama.run import log as run_log
@@ -106,7 +107,7 @@ def test_pretrain_writes_its_files(
     assert config["made_with"]["jax"] == jax.__version__
     assert config["optimizer"] == optimizer
     assert config["seed"] == 3
-    assert config["lr"] == optimizers.RECIPES[optimizer].lr  # Defaults are filled in.
+    assert config["lr"] == recipes.RECIPES[optimizer].lr  # Defaults are filled in.
     rows = run_log.read_metrics(out)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["tokens"] for row in rows] == [32, 64, 96]
@@ -800,6 +801,10 @@ def test_diverged_run_says_so_and_keeps_its_metrics(
             ["--optimizer", "sgd", "--embeddings", "apollo"],
             "--embeddings apollo means nothing to ",
         ),
+        (
+            ["--optimizer", "apollo-zero", "--embeddings", "apollo"],
+            "--embeddings apollo means nothing to --optimizer apollo-zero; leave it",
+        ),
         (["--eval-windows", "0"], "--eval-windows 0 is out of range"),
         (
             ["--steps", "1000000000000"],
@@ -946,7 +951,7 @@ def test_help_names_every_choice(main: Any, capsys: pytest.CaptureFixture[str]) 
     help_ = capsys.readouterr().out
     assert all(
         name in help_
-        for name in (*PRESETS, *optimizers.RECIPES, "stdlib", ".parquet", "hf:")
+        for name in (*PRESETS, *recipes.RECIPES, "stdlib", ".parquet", "hf:")
     )
     assert all(name in help_ for names in CHOICES.values() for name in names)
 

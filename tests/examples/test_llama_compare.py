@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from apollo_optax import StateBytes
-from examples.llama import compare, optimizers
+from examples.llama import compare
 from examples.llama.config import LlamaConfig
+from examples.llama.optimizers import recipes
 from examples.llama.options import RunOptions
 from examples.llama.run import checkpoint
 from examples.llama.run import log as run_log
@@ -29,7 +30,7 @@ def table_rows(output: str) -> list[list[str]]:
         number for number, line in enumerate(lines) if line.split() == HEAD.split()
     )
     rows = (line.split() for line in lines[head + 2 :])
-    return [row for row in rows if row and row[0] in optimizers.RECIPES]
+    return [row for row in rows if row and row[0] in recipes.RECIPES]
 
 
 def exits_with_message(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -84,7 +85,7 @@ def test_the_best_rates_are_run_again_with_the_other_seeds(
     output = capsys.readouterr().out
     rows = table_rows(output)
     assert [row[0] for row in rows] == [name for name in names for _ in range(2)]
-    default = optimizers.RECIPES["adamw"].lr
+    default = recipes.RECIPES["adamw"].lr
     assert [float(row[1]) for row in rows[:2]] == [default / 10, default]
     results = [
         json.loads(line) for line in (out / compare.RESULTS).read_text().splitlines()
@@ -110,7 +111,7 @@ def test_the_best_rates_are_run_again_with_the_other_seeds(
         folder = f"{name}-{float(best[1]):g}-{float(best[2]):g}-seed7"
         assert json.loads((out / folder / "config.json").read_text())["seed"] == 7
     # No run is repeated, an interrupted run continues, and the table stays the same.
-    cut = out / f"{names[-1]}-{optimizers.RECIPES[names[-1]].lr:g}-0.03-seed0"
+    cut = out / f"{names[-1]}-{recipes.RECIPES[names[-1]].lr:g}-0.03-seed0"
     shutil.rmtree(cut / "checkpoints" / "3")
     metrics = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(metrics[:2]))
@@ -148,7 +149,7 @@ def test_compare_runs_every_optimizer_at_every_pair_of_rates(
         for name in ("adamw", "apollo")
         for rates in ("0.1-0.3", "0.1-0.4", "0.2-0.3", "0.2-0.4")
     ]
-    recipe = optimizers.RECIPES["muon"]
+    recipe = recipes.RECIPES["muon"]
     assert folders(optimizers=("muon",), seed=4) == [
         f"muon-{recipe.lr:g}-{recipe.lr_embeddings:g}-seed4"
     ]
@@ -269,7 +270,7 @@ def test_table_fits_a_terminal_of_80_columns(out: Path, small: LlamaConfig) -> N
     options = RunOptions(
         out=out, optimizer="apollo-mini", lr=0.0003, lr_embeddings=0.0015
     )
-    options = optimizers.with_defaults(options, small)
+    options = recipes.with_defaults(options, small)
     results = tuple(
         RunResult(options, math.log(ppl), 999_999) for ppl in (1234.56, 1243.21)
     )

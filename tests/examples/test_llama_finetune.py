@@ -13,7 +13,8 @@ from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import make_evaluator
 from examples.llama.hf.weights import load_params
 from examples.llama.model import pieces_of
-from examples.llama.optimizers import RECIPES, make_schedule, with_defaults
+from examples.llama.optimizers.pipeline import make_schedule
+from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import FinetuneOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup

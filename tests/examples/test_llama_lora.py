@@ -37,7 +37,9 @@ from examples.llama.model import (
     next_token_loss,
     pieces_of,
 )
-from examples.llama.optimizers import lr_group, make_optimizer, with_defaults
+from examples.llama.optimizers.parameters import lr_group
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import with_defaults
 from examples.llama.options import FinetuneOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup

@@ -16,13 +16,10 @@ from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
 from examples.llama.mesh import batch_share, make_mesh, over_data
 from examples.llama.model import Batch, pieces_of
-from examples.llama.optimizers import (
-    EMBEDDING_RULES,
-    RECIPES,
-    make_optimizer,
-    path_name,
-    with_defaults,
-)
+from examples.llama.optimizers.embeddings import EMBEDDING_RULES
+from examples.llama.optimizers.parameters import path_name
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
 from examples.llama.run.checkpoint import Checkpoints

@@ -24,7 +24,7 @@ from examples.llama.model import (
     rotary,
     rotary_frequencies,
 )
-from examples.llama.optimizers import lr_group, path_name
+from examples.llama.optimizers.parameters import lr_group, path_name
 from examples.llama.run.errors import UsageError
 
 # Nominal sizes of the models in the papers, and exact sizes of published models.

@@ -16,18 +16,11 @@ import apollo_optax
 from apollo_optax import StateBytes, state_bytes, tabulate
 from examples.llama.config import LlamaConfig
 from examples.llama.model import Execution, Params, init_params
-from examples.llama.optimizers import (
-    EMBEDDING_RULES,
-    RECIPES,
-    clip_by_global_norm,
-    dimension_numbers,
-    lr_group,
-    make_optimizer,
-    make_schedule,
-    path_name,
-    with_defaults,
-    with_embedding_rules,
-)
+from examples.llama.optimizers.embeddings import EMBEDDING_RULES, with_embedding_rules
+from examples.llama.optimizers.parameters import dimension_numbers, lr_group, path_name
+from examples.llama.optimizers.pipeline import make_optimizer, make_schedule
+from examples.llama.optimizers.recipes import RECIPES, with_defaults, without_unused
+from examples.llama.optimizers.wrappers import clip_by_global_norm
 from examples.llama.options import RunOptions, TuningOptions, differing_fields
 from examples.llama.run.errors import UsageError
 from tests.test_int8_trace import stored
@@ -90,6 +83,18 @@ def test_apollo_projects_the_kernels_and_nothing_else(
     assert shapes["embed/embedding"] - {()} == {(384, 16)}
     assert shapes["lm_head/kernel"] - {()} == {(16, 384)}
     assert shapes["layers/mlp_norm/scale"] - {()} == {(3, 16)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "apollo-zero", "apollo-zero-momentum"])
+def test_comparisons_leave_embeddings_of_other_optimizers_to_adam(name: str) -> None:
+    def options(optimizer: str) -> RunOptions:
+        run = RunOptions(
+            out=Path("unused"), optimizer=optimizer, embeddings="apollo", head="scale"
+        )
+        return without_unused(run, SMALL)
+
+    assert options("apollo-mini").embeddings == "apollo"
+    assert (options(name).embeddings, options(name).head) == ("adam", "scale")
 
 
 def test_embeddings_and_head_can_be_given_to_apollo(

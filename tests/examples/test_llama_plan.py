@@ -25,7 +25,8 @@ from examples.llama.memory.options import (
 from examples.llama.memory.target import Compiler, CompilerError, Memory
 from examples.llama.mesh import make_mesh, over_data
 from examples.llama.model import Batch
-from examples.llama.optimizers import RECIPES, make_optimizer, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
 from examples.llama.run.errors import UsageError

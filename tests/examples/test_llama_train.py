@@ -9,7 +9,7 @@ import pytest
 import apollo_optax
 from examples.llama.config import LlamaConfig
 from examples.llama.model import Batch, Execution, graphdef_of, init_params
-from examples.llama.optimizers import lr_group, path_name
+from examples.llama.optimizers.parameters import lr_group, path_name
 from examples.llama.step import (
     StepMetrics,
     TrainState,

@@ -25,7 +25,8 @@ from examples.llama.model import (
     init_params,
     pieces_of,
 )
-from examples.llama.optimizers import make_optimizer, with_defaults
+from examples.llama.optimizers.pipeline import make_optimizer
+from examples.llama.optimizers.recipes import with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup

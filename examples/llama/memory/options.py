@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from examples.llama.mesh import batch_shards
-from examples.llama.optimizers import RECIPES
+from examples.llama.optimizers.recipes import RECIPES
 from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run.errors import UsageError, unknown_name
 

@@ -11,7 +11,7 @@ from rich import filesize
 from examples.llama.config import LlamaConfig
 from examples.llama.memory.options import PlanOptions, bytes_in, smallest_batch
 from examples.llama.memory.target import Memory
-from examples.llama.optimizers import unused, with_defaults
+from examples.llama.optimizers.recipes import with_defaults, without_unused
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.setup import model_config
@@ -64,14 +64,7 @@ def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
     planned = []
     for name in options.compare:
         run = dataclasses.replace(run, optimizer=name)
-        # Options for some of the optimizers are dropped for the others.
-        names = unused(run, config)
-        ignored = {
-            field.name: field.default
-            for field in dataclasses.fields(run)
-            if field.name in names
-        }
-        planned.append(with_defaults(dataclasses.replace(run, **ignored), config))
+        planned.append(with_defaults(without_unused(run, config), config))
     return planned
 
 

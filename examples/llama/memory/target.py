@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from examples.llama.config import LlamaConfig
 from examples.llama.mesh import device_count, on_every_device, over_data
 from examples.llama.model import Batch
-from examples.llama.optimizers import make_optimizer
+from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run import setup
 from examples.llama.run.errors import UsageError, first_line

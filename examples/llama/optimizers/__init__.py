@@ -1,0 +1,5 @@
+"""The optimizers by name, with their learning rates.
+
+To add an optimizer, write its rule in `kernels` and add a `Recipe` in `recipes`. To add
+a rule for embedding and head, add an `EmbeddingRule` in `embeddings`.
+"""

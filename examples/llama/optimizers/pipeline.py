@@ -1,0 +1,73 @@
+"""The whole optimizer of a run: clipping, the rules, and the learning rates."""
+
+from collections.abc import Hashable
+
+import optax
+
+import apollo_optax
+from examples.llama.config import LlamaConfig
+from examples.llama.optimizers.embeddings import with_embedding_rules
+from examples.llama.optimizers.parameters import KERNELS, lr_groups
+from examples.llama.optimizers.recipes import RECIPES
+from examples.llama.optimizers.wrappers import clip_by_global_norm
+from examples.llama.options import RunOptions
+
+Schedules = dict[str, optax.Schedule]
+
+
+def make_optimizer(
+    options: RunOptions, config: LlamaConfig
+) -> tuple[optax.GradientTransformation, Schedules]:
+    """Returns the optimizer of `options`, whose defaults are filled in.
+
+    Also returns its learning rates by group: "kernels" and "rest".
+    """
+    assert options.lr is not None
+    assert options.lr_embeddings is not None
+    shape = options.steps, options.warmup_steps, options.schedule
+    schedules = {
+        "kernels": make_schedule(options.lr, *shape),
+        "rest": make_schedule(options.lr_embeddings, *shape),
+    }
+
+    rates: dict[Hashable, optax.GradientTransformation] = {
+        name: optax.scale_by_learning_rate(rate) for name, rate in schedules.items()
+    }
+    scaler = RECIPES[options.optimizer].scaler(options, config)
+    scaler = with_embedding_rules(scaler, options, config)
+    transformations = [scaler, optax.partition(rates, lr_groups)]
+    if options.relative:
+        transformations.insert(1, in_proportion_to_weights())
+    if options.clip_norm is not None:
+        # Without it, the chain stays as in the checkpoints of earlier runs.
+        transformations.insert(0, clip_by_global_norm(options.clip_norm))
+    return optax.chain(*transformations), schedules
+
+
+def make_schedule(
+    peak: float, steps: int, warmup: int, shape: str = "cosine"
+) -> optax.Schedule:
+    """Returns the learning rate by step: a linear warmup, then a decay.
+
+    Args:
+        peak: the highest rate.
+        steps: the number of all steps.
+        warmup: the number of steps of the warmup, at least 1.
+        shape: the shape of the decay, cosine or linear. It ends at a tenth of `peak`.
+    """
+    decay_steps = max(steps, warmup + 1)
+    if shape == "linear":
+        rise = optax.linear_schedule(0.0, peak, warmup)
+        fall = optax.linear_schedule(peak, peak / 10, decay_steps - warmup)
+        return optax.join_schedules([rise, fall], [warmup])
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup, decay_steps, end_value=peak / 10
+    )
+
+
+def in_proportion_to_weights() -> optax.GradientTransformation:
+    """Returns a transformation of the kernels' updates by the RMS of their weights."""
+    rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2)), ("", None)]
+    return apollo_optax.scale_by_param_matrix_rms(
+        weight_dimension_numbers=apollo_optax.dimension_numbers_by_path(rules)
+    )
