@@ -27,7 +27,7 @@ import optax
 
 from benchmarks.hlo import collectives
 from benchmarks.report import made_with, markdown
-from examples.llama.config import preset
+from examples.llama.config import PRESETS, preset
 from examples.llama.memory.report import versions
 from examples.llama.memory.target import (
     bytes_on_a_device,
@@ -41,7 +41,12 @@ from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import RunOptions, parse
 from examples.llama.partition import state_shardings
-from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.errors import (
+    UsageError,
+    check_names,
+    exit_on_usage_error,
+    unknown_name,
+)
 from examples.llama.run.setup import abstract_state, model_config, placed, shardings_of
 from examples.llama.step import TrainState
 
@@ -92,11 +97,10 @@ class Options:
     """Compilations at the same time; each takes some GB of memory."""
 
     def __post_init__(self) -> None:
-        for model in self.models:
-            preset(model)
-        for name in self.optimizers:
-            if name not in RECIPES:
-                raise unknown_name("--optimizers", name, RECIPES)
+        check_names("--models", self.models, PRESETS)
+        check_names("--optimizers", self.optimizers, RECIPES)
+        if not self.devices:
+            raise UsageError("--devices is empty; give one or more")
         if self.cut not in CUTS:
             raise unknown_name("--cut", self.cut, CUTS)
         if self.target not in ("v5e", "cpu"):

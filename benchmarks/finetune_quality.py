@@ -27,9 +27,9 @@ from examples.llama.memory.target import memory_of
 from examples.llama.mesh import make_mesh
 from examples.llama.model import Batch, Execution, pieces_of
 from examples.llama.optimizers import recipes
-from examples.llama.options import FinetuneOptions, RunOptions, parse
+from examples.llama.options import FinetuneOptions, RunOptions, check_seeds, parse
 from examples.llama.pretrain import pretrain
-from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.errors import UsageError, check_names, exit_on_usage_error
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import load_corpus, model_config
@@ -74,14 +74,11 @@ class FinetuneQualityOptions:
     """Folder for the runs."""
 
     def __post_init__(self) -> None:
-        for name in self.contenders:
-            if name not in CONTENDERS:
-                raise unknown_name("--contenders", name, CONTENDERS)
+        check_names("--contenders", self.contenders, CONTENDERS)
         for flag, value in (("--steps", self.steps), ("--base-steps", self.base_steps)):
             if value < 1:
                 raise UsageError(f"{flag} {value} is out of range; give 1 or more")
-        if not self.seeds:
-            raise UsageError("--seeds is empty; give one or more")
+        check_seeds("--seeds", self.seeds)
 
 
 # The rate of the kernels and that of embeddings, head and norms, which LoRA does not
@@ -260,16 +257,15 @@ def table(found: dict[str, Found], before: Losses) -> str:
             for column in zip(*losses, strict=True)
         ]
         (new, new_spread), (old, old_spread) = (
-            (statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0)
-            for x in columns
+            (statistics.mean(x), report.spread(x)) for x in columns
         )
         return (
-            *(name, f"{rates[0]:g}", f"{new:.2f}", f"{new_spread:.2f}"),
+            *(name, f"{rates[0]:g}", f"{new:.2f}", new_spread),
             ", ".join(
                 f"{ours / reference - 1:+.1%}"
                 for ours, reference in zip(columns[0], references, strict=True)
             ),
-            *(f"{old:.2f}", f"{old_spread:.2f}"),
+            *(f"{old:.2f}", old_spread),
             f"{found[name].state_bytes / 1e6:.2f}",
             f"{found[name].peak_bytes / 1e6:.1f}",
             ", ".join(

@@ -31,8 +31,10 @@ def kernel_shapes(config: LlamaConfig) -> collections.Counter[tuple[int, int]]:
     """How many kernels of each shape, smaller side first, the layers have."""
     width, hidden = config.hidden_size, config.intermediate_size
     heads = config.num_heads * config.head_size
-    kernels = [(width, heads)] * 4 + [(width, hidden)] * 3
-    return collections.Counter(kernels * config.num_layers)
+    kv_heads = config.num_kv_heads * config.head_size
+    kernels = [(width, heads)] * 2 + [(width, kv_heads)] * 2 + [(width, hidden)] * 3
+    shapes = ((min(kernel), max(kernel)) for kernel in kernels * config.num_layers)
+    return collections.Counter(shapes)
 
 
 def program_flops(program: Jaxpr) -> float:
@@ -99,6 +101,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=PRESETS)
     parser.add_argument("--parts", nargs="+", type=int, default=(4, 8, 16, 32))
     options = parser.parse_args()
+    for part in options.parts:
+        if part < 1:
+            parser.error(f"--parts {part} is out of range; give 1 or more")
     methods = [("low_rank", part) for part in options.parts]
     methods += [("newton_schulz", None), (MUON, None)]
     head = ("model", "method", "Tflop", *(f"{tokens:,} tokens" for tokens in TOKENS))

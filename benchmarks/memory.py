@@ -32,7 +32,7 @@ from examples.llama.memory.report import versions
 from examples.llama.memory.search import fitting_batch, runs
 from examples.llama.memory.target import Compiler, Memory, check_target
 from examples.llama.options import RunOptions, parse
-from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.errors import UsageError, check_names, exit_on_usage_error
 from examples.llama.run.setup import model_config
 
 LARGE = "v5p:1x1x1"
@@ -58,13 +58,8 @@ class Options:
     """Of the last table: any of 60m, 130m, 350m, 1b, 7b and 13b."""
 
     def __post_init__(self) -> None:
-        for flag, names, known in (
-            ("--tables", self.tables, TABLES),
-            ("--models", self.models, RANKS),
-        ):
-            for name in names:
-                if name not in known:
-                    raise unknown_name(flag, name, known)
+        check_names("--tables", self.tables, TABLES)
+        check_names("--models", self.models, RANKS)
         if self.jobs < 1:
             raise UsageError(f"--jobs {self.jobs} is out of range; give 1 or more")
 
@@ -87,7 +82,8 @@ class Compiled:
             self._known = {row["key"]: Memory(**row["memory"]) for row in rows}
         except (KeyError, TypeError) as error:
             raise UsageError(
-                f"--out {path} is of another version ({error}); delete it"
+                f"--out {path} is not a file of this version of the command ({error}); "
+                "give another"
             ) from error
         path.write_text(whole)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import report
 from examples.llama.evaluate import perplexity
-from examples.llama.options import RunOptions
+from examples.llama.options import RunOptions, check_seeds
 from examples.llama.pretrain import pretrain
 from examples.llama.run.interrupt import StopRequest
 
@@ -31,6 +31,9 @@ class QualityOptions:
     """The seeds; each way has a run per seed."""
     compute_dtype: str = "float32"
     """The dtype of activations and products: float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        check_seeds("--seeds", self.seeds)
 
 
 def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
@@ -71,8 +74,8 @@ def table(
 
     def row(way: str) -> tuple[str, ...]:
         mean, other = (statistics.mean(results[name]) for name in (way, reference[way]))
-        spread = statistics.stdev(results[way]) if len(results[way]) > 1 else 0.0
-        return way, f"{mean:.2f}", f"{spread:.2f}", f"{mean / other - 1:+.1%}"
+        spread = report.spread(results[way])
+        return way, f"{mean:.2f}", spread, f"{mean / other - 1:+.1%}"
 
     return (
         f"{what}, {options.steps} steps, {len(options.seeds)} seeds, products in "

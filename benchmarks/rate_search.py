@@ -24,21 +24,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apollo_optax import StateBytes, state_bytes
+from apollo_optax import StateBytes
 from benchmarks import report
+from benchmarks.perplexity_figure import plot_perplexities
 from benchmarks.run_records import Records, RunRecord
 from examples.llama.evaluate import perplexity
-from examples.llama.mesh import make_mesh
-from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.optimizers.recipes import RECIPES, with_defaults
-from examples.llama.options import RunOptions, parse
+from examples.llama.options import RunOptions, check_seeds, parse
 from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.log import read_config, read_metrics
-from examples.llama.run.plots import plot_perplexities
 from examples.llama.run.recorder import DivergedError
-from examples.llama.run.setup import abstract_params, execution_of, model_config
+from examples.llama.run.setup import model_config, state_bytes_of
 
 # The options of each contender with the default settings: a b2 of 0.999, no clipping,
 # and no updates in proportion to the weights.
@@ -250,8 +248,7 @@ class SearchOptions:
             for name in names:
                 if name not in known:
                     raise unknown_name(flag, name, known)
-        if not self.seeds:
-            raise UsageError("--seeds is empty; give one or more")
+        check_seeds("--seeds", self.seeds)
         if self.processes < 1:
             raise UsageError(
                 f"--processes {self.processes} is out of range; give 1 or more"
@@ -478,8 +475,9 @@ def trained(part: str, contender: str, run: RunOptions, stop: StopRequest) -> Ru
 
 
 def use_one_core(cores: Any) -> None:
-    """Restricts this process to one of the cores in a queue."""
-    os.sched_setaffinity(0, {cores.get()})
+    """Restricts this process to one of the cores in a queue, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
 
 
 def run_searches(options: SearchOptions, part: str) -> None:
@@ -489,7 +487,7 @@ def run_searches(options: SearchOptions, part: str) -> None:
     """
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
-    available = sorted(os.sched_getaffinity(0))
+    available = report.core_numbers()
     for index in range(options.processes):
         cores.put(available[index % len(available)])
     with concurrent.futures.ProcessPoolExecutor(
@@ -544,9 +542,7 @@ def first_adamw(found: Mapping[str, Found]) -> Found:
 def state_of(options: SearchOptions, part: str, contender: str) -> StateBytes:
     """Returns the bytes of optimizer state."""
     run = base_run(options, part, contender)
-    config = model_config(run)
-    params = abstract_params(config, execution_of(run, config), make_mesh(run.mesh))
-    return state_bytes(make_optimizer(run, config)[0], params)
+    return state_bytes_of(run, model_config(run))
 
 
 def ratio(one: Found, other: Found) -> float:
@@ -596,12 +592,10 @@ def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
         result = found[name]
         perplexities = list(result.perplexities.values())
         seeds, rms = len(perplexities), result.update_rms
-        has_spread = seeds > 1 and all(map(math.isfinite, perplexities))
-        spread = f"{statistics.stdev(perplexities):.2f}" if has_spread else ""
         seconds = result.step_seconds / timed.step_seconds
         return (
             *(name, f"{result.lr:g}", f"{result.lr_embeddings:g}", str(seeds)),
-            *(f"{result.perplexity:.2f}", spread),
+            *(f"{result.perplexity:.2f}", report.spread(perplexities)),
             *(over(adamw, result), over_by_seed(result)),
             "" if best_muon is None else over(found[best_muon], result),
             *("" if rms is None else f"{rms:.3g}", f"{seconds:.2f}"),

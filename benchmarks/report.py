@@ -2,8 +2,10 @@
 
 import contextlib
 import datetime
+import math
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -11,13 +13,26 @@ from pathlib import Path
 import jax
 
 
+def spread(results: Sequence[float]) -> str:
+    """Returns the standard deviation for a table; "" if there is none.
+
+    There is none of one result, nor of results of which one diverged.
+    """
+    if len(results) < 2 or not all(map(math.isfinite, results)):
+        return ""
+    return f"{statistics.stdev(results):.2f}"
+
+
+def core_numbers() -> list[int]:
+    """Returns the numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def cores() -> int:
     """Returns the number of cores that this process may use, as XLA counts them."""
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    return len(core_numbers())
 
 
 def machine() -> str:

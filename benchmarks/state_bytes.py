@@ -9,6 +9,7 @@ Nothing is allocated. The bytes are those of ``jax.eval_shape`` of each optimize
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,13 +75,6 @@ def llama(
     }
 
 
-def state_bytes(tx: optax.GradientTransformation, params: object) -> int:
-    state = jax.eval_shape(tx.init, params)
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-    )
-
-
 def optimizers(
     rank: int, dtype: str
 ) -> dict[str, Callable[[], optax.GradientTransformation]]:
@@ -99,7 +93,7 @@ def table(only_kernels: bool, dtype: str) -> str:
         "|---|---|" + "---|" * len(names),
     ]
     for model, (hidden, intermediate, layers, rank) in MODELS.items():
-        params = llama(hidden, intermediate, layers)
+        params: Any = llama(hidden, intermediate, layers)
         if only_kernels:
             params = {
                 name: {k: v for k, v in layer.items() if len(v.shape) == 2}
@@ -107,7 +101,8 @@ def table(only_kernels: bool, dtype: str) -> str:
                 if name.startswith("layer_")
             }
         costs = [
-            state_bytes(make(), params) for make in optimizers(rank, dtype).values()
+            sum(apollo_optax.state_bytes(make(), params))
+            for make in optimizers(rank, dtype).values()
         ]
         lines.append(
             f"| {model} | {rank} | " + " | ".join(f"{cost:,}" for cost in costs) + " |"

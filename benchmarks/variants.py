@@ -20,23 +20,20 @@ import jax.numpy as jnp
 import optax
 
 import apollo_optax
-from apollo_optax import state_bytes
 from benchmarks import report
 from benchmarks.rate_search import BATCH_OF_8K
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import perplexity
-from examples.llama.mesh import make_mesh
 from examples.llama.optimizers import kernels, parameters
 from examples.llama.optimizers.embeddings import EMBEDDING_RULES
-from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.optimizers.recipes import RECIPES, Recipe, with_defaults
-from examples.llama.options import RunOptions, parse
+from examples.llama.options import RunOptions, check_seeds, parse
 from examples.llama.pretrain import pretrain
-from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.errors import exit_on_usage_error, unknown_name
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.result import read_result
-from examples.llama.run.setup import abstract_params, execution_of, model_config
+from examples.llama.run.setup import model_config, state_bytes_of
 
 Momentum = Callable[[RunOptions], optax.GradientTransformation]
 
@@ -322,8 +319,7 @@ class VariantOptions:
         for name in self.parts:
             if name not in PARTS:
                 raise unknown_name("--parts", name, PARTS)
-        if not self.seeds:
-            raise UsageError("--seeds is empty; give one or more")
+        check_seeds("--seeds", self.seeds)
 
 
 def run_of(options: VariantOptions, way: Way, seed: int) -> RunOptions:
@@ -364,9 +360,7 @@ def perplexities(
 
 
 def all_state(run: RunOptions) -> int:
-    config = model_config(run)
-    params = abstract_params(config, execution_of(run, config), make_mesh(run.mesh))
-    return sum(state_bytes(make_optimizer(run, config)[0], params))
+    return sum(state_bytes_of(run, model_config(run)))
 
 
 def other_state(run: RunOptions) -> int:
@@ -388,13 +382,12 @@ HEAD = (
 
 
 def row(options: VariantOptions, way: Way, results: tuple[float, ...]) -> list[str]:
-    has_spread = len(results) > 1 and all(map(math.isfinite, results))
     run = run_of(options, way, options.seeds[0])
     other = other_state(run)
     return [
         *(way.label, way.optimizer, f"{way.lr:g}", f"{run.lr_embeddings:g}"),
         f"{statistics.mean(results):.2f}",
-        f"{statistics.stdev(results):.2f}" if has_spread else "",
+        report.spread(results),
         *(f"{(all_state(run) - other) / 1e6:.3f}", f"{other / 1e6:.3f}"),
     ]
 

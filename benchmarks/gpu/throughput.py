@@ -8,6 +8,7 @@ memory. That batch is computed from a line through the memory of two compiled ba
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -156,8 +157,9 @@ def run(bench: Bench) -> None:
         ("tiny", 16, [60_000_000]) if bench.rehearse else ("7b", 256, [])
     )
     if not limits:
-        there = bench.device.memory_bytes or 0
-        limits = [min(bytes_in("", "80GB"), there), bytes_in("", "64GB")]
+        there = bench.device.memory_bytes or math.inf
+        wanted_limits = (bytes_in("", "80GB"), bytes_in("", "64GB"))
+        limits = sorted({int(min(x, there)) for x in wanted_limits}, reverse=True)
     title = (
         f"{model}, bfloat16 weights unless said, sequences of {seq}, remat full (none "
         "for int8); GB of 1e9 bytes"

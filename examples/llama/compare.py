@@ -19,12 +19,10 @@ from rich import box, filesize
 from rich.console import Console
 from rich.table import Table
 
-from apollo_optax import StateBytes, state_bytes
+from apollo_optax import StateBytes
 from examples.llama.config import LlamaConfig
 from examples.llama.evaluate import perplexity
-from examples.llama.mesh import make_mesh
-from examples.llama.optimizers.pipeline import make_optimizer
-from examples.llama.optimizers.recipes import with_defaults, without_unused
+from examples.llama.optimizers.recipes import RECIPES, options_of_each
 from examples.llama.options import (
     RunOptions,
     TrainingOptions,
@@ -36,6 +34,7 @@ from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import (
     RunInterrupted,
     UsageError,
+    check_names,
     exit_on_usage_error,
     notice,
 )
@@ -44,7 +43,7 @@ from examples.llama.run.log import check_free, replace_text
 from examples.llama.run.plots import plot_comparison
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.result import RunResult
-from examples.llama.run.setup import abstract_params, execution_of, model_config
+from examples.llama.run.setup import model_config, state_bytes_of
 
 RESULTS = "results.jsonl"
 
@@ -89,8 +88,7 @@ class CompareOptions(TrainingOptions):
                 raise UsageError(
                     f"--more-seeds {seed} is given twice; give each seed once"
                 )
-        if not self.optimizers:
-            raise UsageError("--optimizers is empty; give one or more")
+        check_names("--optimizers", self.optimizers, RECIPES)
 
 
 class Setting(NamedTuple):
@@ -112,9 +110,7 @@ def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
     }
     common = RunOptions(**fields)
     runs = []
-    for name in options.optimizers:
-        run = dataclasses.replace(common, optimizer=name)
-        default = with_defaults(without_unused(run, config), config)
+    for default in options_of_each(options.optimizers, common, config):
         assert default.lr is not None
         lrs = (
             options.lr
@@ -128,8 +124,13 @@ def grid(options: CompareOptions, config: LlamaConfig) -> list[RunOptions]:
                 default, lr=float(f"{lr:.6g}"), lr_embeddings=lr_embeddings
             )
             runs.append(in_own_folder(run, options))
-    if len({run.out for run in runs}) < len(runs):
-        raise UsageError("an optimizer or learning rate is given twice; give each once")
+    folders = [run.out for run in runs]
+    for run in runs:
+        if folders.count(run.out) > 1:
+            raise UsageError(
+                f"{run.optimizer} with the learning rates {run.lr:g} and "
+                f"{run.lr_embeddings:g} is given twice; give each once"
+            )
     return runs
 
 
@@ -268,13 +269,7 @@ def compare(
         check_free(options.out)
     for run in runs:
         check_free(run.out, resume=resume)
-    params = abstract_params(
-        config, execution_of(options, config), make_mesh(options.mesh)
-    )
-    sizes = {
-        run.optimizer: state_bytes(make_optimizer(run, config)[0], params)
-        for run in runs
-    }
+    sizes = {run.optimizer: state_bytes_of(run, config) for run in runs}
 
     settings = [Setting(run, finish(run, stop)) for run in runs]
     chosen = best_of_each(settings)

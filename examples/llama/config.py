@@ -74,7 +74,7 @@ class LlamaConfig:
     lora_rank: int = 0
     """The rank of the LoRA adapters beside the layers' kernels; 0 means none."""
     lora_alpha: float = 0.0
-    """What the adapters add counts `lora_alpha / lora_rank` times."""
+    """The adapters' output is multiplied by `lora_alpha / lora_rank`."""
 
     @property
     def base(self) -> "LlamaConfig":

@@ -31,7 +31,7 @@ from examples.llama.run.errors import (
     notice,
     unknown_name,
 )
-from examples.llama.run.log import BEST, CHECKPOINTS, TOKENIZER, read_config
+from examples.llama.run.log import BEST, CHECKPOINTS, CONFIG, TOKENIZER, read_config
 from examples.llama.run.setup import abstract_params, trained
 from examples.llama.storage import Storage
 from examples.llama.text.decoding import decode
@@ -76,12 +76,24 @@ class ExportOptions:
 
 
 def config_of_run(folder: Path) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Returns the shape of a run's model, and all of its config.json."""
+    """Returns the shape of a run's model, and all of its config.json.
+
+    Raises:
+        UsageError: if there is no run, or one of another version.
+    """
     run = read_config(folder)
-    shape = dict(run["model_config"])
-    if shape["rope_scaling"]:
-        shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
-    return LlamaConfig(**shape), run
+    try:
+        for name in ("weights", "compute_dtype", "end_token"):
+            run[name]
+        shape = dict(run["model_config"])
+        if shape["rope_scaling"]:
+            shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
+        return LlamaConfig(**shape), run
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{folder / CONFIG} is not of this version ({type(error).__name__}: "
+            f"{error}); export with the version that made the run"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -174,9 +174,9 @@ def fitted(
     if result.cut or result.dropped:
         notice(
             f"{name}: of {len(examples):,} sequences, {result.cut:,} are cut to "
-            f"{row:,} tokens and {result.dropped:,} are left out, which are too long "
-            "or have nothing to learn in so many tokens; --seq makes room, and "
-            "--too-long says which"
+            f"{row:,} tokens and {result.dropped:,} are left out because they are too "
+            "long or have nothing to learn in so many tokens; raise --seq to keep "
+            "more, and choose with --too-long whether to cut or to drop them"
         )
     if not result.examples:
         raise UsageError(

@@ -156,8 +156,8 @@ def positions_in_segments(segments_BxT: jax.Array) -> jax.Array:
 
 def initializer(config: LlamaConfig) -> nnx.Initializer:
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        # Weights are drawn in float32 and rounded. Drawn in bfloat16, a seed would give
-        # different weights.
+        # Weights are drawn in float32 and rounded. If they were drawn in bfloat16, a
+        # seed would give different weights.
         return (
             config.initializer_range * jax.random.normal(key, shape, jnp.float32)
         ).astype(dtype)

@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -15,7 +16,7 @@ from examples.llama.run.errors import UsageError, unknown_name
 from examples.llama.text.rows import FIELD
 
 # The rules for embeddings and head.
-EMBEDDING_RULES = (
+EMBEDDING_RULE_NAMES = (
     *("adam", "apollo", "scale", "adafactor", "adafactor-momentum", "racs"),
     "flattening",
 )
@@ -27,8 +28,8 @@ CHOICES = {
     "--compute-dtype": ("float32", "bfloat16"),
     "--attention": ("auto", "xla", "cudnn"),
     "--moment-dtype": ("float32", "bfloat16"),
-    "--embeddings": EMBEDDING_RULES,
-    "--head": EMBEDDING_RULES,
+    "--embeddings": EMBEDDING_RULE_NAMES,
+    "--head": EMBEDDING_RULE_NAMES,
     "--projection": ("auto", "rademacher", "random"),
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
@@ -94,10 +95,8 @@ class TextOptions:
     it began with."""
 
     def __post_init__(self) -> None:
-        if self.text_field == "":
-            raise UsageError(
-                "--text-field is empty; give the name of a field, or leave it out"
-            )
+        for name in ("data", "validation", "text_field", "tokenizer"):
+            check_not_empty(name, getattr(self, name))
         if self.bos not in CHOICES["--bos"]:
             raise unknown_name("--bos", self.bos, CHOICES["--bos"])
 
@@ -141,7 +140,8 @@ class TrainingOptions(TextOptions):
     """Steps between evaluations. There is always one after the last step."""
     eval_windows: int = 128
     """Sequences of held-out text per evaluation. They are spread evenly over the text
-    and are always the same. Pre-training takes the next lower multiple of 8."""
+    and are always the same. Pre-training rounds their number down to a multiple of
+    8, and takes at least 8."""
     checkpoint_every: int = 500
     """Steps between checkpoints. There is always one after the last step."""
     keep_checkpoints: int = 2
@@ -224,10 +224,12 @@ class TrainingOptions(TextOptions):
             raise UsageError(
                 f"--b2 {self.b2} is out of range; give a number from 0 to below 1"
             )
-        for name in ("model", "init_from", "data", "validation", "tokenizer"):
-            if getattr(self, name) == "":
-                flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag} is empty; give it a value, or leave it out")
+        check_not_empty("model", self.model)
+        check_not_empty("init_from", self.init_from)
+        if self.out == Path():
+            raise UsageError(
+                "--out is empty or the current folder; name a folder for the run"
+            )
         if self.batch % self.accumulate:
             raise UsageError(
                 f"--batch {self.batch} is not a multiple of --accumulate "
@@ -245,7 +247,7 @@ class TrainingOptions(TextOptions):
                 f"--model {self.model} and --init-from {self.init_from} both give the "
                 "model's shape; give one of them"
             )
-        # Frozen, so only here are the defaults that depend on other options resolved.
+        # The class is frozen, so defaults that depend on other options are set here.
         if self.init_from:
             # A run is resumed by its options, and `a/` is the folder `a`.
             object.__setattr__(self, "init_from", str(Path(self.init_from)))
@@ -472,7 +474,8 @@ class TuningOptions(RunOptions):
     steps: int = 0
     """Training steps. 0: the number that --epochs gives."""
     warmup: float = 0.03
-    """The fraction of the steps in which the learning rates rise."""
+    """The fraction of the steps in which the learning rates rise from 0. 0: begin at
+    the peak."""
     seq: int = 1024
     """Tokens per row. Several conversations are packed into a row."""
     eval_every: int = 50
@@ -541,7 +544,7 @@ class TuningOptions(RunOptions):
 
     @property
     def warmup_steps(self) -> int:
-        return max(1, math.ceil(self.steps * self.warmup))
+        return math.ceil(self.steps * self.warmup)
 
     def numbers(self) -> dict[str, float | None]:
         return super().numbers() | {
@@ -579,9 +582,22 @@ def check_positive(flag: str, value: float) -> None:
         raise UsageError(f"{flag} {value} is out of range; give a number above 0")
 
 
+def check_not_empty(field: str, value: str | None) -> None:
+    if value == "":
+        flag = f"--{field.replace('_', '-')}"
+        raise UsageError(f"{flag} is empty; give it a value, or leave it out")
+
+
 def check_seed(flag: str, seed: int) -> None:
     if not 0 <= seed <= LARGEST_SEED:
         raise UsageError(f"{flag} {seed} is out of range; give 0 to {LARGEST_SEED}")
+
+
+def check_seeds(flag: str, seeds: Sequence[int]) -> None:
+    if not seeds:
+        raise UsageError(f"{flag} is empty; give one or more")
+    for seed in seeds:
+        check_seed(flag, seed)
 
 
 def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from examples.llama.config import preset
 from examples.llama.options import TextOptions, parse
-from examples.llama.run.errors import exit_on_usage_error
+from examples.llama.run.errors import UsageError, exit_on_usage_error
 from examples.llama.text import corpus
 from examples.llama.text.windows import token_count
 
@@ -31,6 +31,11 @@ class TokeniseOptions(TextOptions):
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(TokeniseOptions, args, "python -m examples.llama.tokenise")
+        path = options.save_tokenizer
+        if path is not None and (path.suffix != ".json" or path.is_dir()):
+            raise UsageError(
+                f"--save-tokenizer {path} is not a .json file; give the name of one"
+            )
         text = corpus.load_corpus(
             options.data,
             vocab_size=preset(options.model).vocab_size,
@@ -41,9 +46,9 @@ def main(args: list[str] | None = None) -> None:
             text_field=options.text_field,
             bos=options.bos,
         )
-        if options.save_tokenizer:
-            options.save_tokenizer.parent.mkdir(parents=True, exist_ok=True)
-            text.tokenizer.save(str(options.save_tokenizer), pretty=False)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text.tokenizer.save(str(path), pretty=False)
         print(
             f"{token_count(text.train):,} training and "
             f"{token_count(text.validation):,} validation tokens of "

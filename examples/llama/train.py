@@ -136,7 +136,7 @@ def train(
                 disable=not is_first(),
             )
         )
-        notice(setup.summary(options, config, text, tx, mesh))
+        notice(setup.summary(options, config, text, mesh))
         if step:
             notice(f"continuing after step {step} of {options.steps} in {options.out}")
         stack.enter_context(distributed.ends_at_once(DivergedError, RunInterrupted))

@@ -97,6 +97,8 @@ def test_a_run_that_diverged_is_the_worst(
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--base-steps", "-1"], "--base-steps -1 is out of range"),
         (["--seeds"], "--seeds is empty"),
+        (["--seeds", "-1"], "--seeds -1 is out of range"),
+        (["--contenders"], "--contenders is empty"),
     ],
 )
 def test_rejects_options(

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 from apollo_optax import _spectrum
-from benchmarks.flattening_cost import MUON, program_flops, update_flops
+from benchmarks import flattening_cost
+from benchmarks.flattening_cost import (
+    MUON,
+    kernel_shapes,
+    program_flops,
+    update_flops,
+)
+from examples.llama.config import PRESETS, param_count
 
 M, N = 48, 80
 
@@ -39,3 +46,22 @@ def test_low_rank_takes_five_large_products(rank):
 def test_muon_takes_fifteen_products():
     """Each of its five steps has X X^T = A, A A, and a polynomial of A times X."""
     assert update_flops((M, N), MUON, None) == 5 * (2 * (2 * M * M * N) + 2 * M**3)
+
+
+@pytest.mark.parametrize("name", ["7b", "llama-3-8b", "qwen2.5-7b"])
+def test_kernels_are_those_of_the_model(name):
+    config = PRESETS[name]
+    kernels = sum(m * n * count for (m, n), count in kernel_shapes(config).items())
+    tables = 2 * config.vocab_size * config.hidden_size
+    vectors = param_count(config) - tables - kernels
+    assert all(m <= n for m, n in kernel_shapes(config))
+    # Norms and biases have at most the size of a few rows per layer.
+    assert 0 < vectors < 5 * config.num_layers * config.hidden_size
+
+
+@pytest.mark.parametrize("part", ["0", "-4"])
+def test_rejects_parts(part, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["flattening_cost", "--parts", part])
+    with pytest.raises(SystemExit):
+        flattening_cost.main()
+    assert f"--parts {part} is out of range" in capsys.readouterr().err

@@ -286,6 +286,19 @@ def rows_of(folder: Path, *rows: Any) -> list[Conversation]:
     return list(map(conversation_of, open_conversations("`data`", "chat.jsonl")))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [said("user", "a \ud83d"), said("assistant", "b")]},
+        {"prompt": "a \ud83d", "completion": "b"},
+        {"text": "a \ud83d"},
+    ],
+)
+def test_half_a_character_becomes_a_question_mark(row: Any, folder: Path) -> None:
+    (read,) = rows_of(folder, row)
+    assert "a ?" in (*(message["content"] for message in read.messages), *read[2:])
+
+
 def test_rows_of_all_kinds(folder: Path) -> None:
     rows = (
         {"messages": list(CHAT), "id": 3},

@@ -357,9 +357,22 @@ def test_text_can_be_tokenised_before_the_run(
     assert " of 300 kinds, ready for runs" in capsys.readouterr().out
     monkeypatch.setattr(corpus, "build", lambda *_: pytest.fail("tokenised again"))
     pretrain.main(["--out", str(out), "--vocab", "300", *SHORT])
-    assert "--vocab 5 is out of range" in exits_with_message(
-        tokenise.main, ["--vocab", "5"], capsys
-    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--vocab", "5"], "--vocab 5 is out of range"),
+        (["--tokenizer", ""], "--tokenizer is empty"),
+        (["--validation", ""], "--validation is empty"),
+        (["--save-tokenizer", "."], "--save-tokenizer . is not a .json file"),
+        (["--save-tokenizer", "name"], "--save-tokenizer name is not a .json file"),
+    ],
+)
+def test_rejects_what_to_tokenise(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in exits_with_message(tokenise.main, args, capsys)
 
 
 @pytest.mark.parametrize(
@@ -732,6 +745,18 @@ def test_rejects_exports(
         export.main, ["--run", str(out), "--to", str(to)], capsys
     )
     assert "tokenizer.json cannot be read (" in error
+    config = json.loads((out / "config.json").read_text())
+    other_shape = config["model_config"] | {"experts": 8}
+    for changed in (
+        {name: value for name, value in config.items() if name != "weights"},
+        config | {"model_config": other_shape},
+        config | {"model_config": config["model_config"] | {"model_type": "gpt"}},
+    ):
+        (out / "config.json").write_text(json.dumps(changed))
+        error = exits_with_message(
+            export.main, ["--run", str(out), "--to", str(to)], capsys
+        )
+        assert "config.json is not of this version (" in error
     to.mkdir()
     (to / "config.json").write_text("earlier")
     assert str(to) in exits_with_message(
@@ -907,6 +932,19 @@ def test_rejects_the_address_of_a_bucket(
     assert error.startswith(
         f"error: {flag} gs://bucket/run is an address, not a path; mount the bucket"
     )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["", ".", "./"])
+def test_rejects_the_current_folder(
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = exits_with_message(pretrain.main, ["--out", folder, *SHORT], capsys)
+    assert error.startswith("error: --out is empty or the current folder; name")
     assert not list(tmp_path.iterdir())
 
 

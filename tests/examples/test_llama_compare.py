@@ -186,10 +186,17 @@ def test_compare_continues_after_a_diverged_run(
     [
         (
             ["--optimizers", "adamw", "apolo"],
-            "--optimizer 'apolo' is unknown; choose one of: apollo, ",
+            "--optimizers 'apolo' is unknown; choose one of: apollo, ",
         ),
-        (["--lr", "0.1", "0.10"], "is given twice"),
-        (["--optimizers", "adamw", "adamw"], "is given twice"),
+        (
+            ["--optimizers", "adamw", "muon", "--rank", "4"],
+            "--rank 4 means nothing to adamw, muon; leave it out",
+        ),
+        (
+            ["--lr", "0.1", "0.10"],
+            "adamw with the learning rates 0.1 and 0.03 is given twice",
+        ),
+        (["--optimizers", "adamw", "adamw"], "adamw with the learning rates 0.002 and"),
         (["--lr", "0.1", "--lr-factors", "2"], "--lr and --lr-factors both say"),
         (["--more-seeds", "1", "0"], "--more-seeds 0 is given twice"),
         (["--more-seeds", "4294967296"], "--more-seeds 4294967296 is out of range"),

@@ -246,6 +246,7 @@ def test_learning_rates(small: LlamaConfig, tmp_path: Path) -> None:
     shape: dict[str, Any] = {"out": tmp_path, "init_from": tmp_path, "data": "x"}
     assert FinetuneOptions(**shape, steps=10).warmup_steps == 1
     assert FinetuneOptions(**shape, steps=101).warmup_steps == 4
+    assert FinetuneOptions(**shape, steps=101, warmup=0).warmup_steps == 0
     schedule = make_schedule(0.5, 100, 10, "linear")
     rates = [float(np.asarray(schedule(step))) for step in (0, 5, 10, 55, 100)]
     assert rates == pytest.approx([0, 0.25, 0.5, 0.275, 0.05])

@@ -401,7 +401,7 @@ def test_the_command_line_takes_a_text_field(
     assert "ready for runs" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tokenise.main(["--data", "a.jsonl", "--text-field", ""])
-    assert "--text-field is empty; give the name of" in capsys.readouterr().err
+    assert "--text-field is empty; give it a value" in capsys.readouterr().err
 
 
 # Folders.

@@ -19,7 +19,7 @@ from examples.llama.model import Execution, Params, init_params
 from examples.llama.optimizers.embeddings import EMBEDDING_RULES, with_embedding_rules
 from examples.llama.optimizers.parameters import dimension_numbers, lr_group, path_name
 from examples.llama.optimizers.pipeline import make_optimizer, make_schedule
-from examples.llama.optimizers.recipes import RECIPES, with_defaults, without_unused
+from examples.llama.optimizers.recipes import RECIPES, options_of_each, with_defaults
 from examples.llama.optimizers.wrappers import clip_by_global_norm
 from examples.llama.options import RunOptions, TuningOptions, differing_fields
 from examples.llama.run.errors import UsageError
@@ -85,16 +85,15 @@ def test_apollo_projects_the_kernels_and_nothing_else(
     assert shapes["layers/mlp_norm/scale"] - {()} == {(3, 16)}
 
 
-@pytest.mark.parametrize("name", ["adamw", "apollo-zero", "apollo-zero-momentum"])
-def test_comparisons_leave_embeddings_of_other_optimizers_to_adam(name: str) -> None:
-    def options(optimizer: str) -> RunOptions:
-        run = RunOptions(
-            out=Path("unused"), optimizer=optimizer, embeddings="apollo", head="scale"
-        )
-        return without_unused(run, SMALL)
-
-    assert options("apollo-mini").embeddings == "apollo"
-    assert (options(name).embeddings, options(name).head) == ("adam", "scale")
+def test_comparisons_leave_embeddings_of_other_optimizers_to_adam() -> None:
+    names = ("apollo-mini", "adamw", "apollo-zero", "apollo-zero-momentum")
+    run = RunOptions(out=Path("unused"), embeddings="apollo", head="scale")
+    runs = options_of_each(names, run, SMALL)
+    assert [each.optimizer for each in runs] == list(names)
+    assert [each.embeddings for each in runs] == ["apollo", "adam", "adam", "adam"]
+    assert {each.head for each in runs} == {"scale"}
+    with pytest.raises(UsageError, match="`embeddings` apollo means nothing to adamw,"):
+        options_of_each(names[1:], run, SMALL)
 
 
 def test_embeddings_and_head_can_be_given_to_apollo(
@@ -347,6 +346,13 @@ def test_schedule_warms_up_over_a_tenth_and_ends_at_a_tenth() -> None:
     rates = [float(np.asarray(schedule(step))) for step in (0, 5, 10, 55, 100)]
     assert rates == pytest.approx([0, 0.25, 0.5, 0.275, 0.05])
     assert np.isfinite(np.asarray(make_schedule(0.5, 1, 1)(0)))
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_schedule_without_a_warmup_begins_at_the_peak(shape: str) -> None:
+    schedule = make_schedule(0.5, 100, 0, shape)
+    rates = [float(np.asarray(schedule(step))) for step in (0, 50, 100)]
+    assert rates == pytest.approx([0.5, 0.275, 0.05])
 
 
 def test_defaults_come_from_the_recipe_unless_set() -> None:

@@ -723,7 +723,7 @@ def test_the_benchmark_goes_on_where_it_was_cut_off(
         assert capsys.readouterr().out == table
         assert len(asked) == 2 * len(benchmark.VARIANTS) + 1
     for line, message in (
-        ("{}", "is of another version"),
+        ("{}", "is not a file of this version of the command ('key'); give another"),
         ("no JSON", "is no file of this command's"),
     ):
         file.write_text(line + "\n")

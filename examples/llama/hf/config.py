@@ -25,8 +25,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "mistral": {"hidden_act": "silu"},
 }
 
-# Other words for the same: the class in the first conversions of LLaMA, and a name of
-# silu that transformers knows too.
+# Values that mean the same: the class's name in the first conversions of LLaMA, and
+# another name of silu in Transformers.
 SYNONYMS = {"LlamaForCausalLM": "LLaMAForCausalLM", "silu": "swish"}
 
 

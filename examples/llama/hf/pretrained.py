@@ -15,10 +15,14 @@ from examples.llama.hf.config import CONFIG, read_json, write_json
 from examples.llama.hf.folder import GENERATION_CONFIG, config_folder
 from examples.llama.run.log import PRETRAINED
 from examples.llama.text.decoding import decode, mark_and_encoding
-from examples.llama.text.hub import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
+from examples.llama.text.hub import (
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+)
 from examples.llama.text.tokenizer import special_token, tokenizer_path
 
-SPECIAL_TOKENS = "special_tokens_map.json"
 EOS, EOS_ID = "eos_token", "eos_token_id"
 TOKEN_IDS = {"bos_token": "bos_token_id", "pad_token": "pad_token_id"}
 
@@ -94,7 +98,7 @@ def pass_on(folder: Path, files: Files, end_token: str | None) -> None:
     If the files do not say which token ends a text, `end_token` is added to them.
     """
     copy({name: path for name, path in files.items() if name != CONFIG}, folder)
-    configs = [folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS]
+    configs = [folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS_MAP]
     found = [read_json(path) for path in configs if path.exists()]
     if end_token and files and not any(fields.get(EOS) for fields in found):
         write_json(configs[0], {**read_json(configs[0]), EOS: end_token})

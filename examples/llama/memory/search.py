@@ -11,7 +11,7 @@ from rich import filesize
 from examples.llama.config import LlamaConfig
 from examples.llama.memory.options import PlanOptions, bytes_in, smallest_batch
 from examples.llama.memory.target import Memory
-from examples.llama.optimizers.recipes import with_defaults, without_unused
+from examples.llama.optimizers.recipes import options_of_each, with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.setup import model_config
@@ -61,11 +61,7 @@ def runs(options: PlanOptions, config: LlamaConfig) -> list[RunOptions]:
     run = options.run_type(**fields)
     if not options.compare:
         return [with_defaults(run, config)]
-    planned = []
-    for name in options.compare:
-        run = dataclasses.replace(run, optimizer=name)
-        planned.append(with_defaults(without_unused(run, config), config))
-    return planned
+    return options_of_each(options.compare, run, config)
 
 
 def plan(options: PlanOptions, memory_of: MemoryOf) -> Iterator[Row]:

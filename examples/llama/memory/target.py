@@ -311,7 +311,8 @@ def capacity(mesh: jax.sharding.Mesh) -> int | None:
         return (device.memory_stats() or {}).get("bytes_limit")
     if device.platform != "tpu":
         return None
-    # A topology does not tell, and the compiler does when asked for too much.
+    # A topology does not have this number. The compiler's message about a program that
+    # is too large does.
     much = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=on_every_device(mesh))
     try:
         jax.jit(lambda x: x[0]).lower(much).compile()
@@ -357,7 +358,7 @@ class Compiler:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        # What it was asked last may still be on its way.
+        # The last request may still be in the pipe.
         with self._errors, contextlib.suppress(BrokenPipeError), self._process:
             pass
 
@@ -399,7 +400,7 @@ def environment(target: str, devices: int) -> dict[str, str]:
     """Returns the environment of a process that compiles for a target."""
     ours = os.environ | {
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        # What is not run need not fill the cache.
+        # These programs are not run, so they need not be cached.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     if target == "gpu":
@@ -446,7 +447,3 @@ def serve() -> None:
             answer = CompilerError(traceback.format_exc())
         pickle.dump(answer, answers)
         answers.flush()
-
-
-if __name__ == "__main__":
-    serve()

@@ -47,22 +47,25 @@ def make_optimizer(
 def make_schedule(
     peak: float, steps: int, warmup: int, shape: str = "cosine"
 ) -> optax.Schedule:
-    """Returns the learning rate by step: a linear warmup, then a decay.
+    """Returns the learning rate by step: a linear warmup from 0, then a decay.
 
     Args:
         peak: the highest rate.
         steps: the number of all steps.
-        warmup: the number of steps of the warmup, at least 1.
+        warmup: the number of steps of the warmup. Without any, the first step has
+            the peak.
         shape: the shape of the decay, cosine or linear. It ends at a tenth of `peak`.
     """
     decay_steps = max(steps, warmup + 1)
-    if shape == "linear":
-        rise = optax.linear_schedule(0.0, peak, warmup)
-        fall = optax.linear_schedule(peak, peak / 10, decay_steps - warmup)
-        return optax.join_schedules([rise, fall], [warmup])
-    return optax.warmup_cosine_decay_schedule(
-        0.0, peak, warmup, decay_steps, end_value=peak / 10
+    fall = (
+        optax.linear_schedule(peak, peak / 10, decay_steps - warmup)
+        if shape == "linear"
+        else optax.cosine_decay_schedule(peak, decay_steps - warmup, alpha=0.1)
     )
+    if warmup == 0:
+        return fall
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([rise, fall], [warmup])
 
 
 def in_proportion_to_weights() -> optax.GradientTransformation:

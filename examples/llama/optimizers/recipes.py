@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optax
@@ -221,18 +221,32 @@ def lr_of_embeddings(options: RunOptions, recipe: Recipe) -> float:
     return min([recipe.lr_embeddings, *own])
 
 
-def without_unused(options: RunOptions, config: LlamaConfig) -> RunOptions:
-    """Returns `options` without those that its optimizer does not use.
+def options_of_each(
+    optimizers: Sequence[str], options: RunOptions, config: LlamaConfig
+) -> list[RunOptions]:
+    """Returns the options of each optimizer of a comparison, with its defaults.
 
-    So optimizers can be compared with options for some of them.
+    Options for some of the optimizers are dropped for the others.
+
+    Raises:
+        UsageError: for an option that none of the optimizers uses, or as
+            `with_defaults` does.
     """
-    names = unused(options, config)
-    defaults = {
-        field.name: field.default
-        for field in dataclasses.fields(options)
-        if field.name in names
-    }
-    return dataclasses.replace(options, **defaults)
+    runs = [dataclasses.replace(options, optimizer=name) for name in optimizers]
+    of_no_use = [unused(run, config) for run in runs]
+    for name, value in of_no_use[0].items():
+        if all(name in names for names in of_no_use):
+            raise UsageError(
+                f"`{name}` {value} means nothing to {', '.join(optimizers)}; leave it "
+                "out"
+            )
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    return [
+        with_defaults(
+            dataclasses.replace(run, **{name: defaults[name] for name in names}), config
+        )
+        for run, names in zip(runs, of_no_use, strict=True)
+    ]
 
 
 def unused(options: RunOptions, config: LlamaConfig) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def start(options: ProcessOptions) -> None:
     except ValueError as error:
         if by_options or "coordinator_address" not in str(error):
             raise
-        # What it says where it finds no cluster.
+        # JAX says this where it finds no cluster. The process then runs alone.
     except RuntimeError as error:
         raise UsageError(
             f"the other processes were not met at {place} ({first_line(error)}); see "

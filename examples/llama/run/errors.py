@@ -9,7 +9,7 @@ import difflib
 import errno
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 from tqdm import tqdm
@@ -41,6 +41,15 @@ def with_flags(message: str) -> str:
 
 def print_error(message: str) -> None:
     print(f"error: {with_flags(message)}", file=sys.stderr)
+
+
+def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
+    """Raises `UsageError` if there are no names, or one that is not known."""
+    if not names:
+        raise UsageError(f"{flag} is empty; give one or more")
+    for name in names:
+        if name not in known:
+            raise unknown_name(flag, name, known)
 
 
 def unknown_name(option: str, value: str, known: Iterable[str]) -> UsageError:
@@ -104,8 +113,8 @@ def explained(error: Exception) -> str | None:
     if device_memory_is_full(error):
         return (
             f"the device's memory is too small ({first_line(error)}); raise "
-            "`accumulate`, lower `batch` or `seq`, "
-            "or give `remat` full or `weights` bfloat16"
+            "`accumulate` if `layerwise` is off, lower `batch` or `seq`, or give "
+            "`remat` full or `weights` bfloat16"
         )
     return None
 

@@ -19,9 +19,16 @@ from examples.llama.text.decoding import decode
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.jsonl", "curves.png", ".lock"
 TENSORBOARD, TOKENIZER, CHECKPOINTS = "tensorboard", "tokenizer.json", "checkpoints"
 BEST = "best"  # The weights with the lowest validation loss, where a run keeps them.
-PRETRAINED = "pretrained"  # What the model or tokenizer to begin from has beside it.
+PRETRAINED = "pretrained"  # The files that an export copies, besides the weights.
 OF_A_RUN = (
-    *(CONFIG, METRICS, CURVES, TENSORBOARD, TOKENIZER, CHECKPOINTS, BEST, PRETRAINED),
+    CONFIG,
+    METRICS,
+    CURVES,
+    TENSORBOARD,
+    TOKENIZER,
+    CHECKPOINTS,
+    BEST,
+    PRETRAINED,
 )
 
 Row = dict[str, Any]  # One step: numbers by name, and at evaluations the sampled text.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from rich import filesize
 
-from apollo_optax import state_bytes
+from apollo_optax import StateBytes, state_bytes
 from examples.llama.config import LlamaConfig, adapter_count, param_count, preset
 from examples.llama.hf import weights as hf_weights
 from examples.llama.hf.folder import config_folder, weights_folder
@@ -29,6 +29,7 @@ from examples.llama.model import (
     init_params,
     pieces_of,
 )
+from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.options import RunOptions, TrainingOptions, TuningOptions
 from examples.llama.partition import check_sizes, parameter_shardings, state_shardings
 from examples.llama.run.errors import UsageError
@@ -172,13 +173,11 @@ def summary(
     options: RunOptions,
     config: LlamaConfig,
     text: Text,
-    tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> str:
     """Returns a line that describes the run."""
     tokens = options.steps * options.batch * options.seq
-    params = abstract_params(config, execution_of(options, config), mesh)
-    state = sum(state_bytes(tx, trained(config, params)))
+    state = sum(state_bytes_of(options, config))
     adapters = (
         f" and {adapter_count(config):,} in adapters of rank {config.lora_rank}, which "
         "alone are trained"
@@ -192,6 +191,13 @@ def summary(
         f"{tokens:,} tokens, {tokens / text.tokens:.2g} times the {text.tokens:,} "
         "there are"
     )
+
+
+def state_bytes_of(options: RunOptions, config: LlamaConfig) -> StateBytes:
+    """Returns the bytes of a run's optimizer state."""
+    mesh = make_mesh(options.mesh)
+    params = abstract_params(config, execution_of(options, config), mesh)
+    return state_bytes(make_optimizer(options, config)[0], trained(config, params))
 
 
 def abstract_params(

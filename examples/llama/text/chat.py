@@ -42,8 +42,8 @@ FIELDS = (MESSAGES, PROMPT, COMPLETION, TEXT)
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 ENCODED_AT_ONCE = 256  # Conversations.
-# What must be a special token's name where a template has it, as <|im_start|>. Other
-# forms are ordinary text to some models: [INST] is to Llama 2.
+# In a template, text of this form, such as <|im_start|>, must name a special token.
+# Text of other forms need not: [INST] is ordinary text to Llama 2.
 TOKEN_NAME = re.compile(r"<\|[^\s|<>{}]+\|>")
 
 Span = tuple[int, int]  # The first character, and the one after the last.
@@ -99,7 +99,9 @@ def conversation_documents(rows: Iterable[Row], field: str) -> Iterator[Document
         fields = conversation_fields(row)
         # The place is no part of the name, so that rows may move between files.
         name = named_by_text(json.dumps(fields)).name
-        yield Document(name, json.dumps({"place": row.place, **fields}))
+        # JSON can spell half a character (a lone surrogate), which no tokenizer takes.
+        text = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
+        yield Document(name, json.dumps({"place": row.place, **json.loads(text)}))
 
 
 def conversation_fields(row: Row) -> dict[str, Any]:

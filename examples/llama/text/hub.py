@@ -18,10 +18,12 @@ PREFIX = "hf:"
 # A pattern of a model's name on the hub, after its owner, with a revision or without.
 NAME_AND_REVISION = r"[\w.-]+(@[\w./-]+)?"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-# What a model's folder has of its tokenizer; the last is a pattern.
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+# The files of a tokenizer in a model's folder. The last is a pattern.
 TOKENIZER_FILES = (
-    *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *(TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json"),
+    *("tokenizer.model", TEMPLATE, "additional_chat_templates/*.jinja"),
 )
 
 

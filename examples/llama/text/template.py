@@ -19,11 +19,9 @@ import jinja2.sandbox
 
 from examples.llama.run.errors import UsageError, first_line
 from examples.llama.text.decoding import DocumentError, decode, parse_json
-from examples.llama.text.hub import TOKENIZER_CONFIG
+from examples.llama.text.hub import SPECIAL_TOKENS_MAP, TEMPLATE, TOKENIZER_CONFIG
 from examples.llama.text.tokenizer import special_token
 
-TEMPLATE = "chat_template.jinja"
-SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 DEFAULT = "default"  # The template that counts among several.
 COMPILED = "<template>"  # The file of a template's code in a traceback.
 
@@ -44,14 +42,14 @@ class ChatTemplate:
     """A template that is ready to be rendered.
 
     Args:
-        where: what a user finds the template in, for errors.
+        where: the file that has the template, for errors.
         source: its text.
         tokens: special tokens by the names that templates know them by, as eos_token.
-        today: what `strftime_now` tells the time of, at midnight. A run that is resumed
-            on another day thus sees the same text.
+        today: the day whose midnight `strftime_now` formats. A run that is resumed on
+            another day thus sees the same text.
 
     Raises:
-        UsageError: where it is no Jinja.
+        UsageError: if it is not valid Jinja.
     """
 
     def __init__(
