@@ -441,7 +441,7 @@ def published() -> SearchOptions:
     )
 
 
-@pytest.mark.parametrize("part", ["1k", "8k", "6m", "docs"])
+@pytest.mark.parametrize("part", ["1k", "8k", "6m", "long", "docs"])
 def test_the_documentation_has_the_tables_of_the_published_runs(
     part: str, published: SearchOptions
 ) -> None:
