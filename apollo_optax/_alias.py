@@ -352,8 +352,8 @@ def apollo_zero(
       eps: added to the denominator of the leaves under Adam.
       weight_dimension_numbers: which axes of a leaf form a matrix, for leaves other
         than 2-D kernels.
-      moment_dtype: dtype of the momentum and of both moments of the leaves under Adam.
-        The default is float32, or float64 for float64 leaves.
+      moment_dtype: dtype of both moments of the leaves under Adam, and of a momentum
+        that is not in int8. The default is float32, or float64 for float64 leaves.
 
     The arguments that :func:`scale_by_flattening` shares are described in full there.
 
@@ -377,7 +377,7 @@ def apollo_zero(
     static = "an array can't choose what is compiled"
     _check.boolean("relative", relative, static)
     _check.boolean("int8_momentum", int8_momentum, static)
-    before, after = [], []
+    before = []
     if int8_momentum:
         if momentum is None:
             raise ValueError(
@@ -391,10 +391,12 @@ def apollo_zero(
             )
         )
         momentum = None
-    if relative:
-        after.append(
-            scale_by_param_matrix_rms(weight_dimension_numbers=weight_dimension_numbers)
-        )
+    # The state has the same structure with `relative` and without.
+    in_proportion = (
+        scale_by_param_matrix_rms(weight_dimension_numbers=weight_dimension_numbers)
+        if relative
+        else optax.identity()
+    )
     return optax.chain(
         *before,
         scale_by_flattening(
@@ -409,7 +411,7 @@ def apollo_zero(
             weight_dimension_numbers=weight_dimension_numbers,
             moment_dtype=moment_dtype,
         ),
-        *after,
+        in_proportion,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

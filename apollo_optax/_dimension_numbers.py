@@ -206,7 +206,8 @@ def dimension_numbers_by_path(
       A callable for the argument `weight_dimension_numbers`.
 
     Raises:
-      TypeError: for a rule that is not such a pair.
+      TypeError: for a rule that is not such a pair. When the callable is called with a
+        number, as by ``optax.inject_hyperparams`` without its `static_args`.
       ValueError: for an invalid regular expression. When the callable is called, for
         kernels of three or more axes that no rule matches, since the default rule can't
         know their axes. The message suggests a rule for them.
@@ -227,6 +228,7 @@ def dimension_numbers_by_path(
     compiled = _compiled(rules)
 
     def weight_dimension_numbers(params: Any) -> Any:
+        _refuse_count(params)
         leaves, names = _tree.leaves_by_path(params), _tree.names_by_path(params)
         numbers: list[ApolloDimensionNumbers | None] = []
         unmatched = []
@@ -245,6 +247,17 @@ def dimension_numbers_by_path(
         return jax.tree.unflatten(jax.tree.structure(_tree.unbox(params)), numbers)
 
     return weight_dimension_numbers
+
+
+def _refuse_count(params: Any) -> None:
+    """Raises for a count of steps, with which Optax calls a schedule."""
+    is_array = isinstance(params, int | jax.Array | np.ndarray)
+    if is_array and jnp.issubdtype(jnp.result_type(params), jnp.integer):
+        raise TypeError(
+            f"dimension numbers are for parameters, got {params}, as if they were a "
+            "schedule; optax.inject_hyperparams needs static_args=STATIC_ARGS & "
+            "inspect.signature(factory).parameters.keys()"
+        )
 
 
 def _compiled(
@@ -479,10 +492,15 @@ def resolve(
     return axes
 
 
-def warn_if_unguessable(tree: Any) -> None:
-    """Warns of parameters that the default rule gives to Adam for want of axes.
+def warn_if_unguessable(tree: Any, *, have_adam: bool = True) -> None:
+    """Warns of parameters that are no matrices by the default rule for want of axes.
 
     These are kernels of three or more axes, and all parameters in one vector.
+
+    Args:
+      tree: the parameters.
+      have_adam: whether leaves that are not matrices are trained with Adam. Otherwise
+        they have no momentum.
     """
     leaves, names = _tree.leaves_by_path(tree), _tree.names_by_path(tree)
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
@@ -493,34 +511,51 @@ def warn_if_unguessable(tree: Any) -> None:
     }
     root = [shape for path, shape in shapes.items() if names[path] == ()]
     if root and len(root[0]) == 1:
-        message = _one_vector(root[0])
+        message = _one_vector(root[0], have_adam)
     elif unknown:
-        message = _unguessable(unknown, sum(map(math.prod, shapes.values())))
+        total = sum(map(math.prod, shapes.values()))
+        message = _unguessable(unknown, total, have_adam)
     else:
         return
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def _one_vector(shape: tuple[int, ...]) -> str:
+def _one_vector(shape: tuple[int, ...], have_adam: bool) -> str:
+    treatment = (
+        "is trained with Adam and takes Adam's memory, because APOLLO saves memory on "
+        "matrices only"
+        if have_adam
+        else "has no momentum, because only matrices have one"
+    )
     return (
-        f"the parameters are one vector of shape {shape}, which is trained with Adam "
-        "and takes Adam's memory, because APOLLO saves memory on matrices only. If "
+        f"the parameters are one vector of shape {shape}, which {treatment}. If "
         "optax.flatten or ravel_pytree made the vector, give the tree of parameters "
         "instead, without optax.flatten around this transformation."
     )
 
 
-def _unguessable(unknown: dict[_tree.Path, tuple[int, ...]], total: int) -> str:
+def _unguessable(
+    unknown: dict[_tree.Path, tuple[int, ...]], total: int, have_adam: bool
+) -> str:
     """The warning of leaves, given by shape, among `total` parameters."""
     sizes = {path: math.prod(shape) for path, shape in unknown.items()}
     share = sum(sizes.values()) / max(total, 1)
     largest = sorted(unknown, key=lambda path: -sizes[path])[:3]
     named = ", ".join(f"'{_tree.show(path)}' {unknown[path]}" for path in largest)
+    leaves = (
+        f"{_count_leaves(len(unknown))} of three or more axes, {share:.0%} of the "
+        "parameters"
+    )
+    treatment = (
+        f"Adam trains {leaves}, with Adam's memory"
+        if have_adam
+        else f"there is no momentum for {leaves}"
+    )
     return (
-        f"Adam trains {_count_leaves(len(unknown))} of three or more axes, {share:.0%} "
-        "of the parameters, with Adam's memory, because it can't be guessed "
-        f"which of their axes form a matrix. The largest: {named}. Name the axes with "
-        "weight_dimension_numbers. For layer-stacked kernels (layers, in, out), for "
-        "example, pass dimension_numbers_by_path([(r'layers/.*/kernel$', "
-        "ApolloDimensionNumbers(1, 2))]). None leaves a kernel to Adam."
+        f"{treatment}, because it can't be guessed which of their axes form a matrix. "
+        f"The largest: {named}. Name the axes with weight_dimension_numbers. For "
+        "layer-stacked kernels (layers, in, out), for example, pass "
+        "dimension_numbers_by_path([(r'layers/.*/kernel$', "
+        "ApolloDimensionNumbers(1, 2))]). None "
+        f"{'leaves a kernel to Adam' if have_adam else 'leaves a kernel out'}."
     )

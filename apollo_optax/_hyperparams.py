@@ -24,7 +24,8 @@ STATIC_ARGS = frozenset(
 
 ``inject_hyperparams`` would otherwise turn integers into arrays, and treat callables
 and dtypes as schedules. A factory that lacks some of these arguments takes
-``STATIC_ARGS & inspect.signature(factory).parameters.keys()``.
+``STATIC_ARGS & inspect.signature(factory).parameters.keys()``, and :func:`racs` also
+``"iterations"``.
 """
 
 ARRAYS = (jax.Array, np.ndarray)

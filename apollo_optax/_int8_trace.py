@@ -76,7 +76,7 @@ def int8_trace(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Computes a momentum of the updates of matrices and stores it in int8.
 
-    It is :func:`optax.trace` for matrices, with a state of a byte per number. With the
+    It is :func:`optax.trace` for matrices, rounded to a byte per number. With the
     update :math:`G_t` of a matrix and the decay :math:`\mu`:
 
     .. math::
@@ -96,9 +96,16 @@ def int8_trace(
         \hat M_{ij} &= \delta_{ij}\, \mathrm{round}(M_{ij} / \delta_{ij})
       \end{align*}
 
-    The error of an entry is at most half of its :math:`\delta_{ij}`. Besides the codes,
-    the state of a matrix of shape :math:`m \times n` is :math:`m + n` float32 numbers.
-    All other leaves pass through unchanged and have no state.
+    The error of rounding is at most half of :math:`\delta_{ij}` in each step. Errors
+    can add up to :math:`\delta_{ij} / (2 (1 - \mu))`: a code :math:`c` with
+    :math:`|c| (1 - \mu) \le 1/2` that gets no gradient stays as it is. At a decay of
+    0.9 these are codes up to 5 of 127, at 0.99 up to 50, so a decay well above 0.9 is
+    not advised. An entry that is not finite makes its row and column so, and in the
+    following steps the whole matrix; ``optax.apply_if_finite`` keeps it out.
+
+    Besides the codes, the state of a matrix of shape :math:`m \times n` is
+    :math:`m + n` numbers, in float32 or, for float64 leaves, in float64. All other
+    leaves pass through unchanged and have no state.
 
     ``optax.ema(decay)``, the moving average, is :math:`1 - \mu` times this momentum but
     for its correction of the first steps. On a mesh, devices exchange the maxima of
@@ -155,7 +162,7 @@ def int8_trace(
 
     def init_fn(params: optax.Params) -> Int8TraceState:
         if weight_dimension_numbers is None:
-            warn_if_unguessable(params)
+            warn_if_unguessable(params, have_adam=False)
         axes = resolve(weight_dimension_numbers, params)
         states, matrices = {}, {}
         for path, leaf in _tree.leaves_by_path(params).items():

@@ -99,7 +99,8 @@ def layerwise_step(
         ``clip_by_block_rms``, ``scale_by_param_block_norm``,
         ``scale_by_param_block_rms``, ``scale_by_trust_ratio`` and
         ``normalize_by_update_norm``, which take norms over a whole leaf or tree;
-        ``optax.contrib.muon``, unless its ``muon_weight_dimension_numbers`` exclude the
+        ``optax.contrib.muon``, :func:`scale_by_flattening` and
+        :func:`scale_by_param_matrix_rms`, unless their dimension numbers exclude the
         layers' axis from every matrix, also for stacked vectors; ``add_noise``, which
         gives every layer the same noise. The norm-growth limiter of
         :func:`scale_by_apollo` replaces clipping and acts on each layer alone.

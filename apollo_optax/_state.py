@@ -321,8 +321,11 @@ def owners(
             if (kind := prefixes.get(path[:end])) is not None:
                 field, rest = path[end], path[end + 1 :]
                 rule = fields_of(kind).get(field)
-                is_owned = rule is not None and rest in parameters
-                return Owner(rest if is_owned else None, kind, field, rule)
+                if rule is None:
+                    return Owner(None, kind, field)
+                if rest in parameters:
+                    return Owner(rest, kind, field, rule)
+                # Parameters have the names of the fields by chance.
         if path in shared:
             return Owner(None)
         ends = (path[i:] for i in range(len(path) + 1))
@@ -354,7 +357,10 @@ def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, type[Any]]:
             is_adam = names <= set(optax.ScaleByAdamState._fields)
             is_kind = required <= names <= set(kind._fields) and not is_adam
             if is_kind and all((*prefix, name) in state for name in scalars):
-                found[prefix] = kind
+                # A count with axes is the state of a parameter of that name.
+                count = state.get((*prefix, "count"))
+                if getattr(count, "shape", ()) == ():
+                    found[prefix] = kind
     return found
 
 

@@ -63,8 +63,8 @@ def tabulate(
       of its state, and the bytes that ``optax.adamw`` would keep. Below them are the
       totals for kernels, for embeddings and output heads, and for the rest, as in
       :class:`StateBytes`. Under :func:`scale_by_flattening` without momentum a matrix
-      has no state, so a matrix that ``optax.masked`` excludes is shown as "flattened"
-      too.
+      has no state, so a matrix that ``optax.masked`` or ``optax.partition`` excludes is
+      shown as "flattened" too.
 
     Raises:
       ValueError: if the state's shapes do not follow from `weight_dimension_numbers`.

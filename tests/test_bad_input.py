@@ -135,6 +135,15 @@ def test_accepts_numpy_scalars():
     assert jnp.isfinite(updates["layer"]["kernel"]).all()
 
 
+@pytest.mark.parametrize("factory", [apollo_optax.apollo_zero, apollo_optax.int8_trace])
+def test_rejects_dimension_numbers_that_are_called_as_a_schedule(factory):
+    rules = apollo_optax.dimension_numbers_by_path([("kernel$", None)])
+    rate = {"learning_rate" if factory is apollo_optax.apollo_zero else "decay": 0.1}
+    tx = optax.inject_hyperparams(factory)(**rate, weight_dimension_numbers=rules)
+    with pytest.raises(TypeError, match=r"inject_hyperparams needs static_args="):
+        tx.init({"kernel": jnp.ones((4, 8))})
+
+
 def test_rejects_inject_hyperparams_without_static_args():
     tx = optax.inject_hyperparams(apollo)(learning_rate=0.1)
     with pytest.raises(TypeError, match="STATIC_ARGS"):

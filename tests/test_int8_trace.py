@@ -113,6 +113,26 @@ def test_other_leaves_pass_through_without_a_state():
     assert jnp.abs(updates["kernel"] - 1.9 * params["kernel"]).max() < 0.05
 
 
+def test_warns_of_leaves_that_may_be_matrices():
+    with pytest.warns(UserWarning, match="there is no momentum for 1 leaf of three"):
+        int8_trace(0.9).init(PARAMS | {"stack": normal(2, (2, 8, 12))})
+    with pytest.warns(UserWarning, match=r"of shape \(24,\), which has no momentum"):
+        int8_trace(0.9).init(PARAMS["bias"])
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_errors_of_rounding_add_up_to_a_bound(decay):
+    """An entry without a gradient, which optax.trace forgets, keeps a small code."""
+    gradient = normal(5, (16, 24))
+    gradients = [gradient] * 100 + [gradient.at[::4, ::4].set(0)] * 200
+    found = run(int8_trace(decay), gradients, jit=True)[0][-1]
+    expected = np.asarray(run(optax.trace(decay), gradients, jit=True)[0][-1])
+    _, half_a_step = stored(expected)
+    error = np.abs(np.asarray(found) - expected) / (2 * half_a_step)
+    assert error.max() <= 1.05 / (2 * (1 - decay))
+    assert error[::4, ::4].max() > 0.5
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_zeros_stay_and_what_is_not_finite_is_seen(bad):
     zero = jnp.zeros((4, 6))
@@ -146,6 +166,15 @@ def test_magnitudes_of_float32_stay_in_range():
 
 
 # APOLLO-Zero with this momentum.
+
+
+@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}])
+def test_relative_updates_change_no_structure_of_the_state(momentum):
+    states = [
+        jax.tree.structure(apollo_zero(0.1, relative=relative, **momentum).init(PARAMS))
+        for relative in (False, True)
+    ]
+    assert states[0] == states[1]
 
 
 def test_apollo_zero_with_a_momentum_in_int8():

@@ -19,6 +19,7 @@ from apollo_optax import (
     ApolloDimensionNumbers,
     LimitNormGrowthState,
     scale_by_apollo,
+    state_bytes,
     state_sharding,
 )
 from tests.helpers import (
@@ -387,6 +388,20 @@ def test_modules_may_be_named_like_fields_of_the_state():
     for field, spec in specs.items():
         assert all(getattr(shardings, field)[name]["w"].spec == spec for name in names)
     assert shardings.mu["w"].spec == P(None, "data")
+
+
+@pytest.mark.parametrize(
+    "names", [("codes", "row", "column"), ("count", "key", "mu"), ("norm",)]
+)
+def test_parameters_may_be_named_like_fields_of_the_state(names):
+    mesh = make_mesh()
+    params = {name: sharded(mesh, (8, 16), P("model")) for name in names}
+    state = state_sharding(jax.eval_shape(optax.adamw(0.1).init, params), params)[0]
+    for moments in (state.mu, state.nu):
+        assert {name: moments[name].spec for name in names} == dict.fromkeys(
+            names, P("model")
+        )
+    assert state_bytes(optax.adamw(0.1), params) == (8 * 128 * len(names), 0, 4)
 
 
 def test_field_norm_of_another_optimizer():

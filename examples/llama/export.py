@@ -82,13 +82,18 @@ def config_of_run(folder: Path) -> tuple[LlamaConfig, dict[str, Any]]:
         UsageError: if there is no run, or one of another version.
     """
     run = read_config(folder)
-    try:
-        for name in ("weights", "compute_dtype", "end_token"):
-            run[name]
+    with of_this_version(folder):
         shape = dict(run["model_config"])
         if shape["rope_scaling"]:
             shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
         return LlamaConfig(**shape), run
+
+
+@contextlib.contextmanager
+def of_this_version(folder: Path) -> Iterator[None]:
+    """Raises `UsageError` if a run's configuration lacks a field or has another one."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{folder / CONFIG} is not of this version ({type(error).__name__}: "
@@ -133,8 +138,10 @@ def export(options: ExportOptions) -> None:
         raise UsageError(
             f"{path} cannot be read ({first_line(error)}); put it back"
         ) from error
-    int8, mesh = run["weights"] == "int8", make_mesh("data=1")
-    dtype = run["compute_dtype"] if int8 else run["weights"]
+    with of_this_version(options.run):
+        int8, end_token = run["weights"] == "int8", run["end_token"]
+        dtype = run["compute_dtype"] if int8 else run["weights"]
+    mesh = make_mesh("data=1")
     shapes = trained(
         config, abstract_params(config, Execution(param_dtype=dtype), mesh)
     )
@@ -147,7 +154,7 @@ def export(options: ExportOptions) -> None:
     arguments: dict[str, Any] = {
         "dtype": options.dtype,
         "tokenizer": tokenizer,
-        "end_token": run["end_token"],
+        "end_token": end_token,
         "passed_on": passed_on(options.run, run),
     }
     if options.adapter:
