@@ -130,6 +130,9 @@ def export(options: ExportOptions) -> None:
             too small.
     """
     config, run = config_of_run(options.run)
+    with of_this_version(options.run):
+        int8, end_token = run["weights"] == "int8", run["end_token"]
+        dtype = run["compute_dtype"] if int8 else run["weights"]
     check_adapters(options, config)
     path = options.run / TOKENIZER
     try:
@@ -138,9 +141,6 @@ def export(options: ExportOptions) -> None:
         raise UsageError(
             f"{path} cannot be read ({first_line(error)}); put it back"
         ) from error
-    with of_this_version(options.run):
-        int8, end_token = run["weights"] == "int8", run["end_token"]
-        dtype = run["compute_dtype"] if int8 else run["weights"]
     mesh = make_mesh("data=1")
     shapes = trained(
         config, abstract_params(config, Execution(param_dtype=dtype), mesh)
