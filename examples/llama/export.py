@@ -130,10 +130,10 @@ def export(options: ExportOptions) -> None:
             too small.
     """
     config, run = config_of_run(options.run)
+    check_adapters(options, config)
     with of_this_version(options.run):
         int8, end_token = run["weights"] == "int8", run["end_token"]
         dtype = run["compute_dtype"] if int8 else run["weights"]
-    check_adapters(options, config)
     path = options.run / TOKENIZER
     try:
         tokenizer = tokenizers.Tokenizer.from_str(decode(path.read_bytes()))
