@@ -98,8 +98,8 @@ def int8_trace(
 
     The error of rounding is at most half of :math:`\delta_{ij}` in each step. Errors
     can add up to :math:`\delta_{ij} / (2 (1 - \mu))`: a code :math:`c` with
-    :math:`|c| (1 - \mu) \le 1/2` that gets no gradient stays as it is. At a decay of
-    0.9 these are codes up to 5 of 127, at 0.99 up to 50, so a decay well above 0.9 is
+    :math:`|c| (1 - \mu) < 1/2` that gets no gradient stays as it is. At a decay of
+    0.9 these are codes up to 4 of 127, at 0.99 up to 49, so a decay well above 0.9 is
     not advised. An entry that is not finite makes its row and column so, and in the
     following steps the whole matrix; ``optax.apply_if_finite`` keeps it out.
 

@@ -28,6 +28,8 @@ from examples.llama.optimizers.parameters import embedding_rules
 from examples.llama.options import RunOptions, TuningOptions
 from examples.llama.run.errors import UsageError, unknown_name
 
+Scaler = Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
+
 
 class Recipe(NamedTuple):
     """An optimizer: its transformation, default learning rates and APOLLO options.
@@ -38,7 +40,7 @@ class Recipe(NamedTuple):
     one of AdamW.
     """
 
-    scaler: Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
+    scaler: Scaler
     lr: float
     lr_embeddings: float
     rank_of: Callable[[LlamaConfig], int | None] = lambda config: None
@@ -73,6 +75,12 @@ def channel_wise(*, svd: bool = False) -> Recipe:
     )
 
 
+def flattening(scaler: Scaler, *, lr: float) -> Recipe:
+    return Recipe(
+        scaler, lr, lr_embeddings=3e-2, rank_of=eighth_of_width, relative=True
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     "adamw": Recipe(adamw, lr=2e-3, lr_embeddings=3e-2),
     "apollo": channel_wise(),
@@ -86,27 +94,11 @@ RECIPES: dict[str, Recipe] = {
         takes_embeddings=True,
     ),
     "apollo-svd": channel_wise(svd=True),
-    "apollo-zero": Recipe(
-        apollo_zero,
-        lr=2e-3,
-        lr_embeddings=3e-2,
-        rank_of=eighth_of_width,
-        relative=True,
+    "apollo-zero": flattening(apollo_zero, lr=2e-3),
+    "apollo-zero-momentum": flattening(
+        functools.partial(apollo_zero, momentum=0.9), lr=1e-3
     ),
-    "apollo-zero-momentum": Recipe(
-        functools.partial(apollo_zero, momentum=0.9),
-        lr=1e-3,
-        lr_embeddings=3e-2,
-        rank_of=eighth_of_width,
-        relative=True,
-    ),
-    "apollo-zero-momentum-int8": Recipe(
-        apollo_zero_of_int8_momentum,
-        lr=1e-3,
-        lr_embeddings=3e-2,
-        rank_of=eighth_of_width,
-        relative=True,
-    ),
+    "apollo-zero-momentum-int8": flattening(apollo_zero_of_int8_momentum, lr=1e-3),
     "racs": Recipe(racs, lr=1e-3, lr_embeddings=3e-2),
     "sinkgd": Recipe(sinkgd, lr=1e-3, lr_embeddings=3e-2),
     "scale-hidden": Recipe(scale_hidden, lr=1e-3, lr_embeddings=3e-2),

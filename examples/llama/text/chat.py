@@ -42,7 +42,7 @@ FIELDS = (MESSAGES, PROMPT, COMPLETION, TEXT)
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 ENCODED_AT_ONCE = 256  # Conversations.
-# In a template, text of this form, such as <|im_start|>, must name a special token.
+# Text of this form in a template, such as <|im_start|>, must name a special token.
 # Text of other forms need not: [INST] is ordinary text to Llama 2.
 TOKEN_NAME = re.compile(r"<\|[^\s|<>{}]+\|>")
 
