@@ -125,8 +125,8 @@ def scale_by_apollo(
         least 1; None switches the limiter off. With gradients near 0, `eps` or the 1e-8
         can make an update much smaller. The limiter does not remember the norm of such
         an update. It does remember the first norms after steps without a gradient,
-        which are small because the first moment has decayed, so updates then take more
-        than a hundred steps to reach their former size.
+        which are small because the first moment has decayed, so updates then grow back
+        by the limit alone, which takes dozens of steps.
       scale_front: whether to multiply by ``sqrt(scale)`` before the limiter instead of
         after it.
       projection: ``"rademacher"`` for entries of random sign; ``"random"`` for the

@@ -16,7 +16,7 @@ from apollo_optax import (
     scale_by_apollo,
 )
 from apollo_optax._limiter import limit_norm
-from tests.helpers import normal
+from tests.helpers import normal, run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -285,3 +285,18 @@ def test_kernels_behind_a_zero_head_move_as_without_the_limiter():
     )
     assert loss < 1.05 * free
     assert moved > 0.9 * free_moved
+
+
+def test_norms_after_a_pause_are_remembered():
+    """The first moment has decayed, so the limiter begins again at a small norm."""
+    gradients = [normal(seed, (16, 24)) for seed in range(100)]
+    zeros = [jnp.zeros((16, 24))] * 50
+    steps = [*gradients, *zeros, *gradients]
+
+    def sizes(limit):
+        tx = scale_by_apollo(4, norm_growth_limit=limit)
+        return [float(jnp.linalg.norm(u)) for u in run(tx, steps, jit=True)[0]]
+
+    limited, free = sizes(1.01), sizes(None)
+    assert limited[160] == pytest.approx(1.01**10 * limited[150], rel=1e-3)
+    assert limited[160] < 0.6 * limited[99] < free[160]
