@@ -26,6 +26,7 @@ from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import perplexity
 from examples.llama.optimizers import kernels, parameters
 from examples.llama.optimizers.embeddings import EMBEDDING_RULES
+from examples.llama.optimizers.pipeline import in_proportion_to_weights
 from examples.llama.optimizers.recipes import RECIPES, Recipe, with_defaults
 from examples.llama.options import RunOptions, check_seeds, parse
 from examples.llama.pretrain import pretrain
@@ -49,11 +50,7 @@ def average(decay: float) -> Momentum:
 
 
 def of_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    def is_kernel(params: Any) -> Any:
-        groups = parameters.lr_groups(params)
-        return jax.tree.map(lambda group: group == "kernels", groups)
-
-    return optax.masked(tx, is_kernel)
+    return optax.masked(tx, parameters.are_kernels)
 
 
 class LowRankTraceState(NamedTuple):
@@ -144,6 +141,21 @@ def relative_to_all() -> Recipe:
     return RECIPES["apollo-zero"]._replace(scaler=scaler)
 
 
+def relative(max_rms: float) -> Recipe:
+    """Returns APOLLO-Zero with updates in proportion to the weights of each matrix.
+
+    A matrix with an RMS above `max_rms` gets no larger updates than one with that RMS.
+    """
+
+    def scaler(
+        options: RunOptions, config: LlamaConfig
+    ) -> optax.GradientTransformation:
+        flatten = kernels.apollo_zero(options, config)
+        return optax.chain(flatten, in_proportion_to_weights(max_rms))
+
+    return RECIPES["apollo-zero"]._replace(scaler=scaler)
+
+
 def exact_power(power: float) -> Recipe:
     """Returns APOLLO-Zero with all singular values raised to a power."""
 
@@ -179,6 +191,7 @@ VARIANTS: dict[str, Recipe] = {
     "zero-of-rank-16-nesterov-0.9": flattening_of(low_rank(0.9, 16)),
     "zero-of-rank-32-nesterov-0.9": flattening_of(low_rank(0.9, 32)),
     "zero-relative-to-all": relative_to_all(),
+    "zero-relative-max-0.04": relative(0.04),
     "average-0.9-of-zero": momentum_of(average(0.9)),
 }
 
@@ -236,6 +249,11 @@ def dtypes_of_moments(optimizer: str, lr: float) -> tuple[Way, ...]:
 
 ACCUMULATED: dict[str, Any] = {"steps": STEPS // 2, "batch": 16, "accumulate": 2}
 
+# These are more steps of few tokens, on a text that is large enough for them.
+MANY_STEPS: dict[str, Any] = {"steps": 4 * STEPS, "data": "python", "b2": 0.95}
+MANY_STEPS_RELATIVE = {"relative": True} | MANY_STEPS
+MANY_STEPS_DECAYED = {"weight_decay": 1.0} | MANY_STEPS_RELATIVE
+
 # The parts of 8,192 tokens per step train as the part `8k` of `rate_search`.
 ON_8K: dict[str, Any] = {"steps": 300} | BATCH_OF_8K
 
@@ -272,6 +290,14 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("one factor for all", "zero-relative-to-all", 1e-3),
         *ways("a factor per matrix", "apollo-zero", 1e-3, relative=True),
     ),
+    "many-steps": (
+        *ways("AdamW", "adamw", 1e-3, 2e-3, **MANY_STEPS),
+        *ways("AdamW, weight decay 0.1", "adamw", 2e-3, weight_decay=0.1, **MANY_STEPS),
+        *ways("no factor", "apollo-zero", 5e-4, 1e-3, **MANY_STEPS),
+        *ways("relative", "apollo-zero", 2.5e-4, 5e-4, 1e-3, **MANY_STEPS_RELATIVE),
+        *ways("relative up to 0.04", "zero-relative-max-0.04", 1e-3, **MANY_STEPS),
+        *ways("relative, weight decay 1", "apollo-zero", 1e-3, **MANY_STEPS_DECAYED),
+    ),
     "momentum-8k": (
         *ways("none", "apollo-zero", 2e-3, **ON_8K),
         *ways("Nesterov, 0.9", "apollo-zero-momentum", 5e-4, 1e-3, 2e-3, **ON_8K),
@@ -303,11 +329,11 @@ class VariantOptions:
     """Variants of AdamW, APOLLO-Mini and APOLLO-Zero on the tiny model."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of limiter, power, momentum, relative, momentum-8k, moments, embeddings and
-    embeddings-8k."""
+    """Any of limiter, power, momentum, relative, many-steps, momentum-8k, moments,
+    embeddings and embeddings-8k."""
     steps: int | None = None
-    """Training steps. The default is 800 of 1,024 tokens, and 300 of 8,192 tokens in
-    momentum-8k and embeddings-8k."""
+    """Training steps. The default is 800 of 1,024 tokens, 3,200 of these in many-steps,
+    and 300 of 8,192 tokens in momentum-8k and embeddings-8k."""
     seeds: tuple[int, ...] = (0,)
     """A run each."""
     out: Path = Path("runs/variants")

@@ -194,6 +194,9 @@ class TrainingOptions(TextOptions):
     """Whether a kernel's updates are multiplied by the RMS of its weights over 0.02, a
     factor of 0.05 to 5. By default, those of apollo-zero, with or without a momentum,
     are in pre-training. A resumed run keeps what it began with."""
+    weight_decay: float = 0.0
+    """The decoupled weight decay of the kernels: each step also subtracts the learning
+    rate times this times the weights. Embeddings, head and norms have none."""
     embeddings: str = "adam"
     """The rule for the embeddings and the head. adam, scale, adafactor (without
     momentum), adafactor-momentum (with a momentum in int8), racs and flattening work
@@ -223,6 +226,10 @@ class TrainingOptions(TextOptions):
         if self.b2 is not None and not 0 <= self.b2 < 1:
             raise UsageError(
                 f"--b2 {self.b2} is out of range; give a number from 0 to below 1"
+            )
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise UsageError(
+                f"--weight-decay {self.weight_decay} is out of range; give 0 or more"
             )
         check_not_empty("model", self.model)
         check_not_empty("init_from", self.init_from)

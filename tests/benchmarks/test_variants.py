@@ -104,6 +104,20 @@ def test_the_limit_is_that_of_the_name() -> None:
     )
 
 
+def test_the_bound_of_relative_updates_is_that_of_the_name() -> None:
+    rms = jnp.sqrt(jnp.mean(jnp.square(kernel(params(0))), (1, 2)))
+    assert (rms > 0.04).all()
+    gradients = [params(1)]
+    (flat,) = updates_of("apollo-zero", gradients)
+    (update,) = updates_of("zero-relative-max-0.04", gradients)
+    # 0.02 is the RMS of weights whose updates stay as they are.
+    twice = 2 * kernel(flat)
+    np.testing.assert_allclose(kernel(update), twice, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(
+        update["embed"]["embedding"], flat["embed"]["embedding"]
+    )
+
+
 def state_of(way: Way) -> tuple[int, int]:
     """Returns the bytes of state for the kernels and for the rest."""
     run = variants.run_of(VariantOptions(out=Path("unused")), way, 0)

@@ -880,6 +880,8 @@ def test_diverged_run_says_so_and_keeps_its_metrics(
         (["--clip-norm", "0"], "--clip-norm 0.0 is out of range; give a number above"),
         (["--b2", "1"], "--b2 1.0 is out of range; give a number from 0 to below 1"),
         (["--b2", "nan"], "--b2 nan is out of range"),
+        (["--weight-decay", "-0.1"], "--weight-decay -0.1 is out of range; give 0 or"),
+        (["--weight-decay", "inf"], "--weight-decay inf is out of range"),
         (["--lr", "nan"], "--lr nan is out of range"),
         (["--lr-embeddings", "0"], "--lr-embeddings 0.0 is out of range"),
         (["--seed", "-1"], "--seed -1 is out of range; give 0 to 4294967295"),

@@ -66,7 +66,7 @@ def short_gap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def optimizer_of(
-    name: str, config: LlamaConfig, **rules: str
+    name: str, config: LlamaConfig, **rules: Any
 ) -> optax.GradientTransformation:
     options = RunOptions(out=Path("no"), optimizer=name, steps=STEPS, **rules)
     return make_optimizer(with_defaults(options, config), config)[0]
@@ -129,7 +129,7 @@ def assert_same_training(
     dtype: str,
     highest: float,
     remat: str = "dots",
-    **rules: str,
+    **rules: Any,
 ) -> None:
     tx, plain, execution = (
         optimizer_of(name, config, **rules),
@@ -172,7 +172,10 @@ def assert_same_training(
         pytest.param("apollo-mini", "dots", False, {}, marks=pytest.mark.slow),
         pytest.param("apollo-svd", "dots", False, {}, marks=pytest.mark.slow),
         ("adamw", "none", False, {}),
-        ("lion", "full", False, {"embeddings": "racs", "head": "scale"}),
+        (
+            *("lion", "full", False),
+            {"embeddings": "racs", "head": "scale", "weight_decay": 0.1},
+        ),
         pytest.param(
             "muon",
             "dots",
@@ -183,7 +186,7 @@ def assert_same_training(
     ],
 )
 def test_twenty_steps_also_if_the_kind_of_step_changes(
-    name: str, remat: str, tied_head: bool, rules: dict[str, str], small: LlamaConfig
+    name: str, remat: str, tied_head: bool, rules: dict[str, Any], small: LlamaConfig
 ) -> None:
     config = dataclasses.replace(small, num_kv_heads=1, tied_head=tied_head)
     # The moments are in float32. A difference in the last digit of a float64 gradient

@@ -1,7 +1,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -474,22 +474,40 @@ def test_clipping_sees_small_gradients_in_bfloat16() -> None:
     assert clipped[0].dtype == jnp.bfloat16
 
 
+def leaves_of(*trees: Any) -> Iterator[tuple[Any, ...]]:
+    """Yields the path of each parameter, and its value in each tree."""
+    for path, _ in jax.tree_util.tree_leaves_with_path(trees[0]):
+        values = (
+            np.asarray(functools.reduce(lambda node, key: node[key.key], path, tree))
+            for tree in trees
+        )
+        yield path_name(path), *values
+
+
 def test_relative_updates_are_in_proportion_to_the_weights_of_each_kernel(
     small: LlamaConfig, params: Params
 ) -> None:
     plain, relative = second_updates_of("muon", params, small, {}, {"relative": True})
-    for path, update in jax.tree_util.tree_leaves_with_path(relative):
-        weights, before = (
-            np.asarray(functools.reduce(lambda node, key: node[key.key], path, tree))
-            for tree in (params, plain)
-        )
-        if lr_group(path_name(path)) == "kernels":
+    for path, update, before, weights in leaves_of(relative, plain, params):
+        if lr_group(path) == "kernels":
             rms = np.sqrt(np.mean(weights**2, axis=(1, 2), keepdims=True))
             before = before * rms / 0.02
         np.testing.assert_allclose(update, before, rtol=1e-5)
 
 
-def test_without_clipping_the_state_is_as_in_earlier_checkpoints(
+def test_weight_decay_shrinks_kernels_by_the_learning_rate(
+    small: LlamaConfig, params: Params
+) -> None:
+    decay = {"weight_decay": 0.1}
+    plain, decayed = second_updates_of("adamw", params, small, {}, decay)
+    for path, update, before, weights in leaves_of(decayed, plain, params):
+        if lr_group(path) == "kernels":
+            # At the second step of ten, the rate has risen to its peak.
+            before = before - RECIPES["adamw"].lr * 0.1 * weights
+        np.testing.assert_allclose(update, before, rtol=1e-5)
+
+
+def test_by_default_the_state_is_as_in_earlier_checkpoints(
     small: LlamaConfig, params: Params
 ) -> None:
     tx, _ = make_optimizer(options_for("adamw"), small)

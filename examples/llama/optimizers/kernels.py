@@ -35,7 +35,8 @@ def second_moment_decay(options: RunOptions) -> float:
 
 def adamw(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     del config
-    # Without weight decay, as in the APOLLO paper's pre-training, AdamW is Adam.
+    # The weight decay of all optimizers follows in `pipeline`. The default is none, as
+    # in the APOLLO paper's pre-training.
     return in_float32(
         moments_in(
             options.moment_dtype,

@@ -40,6 +40,11 @@ def lr_groups(params: Any) -> Any:
     )
 
 
+def are_kernels(params: Any) -> Any:
+    """Returns whether each leaf has the learning rate of the kernels."""
+    return jax.tree.map(lambda group: group == "kernels", lr_groups(params))
+
+
 def embedding_rules(options: RunOptions) -> dict[str, str]:
     """Returns the names of the rules for "embedding" and "head"."""
     return {

@@ -7,7 +7,7 @@ import optax
 import apollo_optax
 from examples.llama.config import LlamaConfig
 from examples.llama.optimizers.embeddings import with_embedding_rules
-from examples.llama.optimizers.parameters import KERNELS, lr_groups
+from examples.llama.optimizers.parameters import KERNELS, are_kernels, lr_groups
 from examples.llama.optimizers.recipes import RECIPES
 from examples.llama.optimizers.wrappers import clip_by_global_norm
 from examples.llama.options import RunOptions
@@ -38,8 +38,11 @@ def make_optimizer(
     transformations = [scaler, optax.partition(rates, lr_groups)]
     if options.relative:
         transformations.insert(1, in_proportion_to_weights())
+    # Without them, the chain stays as in the checkpoints of earlier runs.
+    if options.weight_decay:
+        decay = optax.add_decayed_weights(options.weight_decay, are_kernels)
+        transformations.insert(-1, decay)
     if options.clip_norm is not None:
-        # Without it, the chain stays as in the checkpoints of earlier runs.
         transformations.insert(0, clip_by_global_norm(options.clip_norm))
     return optax.chain(*transformations), schedules
 
@@ -68,9 +71,13 @@ def make_schedule(
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def in_proportion_to_weights() -> optax.GradientTransformation:
-    """Returns a transformation of the kernels' updates by the RMS of their weights."""
+def in_proportion_to_weights(max_rms: float = 0.1) -> optax.GradientTransformation:
+    """Returns a transformation of the kernels' updates by the RMS of their weights.
+
+    An RMS above `max_rms` counts as `max_rms`.
+    """
     rules = [(KERNELS, apollo_optax.ApolloDimensionNumbers(1, 2)), ("", None)]
     return apollo_optax.scale_by_param_matrix_rms(
-        weight_dimension_numbers=apollo_optax.dimension_numbers_by_path(rules)
+        max_rms=max_rms,
+        weight_dimension_numbers=apollo_optax.dimension_numbers_by_path(rules),
     )
