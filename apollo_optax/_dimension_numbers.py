@@ -47,14 +47,36 @@ WeightDimensionNumbers = ApolloDimensionNumbers | Any | Callable[[Any], Any] | N
 EMBEDDING_AND_HEAD_NAMES = (
     # Linen's and NNX's Embed call their weight "embedding". The other names are those
     # of the modules around it.
-    *("embedding", "embeddings", "embed", "embedder", "embed_tokens", "emb"),
-    *("input_embedding", "token_embedder", "token_embedding", "tok_embeddings"),
-    *("token_embed", "tok_emb", "word_emb", "shared_embedding", "wte"),
-    *("position_embedder", "position_embedding", "pos_embedding", "pos_embed"),
-    *("pos_emb", "wpe"),
+    "embedding",
+    "embeddings",
+    "embed",
+    "embedder",
+    "embed_tokens",
+    "emb",
+    "input_embedding",
+    "token_embedder",
+    "token_embedding",
+    "tok_embeddings",
+    "token_embed",
+    "tok_emb",
+    "word_emb",
+    "shared_embedding",
+    "wte",
+    "position_embedder",
+    "position_embedding",
+    "pos_embedding",
+    "pos_embed",
+    "pos_emb",
+    "wpe",
     # These are the output heads of language models and classifiers.
-    *("lm_head", "logits_dense", "logits", "output_head", "head"),
-    *("unembed", "unembedding", "classifier"),
+    "lm_head",
+    "logits_dense",
+    "logits",
+    "output_head",
+    "head",
+    "unembed",
+    "unembedding",
+    "classifier",
 )
 """Path components that name an embedding or an output head.
 

@@ -52,8 +52,16 @@ SEQ, BATCH = 128, 8
 # A passage has about as many characters as a row has tokens for.
 PASSAGE_CHARACTERS = 200
 HEAD = (
-    *("way", "lr", "new text, ppl", "±", "over adamw, by seed", "old text, ppl", "±"),
-    *("state, MB", "peak, MB", "new text, ppl by lr"),
+    "way",
+    "lr",
+    "new text, ppl",
+    "±",
+    "over adamw, by seed",
+    "old text, ppl",
+    "±",
+    "state, MB",
+    "peak, MB",
+    "new text, ppl by lr",
 )
 
 
@@ -260,12 +268,16 @@ def table(found: dict[str, Found], before: Losses) -> str:
             (statistics.mean(x), report.spread(x)) for x in columns
         )
         return (
-            *(name, f"{rates[0]:g}", f"{new:.2f}", new_spread),
+            name,
+            f"{rates[0]:g}",
+            f"{new:.2f}",
+            new_spread,
             ", ".join(
                 f"{ours / reference - 1:+.1%}"
                 for ours, reference in zip(columns[0], references, strict=True)
             ),
-            *(f"{old:.2f}", old_spread),
+            f"{old:.2f}",
+            old_spread,
             f"{found[name].state_bytes / 1e6:.2f}",
             f"{found[name].peak_bytes / 1e6:.1f}",
             ", ".join(

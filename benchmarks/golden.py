@@ -13,15 +13,15 @@ from apollo_optax import ScaleByApolloState, scale_by_apollo
 DATA = Path(__file__).parents[1] / "tests" / "data"
 CASES: dict[str, dict[str, Any]] = json.loads((DATA / "index.json").read_text())
 ARGUMENTS = (
-    *(
-        "rank",
-        "scale_type",
-        "scale",
-        "update_proj_gap",
-        "scale_front",
-        "norm_growth_limit",
-    ),
-    *("b1", "b2", "eps"),
+    "rank",
+    "scale_type",
+    "scale",
+    "update_proj_gap",
+    "scale_front",
+    "norm_growth_limit",
+    "b1",
+    "b2",
+    "eps",
 )
 # The largest error relative to the largest entry.
 TOLERANCES = {"float64": 1e-13, "float32": 1e-5}

@@ -39,22 +39,18 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _CALLERS = ("fusion", "call", "async-start")  # Others call functions of scalars.
 _NO_KERNELS = frozenset(
     (
-        *(
-            "parameter",
-            "constant",
-            "tuple",
-            "get-tuple-element",
-            "bitcast",
-            "after-all",
-        ),
-        *(
-            "copy-done",
-            "fusion-done",
-            "async-done",
-            "partition-id",
-            "replica-id",
-            "opt-barrier",
-        ),
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "copy-done",
+        "fusion-done",
+        "async-done",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
     )
 )
 _CALLED = re.compile(

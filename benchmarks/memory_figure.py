@@ -8,6 +8,7 @@ does not finish its singular value decompositions in minutes.
 """
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -22,10 +23,15 @@ from examples.llama.run.errors import UsageError, exit_on_usage_error
 
 CARD_GB = 16.0  # The memory of the card in the title, in GB of 1e9 bytes.
 # The options that all rows share.
-RUN = (
-    *("--target", "v5e:1x1", "--model", "7b", "--batch", "1", "--seq", "256"),
-    *("--weights", "bfloat16", "--moment-dtype", "bfloat16", "--remat", "none"),
-)
+RUN = {
+    "--target": "v5e:1x1",
+    "--model": "7b",
+    "--batch": "1",
+    "--seq": "256",
+    "--weights": "bfloat16",
+    "--moment-dtype": "bfloat16",
+    "--remat": "none",
+}
 MINI = ("--optimizer", "apollo-mini", "--layerwise")
 ROWS: dict[str, tuple[str, ...]] = {
     "AdamW": ("--optimizer", "adamw"),
@@ -35,7 +41,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "+ layer by layer": MINI,
     "+ int8 weights": (*MINI, "--weights", "int8"),
     "or weights in host memory": (
-        *(*MINI, "--offload", "weights", "--embeddings", "apollo"),
+        *MINI,
+        "--offload",
+        "weights",
+        "--embeddings",
+        "apollo",
     ),
 }
 # The parts of a bar, by the names of `plan --json`, and their colors on light and dark.
@@ -62,7 +72,9 @@ def planned(name: str, file: Path) -> dict[str, Any]:
     for row in rows:
         if row["row"] == name:
             return row
-    command = [sys.executable, "-m", "examples.llama.plan", *RUN, *ROWS[name], "--json"]
+    shared = itertools.chain.from_iterable(RUN.items())
+    plan = [sys.executable, "-m", "examples.llama.plan", "--json"]
+    command = [*plan, *shared, *ROWS[name]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(f"the plan of {name} failed: {done.stderr.strip()}")

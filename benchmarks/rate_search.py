@@ -116,8 +116,10 @@ EMBEDDING_VARIANTS = tuple(
 )
 # The best settings in the part 8k, as far as it was run. `--contenders` replaces these.
 BEST_OF_8K = (
-    *("adamw-b2-0.95-clip", "muon-b2-0.95"),
-    *("apollo-zero-b2-0.95-relative", "apollo-zero-momentum-b2-0.95-relative"),
+    "adamw-b2-0.95-clip",
+    "muon-b2-0.95",
+    "apollo-zero-b2-0.95-relative",
+    "apollo-zero-momentum-b2-0.95-relative",
 )
 FINALISTS = (*BEST_OF_8K, "apollo-mini", "racs", "sinkgd")
 SEARCHED = tuple(
@@ -186,11 +188,21 @@ GOALS = (
     Goal(LITTLE_STATE, "apollo-zero", {"1k": 1.01, "8k": 1.01}),
 )
 HEAD = (
-    *("contender", "lr", "lr emb", "seeds", "val ppl", "±"),
-    *("over best adamw", "by seed", "over best muon"),
-    *("update RMS / lr", "step time / adamw's"),
-    *("kernels' state, MB", "all state, MB"),
-    *("val ppl by lr", "val ppl by lr emb"),
+    "contender",
+    "lr",
+    "lr emb",
+    "seeds",
+    "val ppl",
+    "±",
+    "over best adamw",
+    "by seed",
+    "over best muon",
+    "update RMS / lr",
+    "step time / adamw's",
+    "kernels' state, MB",
+    "all state, MB",
+    "val ppl by lr",
+    "val ppl by lr emb",
 )
 NOTE = """\
 val ppl: best of a run's evaluations, mean over the seeds; ±: their standard deviation;
@@ -597,14 +609,21 @@ def table(found: Mapping[str, Found], state: Mapping[str, StateBytes]) -> str:
         seeds, rms = len(perplexities), result.update_rms
         seconds = result.step_seconds / timed.step_seconds
         return (
-            *(name, f"{result.lr:g}", f"{result.lr_embeddings:g}", str(seeds)),
-            *(f"{result.perplexity:.2f}", report.spread(perplexities)),
-            *(over(adamw, result), over_by_seed(result)),
+            name,
+            f"{result.lr:g}",
+            f"{result.lr_embeddings:g}",
+            str(seeds),
+            f"{result.perplexity:.2f}",
+            report.spread(perplexities),
+            over(adamw, result),
+            over_by_seed(result),
             "" if best_muon is None else over(found[best_muon], result),
-            *("" if rms is None else f"{rms:.3g}", f"{seconds:.2f}"),
+            "" if rms is None else f"{rms:.3g}",
+            f"{seconds:.2f}",
             f"{state[name].kernels / 1e6:.2f}",
             f"{sum(state[name]) / 1e6:.2f}",
-            *(listed(result.by_lr), listed(result.by_lr_embeddings)),
+            listed(result.by_lr),
+            listed(result.by_lr_embeddings),
         )
 
     return report.markdown(HEAD, map(row, found), 1)
@@ -636,8 +655,12 @@ def goals_table(
         if not math.isfinite(found[other].perplexity):
             result = f"{other} diverged"
         return (
-            *(what, f"{limit:g}", f"{ours} over {other}", str(seeds)),
-            *(f"{measured:.3f}", result),
+            what,
+            f"{limit:g}",
+            f"{ours} over {other}",
+            str(seeds),
+            f"{measured:.3f}",
+            result,
         )
 
     rows = [row(goal) for goal in GOALS if part in goal.limits]

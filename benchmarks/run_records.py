@@ -64,7 +64,11 @@ class RunRecord(NamedTuple):
             if row["step"] > run.steps / 2 and "update_rms_over_lr" in row
         ]
         return cls(
-            *(part, contender, run.seed, options_of(run), val_loss),
+            part,
+            contender,
+            run.seed,
+            options_of(run),
+            val_loss,
             update_rms=statistics.mean(sizes) if sizes else None,
             step_seconds=step_seconds(rows) if rows else None,
             curve=[[row["step"], row["val_ppl"]] for row in rows if "val_ppl" in row],

@@ -281,8 +281,14 @@ def shape_of(update: np.ndarray) -> Shape:
 # Tables and figure.
 
 SPECTRUM_HEAD = (
-    *("update of", "largest / flat", "largest / median", "rows", "columns"),
-    *("lr", "lr x RMS", "lr x largest"),
+    "update of",
+    "largest / flat",
+    "largest / median",
+    "rows",
+    "columns",
+    "lr",
+    "lr x RMS",
+    "lr x largest",
 )
 
 
@@ -331,7 +337,8 @@ def draw_kernel(axes: Axes, updates: Updates, kernel: str, mode: str) -> None:
         shown = np.unique([*range(8), *range(8, len(values), 4), len(values) - 1])
         shown = shown[shown < len(values)]
         axes.semilogy(
-            *(shown + 1, values[shown]),
+            shown + 1,
+            values[shown],
             color=COLORS[name][index],
             # APOLLO-Mini, which has the gradient's spectrum, is drawn over it.
             lw=3.5 if name == GRADIENT else 1.2,
@@ -360,7 +367,8 @@ def draw(updates: dict[int, Updates], mode: str, file: Path) -> None:
     figure.supylabel("over that of a flat spectrum", color=ink, fontsize="medium")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(
-        *(handles, labels),
+        handles,
+        labels,
         loc="outside upper center",
         ncols=len(labels),
         frameon=False,

@@ -402,8 +402,14 @@ def other_state(run: RunOptions) -> int:
 
 
 HEAD = (
-    *("variant", "optimizer", "lr", "lr emb", "val ppl", "±"),
-    *("kernels' state, MB", "other state, MB"),
+    "variant",
+    "optimizer",
+    "lr",
+    "lr emb",
+    "val ppl",
+    "±",
+    "kernels' state, MB",
+    "other state, MB",
 )
 
 
@@ -411,10 +417,14 @@ def row(options: VariantOptions, way: Way, results: tuple[float, ...]) -> list[s
     run = run_of(options, way, options.seeds[0])
     other = other_state(run)
     return [
-        *(way.label, way.optimizer, f"{way.lr:g}", f"{run.lr_embeddings:g}"),
+        way.label,
+        way.optimizer,
+        f"{way.lr:g}",
+        f"{run.lr_embeddings:g}",
         f"{statistics.mean(results):.2f}",
         report.spread(results),
-        *(f"{(all_state(run) - other) / 1e6:.3f}", f"{other / 1e6:.3f}"),
+        f"{(all_state(run) - other) / 1e6:.3f}",
+        f"{other / 1e6:.3f}",
     ]
 
 

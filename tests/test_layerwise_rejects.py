@@ -38,7 +38,9 @@ def assert_rejected(model, tx, match, per_layer=None, **settings):
     with pytest.raises(ValueError, match=match):
         jax.eval_shape(
             functools.partial(model.step(tx, **settings), key=KEY, per_layer=per_layer),
-            *(model.params, state, batches()[0]),
+            model.params,
+            state,
+            batches()[0],
         )
 
 

@@ -25,8 +25,15 @@ from examples.llama.run import setup
 TIMED_SECONDS = 2.0
 FEWEST_STEPS = 3
 HEAD = (
-    *("weights", "embeddings", "batch", "planned, GB", "allocator's peak, GB"),
-    *("of it before the first step", "host, GB", "s a step", "tokens/s"),
+    "weights",
+    "embeddings",
+    "batch",
+    "planned, GB",
+    "allocator's peak, GB",
+    "of it before the first step",
+    "host, GB",
+    "s a step",
+    "tokens/s",
 )
 
 
@@ -79,9 +86,17 @@ def planned_runs(model: str, seq: int) -> list[RunOptions]:
     on_host = {"offload": "weights", "embeddings": "apollo"}
     resident = {"embeddings": "apollo"}
     wanted = [
-        *((1, int8), (1, on_host), (8, on_host)),
-        *((1, {}), (1, resident), (1, {**int8, **resident}), (8, resident)),
-        *((32, on_host), (32, resident), (128, on_host), (128, resident)),
+        (1, int8),
+        (1, on_host),
+        (8, on_host),
+        (1, {}),
+        (1, resident),
+        (1, {**int8, **resident}),
+        (8, resident),
+        (32, on_host),
+        (32, resident),
+        (128, on_host),
+        (128, resident),
     ]
     found = []
     for batch, options in wanted:

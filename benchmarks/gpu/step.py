@@ -40,8 +40,16 @@ ROUNDS = 3  # Rounds in which the copy and the step take turns.
 BLOCK_SECONDS = 0.2  # The least seconds of a turn.
 MINI, RANK_256 = "apollo-mini", "apollo, rank 256"
 ROWS = (
-    *(ADAMW["float32"], ADAMW["bfloat16"], "sgd", "lion", MINI, RANK_256),
-    *(f"{RANK_256}, normal", "racs", "apollo-zero", "muon"),
+    ADAMW["float32"],
+    ADAMW["bfloat16"],
+    "sgd",
+    "lion",
+    MINI,
+    RANK_256,
+    f"{RANK_256}, normal",
+    "racs",
+    "apollo-zero",
+    "muon",
 )
 # The last row is slow, and one layout is enough for it.
 STACKED_ROWS = ROWS[:-1]

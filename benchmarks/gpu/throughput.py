@@ -32,7 +32,12 @@ PLANNED_BATCHES = (64, 256)
 MARGIN = 0.97  # The share of the memory to fill; the compiler does not count all.
 STEP_DOWN = 0.9  # The factor for a batch that did not fit.
 HEAD = (
-    *("memory", "optimizer", "batch", "tokens/s", "over adamw", "of the peak flops"),
+    "memory",
+    "optimizer",
+    "batch",
+    "tokens/s",
+    "over adamw",
+    "of the peak flops",
     "allocator's peak, GB",
 )
 
@@ -185,7 +190,10 @@ def run(bench: Bench) -> None:
         peak = peak_flops(bench.device.kind, "bfloat16")
         flops = rate * flops_per_token(model_config(case.run), seq)
         cells = [
-            *(case.memory, case.name, f"{batch:,}", f"{rate:,.0f}"),
+            case.memory,
+            case.name,
+            f"{batch:,}",
+            f"{rate:,.0f}",
             f"{rate / adamw[case.limit_bytes]:.2f}"
             if case.limit_bytes in adamw
             else "",

@@ -40,7 +40,13 @@ from examples.llama.text.windows import Windows, token_count, validation_batches
 
 UTILISATION_SECONDS = 75.0  # The most seconds for the first table.
 OPTIMIZERS = (
-    *("adamw", "apollo-mini", "muon", "apollo-zero", "racs", "apollo", "adafactor"),
+    "adamw",
+    "apollo-mini",
+    "muon",
+    "apollo-zero",
+    "racs",
+    "apollo",
+    "adafactor",
 )
 # The planned seconds for compiling a wave of runs.
 PREPARE_SECONDS = 25.0
@@ -59,17 +65,15 @@ UTILISATION_HEAD = (
     "s a step",
 )
 QUALITY_HEAD = (
-    *(
-        "optimizer",
-        "lr",
-        "lr emb",
-        "seed",
-        "steps",
-        "tokens",
-        "val ppl",
-        "train loss",
-        "tokens/s",
-    ),
+    "optimizer",
+    "lr",
+    "lr emb",
+    "seed",
+    "steps",
+    "tokens",
+    "val ppl",
+    "train loss",
+    "tokens/s",
 )
 
 
@@ -288,7 +292,7 @@ def quality_jobs(
 ) -> list[Job]:
     jobs, base = [], sizes.quality
     grid = itertools.product(
-        *(options.seeds, options.lr_embeddings, options.lr_factors, options.optimizers)
+        options.seeds, options.lr_embeddings, options.lr_factors, options.optimizers
     )
     fields = ("batch", "seq", "weights", "compute_dtype", "moment_dtype")
     for seed, lr_embeddings, factor, optimizer in grid:

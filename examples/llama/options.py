@@ -17,7 +17,12 @@ from examples.llama.text.rows import FIELD
 
 # The rules for embeddings and head.
 EMBEDDING_RULE_NAMES = (
-    *("adam", "apollo", "scale", "adafactor", "adafactor-momentum", "racs"),
+    "adam",
+    "apollo",
+    "scale",
+    "adafactor",
+    "adafactor-momentum",
+    "racs",
     "flattening",
 )
 
@@ -351,16 +356,20 @@ class TrainingOptions(TextOptions):
     def numbers(self) -> dict[str, float | None]:
         """Returns the options that must be positive, by flag."""
         names = (
-            *("steps", "batch", "accumulate", "seq", "data_tokens", "vocab", "workers"),
-            *(
-                "eval_every",
-                "eval_windows",
-                "checkpoint_every",
-                "keep_checkpoints",
-                "rank",
-                "scale",
-                "clip_norm",
-            ),
+            "steps",
+            "batch",
+            "accumulate",
+            "seq",
+            "data_tokens",
+            "vocab",
+            "workers",
+            "eval_every",
+            "eval_windows",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "rank",
+            "scale",
+            "clip_norm",
         )
         return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
 

@@ -103,7 +103,11 @@ def record_at(
 ) -> RunRecord:
     rates = {"lr": lr, "lr_embeddings": lr_embeddings}
     record = RunRecord(
-        *("8k", "racs", seed, rates, loss),
+        "8k",
+        "racs",
+        seed,
+        rates,
+        loss,
         update_rms=0.5,
         step_seconds=2.0,
         curve=[],
@@ -228,8 +232,10 @@ def test_goals_compare_the_best_of_each_kind() -> None:
     # Only the first seed of AdamW is compared with the only one of RACS.
     assert cells[2][1:] == ("1.02", "racs-b2-0.95 over adamw", "1", "1.048", "missed")
     assert cells[3][2:] == (
-        *("apollo-zero-emb-adafactor-b2-0.95 over apollo-zero", "1"),
-        *("0.500", "met"),
+        "apollo-zero-emb-adafactor-b2-0.95 over apollo-zero",
+        "1",
+        "0.500",
+        "met",
     )
     assert rate_search.goals_table("long", found, state) == ""
 

@@ -112,8 +112,10 @@ def test_the_matrices_are_those_of_the_first_and_the_last_layer() -> None:
     given = gradients(4)
     found = spectra.matrices(given)
     assert list(found) == [
-        *("q_proj, layer 1", "q_proj, layer 3"),
-        *("down_proj, layer 1", "down_proj, layer 3"),
+        "q_proj, layer 1",
+        "q_proj, layer 3",
+        "down_proj, layer 1",
+        "down_proj, layer 3",
     ]
     last = given["layers"]["mlp"]["down_proj"]["kernel"][2]
     np.testing.assert_array_equal(found["down_proj, layer 3"], last)

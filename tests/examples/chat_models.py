@@ -8,8 +8,15 @@ import tokenizers
 
 BOS, EOS = "<s>", "</s>"
 SPECIAL = (
-    *(BOS, EOS, "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    BOS,
+    EOS,
+    "<|im_start|>",
+    "<|im_end|>",
+    "[INST]",
+    "[/INST]",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
 )
 
 CHATML = """\

@@ -45,7 +45,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(start: Path, out: Path, *more: str) -> list[str]:
     data = str(start / "chat.jsonl")
     return [
-        *("--init-from", str(start / "model"), "--data", data, "--out", str(out)),
+        "--init-from",
+        str(start / "model"),
+        "--data",
+        data,
+        "--out",
+        str(out),
         *more,
     ]
 

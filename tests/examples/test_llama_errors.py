@@ -23,8 +23,16 @@ from examples.llama.run.errors import (
 FOLDER = Path(llama.__file__).parent
 # Modules that define, parse or check a command line, and the one that prints flags.
 WITH_FLAGS = (
-    *("compare", "export", "finetune", "plan", "pretrain", "tokenise", "options"),
-    *("memory/options", "memory/report", "run/errors"),
+    "compare",
+    "export",
+    "finetune",
+    "plan",
+    "pretrain",
+    "tokenise",
+    "options",
+    "memory/options",
+    "memory/report",
+    "run/errors",
 )
 LIBRARY = {
     str(path.relative_to(FOLDER).with_suffix("")): path

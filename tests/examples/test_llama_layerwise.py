@@ -173,7 +173,9 @@ def assert_same_training(
         pytest.param("apollo-svd", "dots", False, {}, marks=pytest.mark.slow),
         ("adamw", "none", False, {}),
         (
-            *("lion", "full", False),
+            "lion",
+            "full",
+            False,
             {"embeddings": "racs", "head": "scale", "weight_decay": 0.1},
         ),
         pytest.param(

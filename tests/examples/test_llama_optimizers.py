@@ -454,8 +454,12 @@ def test_large_gradients_are_clipped_and_small_ones_stay(
     plain, wide, narrow = (
         updates["layers"]["mlp"]
         for updates in second_updates_of(
-            *("sgd", params, small, {}),
-            *({"clip_norm": 2 * norm}, {"clip_norm": norm / 4}),
+            "sgd",
+            params,
+            small,
+            {},
+            {"clip_norm": 2 * norm},
+            {"clip_norm": norm / 4},
         )
     )
     jax.tree.map(np.testing.assert_array_equal, wide, plain)

@@ -41,18 +41,21 @@ def is_widened(row: Row, target: str) -> bool:
 def as_json(row: Row, options: PlanOptions, config: LlamaConfig) -> dict[str, Any]:
     run, memory = row.options, row.memory
     names = (
-        *(
-            "optimizer",
-            "model",
-            "batch",
-            "seq",
-            "accumulate",
-            "mesh",
-            "weights",
-            "compute_dtype",
-            "rounding",
-        ),
-        *("moment_dtype", "embeddings", "head", "rank", "layerwise", "offload"),
+        "optimizer",
+        "model",
+        "batch",
+        "seq",
+        "accumulate",
+        "mesh",
+        "weights",
+        "compute_dtype",
+        "rounding",
+        "moment_dtype",
+        "embeddings",
+        "head",
+        "rank",
+        "layerwise",
+        "offload",
         "remat",
     )
     return {

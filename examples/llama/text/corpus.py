@@ -109,9 +109,12 @@ def load_corpus(
     vocab = vocab or vocab_size
     try:
         content = (
-            *(CACHE_FORMAT, tokenizers.__version__, max_tokens),
+            CACHE_FORMAT,
+            tokenizers.__version__,
+            max_tokens,
             encoder.identity() if encoder else vocab,
-            *(source.fingerprint(), held_out and held_out.fingerprint()),
+            source.fingerprint(),
+            held_out and held_out.fingerprint(),
         )
         key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
         name = re.sub(r"[^a-zA-Z0-9]+", "-", data)[-40:].strip("-")

@@ -22,8 +22,13 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 # The files of a tokenizer in a model's folder. The last is a pattern.
 TOKENIZER_FILES = (
-    *(TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json"),
-    *("tokenizer.model", TEMPLATE, "additional_chat_templates/*.jinja"),
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    "added_tokens.json",
+    "tokenizer.model",
+    TEMPLATE,
+    "additional_chat_templates/*.jinja",
 )
 
 

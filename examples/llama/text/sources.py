@@ -34,15 +34,13 @@ MOST_NAMES = 5  # The files that a notice names before it counts the rest.
 # it.
 SKIPPED_FOLDERS = frozenset(
     (
-        *(
-            "site-packages",
-            "dist-packages",
-            "test",
-            "tests",
-            "idlelib",
-            "lib2to3",
-            "encodings",
-        ),
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "encodings",
         "pydoc_data",
     )
 )
@@ -53,8 +51,13 @@ PROSE_SUFFIXES = (".rst", ".md", ".txt")
 METADATA = "METADATA"  # The file of a .dist-info folder that describes the package.
 LISTS_OF_SETUPTOOLS = frozenset(
     (
-        *("top_level.txt", "entry_points.txt", "SOURCES.txt", "requires.txt"),
-        *("dependency_links.txt", "installed-files.txt", "namespace_packages.txt"),
+        "top_level.txt",
+        "entry_points.txt",
+        "SOURCES.txt",
+        "requires.txt",
+        "dependency_links.txt",
+        "installed-files.txt",
+        "namespace_packages.txt",
     )
 )
 
