@@ -216,6 +216,7 @@ Runs share a machine, and may be of several, so step times are rough. `make benc
 measures an optimizer's step alone.
 State is in 1e6 bytes. If a best rate is the lowest or the highest in the last columns,
 rates beyond it were not tried."""
+SUMMARY_NOTE = "Perplexity over AdamW's, and in parentheses the number of seeds:"
 BY_STEP, BY_SECOND = "perplexity-by-step.png", "perplexity-by-second.png"
 
 
@@ -668,6 +669,33 @@ def goals_table(
     return report.markdown(head, rows, 1) if rows else ""
 
 
+def summary(found: Mapping[str, Mapping[str, Found]]) -> str:
+    """Returns a row per optimizer, with its perplexity over AdamW's by part.
+
+    An optimizer with relative updates has a row of its own. Each row has the best of
+    the other settings, which may differ from part to part.
+    """
+
+    def cell(part: str, names: Sequence[str]) -> str:
+        there = found[part]
+        ours = best_contender(there, names)
+        adamw = best_contender(there, ADAMW_VARIANTS)
+        if ours is None or adamw is None:
+            return ""
+        seeds = there[ours].by_seed.keys() & there[adamw].by_seed.keys()
+        return f"{ratio(there[ours], there[adamw]) - 1:+.1%} ({len(seeds)})"
+
+    rows = []
+    for name in BASES:
+        plain = plain_variants_of(name)
+        relative = tuple(each for each in variants_of(name) if each not in plain)
+        for label, names in ((name, plain), (f"{name}-relative", relative)):
+            cells = [cell(part, names) for part in found]
+            if any(cells):
+                rows.append((label, *cells))
+    return report.markdown(("optimizer", *found), rows, 1)
+
+
 def draw(found: Mapping[str, Found], folder: Path) -> None:
     """Draws the best run of each contender by step and by second of training."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -710,10 +738,14 @@ def report_on(options: SearchOptions, part: str, found: Mapping[str, Found]) -> 
 def main(args: list[str] | None = None) -> None:
     def command() -> None:
         options = parse(SearchOptions, args, "python -m benchmarks.rate_search")
+        found: dict[str, dict[str, Found]] = {}
         for part in options.parts:
             if not options.finished_only:
                 run_searches(options, part)
-            print(report_on(options, part, found_by_all(options, part)), flush=True)
+            found[part] = found_by_all(options, part)
+            print(report_on(options, part, found[part]), flush=True)
+        if len(found) > 1:
+            print(f"{SUMMARY_NOTE}\n\n{summary(found)}")
 
     exit_on_usage_error(command)
 

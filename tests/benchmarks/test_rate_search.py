@@ -240,6 +240,23 @@ def test_goals_compare_the_best_of_each_kind() -> None:
     assert rate_search.goals_table("long", found, state) == ""
 
 
+def test_the_summary_has_the_best_settings_of_each_part() -> None:
+    found = {
+        "1k": {
+            "adamw": found_at(20),
+            "adamw-b2-0.95": found_at(10),
+            "racs": found_at(11),
+            "racs-relative": found_at(9),
+        },
+        "8k": {"adamw": found_at(20), "racs-b2-0.95-relative": found_at(19)},
+    }
+    assert rate_search.summary(found).splitlines()[2:] == [
+        "| adamw | +0.0% (1) | +0.0% (1) |",
+        "| racs | +10.0% (1) |  |",
+        "| racs-relative | -10.0% (1) | -5.0% (1) |",
+    ]
+
+
 def test_relative_updates_are_no_setting_of_adamw_or_muon() -> None:
     """They are one of a rule without state, though."""
     found = {
@@ -458,6 +475,14 @@ def test_the_documentation_has_the_tables_of_the_published_runs(
     assert len(lines) >= 2 + len(found)  # The head, its line, and the rows.
     documented = (ROOT / "docs/results.md").read_text().splitlines()
     assert [line for line in lines if line not in documented] == []
+
+
+def test_the_documentation_has_the_summary_of_the_published_runs(
+    published: SearchOptions,
+) -> None:
+    parts = rate_search.PARTS
+    found = {part: rate_search.found_by_all(published, part) for part in parts}
+    assert rate_search.summary(found) in (ROOT / "docs/results.md").read_text()
 
 
 @pytest.mark.parametrize("rule", ["adafactor", "racs", "scale"])

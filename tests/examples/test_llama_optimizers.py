@@ -779,12 +779,14 @@ def test_rules_of_embeddings_are_tabulated(
     assert f"  {treatment}  " in line
 
 
-def test_rules_of_embeddings_have_a_safe_learning_rate() -> None:
+def test_embedding_and_head_share_the_lower_of_their_learning_rates() -> None:
     rates = {name: rule.lr for name, rule in EMBEDDING_RULES.items()}
     adam = RECIPES["adamw"].lr_embeddings
     assert options_for("adamw").lr_embeddings == adam
     for name, rate in rates.items():
-        assert options_for("adamw", embeddings=name).lr_embeddings == min(rate, adam)
+        assert options_for("adamw", embeddings=name).lr_embeddings == rate
+        on_head = options_for("adamw", head=name)
+        assert on_head.lr_embeddings == min(rate, adam)
     mixed = options_for("adamw", embeddings="scale", head="racs")
-    assert mixed.lr_embeddings == min(rates["scale"], rates["racs"], adam)
+    assert mixed.lr_embeddings == min(rates["scale"], rates["racs"])
     assert options_for("adamw", head="racs", lr_embeddings=0.5).lr_embeddings == 0.5

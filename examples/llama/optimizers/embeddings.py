@@ -87,8 +87,8 @@ class EmbeddingRule(NamedTuple):
 
     The learning rates are the best of the searches in docs/results.md, on both the
     embedding and the head, with APOLLO-Zero on the kernels of the tiny model. That of
-    adafactor-momentum is the rate of adafactor; twice as much was better. That of
-    flattening was not searched, because flattening the head's gradient fails.
+    adafactor-momentum is the better of two. That of flattening was not searched,
+    because flattening the head's gradient fails.
     """
 
     of_embedding: Callable[[RunOptions], optax.GradientTransformation]
@@ -102,7 +102,7 @@ EMBEDDING_RULES: dict[str, EmbeddingRule] = {
         adafactor_of_embedding, adafactor_of_embedding, lr=2.4e-2
     ),
     "adafactor-momentum": EmbeddingRule(
-        adafactor_with_momentum, adafactor_with_momentum, lr=2.4e-2
+        adafactor_with_momentum, adafactor_with_momentum, lr=4.8e-2
     ),
     "racs": EmbeddingRule(racs_of_embedding, racs_of_embedding, lr=2e-2),
     "flattening": EmbeddingRule(

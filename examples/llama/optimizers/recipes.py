@@ -206,11 +206,12 @@ def default_rates(options: RunOptions) -> tuple[float, float]:
 def lr_of_embeddings(options: RunOptions, recipe: Recipe) -> float:
     """Returns the default learning rate of embeddings, head and norms.
 
-    The three share it, so it is the lowest of those of the rules in use.
+    The three share it, so it is the lower of those of the embedding and the head.
     """
-    names = embedding_rules(options).values()
-    own = [EMBEDDING_RULES[name].lr for name in names if name in EMBEDDING_RULES]
-    return min([recipe.lr_embeddings, *own])
+    return min(
+        EMBEDDING_RULES[name].lr if name in EMBEDDING_RULES else recipe.lr_embeddings
+        for name in embedding_rules(options).values()
+    )
 
 
 def options_of_each(
