@@ -107,7 +107,7 @@ bench-finetune: $(VENV)/.test  ## fine-tune with each optimizer, at five rates a
 bench-spectra: $(VENV)/.test  ## compare the updates that optimizers make of the same gradients, for docs/how-it-works.md; takes minutes
 	$(BIN)/python -m benchmarks.spectra
 
-bench-variants: $(VENV)/.test  ## train variants of APOLLO-Mini and APOLLO-Zero, for docs/how-it-works.md and docs/results.md; takes two hours, and continues after an interruption
+bench-variants: $(VENV)/.test  ## train variants of AdamW, APOLLO-Mini and APOLLO-Zero, for docs/how-it-works.md and docs/results.md; takes hours, and continues after an interruption
 	$(BIN)/python -m benchmarks.variants
 
 integrations: | $(BIN)/python  ## run the optimizer inside MaxText, Flax, Tunix, Equinox and Haliax; takes minutes each, see integrations/README.md

@@ -47,7 +47,7 @@ def scale_by_param_matrix_rms(
     there, pass their root mean square as `reference_rms`, and a larger `max_rms`.
 
     Weights grow during training, and their updates with them, up to `max_rms`. So a
-    long run needs a lower learning rate than a short one, or weight decay.
+    long run takes a lower learning rate than a short one.
 
     All other leaves keep their updates. Without `weight_dimension_numbers`, so do
     kernels of three axes or more, such as those of stacked layers.

@@ -10,7 +10,8 @@ and norms in the same way. The best pair runs with the other seeds. The contende
 Contenders are searched in parallel, with one process per core. Each finished run adds a
 line to a file of results. Runs in that file are not repeated and an interrupted run
 continues, so the same command continues an interrupted search, also on another machine
-that has the file. Each part ends with a table and two figures next to its runs.
+that has the file. Each part ends with a table and two figures next to its runs. A
+summary of all parts follows.
 `--finished-only` prints the tables of a file of results without any training.
 """
 
@@ -216,7 +217,9 @@ Runs share a machine, and may be of several, so step times are rough. `make benc
 measures an optimizer's step alone.
 State is in 1e6 bytes. If a best rate is the lowest or the highest in the last columns,
 rates beyond it were not tried."""
-SUMMARY_NOTE = "Perplexity over AdamW's, and in parentheses the number of seeds:"
+SUMMARY_NOTE = """\
+The perplexity of each optimizer over that of AdamW, minus 1, and in parentheses the
+number of seeds. AdamW is without relative updates, which have rows of their own:"""
 BY_STEP, BY_SECOND = "perplexity-by-step.png", "perplexity-by-second.png"
 
 
@@ -225,8 +228,8 @@ class SearchOptions:
     """Each contender at the best of searched learning rates."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of 1k and 8k (tiny, so many tokens per step), 6m, long, and docs (8k on the
-    documentation of installed packages)."""
+    """Any of 1k and 8k (tiny, so many tokens per step), 6m, long (on the source of
+    installed packages), and docs (8k on their documentation)."""
     contenders: tuple[str, ...] = ()
     """Contenders to search: optimizers of pretrain; apollo-zero-rank-32;
     apollo-zero-emb-adafactor, apollo-zero-emb-adafactor-momentum, apollo-zero-emb-racs,
@@ -561,9 +564,13 @@ def state_of(options: SearchOptions, part: str, contender: str) -> StateBytes:
     return state_bytes_of(run, model_config(run))
 
 
+def common_seeds(one: Found, other: Found) -> set[int]:
+    return one.by_seed.keys() & other.by_seed.keys()
+
+
 def ratio(one: Found, other: Found) -> float:
     """Returns the ratio of two mean perplexities, over the seeds that both have."""
-    seeds = one.by_seed.keys() & other.by_seed.keys()
+    seeds = common_seeds(one, other)
     return sum(one.perplexities[seed] for seed in seeds) / sum(
         other.perplexities[seed] for seed in seeds
     )
@@ -651,7 +658,7 @@ def goals_table(
         if ours is None or other is None:
             return (what, f"{limit:g}", "", "", "", "not run")
         measured = ratio(found[ours], found[other])
-        seeds = len(found[ours].by_seed.keys() & found[other].by_seed.keys())
+        seeds = len(common_seeds(found[ours], found[other]))
         result = "met" if measured <= limit else "missed"
         if not math.isfinite(found[other].perplexity):
             result = f"{other} diverged"
@@ -670,26 +677,28 @@ def goals_table(
 
 
 def summary(found: Mapping[str, Mapping[str, Found]]) -> str:
-    """Returns a row per optimizer, with its perplexity over AdamW's by part.
+    """Returns the perplexities of each optimizer over those of AdamW, by part.
 
-    An optimizer with relative updates has a row of its own. Each row has the best of
-    the other settings, which may differ from part to part.
+    AdamW has no relative updates in this comparison. Relative updates are in rows of
+    their own. Both sides have the best of their other settings, such as clipping, in
+    each part.
     """
 
     def cell(part: str, names: Sequence[str]) -> str:
         there = found[part]
         ours = best_contender(there, names)
         adamw = best_contender(there, ADAMW_VARIANTS)
-        if ours is None or adamw is None:
+        assert adamw is not None
+        if ours is None:
             return ""
-        seeds = there[ours].by_seed.keys() & there[adamw].by_seed.keys()
-        return f"{ratio(there[ours], there[adamw]) - 1:+.1%} ({len(seeds)})"
+        over = ratio(there[ours], there[adamw]) - 1
+        return f"{over:+.1%} ({len(common_seeds(there[ours], there[adamw]))})"
 
     rows = []
     for name in BASES:
         plain = plain_variants_of(name)
         relative = tuple(each for each in variants_of(name) if each not in plain)
-        for label, names in ((name, plain), (f"{name}-relative", relative)):
+        for label, names in ((name, plain), (f"{name}, relative", relative)):
             cells = [cell(part, names) for part in found]
             if any(cells):
                 rows.append((label, *cells))

@@ -1,10 +1,10 @@
 """Variants of AdamW, APOLLO-Mini and APOLLO-Zero on the tiny LLaMA.
 
-They differ in Mini's limiter, in the power and the momentum of APOLLO-Zero, in the
-dtype of the moments, and in the rules for the embedding and the head beside
-APOLLO-Zero. The command `python -m benchmarks.variants` trains one after the other.
-Finished runs are not repeated and an interrupted run continues, so the same command
-continues an interrupted series.
+They differ in Mini's limiter, in the power and the momentum of APOLLO-Zero, in how its
+updates follow the weights over many steps, in the dtype of the moments, and in the
+rules for the embedding and the head beside APOLLO-Zero. The command `python -m
+benchmarks.variants` trains one after the other. Finished runs are not repeated and an
+interrupted run continues, so the same command continues an interrupted series.
 """
 
 import dataclasses
@@ -144,7 +144,7 @@ def relative_to_all() -> Recipe:
 def relative(max_rms: float) -> Recipe:
     """Returns APOLLO-Zero with updates in proportion to the weights of each matrix.
 
-    A matrix with an RMS above `max_rms` gets no larger updates than one with that RMS.
+    A matrix whose RMS is above `max_rms` gets the updates of one with that RMS.
     """
 
     def scaler(
@@ -249,7 +249,8 @@ def dtypes_of_moments(optimizer: str, lr: float) -> tuple[Way, ...]:
 
 ACCUMULATED: dict[str, Any] = {"steps": STEPS // 2, "batch": 16, "accumulate": 2}
 
-# These are more steps of few tokens, on a text that is large enough for them.
+# These runs have four times as many steps. They would pass more than once over the
+# standard library, so they read the source of installed packages too.
 MANY_STEPS: dict[str, Any] = {"steps": 4 * STEPS, "data": "python", "b2": 0.95}
 MANY_STEPS_RELATIVE = {"relative": True} | MANY_STEPS
 MANY_STEPS_DECAYED = {"weight_decay": 1.0} | MANY_STEPS_RELATIVE
@@ -437,8 +438,8 @@ def table(options: VariantOptions, part: str, stop: StopRequest) -> str:
     seeds = ", ".join(map(str, options.seeds))
     run = run_of(options, PARTS[part][0], options.seeds[0])
     return (
-        f"{part}: tiny, {run.steps} steps of {run.batch * run.seq:,} tokens, "
-        f"seed {seeds}; "
+        f"{part}: tiny, {run.steps} steps of {run.batch * run.seq:,} tokens of --data "
+        f"{run.data}, seed {seeds}; "
         f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
         f"{report.markdown(HEAD, rows, 2)}\n"
     )

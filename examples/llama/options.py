@@ -200,8 +200,9 @@ class TrainingOptions(TextOptions):
     factor of 0.05 to 5. By default, those of apollo-zero, with or without a momentum,
     are in pre-training. A resumed run keeps what it began with."""
     weight_decay: float = 0.0
-    """The decoupled weight decay of the kernels: each step also subtracts the learning
-    rate times this times the weights. Embeddings, head and norms have none."""
+    """The decoupled weight decay of the kernels, or of the adapters of --lora: each
+    step also subtracts the learning rate times this times the weights. Embeddings, head
+    and norms have none."""
     embeddings: str = "adam"
     """The rule for the embeddings and the head. adam, scale, adafactor (without
     momentum), adafactor-momentum (with a momentum in int8), racs and flattening work

@@ -253,7 +253,7 @@ def test_the_summary_has_the_best_settings_of_each_part() -> None:
     assert rate_search.summary(found).splitlines()[2:] == [
         "| adamw | +0.0% (1) | +0.0% (1) |",
         "| racs | +10.0% (1) |  |",
-        "| racs-relative | -10.0% (1) | -5.0% (1) |",
+        "| racs, relative | -10.0% (1) | -5.0% (1) |",
     ]
 
 
@@ -494,6 +494,15 @@ def test_the_default_rates_of_embeddings_are_the_best_of_the_published_runs(
     # The rates on both sides are worse.
     assert min(found.by_lr_embeddings) < found.lr_embeddings
     assert max(found.by_lr_embeddings) > found.lr_embeddings
+
+
+def test_the_default_rate_of_the_momentum_is_the_better_of_the_published_ones(
+    published: SearchOptions,
+) -> None:
+    found = rate_search.found_by_all(published, "1k")
+    momentum = found["apollo-zero-emb-adafactor-momentum"]
+    assert len(momentum.by_lr_embeddings) > 1
+    assert momentum.lr_embeddings == EMBEDDING_RULES["adafactor-momentum"].lr
 
 
 def test_a_table_needs_runs_of_adamw(tmp_path: Path) -> None:

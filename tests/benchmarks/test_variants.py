@@ -193,7 +193,12 @@ def test_a_run_that_diverges_has_an_infinite_perplexity(
 
 
 @pytest.mark.parametrize(
-    ("part", "tokens"), [("momentum", "800 steps of 1,024"), ("momentum-8k", "8,192")]
+    ("part", "tokens"),
+    [
+        ("momentum", "800 steps of 1,024 tokens of --data stdlib"),
+        ("momentum-8k", "8,192 tokens of --data stdlib"),
+        ("many-steps", "3200 steps of 1,024 tokens of --data python"),
+    ],
 )
 def test_a_table_says_how_long_its_runs_are(
     part: str, tokens: str, monkeypatch: pytest.MonkeyPatch
@@ -201,7 +206,7 @@ def test_a_table_says_how_long_its_runs_are(
     monkeypatch.setattr(variants, "read_result", lambda run: None)
     stop: Any = None
     options = VariantOptions(finished_only=True)
-    assert f"{tokens} tokens" in variants.table(options, part, stop)
+    assert f"{tokens}, seed 0;" in variants.table(options, part, stop)
     options = VariantOptions(finished_only=True, steps=7)
     assert "7 steps of " in variants.table(options, part, stop)
 

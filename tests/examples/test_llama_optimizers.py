@@ -329,7 +329,7 @@ def gradients(params: Params, seed: int) -> Params:
     return jax.tree.unflatten(
         structure,
         [
-            jax.random.normal(k, leaf.shape)
+            jax.random.normal(k, leaf.shape, leaf.dtype)
             for k, leaf in zip(keys, leaves, strict=True)
         ],
     )
@@ -509,6 +509,23 @@ def test_weight_decay_shrinks_kernels_by_the_learning_rate(
             # At the second step of ten, the rate has risen to its peak.
             before = before - RECIPES["adamw"].lr * 0.1 * weights
         np.testing.assert_allclose(update, before, rtol=1e-5)
+
+
+def test_weight_decay_is_not_lost_in_bfloat16(
+    small: LlamaConfig, params: Params
+) -> None:
+    narrow = optax.tree.cast(params, jnp.bfloat16)
+    # A product with a power of two is exact.
+    rate = {"lr": 2.0**-9}
+    plain, decayed = second_updates_of(
+        "apollo-zero", narrow, small, rate, rate | {"weight_decay": 0.1}
+    )
+    for path, update, before, weights in leaves_of(decayed, plain, narrow):
+        assert before.dtype == jnp.bfloat16 or lr_group(path) == "rest"
+        if lr_group(path) == "kernels":
+            decay = rate["lr"] * 0.1 * weights.astype(np.float32)
+            expected = before.astype(np.float32) - decay
+            np.testing.assert_allclose(update, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_by_default_the_state_is_as_in_earlier_checkpoints(

@@ -85,10 +85,11 @@ def flattening_of_embedding(options: RunOptions) -> optax.GradientTransformation
 class EmbeddingRule(NamedTuple):
     """A rule for the embedding, (V, D), and the head, (D, V).
 
-    The learning rates are the best of the searches in docs/results.md, on both the
-    embedding and the head, with APOLLO-Zero on the kernels of the tiny model. That of
-    adafactor-momentum is the better of two. That of flattening was not searched,
-    because flattening the head's gradient fails.
+    The learning rates of scale, adafactor and racs are the best of the searches in
+    docs/results.md, on both the embedding and the head, with APOLLO-Zero on the kernels
+    of the tiny model. That of adafactor-momentum is the better of the two that were
+    tried. That of flattening was not searched, because flattening the head's gradient
+    fails.
     """
 
     of_embedding: Callable[[RunOptions], optax.GradientTransformation]

@@ -1,4 +1,8 @@
-"""The whole optimizer of a run: clipping, the rules, and the learning rates."""
+"""The whole optimizer of a run.
+
+It clips the gradients, applies the rules, scales updates by the weights, decays the
+weights, and applies the learning rates.
+"""
 
 from collections.abc import Hashable
 
@@ -9,7 +13,7 @@ from examples.llama.config import LlamaConfig
 from examples.llama.optimizers.embeddings import with_embedding_rules
 from examples.llama.optimizers.parameters import KERNELS, are_kernels, lr_groups
 from examples.llama.optimizers.recipes import RECIPES
-from examples.llama.optimizers.wrappers import clip_by_global_norm
+from examples.llama.optimizers.wrappers import clip_by_global_norm, in_float32
 from examples.llama.options import RunOptions
 
 Schedules = dict[str, optax.Schedule]
@@ -38,10 +42,12 @@ def make_optimizer(
     transformations = [scaler, optax.partition(rates, lr_groups)]
     if options.relative:
         transformations.insert(1, in_proportion_to_weights())
-    # Without them, the chain stays as in the checkpoints of earlier runs.
+    # The weight decay and the clipping are added only if they are asked for, so that
+    # the state of other runs has the structure of earlier checkpoints.
     if options.weight_decay:
-        decay = optax.add_decayed_weights(options.weight_decay, are_kernels)
-        transformations.insert(-1, decay)
+        # In bfloat16, an update hides a decay that is much smaller than itself.
+        decay = in_float32(optax.add_decayed_weights(options.weight_decay))
+        transformations.insert(-1, optax.masked(decay, are_kernels))
     if options.clip_norm is not None:
         transformations.insert(0, clip_by_global_norm(options.clip_norm))
     return optax.chain(*transformations), schedules
