@@ -46,8 +46,8 @@ def scale_by_param_matrix_rms(
     this transformation. Flax's default initializers give narrow layers larger weights:
     there, pass their root mean square as `reference_rms`, and a larger `max_rms`.
 
-    Weights grow during training, and their updates with them, up to `max_rms`. So a
-    long run takes a lower learning rate than a short one.
+    Weights grow during training, and their updates with them, up to `max_rms`. So the
+    best learning rate may depend on the length of a run.
 
     All other leaves keep their updates. Without `weight_dimension_numbers`, so do
     kernels of three axes or more, such as those of stacked layers.

@@ -407,10 +407,38 @@ def write_run(run: RunOptions, rows: list[dict[str, Any]]) -> None:
     (run.out / "metrics.jsonl").write_text(lines)
 
 
+def search_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs searches here, where functions can be replaced."""
+
+    def run_here(options: SearchOptions, part: str) -> None:
+        for name, all_rates in options.searches(part).items():
+            rate_search.run_search(options, part, name, all_rates=all_rates)
+
+    monkeypatch.setattr(rate_search, "run_searches", run_here)
+
+
+def test_a_summary_of_several_parts_follows_their_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub_pretrain(monkeypatch)
+    search_in_this_process(monkeypatch)
+    args = ["--contenders", "racs", "--seeds", "0", "1", "--out", str(tmp_path)]
+    rate_search.main(["--parts", "8k", "docs", *args])
+    tables, summary = capsys.readouterr().out.split(rate_search.SUMMARY_NOTE)
+    assert tables.index("8k: tiny") < tables.index("docs: tiny")
+    assert summary.splitlines()[2:] == [
+        "| optimizer | 8k | docs |",
+        "| --- | ---: | ---: |",
+        "| adamw | +0.0% (2) | +0.0% (2) |",
+        "| racs | +0.0% (2) | +0.0% (2) |",
+    ]
+
+
 def test_a_part_ends_with_a_table_and_two_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = stub_pretrain(monkeypatch)
+    search_in_this_process(monkeypatch)
     curves: dict[str, Any] = {}
     plot = rate_search.plot_perplexities
 
@@ -418,12 +446,7 @@ def test_a_part_ends_with_a_table_and_two_figures(
         curves[path.name] = points
         plot(points, xlabel, path)
 
-    def run_here(options: SearchOptions, part: str) -> None:
-        for name, all_rates in options.searches(part).items():
-            rate_search.run_search(options, part, name, all_rates=all_rates)
-
     monkeypatch.setattr(rate_search, "plot_perplexities", plotted)
-    monkeypatch.setattr(rate_search, "run_searches", run_here)
     args = ["--contenders", "racs", "--three-rates", "lion", "--seeds", "0", "1"]
     rate_search.main(["--parts", "docs", "--out", str(tmp_path), *args])
     output = capsys.readouterr().out
@@ -451,6 +474,7 @@ def test_a_part_ends_with_a_table_and_two_figures(
     again = capsys.readouterr().out
     assert again.replace("/elsewhere", "") == output
     assert not runs
+    assert rate_search.SUMMARY_NOTE not in output  # There is one part.
 
 
 @pytest.fixture(scope="module")

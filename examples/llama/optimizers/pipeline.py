@@ -45,7 +45,8 @@ def make_optimizer(
     # The weight decay and the clipping are added only if they are asked for, so that
     # the state of other runs has the structure of earlier checkpoints.
     if options.weight_decay:
-        # In bfloat16, an update hides a decay that is much smaller than itself.
+        # The sum is in float32, because a bfloat16 sum would lose a decay that is much
+        # smaller than the update.
         decay = in_float32(optax.add_decayed_weights(options.weight_decay))
         transformations.insert(-1, optax.masked(decay, are_kernels))
     if options.clip_norm is not None:
