@@ -383,13 +383,13 @@ def _weight_coefficients() -> np.ndarray:
 def _factors_less_one(
     gram: jax.Array, square: jax.Array, power: Any, others: int
 ) -> jax.Array:
-    """``W diag(c - 1) W^T`` for ``c = (lambda / t^2)^((p - 1) / 2)``.
+    """``W diag(c - 1) W^T`` for ``c = (lambda / tau^2)^((p - 1) / 2)``.
 
     Args:
       gram: with the eigenvalues ``lambda`` and the eigenvectors ``W``.
       square: the sum of the squares of all singular values, ``(*batch,)``.
       power: the power ``p``.
-      others: how many singular values are not in `gram`; ``t^2`` is their mean square.
+      others: how many singular values are not in `gram`; ``tau^2`` is their mean square.
     """
     r = gram.shape[-1]
     floor = SMALLEST_LEVEL / (others + r) * square

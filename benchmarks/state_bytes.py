@@ -16,23 +16,14 @@ import jax.numpy as jnp
 import optax
 
 import apollo_optax
-from examples.llama.config import preset
+from examples.llama.config import LlamaConfig, preset
 from examples.llama.model import Execution, init_params
 from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.optimizers.recipes import with_defaults
 from examples.llama.options import RunOptions
 
-# The values are hidden size, intermediate size, layers and rank, from the paper's
-# tables. The vocabulary is 32000 and the head is untied.
-MODELS = {
-    "60M": (512, 1376, 8, 128),
-    "130M": (768, 2048, 12, 192),
-    "350M": (1024, 2736, 24, 256),
-    "1B": (2048, 5461, 24, 512),
-    "7B": (4096, 11008, 32, 256),
-    "13B": (5120, 13824, 40, 256),
-}
-VOCABULARY = 32000
+# The ranks are from the paper's tables. The names are those of presets.
+RANKS = {"60M": 128, "130M": 192, "350M": 256, "1B": 512, "7B": 256, "13B": 256}
 
 # Each rule has the optimizer that uses it for kernels, the name of the rule for
 # embedding and head, and the rank, or None for the example's default.
@@ -44,26 +35,26 @@ RULES: dict[str, tuple[str, str, int | None]] = {
     "Adafactor, no momentum": ("adafactor", "adafactor", None),
     "Adafactor, int8 momentum": ("adafactor", "adafactor-momentum", None),
     "RACS": ("racs", "racs", None),
-    "flattening (APOLLO-Zero)": ("apollo-zero", "flattening", None),
-    "the same, momentum 0.9": ("apollo-zero-momentum", "flattening", None),
-    "the same, in int8": ("apollo-zero-momentum-int8", "flattening", None),
+    "APOLLO-Zero": ("apollo-zero", "adafactor-momentum", None),
+    "the same, momentum 0.9": ("apollo-zero-momentum", "adafactor-momentum", None),
+    "the same, in int8": ("apollo-zero-momentum-int8", "adafactor-momentum", None),
+    "flattening everywhere": ("apollo-zero", "flattening", None),
 }
 
 
-def llama(
-    hidden: int, intermediate: int, layers: int
-) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+def llama(config: LlamaConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """A LLaMA's bfloat16 parameters, unstacked: kernels, embedding, head and norms."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
     kernels = dict.fromkeys("qkvo", (hidden, hidden))
     kernels |= {"gate": (hidden, intermediate), "up": (hidden, intermediate)}
     kernels |= {"down": (intermediate, hidden)}
     shapes = {
         f"layer_{i}": kernels | {"attention_norm": (hidden,), "mlp_norm": (hidden,)}
-        for i in range(layers)
+        for i in range(config.num_layers)
     }
     shapes |= {
-        "embed": {"embedding": (VOCABULARY, hidden)},
-        "lm_head": {"kernel": (hidden, VOCABULARY)},
+        "embed": {"embedding": (config.vocab_size, hidden)},
+        "lm_head": {"kernel": (hidden, config.vocab_size)},
     }
     shapes |= {"norm": {"scale": (hidden,)}}
     return {
@@ -92,8 +83,8 @@ def table(only_kernels: bool, dtype: str) -> str:
         "| model | rank | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(names),
     ]
-    for model, (hidden, intermediate, layers, rank) in MODELS.items():
-        params: Any = llama(hidden, intermediate, layers)
+    for model, rank in RANKS.items():
+        params: Any = llama(preset(model.lower()))
         if only_kernels:
             params = {
                 name: {k: v for k, v in layer.items() if len(v.shape) == 2}
@@ -160,7 +151,7 @@ def main() -> None:
     print(table(only_kernels=True, dtype="bfloat16"))
     print("\nwhole model, embeddings, head and norms with Adam:\n")
     print(table(only_kernels=False, dtype="bfloat16"))
-    print("\nGB of LLaMA-7B by rule, with one rule for kernels, embedding and head:\n")
+    print("\nGB of LLaMA-7B by optimizer, and by rule for embedding and head:\n")
     print(table_of_rules())
 
 
