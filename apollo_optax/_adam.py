@@ -12,7 +12,7 @@ from apollo_optax._hyperparams import ARRAYS
 from apollo_optax._state import LeafState, updated
 
 
-class Decays(Protocol):
+class AdamHyperparams(Protocol):
     """The hyperparameters of Adam; floats or arrays."""
 
     @property
@@ -24,7 +24,7 @@ class Decays(Protocol):
 
 
 def update_moments(
-    h: Decays, gradient: jax.Array, state: LeafState
+    h: AdamHyperparams, gradient: jax.Array, state: LeafState
 ) -> tuple[jax.Array, jax.Array]:
     """New first and second moments, in the dtype of `gradient`."""
     mu, nu = (state[name].astype(gradient.dtype) for name in ("mu", "nu"))
@@ -34,7 +34,11 @@ def update_moments(
 
 
 def update_leaf(
-    h: Decays, gradient: jax.Array, state: LeafState, count: jax.Array, dtype: Any
+    h: AdamHyperparams,
+    gradient: jax.Array,
+    state: LeafState,
+    count: jax.Array,
+    dtype: Any,
 ) -> tuple[jax.Array, LeafState]:
     """The update of :func:`optax.scale_by_adam` for one leaf, by its own formulas.
 
@@ -48,7 +52,7 @@ def update_leaf(
     return saturating_cast(update, gradient.dtype), updated(state, mu=mu, nu=nu)
 
 
-def bias_correction(h: Decays, count: jax.Array) -> jax.Array:
+def bias_correction(h: AdamHyperparams, count: jax.Array) -> jax.Array:
     """Adam's bias corrections as one factor, ``sqrt(1 - b2^t) / (1 - b1^t)``."""
     return jnp.sqrt(_one_minus_power(h.b2, count)) / _one_minus_power(h.b1, count)
 

@@ -7,7 +7,10 @@ import jax
 import optax
 
 from apollo_optax import _check, _projection
-from apollo_optax._dimension_numbers import WeightDimensionNumbers
+from apollo_optax._dimension_numbers import (
+    WeightDimensionNumbers,
+    default_dimension_numbers,
+)
 from apollo_optax._flattening import scale_by_flattening
 from apollo_optax._int8_trace import int8_trace
 from apollo_optax._racs import scale_by_racs
@@ -374,6 +377,10 @@ def apollo_zero(
 
     .. seealso:: :func:`apollo`, :func:`optax.contrib.muon`
     """
+    # The flattening warns of kernels whose axes can't be guessed. The others need not.
+    numbers = weight_dimension_numbers
+    if numbers is None:
+        numbers = default_dimension_numbers
     static = "an array can't choose what is compiled"
     _check.boolean("relative", relative, static)
     _check.boolean("int8_momentum", int8_momentum, static)
@@ -383,17 +390,14 @@ def apollo_zero(
             raise ValueError(
                 "int8_momentum=True needs a momentum; give momentum=0.9, for example"
             )
+        _check.decay("momentum", momentum)
         before.append(
-            int8_trace(
-                momentum,
-                nesterov=True,
-                weight_dimension_numbers=weight_dimension_numbers,
-            )
+            int8_trace(momentum, nesterov=True, weight_dimension_numbers=numbers)
         )
         momentum = None
     # The state has the same structure with `relative` and without.
     in_proportion = (
-        scale_by_param_matrix_rms(weight_dimension_numbers=weight_dimension_numbers)
+        scale_by_param_matrix_rms(weight_dimension_numbers=numbers)
         if relative
         else optax.identity()
     )

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from apollo_optax import _keys, _tree
 from apollo_optax._matrix import Matrix
@@ -181,7 +182,10 @@ def _group_by_shape(
         matrix, group = leaf.matrix, path
         draws = leaf.drawn_shape is not None
         if draws and matrix.is_on_one_device and not leaf.is_by_rows:
-            group = (matrix.batch_shape, leaf.drawn_shape, matrix.dtype)
+            # In an eager step, leaves may be on different devices.
+            is_traced = isinstance(leaf.gradient, Tracer)
+            device = None if is_traced else leaf.gradient.sharding
+            group = (matrix.batch_shape, leaf.drawn_shape, matrix.dtype, device)
         groups.setdefault(group, {})[path] = leaf
     return list(groups.values())
 

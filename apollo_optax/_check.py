@@ -63,12 +63,24 @@ def _number_in_range(
     name: str, value: Any, is_in_range: Callable[[Any], bool], range_words: str
 ) -> None:
     if _is_array(value):
+        _real_number(name, value)
         _wide_enough(name, value)
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number {range_words}, got {value!r}")
     if not is_in_range(value):
         raise ValueError(f"{name} must be {range_words}, got {value!r}")
+
+
+def _real_number(name: str, array: Any) -> None:
+    """Raises for several numbers, which would broadcast, and for other dtypes."""
+    dtype = jnp.result_type(array)
+    is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if array.ndim or not is_real:
+        raise TypeError(
+            f"{name} must be one real number, got an array of shape {array.shape} and "
+            f"dtype {dtype}"
+        )
 
 
 def _wide_enough(name: str, array: Any) -> None:

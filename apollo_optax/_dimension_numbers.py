@@ -198,6 +198,20 @@ def _may_be_matrix(path: _tree.Path, name: _tree.Path) -> bool:
     return not is_vector_by_name(path, name) and not is_embedding_or_head(path)
 
 
+def default_dimension_numbers(params: Any) -> Any:
+    """The default rule, in the form of the argument `weight_dimension_numbers`.
+
+    A transformation that is given this function does not warn of kernels whose axes
+    can't be guessed. It is for those in a chain in which another one warns of them.
+    """
+    leaves, names = _tree.leaves_by_path(params), _tree.names_by_path(params)
+    numbers = [
+        _default_numbers(path, names[path], jnp.shape(leaf))
+        for path, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(_tree.unbox(params)), numbers)
+
+
 def _default_numbers(
     path: _tree.Path, name: _tree.Path, shape: tuple[int, ...]
 ) -> ApolloDimensionNumbers | None:
@@ -494,15 +508,11 @@ def resolve(
         return {}
     names = _tree.names_by_path(tree)
     if weight_dimension_numbers is None:
-        numbers = {
-            path: _default_numbers(path, names[path], jnp.shape(leaf))
-            for path, leaf in leaves.items()
-        }
-    else:
-        numbers_by_prefix = _numbers_by_prefix(weight_dimension_numbers, tree)
-        numbers = {
-            path: _numbers_at(path, names[path], numbers_by_prefix) for path in leaves
-        }
+        weight_dimension_numbers = default_dimension_numbers
+    numbers_by_prefix = _numbers_by_prefix(weight_dimension_numbers, tree)
+    numbers = {
+        path: _numbers_at(path, names[path], numbers_by_prefix) for path in leaves
+    }
     axes: dict[_tree.Path, MatrixAxes | None] = dict.fromkeys(leaves)
     for path, leaf in leaves.items():
         given, shape = numbers[path], jnp.shape(leaf)
@@ -514,15 +524,24 @@ def resolve(
     return axes
 
 
-def warn_if_unguessable(tree: Any, *, have_adam: bool = True) -> None:
+class Unguessed(NamedTuple):
+    """What happens to kernels whose axes can't be guessed, in the words of a warning.
+
+    Attributes:
+      to_leaves: a sentence with a place for the words for the leaves.
+      to_vector: what happens if all parameters are in one vector, as a predicate.
+      by_none: what the dimension numbers None do to a kernel, as a predicate.
+    """
+
+    to_leaves: str
+    to_vector: str
+    by_none: str
+
+
+def warn_if_unguessable(tree: Any, outcome: Unguessed) -> None:
     """Warns of parameters that are no matrices by the default rule for want of axes.
 
     These are kernels of three or more axes, and all parameters in one vector.
-
-    Args:
-      tree: the parameters.
-      have_adam: whether leaves that are not matrices are trained with Adam. Otherwise
-        they have no momentum.
     """
     leaves, names = _tree.leaves_by_path(tree), _tree.names_by_path(tree)
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
@@ -533,31 +552,22 @@ def warn_if_unguessable(tree: Any, *, have_adam: bool = True) -> None:
     }
     root = [shape for path, shape in shapes.items() if names[path] == ()]
     if root and len(root[0]) == 1:
-        message = _one_vector(root[0], have_adam)
+        message = (
+            f"the parameters are one vector of shape {root[0]}, which "
+            f"{outcome.to_vector}. If optax.flatten or ravel_pytree made the vector, "
+            "give the tree of parameters instead, without optax.flatten around this "
+            "transformation."
+        )
     elif unknown:
         total = sum(map(math.prod, shapes.values()))
-        message = _unguessable(unknown, total, have_adam)
+        message = _unguessable(unknown, total, outcome)
     else:
         return
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def _one_vector(shape: tuple[int, ...], have_adam: bool) -> str:
-    treatment = (
-        "is trained with Adam and takes Adam's memory, because APOLLO saves memory on "
-        "matrices only"
-        if have_adam
-        else "has no momentum, because only matrices have one"
-    )
-    return (
-        f"the parameters are one vector of shape {shape}, which {treatment}. If "
-        "optax.flatten or ravel_pytree made the vector, give the tree of parameters "
-        "instead, without optax.flatten around this transformation."
-    )
-
-
 def _unguessable(
-    unknown: dict[_tree.Path, tuple[int, ...]], total: int, have_adam: bool
+    unknown: dict[_tree.Path, tuple[int, ...]], total: int, outcome: Unguessed
 ) -> str:
     """The warning of leaves, given by shape, among `total` parameters."""
     sizes = {path: math.prod(shape) for path, shape in unknown.items()}
@@ -568,16 +578,10 @@ def _unguessable(
         f"{_count_leaves(len(unknown))} of three or more axes, {share:.0%} of the "
         "parameters"
     )
-    treatment = (
-        f"Adam trains {leaves}, with Adam's memory"
-        if have_adam
-        else f"there is no momentum for {leaves}"
-    )
     return (
-        f"{treatment}, because it can't be guessed which of their axes form a matrix. "
-        f"The largest: {named}. Name the axes with weight_dimension_numbers. For "
-        "layer-stacked kernels (layers, in, out), for example, pass "
-        "dimension_numbers_by_path([(r'layers/.*/kernel$', "
-        "ApolloDimensionNumbers(1, 2))]). None "
-        f"{'leaves a kernel to Adam' if have_adam else 'leaves a kernel out'}."
+        f"{outcome.to_leaves.format(leaves)}, because it can't be guessed which of "
+        f"their axes form a matrix. The largest: {named}. Name the axes with "
+        "weight_dimension_numbers. For layer-stacked kernels (layers, in, out), for "
+        "example, pass dimension_numbers_by_path([(r'layers/.*/kernel$', "
+        f"ApolloDimensionNumbers(1, 2))]). None {outcome.by_none}."
     )

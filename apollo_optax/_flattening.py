@@ -19,6 +19,7 @@ from apollo_optax import (
     _check,
     _keys,
     _leafwise,
+    _momentum,
     _projection,
     _sharding,
     _spectrum,
@@ -27,7 +28,7 @@ from apollo_optax import (
 )
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
 from apollo_optax._dtypes import saturating_cast
-from apollo_optax._hyperparams import ARRAYS, hyperparams
+from apollo_optax._hyperparams import hyperparams, in_dtype
 from apollo_optax._matrix import Matrix
 from apollo_optax._state import Field, LeafState
 
@@ -313,7 +314,7 @@ def _update_matrix(
     rows, columns = matrix.axes.contracted, matrix.axes.channel
     if not matrix.axes.is_input_contracted:
         rows, columns = columns, rows
-    # 1. M = momentum M + G, and G + momentum M in the place of G
+    # 1. M = momentum M + G, and G + momentum M in the place of G.
     G = gradient.astype(matrix.dtype)
     if h.momentum is not None:
         G, state = _with_momentum(matrix, h.momentum, G, state)
@@ -322,7 +323,7 @@ def _update_matrix(
     if gradient.dtype == jnp.bfloat16:
         X = X.astype(jnp.bfloat16)
     # 3. F(X) = (X X^T)^((p - 1) / 2) X
-    p = _in_dtype(h.power, matrix.dtype)
+    p = in_dtype(h.power, matrix.dtype)
     if h.method == "newton_schulz":
         F = _spectrum.newton_schulz(matrix, X, p)
     elif omega is None:  # The method is "exact", or its cost is below that of the rank.
@@ -338,19 +339,13 @@ def _with_momentum(
     matrix: Matrix, decay: Any, G: jax.Array, state: LeafState
 ) -> tuple[jax.Array, LeafState]:
     """Nesterov's momentum, of the leaf's shape, and the new state."""
-    decay = _in_dtype(decay, matrix.dtype)
     stored = _batch_axes_back(matrix, state["momentum"]).astype(matrix.dtype)
-    M = decay * _sharding.reshard(stored, matrix.sharding) + G
+    stored = _sharding.reshard(stored, matrix.sharding)
+    update, M = _momentum.accumulate(decay, stored, G, nesterov=True)
     kept = _sharding.reshard(
         _batch_axes_first(matrix, M), _sharding.sharding_of(state["momentum"])
     )
-    return G + decay * M, _state.updated(state, momentum=kept)
-
-
-def _in_dtype(hyperparameter: Any, dtype: Any) -> Any:
-    """An array in `dtype`; a Python number stays a constant of any dtype."""
-    is_array = isinstance(hyperparameter, ARRAYS)
-    return jnp.asarray(hyperparameter, dtype) if is_array else hyperparameter
+    return update, _state.updated(state, momentum=kept)
 
 
 def _batch_axes_first(matrix: Matrix, tensor: jax.Array) -> jax.Array:

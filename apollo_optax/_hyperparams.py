@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 STATIC_ARGS = frozenset(
@@ -29,6 +30,12 @@ and dtypes as schedules. A factory that lacks some of these arguments takes
 """
 
 ARRAYS = (jax.Array, np.ndarray)
+
+
+def in_dtype(hyperparameter: Any, dtype: Any) -> Any:
+    """An array in `dtype`; a Python number stays a constant of any dtype."""
+    is_array = isinstance(hyperparameter, ARRAYS)
+    return jnp.asarray(hyperparameter, dtype) if is_array else hyperparameter
 
 
 _Class = TypeVar("_Class", bound=type[Any])

@@ -14,12 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _check, _sharding, _state, _tree
-from apollo_optax._dimension_numbers import (
-    WeightDimensionNumbers,
-    resolve,
-    warn_if_unguessable,
-)
+from apollo_optax import _check, _leafwise, _momentum, _sharding, _state, _tree
+from apollo_optax._dimension_numbers import Unguessed, WeightDimensionNumbers
 from apollo_optax._dtypes import saturating_cast
 from apollo_optax._hyperparams import hyperparams
 from apollo_optax._matrix import Matrix
@@ -30,8 +26,14 @@ LARGEST_CODE = 127
 CODES = Field(
     shape=lambda matrix: matrix.axes.shape,
     sharding=lambda matrix: matrix.sharding,
-    is_moment=True,
+    dtype=jnp.int8,
     only_matrices=True,
+)
+
+WITHOUT_MOMENTUM = Unguessed(
+    "there is no momentum for {}",
+    "has no momentum, because only matrices have one",
+    "leaves a kernel out",
 )
 
 
@@ -116,14 +118,15 @@ def int8_trace(
       nesterov: whether the update is Nesterov's momentum.
       weight_dimension_numbers: which axes of a leaf form a matrix, as in
         :func:`scale_by_apollo`. By default, embeddings and output heads are not
-        matrices.
+        matrices, nor are kernels of three axes or more, of which ``init`` warns.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`Int8TraceState`. Updates
       keep their dtypes.
 
     Raises:
-      TypeError: if `decay` is not a number, or `nesterov` not a bool.
+      TypeError: if `decay` is not a number, `nesterov` is not a bool, or dimension
+        numbers are malformed.
       ValueError: if `decay` is out of range. From ``init`` and ``update``, for a leaf
         that is not real floating-point, dimension numbers that do not fit, updates of
         another structure than the parameters, a state of another transformation, or,
@@ -158,53 +161,20 @@ def int8_trace(
     _check.decay("decay", decay)
     _check.boolean("nesterov", nesterov, 'add "nesterov" to static_args')
     h = _Hyperparams(decay, bool(nesterov))
-    fields = _state.fields_of(Int8TraceState)
 
-    def init_fn(params: optax.Params) -> Int8TraceState:
-        if weight_dimension_numbers is None:
-            warn_if_unguessable(params, have_adam=False)
-        axes = resolve(weight_dimension_numbers, params)
-        states, matrices = {}, {}
-        for path, leaf in _tree.leaves_by_path(params).items():
-            dtype, matrix = _check.accumulator_dtype(path, leaf), None
-            if (matrix_axes := axes[path]) is not None:
-                matrix = matrices[path] = Matrix.of_parameter(leaf, matrix_axes, dtype)
-            states[path] = _state.init_leaf(fields, leaf, matrix, dtype, jnp.int8)
-        return Int8TraceState(**_state.trees_of(fields, states, matrices, params))
+    def update_matrices(
+        step: _leafwise.Step, leaves: Mapping[_tree.Path, _leafwise.MatrixLeaf]
+    ) -> dict[_tree.Path, tuple[jax.Array, LeafState]]:
+        del step
+        return {path: _update_matrix(h, *leaf) for path, leaf in leaves.items()}
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Int8TraceState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Int8TraceState]:
-        del params, extra_args
-        axes = resolve(weight_dimension_numbers, updates)
-        leaves = _tree.leaves_by_path(updates)
-        _check.state_class(state, Int8TraceState)
-        states = _state.by_leaf(fields, state, leaves)
-        new_updates = dict(leaves)
-        for path, leaf in leaves.items():
-            dtype, matrix = _check.accumulator_dtype(path, leaf), None
-            if (matrix_axes := axes[path]) is not None:
-                _check.not_varying(path, leaf)
-                matrix = Matrix.of_gradient(jnp.asarray(leaf), matrix_axes, dtype)
-            _state.check_leaf(fields, path, leaf, states[path], matrix)
-            if matrix is not None:
-                new_updates[path], states[path] = _update_matrix(
-                    h, matrix, jnp.asarray(leaf), states[path]
-                )
-        return (
-            jax.tree.unflatten(
-                jax.tree.structure(updates), [new_updates[path] for path in leaves]
-            ),
-            _state.with_leaves(fields, state, states),
-        )
-
-    # Optax types any state as a tree of arrays.
-    init: Any = init_fn
-    update: Any = update_fn
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _leafwise.leafwise(
+        Int8TraceState,
+        update_matrices,
+        adam=None,
+        weight_dimension_numbers=weight_dimension_numbers,
+        unguessed=WITHOUT_MOMENTUM,
+    )
 
 
 # Jitted by itself, so that leaves of one shape share a trace, and an eager step
@@ -214,33 +184,41 @@ def _update_matrix(
     h: _Hyperparams, matrix: Matrix, gradient: jax.Array, state: LeafState
 ) -> tuple[jax.Array, LeafState]:
     """The update of one leaf, a matrix or a batch of them, and its new state."""
-    decay = jnp.asarray(h.decay, matrix.dtype)
     G = gradient.astype(matrix.dtype)
-    M = decay * _decoded(matrix, state) + G
-    update = G + decay * M if h.nesterov else M
+    update, M = _momentum.accumulate(
+        h.decay, _decoded(matrix, state), G, nesterov=h.nesterov
+    )
     return saturating_cast(update, gradient.dtype), _encoded(matrix, M, state)
 
 
-def _steps(matrix: Matrix, row: jax.Array, column: jax.Array) -> jax.Array:
-    """The size of a step of the code of each entry, in the leaf's order of axes."""
+def _code_sizes(matrix: Matrix, row: jax.Array, column: jax.Array) -> jax.Array:
+    """The value of a code of 1 in each entry, in the leaf's order of axes."""
     rows, columns = matrix.axes.contracted, matrix.axes.channel
     largest = jnp.minimum(matrix.spread(row, rows), matrix.spread(column, columns))
     return largest / LARGEST_CODE
 
 
 def _decoded(matrix: Matrix, state: Mapping[str, jax.Array]) -> jax.Array:
-    row = matrix.place(state["row"], matrix.axes.contracted)
-    column = matrix.place(state["column"], matrix.axes.channel)
+    row = matrix.place(state["row"].astype(matrix.dtype), matrix.axes.contracted)
+    column = matrix.place(state["column"].astype(matrix.dtype), matrix.axes.channel)
     codes = _sharding.reshard(state["codes"], matrix.sharding)
-    return codes.astype(matrix.dtype) * _steps(matrix, row, column)
+    return codes.astype(matrix.dtype) * _code_sizes(matrix, row, column)
 
 
 def _encoded(matrix: Matrix, M: jax.Array, state: LeafState) -> LeafState:
-    """The codes, rows and columns of a momentum, placed as those of `state` are."""
-    row = matrix.side_largest(M, matrix.axes.contracted)
-    column = matrix.side_largest(M, matrix.axes.channel)
-    steps = _steps(matrix, row, column)
-    codes = jnp.round(M / jnp.where(steps == 0, 1, steps)).astype(jnp.int8)
+    """The codes, rows and columns of a momentum, in the dtypes and places of `state`.
+
+    The codes are for the rows and columns that are stored, which may be narrower.
+    """
+    row = saturating_cast(
+        matrix.side_largest(M, matrix.axes.contracted), state["row"].dtype
+    )
+    column = saturating_cast(
+        matrix.side_largest(M, matrix.axes.channel), state["column"].dtype
+    )
+    sizes = _code_sizes(matrix, row.astype(M.dtype), column.astype(M.dtype))
+    codes = jnp.round(M / jnp.where(sizes == 0, 1, sizes))
+    codes = jnp.clip(codes, -LARGEST_CODE, LARGEST_CODE).astype(jnp.int8)
     new = {"codes": codes, "row": row, "column": column}
     return {
         name: _sharding.reshard(value, _sharding.sharding_of(state[name]))

@@ -73,7 +73,7 @@ class PartialOptimizer:
         shared = _state.shared_state(tx.init, self.params_tree({}))
         owners = _state.owners(self.state, self.params, shared)
         self._owner = {path: owner.parameter for path, owner in owners.items()}
-        self._in_leafwise = {path for path, owner in owners.items() if owner.rule}
+        self._has_rule = {path for path, owner in owners.items() if owner.rule}
         self._check_steps()
         quantized = [path for path, leaf in self.params.items() if is_quantized(leaf)]
         if quantized and key is None:
@@ -206,7 +206,7 @@ class PartialOptimizer:
             has_rows = self._owner[path] is not None and shape[:1] == (depth,)
             if has_rows and row_shape == (1, *shape[1:]):
                 is_mixed = shapes_of_many.get(path) != (many, *shape[1:])
-                if depth > 1 and path in self._in_leafwise and is_mixed:
+                if depth > 1 and path in self._has_rule and is_mixed:
                     reason = "has the shape of a matrix over the layers"
                     raise self._mixes_layers(path, reason)
                 stacked[path] = leaf

@@ -1,9 +1,9 @@
 """A transformation that updates each leaf by itself.
 
-Matrices are updated by an algorithm such as APOLLO, and all other leaves by Adam. This
-module has everything that these algorithms share: dimension numbers, checks of leaves,
-Adam, Flax's boxes, the count of steps and the trees of the state. An algorithm is a set
-of functions that are passed in.
+Matrices are updated by an algorithm such as APOLLO, and all other leaves by Adam, or
+not at all. This module has everything that these algorithms share: dimension numbers,
+checks of leaves, Adam, Flax's boxes, the count of steps and the trees of the state. An
+algorithm is a set of functions that are passed in.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from apollo_optax import _adam, _check, _sharding, _state, _tree
 from apollo_optax._dimension_numbers import (
+    Unguessed,
     WeightDimensionNumbers,
     resolve,
     warn_if_unguessable,
@@ -37,14 +38,21 @@ class Step(NamedTuple):
 
     Attributes:
       state: of the transformation, before the update.
-      number: of this step, counted from 1.
+      number: of this step, counted from 1; None if the state has no count.
       batch_index: the first index on the leaves' leading axis; usually 0.
     """
 
     state: Any
-    number: jax.Array
+    number: Any
     batch_index: jax.Array
 
+
+BY_ADAM = Unguessed(
+    "Adam trains {}, with Adam's memory",
+    "is trained with Adam and takes Adam's memory, because APOLLO saves memory on "
+    "matrices only",
+    "leaves a kernel to Adam",
+)
 
 InitShared = Callable[[NamedSharding | None], Mapping[str, jax.Array]]
 CheckMatrices = Callable[[Mapping[_tree.Path, Matrix]], None]
@@ -58,10 +66,11 @@ def leafwise(
     state_class: type[Any],
     update_matrices: UpdateMatrices,
     *,
-    adam: _adam.Decays,
+    adam: _adam.AdamHyperparams | None,
     rank: int = 0,
     weight_dimension_numbers: WeightDimensionNumbers,
-    moment_dtype: jax.typing.DTypeLike | None,
+    unguessed: Unguessed = BY_ADAM,
+    moment_dtype: jax.typing.DTypeLike | None = None,
     with_optional: bool = False,
     init_shared: InitShared = lambda replicated: {},
     check_matrices: CheckMatrices = lambda matrices: None,
@@ -70,13 +79,14 @@ def leafwise(
     """Makes a transformation from an algorithm for matrices.
 
     Args:
-      state_class: a NamedTuple with a `count` of steps. Its other fields are annotated
-        with a :class:`Field`, or made by `init_shared`.
+      state_class: a NamedTuple, with a `count` of steps if `adam` is given. Its other
+        fields are annotated with a :class:`Field`, or made by `init_shared`.
       update_matrices: the algorithm, from the leaves that are matrices to the update
         and the new state of each, by path.
-      adam: the hyperparameters of all other leaves.
+      adam: the hyperparameters of all other leaves; None if these pass through.
       rank: the rank that the matrices are projected to.
       weight_dimension_numbers: which axes of a leaf form a matrix.
+      unguessed: what happens to kernels whose axes can't be guessed.
       moment_dtype: dtype of the fields that are moments; None for the default.
       with_optional: whether the state has the fields with a default.
       init_shared: the fields of the state that belong to no leaf, besides `count`,
@@ -90,15 +100,16 @@ def leafwise(
       TypeError: for `adam` or `moment_dtype` of the wrong type.
       ValueError: for `adam` or `moment_dtype` out of range.
     """
-    _check.decay("b1", adam.b1)
-    _check.decay("b2", adam.b2)
-    _check.non_negative("eps", adam.eps)
+    if adam is not None:
+        _check.decay("b1", adam.b1)
+        _check.decay("b2", adam.b2)
+        _check.non_negative("eps", adam.eps)
     _check.moment_dtype(moment_dtype)
     fields = _state.fields_of(state_class, with_optional=with_optional)
 
     def init_fn(params: optax.Params) -> Any:
         if weight_dimension_numbers is None:
-            warn_if_unguessable(params)
+            warn_if_unguessable(params, unguessed)
         axes = resolve(weight_dimension_numbers, params)
         leaves = _tree.leaves_by_path(params)
         states, matrices = {}, {}
@@ -112,8 +123,9 @@ def leafwise(
         shardings = map(_sharding.sharding_of, leaves.values())
         on_mesh = next((s for s in shardings if s is not None), None)
         replicated = _sharding.replicated(on_mesh)
+        zero = jnp.zeros((), jnp.int32, device=replicated)
         return state_class(
-            count=jnp.zeros((), jnp.int32, device=replicated),
+            **({} if adam is None else {"count": zero}),
             **init_shared(replicated),
             **_state.trees_of(fields, states, matrices, params),
         )
@@ -133,9 +145,11 @@ def leafwise(
         _check.state_class(state, state_class)
         check_state(state)
         states = _state.by_leaf(fields, state, gradients)
-        count = jnp.asarray(optax.safe_increment(state.count))
+        number: Any = None
+        if adam is not None:
+            number = jnp.asarray(optax.safe_increment(state.count))
 
-        new_updates, matrices = {}, {}
+        new_updates, matrices = dict(gradients), {}
         for path, leaf in gradients.items():
             dtype, matrix = _check.accumulator_dtype(path, leaf), None
             gradient, leaf_state = jnp.asarray(leaf), states[path]
@@ -144,20 +158,28 @@ def leafwise(
                 matrix = Matrix.of_gradient(gradient, matrix_axes, dtype, rank)
                 matrices[path] = MatrixLeaf(matrix, gradient, leaf_state)
             _state.check_leaf(fields, path, leaf, leaf_state, matrix)
-            if matrix is None:
-                new_updates[path], states[path] = _adam.update_leaf(
-                    adam, gradient, leaf_state, count, dtype
+            if matrix is None and adam is not None:
+                # A gradient may be sharded unlike the parameter, and so unlike `mu`.
+                before = _sharding.explicit_sharding_of(gradient)
+                gradient = _sharding.reshard(
+                    gradient, _sharding.explicit_sharding_of(leaf_state["mu"])
                 )
+                update, states[path] = _adam.update_leaf(
+                    adam, gradient, leaf_state, number, dtype
+                )
+                new_updates[path] = _sharding.reshard(update, before)
 
-        step = Step(state, count, jnp.asarray(batch_index))
+        step = Step(state, number, jnp.asarray(batch_index))
         for path, result in update_matrices(step, matrices).items():
             new_updates[path], states[path] = result
         new_state = _state.with_leaves(fields, state, states)
+        if number is not None:
+            new_state = new_state._replace(count=number)
         return (
             jax.tree.unflatten(
                 jax.tree.structure(updates), [new_updates[path] for path in gradients]
             ),
-            new_state._replace(count=count),
+            new_state,
         )
 
     # Optax types any state as a tree of arrays.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _check, _tree
+from apollo_optax import _check, _sharding, _tree
 from apollo_optax._dimension_numbers import MatrixAxes, WeightDimensionNumbers, resolve
 from apollo_optax._matrix import Matrix
 
@@ -167,12 +167,16 @@ def limit_norm_growth(
             _check.not_varying(path, leaf)
             matrix = Matrix.of_gradient(update, axes[path], dtype)
             _check.state_shape(path, "norm", remembered[path], matrix.batch_shape)
+            # A gradient may be sharded unlike the parameter, and so unlike the state.
+            norm, stored = matrix.tensor_norms(update.astype(dtype)), remembered[path]
             factor, norm = limit_norm(
-                matrix.tensor_norms(update.astype(dtype)),
-                remembered[path],
+                norm,
+                _sharding.reshard(stored, _sharding.explicit_sharding_of(norm)),
                 norm_growth_limit,
             )
-            norms[path] = norm.astype(remembered[path].dtype)
+            norms[path] = _sharding.reshard(
+                norm.astype(stored.dtype), _sharding.explicit_sharding_of(stored)
+            )
             limited[path] = matrix.scale(update, matrix.per_channel(factor))
         return (
             jax.tree.unflatten(jax.tree.structure(updates), list(limited.values())),

@@ -124,12 +124,13 @@ def quantize(
 
     .. math::
 
-       s = (h - l) / 254, \quad z = \lceil -l / s \rceil - 128, \quad
+       s = (h - l) / 253.99, \quad z = \lceil -l / s \rceil - 128, \quad
        q = \mathrm{round}(w / s) + z,
 
-    with :math:`s` rounded up to bfloat16. Nothing is clipped and 0 is exact. The error
-    of :math:`(q - z) s` is at most half a step :math:`s`, or less than a step if `key`
-    is given. A group with a value that is not finite dequantizes to NaN throughout,
+    with :math:`s` rounded up to bfloat16. The divisor is a little less than 254, so
+    nothing is clipped even if a division is a few ulp off. 0 is exact. The error of
+    :math:`(q - z) s` is at most half a step :math:`s`, or less than a step if `key` is
+    given. A group with a value that is not finite dequantizes to NaN throughout,
     because int8 can't record which value it was.
 
     Args:

@@ -16,11 +16,22 @@ import jax.numpy as jnp
 import optax
 
 from apollo_optax import _check, _tree
-from apollo_optax._dimension_numbers import WeightDimensionNumbers, resolve
+from apollo_optax._dimension_numbers import (
+    Unguessed,
+    WeightDimensionNumbers,
+    resolve,
+    warn_if_unguessable,
+)
 from apollo_optax._matrix import Matrix
 
 # The standard deviation of the initial weights of LLaMA, GPT-2 and BERT.
 USUAL_RMS = 0.02
+
+NOT_SCALED = Unguessed(
+    "the updates of {} are not scaled by their weights",
+    "is not scaled by its weights, because only matrices are",
+    "leaves a kernel's update as it is",
+)
 
 
 def scale_by_param_matrix_rms(
@@ -50,7 +61,8 @@ def scale_by_param_matrix_rms(
     best learning rate may depend on the length of a run.
 
     All other leaves keep their updates. Without `weight_dimension_numbers`, so do
-    kernels of three axes or more, such as those of stacked layers.
+    kernels of three axes or more, such as those of stacked layers, and ``init`` warns
+    of them.
 
     This is :func:`optax.scale_by_param_block_rms` for matrices: a layer-stacked leaf
     has a factor per layer, and embeddings, the output head and vectors have none. There
@@ -113,6 +125,8 @@ def scale_by_param_matrix_rms(
     _check.rms_bounds(min_rms, max_rms)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
+        if weight_dimension_numbers is None:
+            warn_if_unguessable(params, NOT_SCALED)
         resolve(weight_dimension_numbers, params)
         for path, leaf in _tree.leaves_by_path(params).items():
             _check.accumulator_dtype(path, leaf)

@@ -389,7 +389,8 @@ def _factors_less_one(
       gram: with the eigenvalues ``lambda`` and the eigenvectors ``W``.
       square: the sum of the squares of all singular values, ``(*batch,)``.
       power: the power ``p``.
-      others: how many singular values are not in `gram`; ``tau^2`` is their mean square.
+      others: how many singular values are not in `gram`; their mean square is
+        ``tau^2``.
     """
     r = gram.shape[-1]
     floor = SMALLEST_LEVEL / (others + r) * square

@@ -33,14 +33,16 @@ class Field:
     """The rules for one field of a state.
 
     Attributes:
-      shape: the field's shape for a leaf that is a matrix or a batch of them. The batch
-        axes come first, since a stack may be updated row by row. None means that
-        matrices do not have the field.
+      shape: the field's shape for a leaf that is a matrix or a batch of them. None
+        means that matrices do not have the field. The batch axes come first if
+        `_batching` updates the matrices, because it may do so one by one.
       sharding: the field's sharding for the same leaves.
       like_parameter: whether the field has the parameter's shape and sharding for all
         other leaves. If not, it is a replicated scalar for them.
-      is_moment: whether the argument `moment_dtype` sets the field's dtype. If not, it
-        is the dtype in which the leaf's norms and moments are computed.
+      is_moment: whether the argument `moment_dtype` sets the field's dtype.
+      dtype: the field's dtype if it is always the same. If neither this nor
+        `moment_dtype` sets it, it is that in which the leaf's norms and moments are
+        computed.
       only_matrices: whether only matrices have the field.
     """
 
@@ -48,6 +50,7 @@ class Field:
     sharding: Callable[[Matrix], NamedSharding | None] = lambda matrix: None
     like_parameter: bool = False
     is_moment: bool = False
+    dtype: Any = None
     only_matrices: bool = False
 
 
@@ -144,15 +147,19 @@ def init_leaf(
     dtype: Any,
     moment_dtype: Any,
 ) -> LeafState:
-    """Zeros for every field of a leaf; `dtype` is that of all fields but moments."""
+    """Zeros for every field of a leaf.
+
+    `dtype` is that of fields whose rules, with `moment_dtype`, give no other.
+    """
     sharding = _sharding.sharding_of(leaf)
     state = {}
     for name, field in fields.items():
         shape = field_shape(field, matrix, jnp.shape(leaf))
         if shape is not None:
+            given = moment_dtype if field.is_moment else field.dtype
             state[name] = jnp.zeros(
                 shape,
-                moment_dtype if field.is_moment and moment_dtype is not None else dtype,
+                dtype if given is None else given,
                 device=field_sharding(field, matrix, sharding),
             )
     return state
@@ -446,10 +453,11 @@ def state_sharding(
 
     * A state leaf takes a parameter's sharding if it has the parameter's shape and its
       path ends with the parameter's path.
-    * Moments, projections and norms of a matrix are recognised by the names of their
-      fields. Moments are sharded over the same devices as the parameter: along the
-      channel side if its size divides, else along the rank axis if that divides, and
-      otherwise they are replicated.
+    * Fields of a matrix, such as moments and norms, are recognised by their names.
+      Moments are sharded over the same devices as the parameter: along the channel side
+      if its size divides, else along the rank axis if that divides, and otherwise they
+      are replicated. A momentum is sharded like the parameter, and a vector along a
+      side, such as a factor of RACS, like that side.
     * Everything else (counts, keys, hyperparameters) is replicated.
 
     A leaf that belongs to a parameter has the parameter's memory kind.

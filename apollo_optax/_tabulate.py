@@ -196,9 +196,15 @@ def _treatment(
     matrices = [_state.owned_matrix(*field, leaf, matrix) for field in fields]
     if axes is None:
         return "Adam"
-    rank = max(matrix.rank for matrix in matrices if matrix is not None)
-    kind: Any = fields[0][0].kind
-    return _state.STATES[kind].format(rank=rank, contracted=axes.contracted_size)
+    # A chain may have several transformations that treat the matrix, one after another.
+    ranks: dict[Any, int] = {}
+    for (owner, _), matrix in zip(fields, matrices, strict=True):
+        if matrix is not None:
+            ranks[owner.kind] = max(ranks.get(owner.kind, 0), matrix.rank)
+    return ", ".join(
+        _state.STATES[kind].format(rank=rank, contracted=axes.contracted_size)
+        for kind, rank in ranks.items()
+    )
 
 
 def _shapes(owned: _Owned) -> str:

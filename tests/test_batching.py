@@ -19,7 +19,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from apollo_optax import ApolloDimensionNumbers, _batching, _keys, scale_by_apollo
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    _batching,
+    _keys,
+    apollo_mini,
+    apollo_zero,
+    scale_by_apollo,
+)
 from apollo_optax._dimension_numbers import matrix_axes
 from apollo_optax._matrix import Matrix
 
@@ -389,3 +396,18 @@ def test_keys_and_small_draws_need_no_loop_over_leaves():
 
     assert loops(7)[0] == 0
     assert loops(7)[1] == loops(9)[1]
+
+
+@pytest.mark.parametrize(
+    "tx", [apollo_zero(0.1), apollo_zero(0.1, momentum=0.9), apollo_mini(0.1)]
+)
+def test_leaves_of_one_shape_may_be_on_different_devices(tx):
+    gradients = {name: normal((64, 96), seed) for seed, name in enumerate("abc")}
+    expected, _ = tx.update(gradients, tx.init(gradients), gradients)
+    devices = dict(zip(gradients, jax.devices(), strict=False))
+    placed = {name: jax.device_put(g, devices[name]) for name, g in gradients.items()}
+    state = tx.init(placed)
+    updates, _ = tx.update(placed, state, placed)
+    for name, update in updates.items():
+        assert update.devices() == {devices[name]}
+    chex.assert_trees_all_close(jax.device_get(updates), expected, rtol=1e-5)

@@ -120,6 +120,35 @@ def test_warns_of_leaves_that_may_be_matrices():
         int8_trace(0.9).init(PARAMS["bias"])
 
 
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9, "int8_momentum": True}])
+def test_apollo_zero_warns_once_of_leaves_that_may_be_matrices(momentum, relative):
+    params = PARAMS | {"stack": normal(2, (2, 8, 12))}
+    with pytest.warns(UserWarning, match="Adam trains 1 leaf of three or") as warned:
+        apollo_zero(0.1, relative=relative, **momentum).init(params)
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("computed", ["float32", "float64"])
+def test_the_state_keeps_its_dtypes(stored, computed):
+    """A checkpoint may restore rows and columns in a dtype other than a gradient's."""
+    with jax.enable_x64(True):
+        gradient = normal(0, (8, 12), computed)
+        tx = int8_trace(0.9)
+        state: Any = tx.init(gradient)
+        narrow = state._replace(
+            row=state.row.astype(stored), column=state.column.astype(stored)
+        )
+        _, state = tx.update(gradient, narrow)
+        assert [x.dtype for x in state] == ["int8", stored, stored]
+        kept, _ = tx.update(jnp.zeros_like(gradient), state)
+        # Rounding the largest entry down to bfloat16 may clip it by half a percent.
+        share = 1 / 250 + (1 / 250 if stored == "bfloat16" else 0)
+        error = np.abs(np.asarray(kept) / 0.9 - np.asarray(gradient))
+        assert error.max() <= share * np.abs(gradient).max()
+
+
 @pytest.mark.parametrize("decay", [0.9, 0.99])
 def test_errors_of_rounding_add_up_to_a_bound(decay):
     """An entry without a gradient, which optax.trace forgets, keeps a small code."""
@@ -273,7 +302,7 @@ def test_init_on_a_mesh():
         (
             lambda: apollo_zero(0.1, momentum=1.5, int8_momentum=True),
             ValueError,
-            r"decay must be in \[0, 1\), got 1.5",
+            r"momentum must be in \[0, 1\), got 1.5",
         ),
     ],
 )

@@ -190,6 +190,7 @@ def test_rejects_other_parameters(params, message):
     [
         ({"reference_rms": 0.0}, ValueError, "greater than 0, got 0.0"),
         ({"reference_rms": "0.02"}, TypeError, "must be a number"),
+        ({"reference_rms": jnp.ones(1)}, TypeError, "must be one real number"),
         ({"min_rms": -1.0}, ValueError, "min_rms must be finite and at least 0"),
         ({"max_rms": 0.0}, ValueError, "max_rms must be greater than 0, got 0.0"),
         ({"min_rms": 0.2}, ValueError, "max_rms is 0.1, below min_rms, which is 0.2"),
@@ -198,6 +199,16 @@ def test_rejects_other_parameters(params, message):
 def test_rejects_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         scale_by_param_matrix_rms(**arguments)
+
+
+def test_warns_of_leaves_that_may_be_matrices():
+    tx, stack = scale_by_param_matrix_rms(), jnp.ones((2, 4, 6))
+    with pytest.warns(UserWarning, match="the updates of 1 leaf of three or more axes"):
+        tx.init({"kernel": stack})
+    with pytest.warns(UserWarning, match="which is not scaled by its weights"):
+        tx.init(jnp.ones(6))
+    numbers = ApolloDimensionNumbers(1, 2)
+    scale_by_param_matrix_rms(weight_dimension_numbers=numbers).init({"kernel": stack})
 
 
 @pytest.mark.parametrize("relative", [1, 0.02, None])

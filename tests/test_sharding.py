@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from typing import Any
 
 import chex
 import jax
@@ -18,7 +19,11 @@ import apollo_optax
 from apollo_optax import (
     ApolloDimensionNumbers,
     LimitNormGrowthState,
+    int8_trace,
+    limit_norm_growth,
     scale_by_apollo,
+    scale_by_param_matrix_rms,
+    scale_by_racs,
     state_bytes,
     state_sharding,
 )
@@ -456,6 +461,36 @@ def test_gradients_may_be_sharded_unlike_the_parameters(spec, scale_type):
         for leaf, before in zip(*map(jax.tree.leaves, (new, state)), strict=True):
             assert jax.typeof(leaf).str_short() == jax.typeof(before).str_short()
         chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("make", "shape", "specs"),
+    [
+        (limit_norm_growth, (4, 8, 16), (P("data"), P(None, None, "model"))),
+        (int8_trace, (4, 8, 16), (P("data"), P(None, None, "model"))),
+        (scale_by_racs, (4, 8, 16), (P("data"), P(None, None, "model"))),
+        (scale_by_param_matrix_rms, (4, 8, 16), (P("data"), P(None, None, "model"))),
+        (scale_by_apollo, (16,), (P("data"), P())),  # A vector has Adam.
+    ],
+)
+def test_states_stay_where_they_are_for_any_gradient(make, shape, specs, jit):
+    mesh = make_mesh(AxisType.Explicit)
+    arguments: dict[Any, Any] = {int8_trace: (0.9,), scale_by_apollo: (4,)}
+    numbers: Any = {} if len(shape) == 1 else {"weight_dimension_numbers": STACKED}
+    tx = make(*arguments.get(make, ()), **numbers)
+    update = jax.jit(tx.update) if jit else tx.update
+    for spec, other in itertools.permutations(specs):
+        param = {"w": sharded(mesh, shape, spec)}
+        gradient = {"w": sharded(mesh, shape, other)}
+        state = tx.init(param)
+        expected, kept = update(param, state, param)
+        updates, new = update(gradient, state, param)
+        assert jax.typeof(updates["w"]) == jax.typeof(gradient["w"])
+        for leaf, before in zip(*map(jax.tree.leaves, (new, state)), strict=True):
+            assert jax.typeof(leaf).str_short() == jax.typeof(before).str_short()
+        actual, both = jax.device_get(((updates, new), (expected, kept)))
+        chex.assert_trees_all_close(actual, both, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, "model")])

@@ -12,8 +12,10 @@ from apollo_optax import (
     apollo,
     apollo_mini,
     apollo_zero,
+    int8_trace,
     limit_norm_growth,
     racs,
+    scale_by_apollo,
     tabulate,
 )
 
@@ -100,6 +102,14 @@ def test_totals_are_the_bytes_of_the_whole_state(make):
         (optax.masked(apollo_zero(0.1, momentum=0.9), {"kernel": False}), "no state"),
         (apollo_zero(0.1, momentum=0.9, int8_momentum=True), "momentum in int8"),
         (racs(0.1), "RACS"),
+        (
+            optax.chain(scale_by_apollo(2), int8_trace(0.9)),
+            "APOLLO rank 2, 4 contracted, momentum in int8",
+        ),
+        (
+            optax.chain(int8_trace(0.9), scale_by_apollo(2)),
+            "momentum in int8, APOLLO rank 2, 4 contracted",
+        ),
     ],
 )
 def test_table_names_the_treatment(tx, treatment):
