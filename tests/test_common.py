@@ -117,7 +117,9 @@ def test_converges_in_scan(name):
         squares["rosenbrock"] = 0.0
         return optax.tree.sum(squares) + (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
-    tx = OPTIMIZERS[name](0.02)
+    # Updates of a constant size would circle around a minimum for ever.
+    rate = optax.linear_schedule(0.02, 0.0, 1000, transition_begin=3000)
+    tx = OPTIMIZERS[name](rate)
 
     def step(carry, _):
         params, state = carry
@@ -129,7 +131,7 @@ def test_converges_in_scan(name):
         (params, _), _ = jax.lax.scan(step, (initial, tx.init(initial)), length=4000)
         return params
 
-    chex.assert_trees_all_close(train(), final, rtol=3e-2, atol=3e-2)
+    chex.assert_trees_all_close(train(), final, rtol=1e-3, atol=1e-3)
 
 
 @every_optimizer
