@@ -377,7 +377,8 @@ def apollo_zero(
 
     .. seealso:: :func:`apollo`, :func:`optax.contrib.muon`
     """
-    # The flattening warns of kernels whose axes can't be guessed. The others need not.
+    # The flattening warns of kernels whose axes can't be guessed, so the other
+    # transformations are given the default rule itself, of which they do not warn.
     numbers = weight_dimension_numbers
     if numbers is None:
         numbers = default_dimension_numbers

@@ -182,7 +182,7 @@ def _group_by_shape(
         matrix, group = leaf.matrix, path
         draws = leaf.drawn_shape is not None
         if draws and matrix.is_on_one_device and not leaf.is_by_rows:
-            # In an eager step, leaves may be on different devices.
+            # Leaves may be on different devices in an eager step.
             is_traced = isinstance(leaf.gradient, Tracer)
             device = None if is_traced else leaf.gradient.sharding
             group = (matrix.batch_shape, leaf.drawn_shape, matrix.dtype, device)

@@ -528,7 +528,7 @@ class Unguessed(NamedTuple):
     """What happens to kernels whose axes can't be guessed, in the words of a warning.
 
     Attributes:
-      to_leaves: a sentence with a place for the words for the leaves.
+      to_leaves: a clause, with ``{}`` in the place of the words for the leaves.
       to_vector: what happens if all parameters are in one vector, as a predicate.
       by_none: what the dimension numbers None do to a kernel, as a predicate.
     """
@@ -539,7 +539,7 @@ class Unguessed(NamedTuple):
 
 
 def warn_if_unguessable(tree: Any, outcome: Unguessed) -> None:
-    """Warns of parameters that are no matrices by the default rule for want of axes.
+    """Warns of parameters whose matrix axes the default rule can't know.
 
     These are kernels of three or more axes, and all parameters in one vector.
     """

@@ -1,4 +1,4 @@
-"""The momentum of matrices, which states of several transformations hold."""
+"""The equation of a momentum, which the flattening and `int8_trace` share."""
 
 from typing import Any
 
