@@ -159,19 +159,6 @@ def test_chain():
     chex.assert_trees_all_equal(optax.tree.get(state, "nu"), state_alone[0].nu)
 
 
-def test_apollo_equals_the_chain_of_its_parts():
-    parts: Any = optax.chain(
-        apollo_optax.scale_by_apollo(2, update_proj_gap=2),
-        optax.add_decayed_weights(0.1),
-        optax.scale_by_learning_rate(0.01),
-    )
-    whole = small_apollo(0.01, weight_decay=0.1)
-    actual, expected = (
-        run(tx, small_gradients(3), small_params()) for tx in (whole, parts)
-    )
-    chex.assert_trees_all_equal(actual, expected)
-
-
 def test_partition():
     labels = {"dense": {"kernel": "apollo", "bias": "sgd"}, "scale": "sgd"}
     transforms = {"apollo": small_apollo(0.1), "sgd": optax.sgd(0.5)}
