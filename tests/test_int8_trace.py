@@ -313,7 +313,7 @@ def test_rejects_arguments(make, kind, message):
 
 def test_rejects_states_that_do_not_fit():
     tx = int8_trace(0.9)
-    with pytest.raises(ValueError, match="state"):
+    with pytest.raises(ValueError, match="ScaleByApolloState without codes, row, col"):
         tx.update(PARAMS, scale_by_apollo(2).init(PARAMS))
     state = tx.init(PARAMS | {"kernel": jnp.ones((16, 23))})
     with pytest.raises(ValueError, match="'kernel'"):

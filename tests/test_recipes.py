@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -177,7 +178,8 @@ def test_a_model_is_trained_a_layer_at_a_time() -> None:
     def head(params: Any, x: jax.Array, batch: jax.Array) -> jax.Array:
         return jnp.mean((x - params["embed"].mean()) ** 2)
 
-    run(
+    before = jax.tree.map(jnp.copy, params)  # The step donates the parameters.
+    names = run(
         "docs/recipes.md",
         "layerwise_step",
         tx=apollo_mini(
@@ -195,3 +197,8 @@ def test_a_model_is_trained_a_layer_at_a_time() -> None:
         key=jax.random.key(0),
         number=1,
     )
+    after, metrics, state = (names[name] for name in ("params", "metrics", "state"))
+    assert jnp.isfinite(metrics.loss)
+    assert int(state[0].count) == 1
+    for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        assert not np.allclose(old, new)

@@ -374,9 +374,10 @@ def test_projections_of_stacked_and_separate_layers_have_one_distribution():
     stacked = make(weight_dimension_numbers=STACKED)
     grads = {"kernel": jnp.zeros((layers, 4, 8))}
     of_stack = np.asarray(first_projections(stacked, grads)["kernel"])
-    key, paths = jax.random.key(0), [(str(i), "kernel") for i in range(layers)]
-    separate = np.asarray([draw_by_hand(key, path, 0, 1)[0] for path in paths])
-    for drawn in (of_stack, separate):
+    leaves = {str(layer): {"kernel": jnp.zeros((4, 8))} for layer in range(layers)}
+    of_leaves = first_projections(make(), leaves)
+    separate = [of_leaves[layer]["kernel"] for layer in leaves]
+    for drawn in (of_stack, np.asarray(separate)):
         # Entries are independent, with mean 0 and variance 1/r = 0.5. The limits are
         # five standard deviations.
         flat = drawn.reshape(layers, -1)
