@@ -179,7 +179,8 @@ def _group_by_shape(
     """The leaves in groups whose draws one compiled loop can make."""
     groups: dict[Any, dict[_tree.Path, Leaf]] = {}
     for path, leaf in leaves.items():
-        matrix, group = leaf.matrix, path
+        matrix = leaf.matrix
+        group: Any = path  # A group of its own, unless it shares a draw.
         draws = leaf.drawn_shape is not None
         if draws and matrix.is_on_one_device and not leaf.is_by_rows:
             # Leaves may be on different devices in an eager step.

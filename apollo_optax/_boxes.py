@@ -12,7 +12,7 @@ mesh axes.
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,6 +51,8 @@ def partition_names(box: Any, ndim: int) -> Names | None:
     seen: set[str] = set()
     names = []
     for entry in [*given, *(None,) * ndim][:ndim]:
+        if entry is PartitionSpec.UNCONSTRAINED:
+            entry = None
         parts = (entry,) if isinstance(entry, str) else tuple(entry or ())
         names.append(tuple(part for part in parts if part not in seen))
         seen.update(parts)
@@ -74,13 +76,20 @@ class Named:
           names: from :func:`partition_names`.
           on_mesh: the sharding of the value in the box; None if it is not known.
         """
-        self._box, self._rules = box, _rules(box)
-        self._mesh_sizes = _mesh_sizes(box, on_mesh)
-        unique = [name for part in names for name in part]
-        sizes = [math.prod(self._mesh_axes(name).values()) for name in unique]
-        mesh = AbstractMesh(tuple(sizes), tuple(unique))
+        sizes = _mesh_sizes(box, on_mesh)
+        # The mesh axes of each name with more than one device, and their sizes.
+        self._mesh_axes = {
+            name: {axis: sizes[axis] for axis in axes if sizes.get(axis, 1) > 1}
+            for name, axes in _mesh_axes_by_name(box, names).items()
+        }
+        self._box = box
+        self._names = [
+            tuple(name for name in part if name in self._mesh_axes) for part in names
+        ]
+        devices = [math.prod(axes.values()) for axes in self._mesh_axes.values()]
+        mesh = AbstractMesh(tuple(devices), tuple(self._mesh_axes))
         replicated = NamedSharding(mesh, PartitionSpec())
-        self.sharding = _sharding.named_sharding(replicated, names)
+        self.sharding = _sharding.named_sharding(replicated, self._names)
 
     def replace(self, array: Any, sharding: NamedSharding) -> Any:
         """A box around `array`, whose sharding is in terms of the names."""
@@ -101,17 +110,12 @@ class Named:
         Logical names can't be merged: NNX raises, and Linen takes them for mesh axes.
         Several names become the mesh axes that they stand for.
         """
-        sharding = [name for name in names if self._mesh_axes(name)]
+        if names in self._names:  # No name has moved here.
+            return names[0] if len(names) == 1 else names or None
+        sharding = [name for name in names if self._mesh_axes[name]]
         if len(sharding) <= 1:
             return next(iter((*sharding, *names)), None)
-        return tuple(axis for name in sharding for axis in self._mesh_axes(name))
-
-    def _mesh_axes(self, name: str) -> dict[str, int]:
-        """The mesh axes of a name with more than one device, and their sizes."""
-        axes = self._rules.get(name, name) or ()
-        axes = (axes,) if isinstance(axes, str) else axes
-        sizes = {axis: self._mesh_sizes.get(axis, 1) for axis in axes}
-        return {axis: size for axis, size in sizes.items() if size > 1}
+        return tuple(axis for name in sharding for axis in self._mesh_axes[name])
 
 
 def _is_nnx(box: Any) -> bool:
@@ -126,21 +130,41 @@ def _metadata(box: Any) -> Mapping[str, Any]:
     return {key: getattr(box, name, None) for key, name in keys.items()}
 
 
-def _rules(box: Any) -> dict[str, Any]:
-    """The mesh axes of each logical name, by the first rule for it.
+def _mesh_axes_by_name(box: Any, names: Names) -> dict[str, tuple[str, ...]]:
+    """The mesh axes of the names of one parameter, as Flax assigns them.
 
-    Flax reads a box by the box's own rules and by those of its context. So do we.
+    Flax reads a box by the box's own rules and by those of its context. There may be
+    several rules for a name. Linen takes the first one whose mesh axes no other name
+    of the parameter has, and NNX takes the last one. If other names have the mesh axes
+    of all rules for a name, it shards nothing and is left out. A name without a rule
+    is that of a mesh axis.
     """
     flax = sys.modules.get("flax.core.spmd")
     in_context = () if flax is None else flax.get_logical_axis_rules()
-    own: Sequence[Any] = _metadata(box).get("sharding_rules") or ()
-    return dict(reversed([*own, *in_context]))
+    rules = [*(_metadata(box).get("sharding_rules") or ()), *in_context]
+    if _is_nnx(box):
+        rules = list(dict(rules).items())
+    ruled = {name for name, _ in rules}
+    unique = [name for part in names for name in part]
+    assigned: dict[str, tuple[str, ...]] = {
+        name: (name,) for name in unique if name not in ruled
+    }
+    for name, given in rules:
+        axes = (given,) if isinstance(given, str) else tuple(given or ())
+        taken = {axis for other in assigned.values() for axis in other}
+        if name in unique and name not in assigned and taken.isdisjoint(axes):
+            assigned[name] = axes
+    return assigned
 
 
 def _mesh_sizes(box: Any, on_mesh: NamedSharding | None) -> Mapping[str, int]:
     """Devices per mesh axis: of the box's mesh, the value's, or the one in context."""
     mesh = _metadata(box).get("mesh")
+    if mesh is None and on_mesh is not None:
+        mesh = on_mesh.mesh
     if mesh is None:
-        context = jax.sharding.get_abstract_mesh()
-        mesh = context if on_mesh is None else on_mesh.mesh
+        # Under automatic sharding, the type of a traced value has a mesh, but no spec.
+        mesh = jax.typeof(_tree.unbox(box)).sharding.mesh
+    if mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
     return dict(mesh.shape)

@@ -145,9 +145,8 @@ def limit_norm_growth(
         for path, leaf in _tree.leaves_by_path(params).items():
             dtype = _check.accumulator_dtype(path, leaf)
             matrix = Matrix.of_parameter(leaf, axes[path], dtype)
-            norms[path] = jnp.zeros(
-                matrix.batch_shape, dtype, device=matrix.norm_sharding
-            )
+            place = matrix.norm_sharding or _sharding.committed_device(leaf)
+            norms[path] = jnp.zeros(matrix.batch_shape, dtype, device=place)
         return LimitNormGrowthState(_tree.rebuild(_tree.unbox(params), norms))
 
     def update_fn(

@@ -378,8 +378,9 @@ class Matrix:
         reduced: tuple[int, ...],
     ) -> jax.Array:
         """A reduction of a leaf over some axes; the others in the matrix's order."""
-        kept = (axis for axis in self.axes.order if axis not in reduced)
-        order = _argsort(_argsort(tuple(kept)))
+        kept = [axis for axis in self.axes.order if axis not in reduced]
+        left = sorted(kept)  # The order in which the reduction leaves the axes.
+        order = [left.index(axis) for axis in kept]
         return jnp.transpose(reduction(tensor, axis=reduced), order)
 
 

@@ -128,11 +128,17 @@ class Stored(Projection):
             rows = self.refresh_one(flat, before.reshape(matrix.rank, -1))
             return rows.astype(before.dtype).reshape(before.shape)
 
+        def over(batch_axis: int, function: Any) -> Any:
+            sharding = matrix.sharding
+            if sharding is not None and _sharding.mesh_axes(sharding, batch_axis):
+                return jax.vmap(function)  # A loop over a sharded axis would gather it.
+            # One matrix after the other, so that only one is replicated at a time.
+            return functools.partial(jax.lax.map, function)
+
         def refresh_all(gradient: jax.Array, previous: jax.Array) -> jax.Array:
             refresh_batch: Any = refresh_one
-            for _ in axes.batch:
-                # One matrix after the other, so that only one is replicated at a time.
-                refresh_batch = functools.partial(jax.lax.map, refresh_batch)
+            for axis in reversed(axes.batch):
+                refresh_batch = over(axis, refresh_batch)
             return refresh_batch((jnp.transpose(gradient, axes.order), previous))
 
         sharding = _sharding.sharding_of(previous)

@@ -21,6 +21,14 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
+def committed_device(leaf: Any) -> Any:
+    """The one device on which the caller has put an array; None if there is none."""
+    if isinstance(leaf, Tracer) or not getattr(leaf, "committed", False):
+        return None
+    devices = leaf.devices()
+    return next(iter(devices)) if len(devices) == 1 else None
+
+
 def explicit_sharding_of(array: jax.Array) -> NamedSharding | None:
     """The sharding in an array's type; None under automatic sharding."""
     sharding = jax.typeof(array).sharding

@@ -185,8 +185,9 @@ def _times_function_of_gram(
     side_one, side_two = (
         tuple(numbers[axis] for axis in axes.contracted) for numbers in (one, two)
     )
-    channel = (None if axis in axes.contracted else axis for axis in leaf)
-    X = _sharding.reshard(X, _sharding.sharding_of_axes(matrix.sharding, channel))
+    # Each device needs the whole contracted side; all other axes stay sharded.
+    sharded = (None if axis in axes.contracted else axis for axis in leaf)
+    X = _sharding.reshard(X, _sharding.sharding_of_axes(matrix.sharding, sharded))
     gram = _product(
         matrix, X.dtype, X, one, X, two, (*axes.batch, *side_one, *side_two)
     )

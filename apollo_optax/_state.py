@@ -152,6 +152,8 @@ def init_leaf(
     `dtype` is that of fields whose rules, with `moment_dtype`, give no other.
     """
     sharding = _sharding.sharding_of(leaf)
+    # A parameter that the caller has put on a device has its state there.
+    device = _sharding.committed_device(leaf)
     state = {}
     for name, field in fields.items():
         shape = field_shape(field, matrix, jnp.shape(leaf))
@@ -160,7 +162,7 @@ def init_leaf(
             state[name] = jnp.zeros(
                 shape,
                 dtype if given is None else given,
-                device=field_sharding(field, matrix, sharding),
+                device=field_sharding(field, matrix, sharding) or device,
             )
     return state
 
@@ -330,9 +332,9 @@ def owners(
                 rule = fields_of(kind).get(field)
                 if rule is None:
                     return Owner(None, kind, field)
+                # Otherwise parameters have the names of a state's fields by chance.
                 if rest in parameters:
                     return Owner(rest, kind, field, rule)
-                # Parameters have the names of the fields by chance.
         if path in shared:
             return Owner(None)
         ends = (path[i:] for i in range(len(path) + 1))
@@ -356,14 +358,14 @@ def _prefixes(state: Mapping[_tree.Path, Any]) -> dict[_tree.Path, type[Any]]:
     found = {}
     for kind in STATES:
         fields = fields_of(kind)
-        scalars = set(kind._fields) - fields.keys()
+        shared = set(kind._fields) - fields.keys()  # They belong to no leaf.
         # Fields of other leaves have no leaves if all leaves are matrices.
         may_be_empty = {name for name, field in fields.items() if field.shape is None}
         required = set(kind._fields) - kind._field_defaults.keys() - may_be_empty
         for prefix, names in children.items():
             is_adam = names <= set(optax.ScaleByAdamState._fields)
             is_kind = required <= names <= set(kind._fields) and not is_adam
-            if is_kind and all((*prefix, name) in state for name in scalars):
+            if is_kind and all((*prefix, name) in state for name in shared):
                 # A count with axes is the state of a parameter of that name.
                 count = state.get((*prefix, "count"))
                 if getattr(count, "shape", ()) == ():
@@ -466,7 +468,8 @@ def state_sharding(
       state: an optimizer state, of arrays or ``jax.ShapeDtypeStruct`` (from
         ``jax.eval_shape(tx.init, params)``).
       params: the parameters, of arrays or ``jax.ShapeDtypeStruct`` with
-        ``NamedSharding`` on one mesh; leaves without one count as replicated.
+        ``NamedSharding`` on one mesh; leaves without one count as replicated. Under
+        ``optax.lookahead``, its fast parameters.
       weight_dimension_numbers: the dimension numbers that the optimizer was given.
 
     Returns:

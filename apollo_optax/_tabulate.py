@@ -47,7 +47,8 @@ def tabulate(
 ) -> str:
     """A table of the state that `tx` keeps for each parameter, from shapes alone.
 
-    Works for any Optax pipeline. No array is allocated. "Adam" stands for two arrays of
+    Works for any Optax pipeline whose ``init`` takes the parameters, so not for
+    ``optax.lookahead``. No array is allocated. "Adam" stands for two arrays of
     the parameter's shape, whichever optimizer they belong to. "4 contracted" means that
     the side of size 4 is projected away, and that the other side has the channels.
 

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.linen.spmd import logical_to_mesh_axes
+from flax.linen.spmd import logical_to_mesh_axes, logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -217,6 +217,68 @@ def test_names_stay_where_no_mesh_is_known(make_box):
     layout = {"w": {"kernel": ((16, 32), ("fsdp", "tensor"))}}
     mu = mu_of(boxed_params(make_box, layout))
     assert specs_of(mu) == [P(None, "tensor")]
+
+
+@every_box
+def test_names_that_need_not_move_stay_where_no_mesh_is_known(make_box):
+    layout = {"w": {"kernel": ((16, 32), (None, ("fsdp", "tensor")))}}
+    mu = mu_of(boxed_params(make_box, layout))
+    assert specs_of(mu) == [P(None, ("fsdp", "tensor"))]
+
+
+@every_box
+def test_axes_that_the_compiler_shards_have_no_name(make_box):
+    layout = {"w": {"kernel": ((16, 32), (P.UNCONSTRAINED, "tensor"))}}
+    with jax.set_mesh(make_mesh()):
+        mu = mu_of(boxed_params(make_box, layout))
+    assert specs_of(mu) == [P(None, "tensor")]
+
+
+# Two names may share a mesh axis, and a name may have several rules, as in MaxText.
+SEVERAL_RULES = (("mlp", ("tensor",)), ("embed", ("fsdp", "tensor")), ("embed", "fsdp"))
+SHARED_AXIS = (("embed", "fsdp"), ("mlp", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "shape", "expected"),
+    [
+        (SEVERAL_RULES, (16, 32), P(None, ("tensor", "fsdp"))),
+        (SHARED_AXIS, (16, 32), P(None, "fsdp")),
+        # The channels don't divide, so no name is left.
+        (SHARED_AXIS, (16, 31), P(None, None)),
+    ],
+)
+def test_linens_rules_give_a_mesh_axis_to_one_name_only(rules, shape, expected):
+    names = ("embed", "mlp")
+    kernel = nn.LogicallyPartitioned(normal(0, shape), names, rules=rules)
+    with jax.set_mesh(make_mesh()):
+        mu = mu_of({"kernel": kernel}, rank=1)
+    assert specs_of(mu, rules) == [expected]
+    specs = nn.get_partition_spec(mu)
+    shardings = logical_to_mesh_sharding(specs, make_mesh(), rules)
+    jax.device_put(nn.unbox(mu), shardings)
+
+
+def test_nnxs_rules_give_a_name_its_last_rule():
+    variable = nnx.Param(
+        normal(0, (16, 32)),
+        out_sharding=("embed", "mlp"),
+        sharding_rules=SEVERAL_RULES,
+        eager_sharding=False,
+    )
+    with jax.set_mesh(make_mesh()):
+        mu = mu_of(nnx.State({"kernel": variable}))
+    assert specs_of(mu) == [P(None, ("tensor", "fsdp"))]
+
+
+@every_box
+def test_names_under_jit_are_those_of_eager_parameters(make_box):
+    """The mesh of the parameters counts, also where no mesh is in context."""
+    layout = {"w": {"kernel": ((16, 32), ("fsdp", None))}}
+    params = boxed_params(make_box, layout, make_mesh())
+    assert specs_of(mu_of(params)) == [P(None, "fsdp")]
+    assert specs_of(jax.jit(mu_of)(params)) == [P(None, "fsdp")]
+    assert specs_of(jax.eval_shape(mu_of, params)) == [P(None, "fsdp")]
 
 
 @every_box

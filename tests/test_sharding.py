@@ -589,3 +589,24 @@ def test_limiter_keeps_types_and_shardings(axis_type):
         limited = jax.tree.map(lambda x: 1.01 * x, gradient)
         chex.assert_trees_all_close(updates, limited, rtol=1e-5)
         assert_types((updates, new), before, shardings)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        apollo_optax.scale_by_apollo(2),
+        apollo_optax.scale_by_racs(),
+        apollo_optax.scale_by_flattening(momentum=0.9),
+        apollo_optax.int8_trace(0.9),
+        apollo_optax.limit_norm_growth(),
+    ],
+)
+def test_state_is_on_the_device_that_the_caller_put_a_parameter_on(tx: Any) -> None:
+    second = jax.devices()[1]
+    params = {"kernel": jax.device_put(normal(0, (8, 16)), second)}
+    state = tx.init(params)
+    owners = apollo_optax.state_owners(state, params)
+    for leaf, owner in zip(*map(jax.tree.leaves, (state, owners)), strict=True):
+        if owner:
+            assert leaf.devices() == {second}
+    assert any(jax.tree.leaves(owners))

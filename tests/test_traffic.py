@@ -304,6 +304,13 @@ def test_svd_gathers_one_matrix_at_a_time_when_it_refreshes(name, axis_type):
     assert max(each.size for each in gathered) == size // matrices
 
 
+def test_svd_gathers_no_experts_when_it_refreshes():
+    """Under explicit sharding, where it is known that the experts are sharded."""
+    case = Case((16, 64, 256), P(M), STACKED, 16 * 256, (1,))
+    program = compiled(case, make_mesh(AxisType.Explicit), "svd")[0].as_text()
+    assert not [each for each in collectives(program, rare=True) if each.size > 1]
+
+
 # The layer-wise step.
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 128, 256, 40
