@@ -32,6 +32,7 @@ from examples.llama.options import (
 )
 from examples.llama.pretrain import pretrain
 from examples.llama.run.errors import (
+    RESUME,
     RunInterrupted,
     UsageError,
     check_names,
@@ -292,7 +293,7 @@ def main(args: list[str] | None = None) -> None:
         with StopRequest() as stop:
             compare(options, stop, Console())
 
-    exit_on_usage_error(command)
+    exit_on_usage_error(command, after_interrupt=RESUME)
 
 
 if __name__ == "__main__":

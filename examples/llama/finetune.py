@@ -23,6 +23,7 @@ from examples.llama.mesh import batch_share
 from examples.llama.options import FinetuneOptions, RunOptions, parse
 from examples.llama.run import distributed
 from examples.llama.run.errors import (
+    RESUME,
     UsageError,
     exit_on_usage_error,
     is_first,
@@ -240,7 +241,7 @@ def main(args: list[str] | None = None) -> None:
                 f"{options.out}"
             )
 
-    exit_on_usage_error(command)
+    exit_on_usage_error(command, after_interrupt=RESUME)
 
 
 if __name__ == "__main__":

@@ -77,9 +77,6 @@ def main(args: list[str] | None = None) -> None:
         except CompilerError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
 
     exit_on_usage_error(command)
 

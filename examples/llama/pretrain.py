@@ -16,7 +16,7 @@ from examples.llama.mesh import batch_share
 from examples.llama.model import Batch
 from examples.llama.options import RunOptions, parse
 from examples.llama.run import distributed, setup
-from examples.llama.run.errors import exit_on_usage_error, is_first
+from examples.llama.run.errors import RESUME, exit_on_usage_error, is_first
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.result import RunResult
 from examples.llama.text import loader
@@ -82,7 +82,7 @@ def main(args: list[str] | None = None) -> None:
                 f"{options.out}"
             )
 
-    exit_on_usage_error(command)
+    exit_on_usage_error(command, after_interrupt=RESUME)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tqdm import tqdm
 
 from examples.llama import export
 from examples.llama.options import RunOptions
@@ -18,11 +22,13 @@ from examples.llama.run.checkpoint import (
     restore_params,
     steps_on_disk,
 )
-from examples.llama.run.errors import UsageError
-from examples.llama.run.log import BEST, CHECKPOINTS, METRICS, NoLog
+from examples.llama.run.errors import RunInterrupted, UsageError
+from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.log import BEST, CHECKPOINTS, METRICS, NoLog, Row
 from examples.llama.run.plots import plot_curves
 from examples.llama.run.recorder import DivergedError, Recorder
 from examples.llama.run.result import read_result
+from examples.llama.step import StepMetrics
 from tests.examples.conftest import SMALL
 
 PARAMS: Any = {"w": np.zeros(2)}
@@ -66,6 +72,28 @@ def test_only_a_damaged_checkpoint_is_called_so(
         restore_params(tmp_path, PARAMS, None, name)
 
 
+def test_a_signal_during_a_restore_is_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
+        for step in (5, 10):
+            checkpoints.save(step, {"params": PARAMS}, {})
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # The signal comes before this ends.
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", interrupted)
+    state: Any = {"params": PARAMS}
+    with (
+        pytest.raises(RunInterrupted, match="stopped by SIGTERM"),
+        StopRequest(),
+        Checkpoints(tmp_path, keep=2, config={}) as checkpoints,
+    ):
+        checkpoints.restore_newest(state)
+    assert steps_on_disk(tmp_path, CHECKPOINTS) == [5, 10]
+
+
 @pytest.mark.parametrize(
     ("error", "backend", "remedy"),
     [
@@ -104,3 +132,55 @@ def test_weights_whose_loss_diverged_are_not_kept(loss: float, tmp_path: Path) -
         evaluate(PARAMS, 1)
         # A checkpoint of this step, which comes next, must not be ahead of the weights.
         assert steps_on_disk(tmp_path, BEST) == [1]
+
+
+# The throughput of a run.
+
+
+class Rows(NoLog):
+    """Collects rows, and takes a while for each."""
+
+    def __init__(self, clock: "Clock") -> None:
+        self.rows: list[Row] = []
+        self._clock = clock
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+        self._clock.now += 0.4
+
+
+class Clock:
+    """A host and a device that takes a second per step, one after the other."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.steps = 0
+
+    def dispatch(self) -> float:
+        """Returns the time at which the device has made the next step."""
+        self.steps += 1
+        return float(self.steps)
+
+    def wait(self, metrics: StepMetrics) -> StepMetrics:
+        self.now = max(self.now, float(metrics.grad_norm))
+        return metrics
+
+
+def test_throughput_is_that_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    log: Any = Rows(clock)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(jax, "device_get", clock.wait)
+    options = RunOptions(out=tmp_path, batch=10, seq=10, compute_dtype="float32")
+    mesh: Any = jax.make_mesh((1,), ("data",))
+    bar: Any = tqdm(disable=True)
+    recorder = Recorder(options, SMALL, mesh, lambda step: 0.1 + 0 * step, log, bar)
+    for step in range(1, 7):
+        # The fake device puts the end of the step where the gradient's norm would be.
+        metrics: Any = StepMetrics(loss=1.0, grad_norm=clock.dispatch())
+        recorder.add(step, metrics)
+    recorder.sync()
+    throughputs = [row["tokens_per_s"] for row in log.rows]
+    assert throughputs == pytest.approx([100.0] * 6)

@@ -12,6 +12,7 @@ from examples.llama.export import ExportOptions
 from examples.llama.memory.options import PlanOptions
 from examples.llama.options import FinetuneOptions, RunOptions
 from examples.llama.run.errors import (
+    RESUME,
     RunInterrupted,
     UsageError,
     exit_on_usage_error,
@@ -75,10 +76,26 @@ def test_commands_print_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         exit_on_usage_error(fail)
     exit_on_usage_error(stop)
-    notice("`out` holds a run")
+    notice("`out` holds a run with ", quoted="`len` of `x`")
     out, err = capsys.readouterr()
     assert out == "--resume auto goes on\n"
-    assert err == "error: --batch 7 is odd\n--out holds a run\n"
+    assert err == "error: --batch 7 is odd\n--out holds a run with `len` of `x`\n"
+
+
+@pytest.mark.parametrize(
+    ("after", "line"),
+    [("", "interrupted"), (RESUME, f"interrupted; {with_flags(RESUME)}")],
+)
+def test_ctrl_c_names_what_the_command_can_do(
+    after: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        exit_on_usage_error(interrupted, after_interrupt=after)
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 @pytest.mark.parametrize("name", LIBRARY)

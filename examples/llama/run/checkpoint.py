@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from examples.llama.model import Params
 from examples.llama.options import differing_fields
-from examples.llama.run.distributed import from_first, together
+from examples.llama.run.distributed import exchange, from_first, together
 from examples.llama.run.errors import (
     UsageError,
     disk_is_full,
@@ -125,7 +125,8 @@ class Checkpoints:
 
     def remove_after(self, step: int) -> None:
         """Removes the checkpoints of later steps, which a resumed run repeats."""
-        for later in self.steps():
+        # Orbax waits for all processes in each removal, so all take the same steps.
+        for later in from_first(self.steps):
             if later > step:
                 self._manager.delete(later)
 
@@ -156,19 +157,25 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in reversed(from_first(self.steps)):
-            try:
-                with together():
+            restored, reason = None, ""
+            # An error that is not damage ends all processes. Damage that one of them
+            # finds makes all of them take an older checkpoint.
+            with together():
+                try:
                     restored = self._restore(step, abstract_state)
-            except NOT_DAMAGE:
-                raise
-            except Exception as error:
-                damaged[step] = first_line(error)
-            else:
-                with together():
-                    if is_first():
-                        self._set_aside(damaged)
-                self._manager.reload()
-                return restored
+                except NOT_DAMAGE:
+                    raise
+                except Exception as error:
+                    reason = first_line(error)
+            reasons = list(filter(None, exchange(reason)))
+            if reasons:
+                damaged[step] = reasons[0]
+                continue
+            with together():
+                if is_first():
+                    self._set_aside(damaged)
+            self._manager.reload()
+            return restored
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise UsageError(

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from examples.llama.options import ProcessOptions
 from examples.llama.run.errors import (
     OtherProcessError,
+    RunInterrupted,
     UsageError,
     explained,
     first_line,
@@ -123,16 +124,15 @@ def together() -> Iterator[None]:
 
     It is for code that is not a computation of all processes.
     """
-    error = None
+    error: BaseException | None = None
+    said = ""
     try:
         yield
+    except RunInterrupted as own:
+        error, said = own, str(own)
     except Exception as own:
         error = own
-    said = (
-        ""
-        if error is None
-        else explained(error) or f"{type(error).__name__}: {first_line(error)}"
-    )
+        said = explained(own) or f"{type(own).__name__}: {first_line(own)}"
     failed = {process: other for process, other in enumerate(exchange(said)) if other}
     if error is not None:
         raise error
@@ -186,7 +186,7 @@ class Vote:
 
 
 @contextlib.contextmanager
-def ends_at_once(*agreed: type[Exception]) -> Iterator[None]:
+def ends_at_once(*agreed: type[BaseException]) -> Iterator[None]:
     """Ends a process at once if it fails alone, without waiting for the others.
 
     The status is 2 for an error that the user can correct, and 1 otherwise. An ordinary

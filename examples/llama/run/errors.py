@@ -23,8 +23,12 @@ class OtherProcessError(Exception):
     """An error of another process of the run, which also reports it."""
 
 
-class RunInterrupted(Exception):  # noqa: N818 (it is no error)
-    """A run that stopped on request; the message says where it can be continued."""
+class RunInterrupted(BaseException):
+    """A run that stopped on request; the message says where it can be continued.
+
+    Like `KeyboardInterrupt`, it is no `Exception`. A signal may come at any time, and
+    code that handles the errors of a library must not take it for one of them.
+    """
 
     def __init__(self, message: str, *, status: int = 0) -> None:
         super().__init__(message)
@@ -77,10 +81,19 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def notice(text: str) -> None:
-    """Writes a line to stderr above the progress bar, if any; only process 0 writes."""
+def notice(text: str, quoted: str = "") -> None:
+    """Writes a line to stderr above the progress bar, if any; only process 0 writes.
+
+    Args:
+        text: the line, in which fields are printed as flags.
+        quoted: the end of the line, which is printed as it is.
+    """
     if is_first():
-        tqdm.write(with_flags(text), file=sys.stderr)
+        tqdm.write(with_flags(text) + quoted, file=sys.stderr)
+
+
+# For commands that continue a run in its folder.
+RESUME = "`resume` auto goes on with what is on disk"
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -119,11 +132,17 @@ def explained(error: Exception) -> str | None:
     return None
 
 
-def exit_on_usage_error(command: Callable[[], object]) -> None:
+def exit_on_usage_error(
+    command: Callable[[], object], *, after_interrupt: str = ""
+) -> None:
     """Runs `command`. A user's error becomes one line on stderr and exit status 2.
 
     A run that was interrupted and saved ends with status 0, because it did what it was
     asked.
+
+    Args:
+        command: what to run.
+        after_interrupt: what the user can do after Ctrl-C has ended the command.
     """
     try:
         command()
@@ -133,10 +152,8 @@ def exit_on_usage_error(command: Callable[[], object]) -> None:
         if interruption.status:
             sys.exit(interruption.status)
     except KeyboardInterrupt:
-        print(
-            "interrupted at once; --resume auto goes on with what is on disk",
-            file=sys.stderr,
-        )
+        remedy = f"; {after_interrupt}" if after_interrupt else ""
+        print(with_flags(f"interrupted{remedy}"), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if (line := explained(error)) is None:

@@ -72,8 +72,15 @@ class Recorder:
         self.flush()
         self._pending = step, metrics
 
-    def flush(self, evaluate: Callable[[], Row] | None = None) -> None:
+    def flush(
+        self, evaluate: Callable[[], Row] | None = None, *, at_once: bool = False
+    ) -> None:
         """Writes out the queued step, with what `evaluate` returns where it is given.
+
+        Args:
+            evaluate: called after the step has ended.
+            at_once: whether the step after the queued one has not begun yet. With
+                `evaluate`, it has not either.
 
         Raises:
             DivergedError: if the loss or a gradient is not finite, unless such steps
@@ -84,16 +91,13 @@ class Recorder:
         (step, device_metrics), self._pending = self._pending, None
         metrics: StepMetrics = jax.device_get(device_metrics)
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        # Before an evaluation, a step is read at once. It may have run while the step
-        # before it was read, and then the two are timed together.
-        seconds = time.perf_counter() - (
-            self._clock_before if evaluate else self._clock
-        )
-        tokens_per_s = (
-            self._tokens
-            * (2 if evaluate and self._clock_before < self._clock else 1)
-            / seconds
-        )
+        now = time.perf_counter()
+        # A step that is read at once may have run while the step before it was read.
+        # Then the two are timed together.
+        at_once = at_once or evaluate is not None
+        steps = 2 if at_once and self._clock_before < self._clock else 1
+        seconds = now - (self._clock_before if at_once else self._clock)
+        tokens_per_s = steps * self._tokens / seconds
         # The schedule counts the steps that were made.
         block, offset = divmod(step - 1 - self._skipped, LR_BLOCK)
         lr = float(self._lrs(block)[offset])
@@ -117,12 +121,13 @@ class Recorder:
             row |= evaluate()
             row["val_ppl"] = perplexity(row["val_loss"])
             notice(
-                f"step {step}: validation perplexity {row['val_ppl']:.2f}; "
-                f"{row['sample']!r}"
+                f"step {step}: validation perplexity {row['val_ppl']:.2f}; ",
+                quoted=repr(row["sample"]),
             )
         self._log.write(row)
         self._show(row)
-        self._clock_before, self._clock = self._clock, time.perf_counter()
+        # The device already runs the next step while this row is written.
+        self._clock_before, self._clock = self._clock, now
         if evaluate:
             self.restart_clock()
 
@@ -145,7 +150,7 @@ class Recorder:
 
     def sync(self) -> None:
         """Writes out the queued step, and returns when all steps are on disk."""
-        self.flush()
+        self.flush(at_once=True)
         self._log.sync()
 
     def restart_clock(self) -> None:
