@@ -61,7 +61,7 @@ HEAD = (
     "±",
     "state, MB",
     "peak, MB",
-    "new text, ppl by lr",
+    "new text, ppl of the mean loss by lr",
 )
 
 

@@ -181,11 +181,11 @@ HEAD = (
     "ms a step",
     "fastest, slowest block",
     "over adamw, float32 moments",
-    "bfloat16 moments",
+    "over adamw, bfloat16 moments",
     "least MB",
     "over its floor",
     "compile, s",
-    "over adamw",
+    "compile, over adamw",
     "temporaries, MB",
     "state, MB",
 )

@@ -4,6 +4,7 @@ Each way has one run per seed. The runs differ in nothing else.
 """
 
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from examples.llama.evaluate import perplexity
 from examples.llama.options import RunOptions, check_seeds
 from examples.llama.pretrain import pretrain
 from examples.llama.run.interrupt import StopRequest
+from examples.llama.run.recorder import DivergedError
 
 Ways = dict[
     str, dict[str, Any]
@@ -37,7 +39,10 @@ class QualityOptions:
 
 
 def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
-    """Returns the perplexities of each way; an interrupted run continues."""
+    """Returns the perplexities of each way, infinite for a run that diverged.
+
+    An interrupted run continues.
+    """
 
     def run(way: str, seed: int, stop: StopRequest) -> float:
         name = f"{way.replace(', ', '-').replace(' ', '-')}-seed{seed}"
@@ -49,7 +54,10 @@ def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
             resume="auto",
             **ways[way],
         )
-        return perplexity(pretrain(run_options, stop).val_loss)
+        try:
+            return perplexity(pretrain(run_options, stop).val_loss)
+        except DivergedError:
+            return math.inf
 
     with StopRequest() as stop:
         return {way: [run(way, seed, stop) for seed in options.seeds] for way in ways}

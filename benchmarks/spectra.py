@@ -55,7 +55,8 @@ SPECTRUM_RULES = {
     "Muon": Rule("muon"),
     "APOLLO-Mini": Rule("apollo-mini"),
     "RACS": Rule("racs"),
-    "APOLLO-Zero": Rule("apollo-zero"),
+    # Updates in proportion to the weights have the same spectrum.
+    "APOLLO-Zero": Rule("apollo-zero", {"relative": False}),
 }
 # The factors of rank r are about sqrt(r) times those of rank 1, hence the scales.
 SIZE_RULES = {
@@ -173,10 +174,7 @@ def run_of(options: SpectraOptions, rule: Rule) -> RunOptions:
 
 
 def scaler_of(options: SpectraOptions, rule: Rule) -> optax.GradientTransformation:
-    """Returns a rule as the trainer has it, without a learning rate.
-
-    Factors from the weights are left out, because they change no spectrum.
-    """
+    """Returns a rule as the trainer has it, without a learning rate."""
     run = run_of(options, rule)
     return RECIPES[rule.optimizer].scaler(run, model_config(run))
 

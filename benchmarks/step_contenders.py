@@ -313,6 +313,7 @@ class OnJax:
         self.measured = Measured(method.floor_bytes(kernels), method.refresh_every)
         self._kernels, self._draw, self._tx = kernels, draw, method.make()
         self._init = jax.jit(self._tx.init).lower(kernels).compile()
+        self._state = jax.eval_shape(self._tx.init, kernels)
 
     @property
     def program(self) -> jax.stages.Compiled:
@@ -336,9 +337,7 @@ class OnJax:
             updates, state = self._tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        return step.lower(
-            self._kernels, jax.eval_shape(self._tx.init, self._kernels), self._kernels
-        )
+        return step.lower(self._kernels, self._state, self._kernels)
 
     def run_block(self, seconds: float) -> None:
         try:

@@ -375,9 +375,15 @@ def perplexities(
     found = []
     for seed in options.seeds:
         run = run_of(options, way, seed)
+        # A table of finished runs later knows by this file that the run has ended.
+        diverged = run.out.with_name(f"{run.out.name}.diverged")
+        if diverged.exists():
+            found.append(math.inf)
+            continue
         try:
             result = read_result(run) if options.finished_only else pretrain(run, stop)
         except DivergedError:
+            diverged.touch()
             found.append(math.inf)
             continue
         if result is None:

@@ -193,8 +193,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
-        warmup_steps=config.steps // 10 + 1,
-        decay_steps=config.steps + 2,
+        warmup_steps=max(1, config.steps // 10),
+        decay_steps=config.steps + 1,  # A single step must not end in its warm-up.
         end_value=config.learning_rate / 10,
     )
     return apollo_optax.apollo(
@@ -286,13 +286,13 @@ def main(config: Config = Config()) -> list[float]:
     for step in range(1, config.steps + 1):
         tokens = jax.device_put(draw_batch(train_text, config, rng), on_devices)
         params, opt_state, loss = train_step(params, opt_state, tokens)
-        losses.append(float(loss))
+        losses.append(loss)  # Reading it here would make the device wait for the host.
         if step % 50 == 0 or step == config.steps:
             held_out_loss = evaluate(graphdef, params, held_out)
             line = f"step {step}  loss {loss:.3f}  held out {held_out_loss:.3f}"
             print(line, flush=True)
     print(sample(graphdef, params, config, prompt=b"def ", length=300))
-    return losses
+    return [float(loss) for loss in losses]
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ def is_positive(text: str) -> bool:
         return False
 
 
-def runners(given: argparse.Namespace) -> dict[str, Callable[..., None]]:
-    """Returns the parts as functions of a `Bench`."""
+def runners(given: argparse.Namespace) -> dict[str, Callable[..., bool | None]]:
+    """Returns the parts as functions of a `Bench`; False means that a check failed."""
     # The imports are here because they load JAX, which --needs must do without.
     from benchmarks.gpu import check, memory, step, throughput, train
     from examples.llama.optimizers.recipes import RECIPES
@@ -176,6 +176,7 @@ def measure(given: argparse.Namespace) -> None:
             "--rehearse to try the command at tiny sizes"
         )
     given.out.mkdir(parents=True, exist_ok=True)
+    has_failed = False
     for name in given.parts or PARTS:
         seconds = given.budgets[name]
         if given.total_seconds is not None:
@@ -187,9 +188,11 @@ def measure(given: argparse.Namespace) -> None:
         deadline = time.monotonic() + seconds
         dump, only = name in given.dump, given.only
         bench = Bench(report, device, deadline, given.rehearse, dump, only)
-        parts[name](bench)
+        has_failed |= parts[name](bench) is False
         bench.pack_hlo()
         print(report.as_markdown(), flush=True)
+    if has_failed:
+        sys.exit(1)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -255,16 +255,20 @@ def put_outcome(table: Table, name: str, outcome: Outcome) -> None:
     table.put(name, cells, {"measured": measured, "limit": limit})
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> bool:
+    """Makes the checks; returns whether none of those that ended has failed."""
     table = bench.report.table("Checks on this device", HEAD, numbers_from=1)
     rows = itertools.count()
+    outcomes: list[Outcome] = []
 
     def put(job: Job, known: Any, found: list[Outcome] | Failed) -> None:
         del known
         if isinstance(found, Failed):
             table.put(str(next(rows)), [job.name, found.reason])
             return
+        outcomes.extend(found)
         for outcome in found:
             put_outcome(table, str(next(rows)), outcome)
 
     bench.measure(jobs(bench.on_gpu), put)
+    return all(outcome.measured <= outcome.limit for outcome in outcomes)

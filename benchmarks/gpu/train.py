@@ -34,7 +34,7 @@ from examples.llama.model import Batch, pieces_of
 from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.options import RunOptions
 from examples.llama.run import setup
-from examples.llama.run.errors import notice
+from examples.llama.run.errors import UsageError, notice
 from examples.llama.text import corpus
 from examples.llama.text.windows import Windows, token_count, validation_batches
 
@@ -306,7 +306,7 @@ def quality_jobs(
         )
         name = (
             f"{optimizer}, lr {run.lr:g}, lr emb {run.lr_embeddings:g}, "
-            f"seed {seed}, {steps} steps"
+            f"seed {seed}, {steps} steps of {run.batch} sequences"
         )
         jobs.append(
             Job(
@@ -343,9 +343,10 @@ def quality(
             "known; give --steps."
         )
         return
-    tokens = base.batch * base.seq
+    trained_on = {"text": text.key, "device": bench.device.kind}
+    check_kept(kept, trained_on, json_of(bench))
     title = (
-        f"Quality: {base.model}, {steps:,} steps of {tokens:,} tokens of `--data "
+        f"Quality: {base.model}, sequences of {base.seq} tokens of `--data "
         f"{options.data}` ({text.train_tokens:,} training tokens, key {text.key}), "
         f"{base.weights} weights, {base.compute_dtype} products; rates warmed up over "
         "a tenth, then a cosine to a tenth"
@@ -359,7 +360,7 @@ def quality(
 
     def put(job: Job, known: Any, found: Curve | Failed) -> None:
         del known
-        put_quality(table, job, found)
+        put_quality(table, job, found, trained_on)
 
     bench.measure(
         [j for j in quality_jobs(bench, sizes, options, steps) if j.name not in kept],
@@ -368,7 +369,22 @@ def quality(
     draw(bench.report.folder / "train.png", kept_runs(json_of(bench)))
 
 
-def put_quality(table: Table, job: Job, found: Curve | Failed) -> None:
+def check_kept(
+    kept: dict[str, dict[str, Any]], trained_on: dict[str, str], path: Path
+) -> None:
+    """Raises `UsageError` if runs of earlier calls had another text or machine."""
+    for name, row in kept.items():
+        theirs = {key: row["values"].get(key) for key in trained_on}
+        if theirs != trained_on:
+            raise UsageError(
+                f"{path} has the run {name!r} of {theirs}, and this call has "
+                f"{trained_on}, so they can't be in one table; give another `out`"
+            )
+
+
+def put_quality(
+    table: Table, job: Job, found: Curve | Failed, trained_on: dict[str, str]
+) -> None:
     run: RunOptions = job.args[0]
     rates = [f"{run.lr:g}", f"{run.lr_embeddings:g}"]
     cells = [run.optimizer, *rates, f"{run.seed}", f"{run.steps:,}"]
@@ -380,7 +396,7 @@ def put_quality(table: Table, job: Job, found: Curve | Failed) -> None:
     cells += [f"{found.perplexity:.2f}", f"{last:.3f}", f"{found.tokens_per_s:,.0f}"]
     names = ("optimizer", "lr", "lr_embeddings", "seed", "steps", "batch", "seq")
     values = {name: getattr(run, name) for name in names} | found._asdict()
-    table.put(job.name, cells, values)
+    table.put(job.name, cells, values | trained_on)
 
 
 def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:

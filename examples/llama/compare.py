@@ -40,11 +40,12 @@ from examples.llama.run.errors import (
     notice,
 )
 from examples.llama.run.interrupt import StopRequest
-from examples.llama.run.log import check_free, replace_text
+from examples.llama.run.log import check_free
 from examples.llama.run.plots import plot_comparison
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.result import RunResult
 from examples.llama.run.setup import model_config, state_bytes_of
+from examples.llama.text.cache import write_whole
 
 RESULTS = "results.jsonl"
 
@@ -236,7 +237,7 @@ def write_results(settings: list[Setting], options: CompareOptions) -> None:
         for setting in settings
         for result in setting.results
     ]
-    replace_text(options.out / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(options.out / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def draw(

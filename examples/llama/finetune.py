@@ -76,7 +76,7 @@ def load_text(
         UsageError: for conversations, a template or a tokenizer that can't be used.
     """
     assert isinstance(options, FinetuneOptions)
-    encoder = load_tokenizer(str(options.init_from), config.vocab_size)
+    encoder = load_tokenizer(str(options.init_from), config.vocab_size, "`init_from`")
     files = model_files(options)
     chat_encoder = make_chat_encoder(options, encoder, files)
     conversations = read_conversations(options)

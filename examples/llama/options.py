@@ -38,9 +38,11 @@ CHOICES = {
     "--projection": ("auto", "rademacher", "random"),
     "--on-nonfinite": ("stop", "skip"),
     "--resume": ("never", "auto"),
-    "--bos": ("auto", "never"),
     "--schedule": ("cosine", "linear"),
 }
+BOS_CHOICES = ("auto", "never")
+# These options may be None, which stands for a default that depends on other options.
+UNSET = ("--rounding", "--compute-dtype", "--head")
 
 # These options may change when a run is resumed. The trained weights stay the same, up
 # to rounding, unless a step is not finite.
@@ -102,8 +104,8 @@ class TextOptions:
     def __post_init__(self) -> None:
         for name in ("data", "validation", "text_field", "tokenizer"):
             check_not_empty(name, getattr(self, name))
-        if self.bos not in CHOICES["--bos"]:
-            raise unknown_name("--bos", self.bos, CHOICES["--bos"])
+        if self.bos not in BOS_CHOICES:
+            raise unknown_name("--bos", self.bos, BOS_CHOICES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,16 +265,16 @@ class TrainingOptions(TextOptions):
         # The class is frozen, so defaults that depend on other options are set here.
         if self.init_from:
             # A run is resumed by its options, and `a/` is the folder `a`.
-            object.__setattr__(self, "init_from", str(Path(self.init_from)))
+            folder = Path(self.init_from).expanduser()
+            object.__setattr__(self, "init_from", str(folder))
         else:
             object.__setattr__(self, "model", self.model or "tiny")
         for flag, known in CHOICES.items():
             value = getattr(self, flag[2:].replace("-", "_"))
-            if value not in (
-                *known,
-                *(None,) * (flag in ("--compute-dtype", "--rounding", "--head")),
-            ):
-                raise unknown_name(flag, value, known)
+            if value is None and flag in UNSET:
+                continue
+            if value not in known:
+                raise unknown_name(flag, str(value), known)
         widest = "bfloat16" if self.weights == "int8" else self.weights
         object.__setattr__(self, "compute_dtype", self.compute_dtype or widest)
         self._check_rounding()
@@ -571,8 +573,7 @@ class TuningOptions(RunOptions):
         }
 
     def as_begun(self, config: dict[str, Any] | None) -> Self:
-        today = self.date or datetime.date.today().isoformat()
-        began = (config or {}).get("date") or today
+        began = (config or {}).get("date") or datetime.date.today().isoformat()
         return dataclasses.replace(super().as_begun(config), date=self.date or began)
 
 
@@ -677,4 +678,6 @@ def parse(options: type[Options], args: list[str] | None, prog: str) -> Options:
                 f"`{name}` {address} is an address, not a path; mount the bucket and "
                 "give the folder where it is mounted"
             )
+        if isinstance(path, Path):  # Shells leave the ~ of --out=~/runs alone.
+            object.__setattr__(parsed, name, path.expanduser())
     return parsed

@@ -16,7 +16,7 @@ from examples.llama.mesh import batch_share
 from examples.llama.model import Batch
 from examples.llama.options import RunOptions, parse
 from examples.llama.run import distributed, setup
-from examples.llama.run.errors import RESUME, exit_on_usage_error, is_first
+from examples.llama.run.errors import RESUME, exit_on_usage_error, is_first, notice
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.result import RunResult
 from examples.llama.text import loader
@@ -49,6 +49,14 @@ def load_text(
     held_out = validation_batches(
         text.validation, seq=options.seq, count=options.eval_windows, batch=MOST_ROWS
     )
+    are_fewer = len(held_out) < options.eval_windows // MOST_ROWS
+    # A small text has fewer windows than the default, which needs no notice.
+    if are_fewer and options.eval_windows > RunOptions.eval_windows:
+        notice(
+            f"evaluations take {len(held_out) * MOST_ROWS} windows instead of "
+            f"`eval_windows` {options.eval_windows}, because the held-out text has no "
+            "more"
+        )
     # The windows are the same for any batch.
     held_out = held_out.reshape(-1, rows_at_once(options), options.seq + 1)
     # A sample is the start of a document.

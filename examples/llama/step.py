@@ -46,13 +46,13 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
+# Any large number, because other draws of the same seed fold in small ones only.
+ROUNDING = 0x6F756E64
+
+
 def rounding_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
     """Returns the key of a step's stochastic rounding."""
-    # A constant is folded in before the step, as other draws of the same seed fold in
-    # only a small number.
-    return jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(seed), 0x726F756E64 % 2**32), step
-    )
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROUNDING), step)
 
 
 def make_train_step(

@@ -14,6 +14,7 @@ from examples.llama.config import preset
 from examples.llama.options import TextOptions, parse
 from examples.llama.run.errors import UsageError, exit_on_usage_error
 from examples.llama.text import corpus
+from examples.llama.text.hub import PREFIX
 from examples.llama.text.windows import token_count
 
 
@@ -35,6 +36,11 @@ def main(args: list[str] | None = None) -> None:
         if path is not None and (path.suffix != ".json" or path.is_dir()):
             raise UsageError(
                 f"--save-tokenizer {path} is not a .json file; give the name of one"
+            )
+        if options.data.startswith(PREFIX) and options.data_tokens is None:
+            raise UsageError(
+                f"`data` {options.data} may have no end, and a run takes a part of it; "
+                "give `data_tokens`, and give the run the same"
             )
         text = corpus.load_corpus(
             options.data,

@@ -21,6 +21,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.worker import Failed, Worker, reason_of
 from benchmarks.step_contenders import Setting, methods
 from examples.llama.options import RunOptions
+from examples.llama.run.errors import UsageError
 from tests.benchmarks.rows import counting, failing, variable
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +179,27 @@ def test_checks_fail_where_the_numbers_differ(tmp_path: Path) -> None:
     assert (
         check.largest_difference({"a": np.ones(3)}, {"a": np.array([1, 1, 2])}) == 0.5
     )
+
+
+@pytest.mark.parametrize("measured", [1e-5, 2e-5])
+def test_a_failed_check_is_a_failed_command(
+    measured: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(self: Bench, jobs: list[Job], put: Any) -> None:
+        put(jobs[0], None, [check.Outcome("golden", measured, 1e-5)])
+        put(jobs[1], None, Failed("it needs a GPU"))
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    device = Device("cpu", "cpu", None, "a card")
+    monkeypatch.setattr(benches, "this_device", lambda: device)
+    monkeypatch.setattr(needs, "missing", list)
+    args = ["check", "--rehearse", "--out", str(tmp_path)]
+    if measured <= 1e-5:
+        gpu.main(args)
+        return
+    with pytest.raises(SystemExit) as exit_:
+        gpu.main(args)
+    assert exit_.value.code == 1
 
 
 def test_important_memory_rows_come_first() -> None:
@@ -360,7 +382,7 @@ def test_rehearsal_of_all_parts(tmp_path: Path) -> None:
     rehearse(list(gpu.PARTS), "stochastic|cuDNN.*64|adamw|^int8", tmp_path)
     assert (tmp_path / "out" / "train.png").exists()
     (name,) = train.kept_runs(tmp_path / "out" / "train.json")
-    assert name == "adamw, lr 0.002, lr emb 0.03, seed 0, 4 steps"
+    assert name == "adamw, lr 0.002, lr emb 0.03, seed 0, 4 steps of 4 sequences"
 
 
 def test_a_second_call_adds_to_the_runs_of_the_first(
@@ -374,23 +396,26 @@ def test_a_second_call_adds_to_the_runs_of_the_first(
             put(job, None, train.Curve([(4, 7.0)], [(0, 8.0), (4, 7.5)], 1e6))
 
     monkeypatch.setattr(Bench, "measure", measure)
-    sizes, text = train.sizes(True), train.Text(10**6, "key")
 
-    def call(*seeds: int) -> list[str]:
-        bench = make_bench(tmp_path)
+    def call(*seeds: int, batch: int | None = None, key: str = "key") -> list[str]:
+        bench, sizes = make_bench(tmp_path), train.sizes(True, batch)
         options = train.QualityOptions(optimizers=("adamw", "muon"), seeds=seeds)
-        train.quality(
-            bench, sizes, options, text, 1e6, train.kept_runs(train.json_of(bench))
-        )
+        kept, text = train.kept_runs(train.json_of(bench)), train.Text(10**6, key)
+        train.quality(bench, sizes, options, text, 1e6, kept)
         return list(train.kept_runs(train.json_of(bench)))
 
     first = [
-        f"{rate}, lr emb 0.03, seed 0, 4 steps"
+        f"{rate}, lr emb 0.03, seed 0, 4 steps of 4 sequences"
         for rate in ("adamw, lr 0.002", "muon, lr 0.007")
     ]
+    second = [name.replace("seed 0", "seed 1") for name in first]
+    larger = [name.replace("of 4", "of 8") for name in first]
     assert call(0) == first
-    assert call(0, 1) == [*first, *(name.replace("seed 0", "seed 1") for name in first)]
+    assert call(0, 1) == [*first, *second]
     assert len(measured) == 4  # The runs of the first call are not repeated.
+    assert call(0, batch=8) == [*first, *second, *larger]
+    with pytest.raises(UsageError, match="'text': 'key'.* has .*'text': 'other'"):
+        call(0, key="other")
     assert (tmp_path / "train.png").exists()
 
 

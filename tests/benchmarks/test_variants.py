@@ -170,7 +170,7 @@ def test_ways_that_differ_have_folders_of_their_own() -> None:
 
 
 def test_a_run_that_diverges_has_an_infinite_perplexity(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Result:
         val_loss = math.log(40)
@@ -184,8 +184,12 @@ def test_a_run_that_diverges_has_an_infinite_perplexity(
     monkeypatch.setattr(variants, "pretrain", pretrain)
     way = Way("none", "apollo-zero", 2e-3, {})
     stop: Any = None
-    options = VariantOptions(seeds=(0, 1))
+    options = VariantOptions(seeds=(0, 1), out=tmp_path)
     assert variants.perplexities(options, way, stop) == (pytest.approx(40), math.inf)
+    # It has ended, so a table of finished runs has it too.
+    options = VariantOptions(seeds=(1,), out=tmp_path, finished_only=True)
+    assert variants.perplexities(options, way, stop) == (math.inf,)
+    options = VariantOptions(seeds=(0, 1), out=tmp_path)
     row = variants.row(options, way, (40.0, 42.0))
     assert row[:6] == ["none", "apollo-zero", "0.002", "0.03", "41.00", "1.41"]
     row = variants.row(options, way, (40.0, math.inf))

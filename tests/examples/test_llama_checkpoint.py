@@ -1,5 +1,6 @@
 """What counts as a finished run, as a damaged checkpoint and as the best weights."""
 
+import dataclasses
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from examples.llama.run.checkpoint import (
 )
 from examples.llama.run.errors import RunInterrupted, UsageError
 from examples.llama.run.interrupt import StopRequest
-from examples.llama.run.log import BEST, CHECKPOINTS, METRICS, NoLog, Row
+from examples.llama.run.log import BEST, CHECKPOINTS, CONFIG, METRICS, NoLog, Row
 from examples.llama.run.plots import plot_curves
 from examples.llama.run.recorder import DivergedError, Recorder
 from examples.llama.run.result import read_result
@@ -46,10 +47,18 @@ def test_a_run_is_finished_when_its_curves_are_drawn(tmp_path: Path) -> None:
     options = RunOptions(out=tmp_path, steps=1)
     row = {"step": 1, "loss": 3.0, "val_loss": 2.0, "tokens_per_s": 5.0}
     (tmp_path / METRICS).write_text(json.dumps(row) + "\n")
+    (tmp_path / CONFIG).write_text(json.dumps(options.as_run() | {"corpus": "key"}))
     assert read_result(options) is None
     plot_curves({"adamw": tmp_path}, tmp_path)
     assert read_result(options) == (options, 2.0, 5.0)
-    assert {path.name for path in tmp_path.iterdir()} == {METRICS, "curves.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        METRICS,
+        CONFIG,
+        "curves.png",
+    }
+    other = dataclasses.replace(options, b2=0.9)
+    with pytest.raises(UsageError, match=r"holds another run \(b2: None -> 0.9\)"):
+        read_result(other)
 
 
 @pytest.mark.parametrize(

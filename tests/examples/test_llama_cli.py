@@ -26,7 +26,7 @@ from examples.llama.model import (
     pieces_of,
 )
 from examples.llama.optimizers import recipes
-from examples.llama.options import CHOICES, RunOptions
+from examples.llama.options import CHOICES, RunOptions, parse
 from examples.llama.run import checkpoint, recorder, setup
 from examples.llama.run import log as run_log
 from examples.llama.run.errors import UsageError
@@ -356,7 +356,9 @@ def test_text_can_be_tokenised_before_the_run(
     tokenise.main(["--vocab", "300"])
     assert " of 300 kinds, ready for runs" in capsys.readouterr().out
     monkeypatch.setattr(corpus, "build", lambda *_: pytest.fail("tokenised again"))
-    pretrain.main(["--out", str(out), "--vocab", "300", *SHORT])
+    more = ["--vocab", "300", "--eval-windows", "9000"]
+    pretrain.main(["--out", str(out), *more, *SHORT])
+    assert "windows instead of --eval-windows 9000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -365,6 +367,7 @@ def test_text_can_be_tokenised_before_the_run(
         (["--vocab", "5"], "--vocab 5 is out of range"),
         (["--tokenizer", ""], "--tokenizer is empty"),
         (["--validation", ""], "--validation is empty"),
+        (["--data", "hf:a/b"], "--data hf:a/b may have no end, and a run takes a part"),
         (["--save-tokenizer", "."], "--save-tokenizer . is not a .json file"),
         (["--save-tokenizer", "name"], "--save-tokenizer name is not a .json file"),
     ],
@@ -935,6 +938,14 @@ def test_rejects_the_address_of_a_bucket(
         f"error: {flag} gs://bucket/run is an address, not a path; mount the bucket"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_home_folder_is_found_after_an_equals_sign() -> None:
+    parsed = parse(RunOptions, ["--out=~/runs/x"], "pretrain")
+    assert parsed.out == Path.home() / "runs" / "x"
+    assert RunOptions(out=Path("x"), init_from="~/a").init_from == str(
+        Path.home() / "a"
+    )
 
 
 @pytest.mark.parametrize("folder", ["", ".", "./"])

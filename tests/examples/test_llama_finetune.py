@@ -15,7 +15,7 @@ from examples.llama.hf.weights import load_params
 from examples.llama.model import pieces_of
 from examples.llama.optimizers.pipeline import make_schedule
 from examples.llama.optimizers.recipes import RECIPES, with_defaults
-from examples.llama.options import FinetuneOptions
+from examples.llama.options import FinetuneOptions, RunOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup
 from examples.llama.run.checkpoint import BestWeights
@@ -243,6 +243,12 @@ def test_learning_rates(small: LlamaConfig, tmp_path: Path) -> None:
         )
         assert options.lr == recipe.lr / 100
         assert options.lr_embeddings == RECIPES["adamw"].lr / 100
+        # Pre-training that starts from good weights has the same rates.
+        further = with_defaults(
+            RunOptions(out=tmp_path, init_from=str(tmp_path), optimizer=name), small
+        )
+        names = ("lr", "lr_embeddings", "relative")
+        assert all(getattr(further, n) == getattr(options, n) for n in names)
     shape: dict[str, Any] = {"out": tmp_path, "init_from": tmp_path, "data": "x"}
     assert FinetuneOptions(**shape, steps=10).warmup_steps == 1
     assert FinetuneOptions(**shape, steps=101).warmup_steps == 4

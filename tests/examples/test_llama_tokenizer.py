@@ -1,7 +1,9 @@
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,48 @@ except UsageError as error:
         "`tokenizer` 'meta-llama/Llama-9' is no file or folder here, nor to be had from"
     )
     assert "check the name, the network" in refusal
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A proxy that lets nobody out."""
+
+    def do_CONNECT(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_network_without_the_hub_is_an_error_of_one_line(tmp_path: Path) -> None:
+    code = """
+from examples.llama.text import tokenizer
+from examples.llama.run.errors import UsageError
+try:
+    tokenizer.load_tokenizer("meta-llama/Llama-9", 400, "`init_from`")
+except UsageError as error:
+    print(error)
+"""
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{proxy.server_port}"
+        environment = os.environ | {
+            "HF_HUB_CACHE": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            "HTTPS_PROXY": address,
+            "https_proxy": address,
+            "NO_PROXY": "",
+            "no_proxy": "",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        proxy.shutdown()
+    assert done.stdout.startswith("`init_from` 'meta-llama/Llama-9' is no file or")
+    assert "check the name, the network" in done.stdout
 
 
 def test_rejects_a_larger_vocabulary_than_the_models(tmp_path: Path) -> None:

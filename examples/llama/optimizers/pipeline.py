@@ -59,12 +59,15 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns the learning rate by step: a linear warmup from 0, then a decay.
 
+    The first step of a warmup has the rate 0.
+
     Args:
         peak: the highest rate.
         steps: the number of all steps.
         warmup: the number of steps of the warmup. Without any, the first step has
             the peak.
-        shape: the shape of the decay, cosine or linear. It ends at a tenth of `peak`.
+        shape: the shape of the decay, cosine or linear. It would reach a tenth of
+            `peak` at the step after the last.
     """
     decay_steps = max(steps, warmup + 1)
     fall = (

@@ -34,10 +34,11 @@ Scaler = Callable[[RunOptions, LlamaConfig], optax.GradientTransformation]
 class Recipe(NamedTuple):
     """An optimizer: its transformation, default learning rates and APOLLO options.
 
-    The learning rates are the best of the grids in docs/results.md, with the tiny model
-    and one seed; apollo-svd has those of apollo. The rates of racs, sinkgd,
-    scale-hidden and swan are those of their papers, and that of apollo-zero is a usual
-    one of AdamW.
+    Most learning rates are the best of the grids in docs/results.md, with the tiny
+    model and one seed; apollo-svd has those of apollo. The rates of racs, sinkgd,
+    scale-hidden and swan are those of their papers. That of apollo-zero is the best at
+    8K tokens per step. With a momentum it is half of that, which was the only one
+    tried.
     """
 
     scaler: Scaler
@@ -119,9 +120,9 @@ RECIPES: dict[str, Recipe] = {
 
 # Adapters are new, so they take higher rates than good weights do.
 LORA_FACTOR = 10
-# Fine-tuning starts from good weights, so its default rates of the kernels are the
-# pre-training rates divided by this. The rest gets AdamW's rate of the kernels. These
-# rates have not been swept.
+# A run that starts from good weights has the pre-training rates of the kernels divided
+# by this as its defaults. The rest gets AdamW's rate of the kernels. These rates have
+# not been swept.
 FINETUNING_DIVISOR = 100
 
 
@@ -158,8 +159,8 @@ def with_defaults(options: RunOptions, config: LlamaConfig) -> RunOptions:
         "rank": recipe.rank_of(config),
         "scale": recipe.scale,
         "projection": recipe.projection,
-        # It is off in fine-tuning, where it was not measured.
-        "relative": recipe.relative and not isinstance(options, TuningOptions),
+        # It is off for good weights, with which it was not measured.
+        "relative": recipe.relative and not starts_from_weights(options),
     }
     unset = {
         name: value
@@ -193,12 +194,21 @@ def check_lora(options: TuningOptions) -> None:
         )
 
 
+def starts_from_weights(options: RunOptions) -> bool:
+    """Whether a run trains good weights further.
+
+    Fine-tuning always does. Only a plan of it may name a preset instead of weights.
+    """
+    return options.init_from is not None or isinstance(options, TuningOptions)
+
+
 def default_rates(options: RunOptions) -> tuple[float, float]:
     """Returns the learning rates of the kernels and of the rest."""
     recipe = RECIPES[options.optimizer]
-    if isinstance(options, TuningOptions):
+    if starts_from_weights(options):
         adamw_lr = RECIPES["adamw"].lr / FINETUNING_DIVISOR
-        lr = adamw_lr * LORA_FACTOR if options.lora else recipe.lr / FINETUNING_DIVISOR
+        lora = isinstance(options, TuningOptions) and options.lora
+        lr = adamw_lr * LORA_FACTOR if lora else recipe.lr / FINETUNING_DIVISOR
         return lr, adamw_lr
     return recipe.lr, lr_of_embeddings(options, recipe)
 

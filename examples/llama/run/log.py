@@ -14,6 +14,7 @@ from typing import Any, Self
 from examples.llama.options import differing_fields
 from examples.llama.run.errors import UsageError, notice
 from examples.llama.run.tensorboard import TensorBoard
+from examples.llama.text.cache import write_whole
 from examples.llama.text.decoding import decode
 
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.jsonl", "curves.png", ".lock"
@@ -114,8 +115,8 @@ def write_config(folder: Path, config: dict[str, Any], tokenizer: str) -> None:
 
     They are the first files of a run.
     """
-    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    replace_text(folder / TOKENIZER, tokenizer)
+    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_whole(folder / TOKENIZER, tokenizer)
 
 
 class RunLog:
@@ -141,7 +142,7 @@ class RunLog:
                 f"the metrics so far are in {kept}"
             )
         self.rows_before = rows[:step]
-        replace_text(
+        write_whole(
             folder / METRICS,
             "".join(json.dumps(row) + "\n" for row in self.rows_before),
         )
@@ -191,16 +192,6 @@ def set_aside(path: Path) -> Path:
     """Renames `path` to a name that is free, and returns it."""
     names = (path.with_name(f"{path.name}.{number}") for number in range(1, 10_000))
     return path.rename(next(name for name in names if not name.exists()))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes `path` completely or not at all."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def read_metrics(folder: Path) -> list[Row]:

@@ -3,8 +3,9 @@
 import statistics
 from typing import NamedTuple
 
-from examples.llama.options import RunOptions
-from examples.llama.run.log import CURVES, read_metrics
+from examples.llama.options import RunOptions, differing_fields
+from examples.llama.run.errors import UsageError
+from examples.llama.run.log import CURVES, read_config, read_metrics
 
 
 class RunResult(NamedTuple):
@@ -20,10 +21,20 @@ class RunResult(NamedTuple):
 
 
 def read_result(options: RunOptions) -> RunResult | None:
-    """Returns the result of the run in `options.out`, or None if it is unfinished."""
+    """Returns the result of the run in `options.out`, or None if it is unfinished.
+
+    Raises:
+        UsageError: if the run there has other options.
+    """
     # The metrics are complete before the last checkpoint is, and the curves after it.
     if not (options.out / CURVES).exists():
         return None
+    config = read_config(options.out)
+    if differing := differing_fields(config | options.as_run(), config):
+        raise UsageError(
+            f"{options.out} holds another run ({'; '.join(differing)}); give the same "
+            "options, or another `out`"
+        )
     rows = read_metrics(options.out)
     if not rows or rows[-1]["step"] < options.steps or "val_loss" not in rows[-1]:
         return None

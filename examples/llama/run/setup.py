@@ -41,6 +41,7 @@ from examples.llama.step import (
 )
 from examples.llama.storage import Storage, on_mesh
 from examples.llama.text import corpus
+from examples.llama.text.hub import PREFIX
 
 
 def model_config(options: TrainingOptions) -> LlamaConfig:
@@ -134,9 +135,10 @@ def check_offload(options: TrainingOptions) -> None:
 
 def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
     tokenizer, max_tokens = options.tokenizer, options.data_tokens
-    if options.init_from and not tokenizer:
+    is_the_models = bool(options.init_from) and not tokenizer
+    if is_the_models:
         tokenizer = options.init_from  # Its weights mean nothing with another one.
-    if options.data.startswith("hf:") and not max_tokens:
+    if options.data.startswith(PREFIX) and not max_tokens:
         # A hub data set may have no end. The number of tokens is rounded up, so that
         # slightly longer runs find the text cached.
         max_tokens = (
@@ -146,6 +148,7 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
         options.data,
         vocab_size=config.vocab_size,
         tokenizer=tokenizer,
+        tokenizer_option="`init_from`" if is_the_models else "`tokenizer`",
         vocab=options.vocab,
         max_tokens=max_tokens,
         validation=options.validation,

@@ -36,7 +36,7 @@ from examples.llama.text.tokenizer import (
 )
 
 MANIFEST = "manifest.json"
-# Validation takes 128 windows of them; C4 has far more to offer.
+# An evaluation takes `eval_windows` of them, 128 by default. C4 has far more text.
 HUB_VALIDATION_TOKENS = 2**21
 TOKENIZER_CHARS = 64 * 2**20  # A BPE barely changes with more text than this.
 CACHE_FORMAT = 2  # Part of the cache key: raise it when the files under a key change.
@@ -58,6 +58,7 @@ def load_corpus(
     *,
     vocab_size: int,
     tokenizer: str | None = None,
+    tokenizer_option: str = "`tokenizer`",
     vocab: int | None = None,
     max_tokens: int | None = None,
     validation: str | None = None,
@@ -72,6 +73,7 @@ def load_corpus(
         tokenizer: see `tokenizer.load_tokenizer`. By default a BPE is trained on
             `data`; for `python` there is one in this repository, which a vocabulary of
             its size or more takes.
+        tokenizer_option: the name in errors of the option for `tokenizer`.
         vocab: tokens of that BPE, by default `vocab_size`.
         max_tokens: the number of tokens after which reading stops, at the end of a
             training document.
@@ -86,7 +88,8 @@ def load_corpus(
         UsageError: if an argument does not give a corpus, or if the cache cannot be
             written.
     """
-    check_sizes(vocab_size, tokenizer, vocab, max_tokens)
+    given = f"{tokenizer_option} {tokenizer!r}" if tokenizer else None
+    check_sizes(vocab_size, given, vocab, max_tokens)
     source = open_source("`data`", data, text_field)
     if (
         data == "python"
@@ -103,7 +106,9 @@ def load_corpus(
             f"`text_field` {text_field!r} is for rows, and the files of `data` "
             f"{data!r} have none; leave it out"
         )
-    encoder = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
+    encoder = (
+        load_tokenizer(tokenizer, vocab_size, tokenizer_option) if tokenizer else None
+    )
     if encoder and bos == "never":
         encoder = encoder._replace(prefix=())
     vocab = vocab or vocab_size
@@ -138,8 +143,8 @@ def check_sizes(
         )
     if vocab is not None and tokenizer:
         raise UsageError(
-            f"`vocab` {vocab} is for a tokenizer trained here, and `tokenizer` "
-            f"{tokenizer!r} gives one; leave one of them out"
+            f"`vocab` {vocab} is for a tokenizer trained here, and {tokenizer} gives "
+            "one; leave one of them out"
         )
     if not tokenizer and vocab_size < SMALLEST_VOCAB:
         raise UsageError(

@@ -172,15 +172,23 @@ class HubSource:
             yield
         except DocumentError as error:
             raise UsageError(f"{self.option} {self.data!r}: {error}") from error
-        # Network and hub errors are OSErrors. An unknown configuration or a malformed
-        # row is a ValueError. A data set that is a script, which is no longer run, is a
-        # RuntimeError.
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        # An unknown configuration or a malformed row is a ValueError. A data set that
+        # is a script, which is no longer run, is a RuntimeError.
+        except (*network_errors(), ValueError, RuntimeError, DatasetsError) as error:
             raise UsageError(
                 f"{self.option} {self.data!r} cannot be read ({first_line(error)}); "
                 "check the name, the network and, for a data set with terms to agree "
                 "to, `hf auth login`"
             ) from error
+
+
+def network_errors() -> tuple[type[BaseException], ...]:
+    """Returns the errors of the hub, of its HTTP client and of the system."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Which HTTP client the hub has depends on its version. The client's errors are the
+    # bases of the hub's.
+    return OSError, *HfHubHTTPError.__bases__
 
 
 def local_parts(path: Path) -> tuple[str, str | None]:
@@ -193,10 +201,10 @@ def local_parts(path: Path) -> tuple[str, str | None]:
     return str(path.parent), path.name
 
 
-def tokenizer_folder(name: str) -> Path:
+def tokenizer_folder(name: str, option: str) -> Path:
     """Returns a folder with a hub model's tokenizer; raises like `model_snapshot`."""
     return model_snapshot(
-        "`tokenizer`",
+        option,
         name,
         TOKENIZER_FILES,
         is_complete=lambda folder: (folder / TOKENIZER).exists(),
@@ -243,7 +251,7 @@ def model_snapshot(
             if is_complete(folder):
                 return folder
         return download(local_files_only=False)
-    except (OSError, ValueError) as error:
+    except (*network_errors(), ValueError) as error:
         raise UsageError(
             f"{option} {name!r} is no file or folder here, nor to be had from the "
             f"hub ({first_line(error)}); check the name, the network and, for a model "

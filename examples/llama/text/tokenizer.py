@@ -92,38 +92,39 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
     return Encoder(tokenizer, tokenizer.get_vocab()[END])
 
 
-def load_tokenizer(name: str, vocab_size: int) -> Encoder:
+def load_tokenizer(name: str, vocab_size: int, option: str = "`tokenizer`") -> Encoder:
     """Returns the tokenizer of this name, after checking that it fits the model.
 
     Args:
         name: path of a tokenizer.json, a folder with one, or the name of a model on the
             hub.
         vocab_size: the size of the model's vocabulary.
+        option: the name in errors of the option that gave `name`.
 
     Raises:
         UsageError: if there is no such tokenizer, if it does not fit the model, or if
             it has no token for the end of a text.
     """
-    path = tokenizer_path(name)
+    path, source = tokenizer_path(name, option), f"{option} {name!r}"
     try:
         tokenizer = read_tokenizer(path)
     except Exception as error:  # The library raises nothing more specific.
         raise UsageError(
-            f"`tokenizer` {name!r}: {path} is no tokenizer ({first_line(error)}); "
+            f"{source}: {path} is no tokenizer ({first_line(error)}); "
             f"give a {TOKENIZER_FILE} in the format of Hugging Face's tokenizers"
         ) from error
-    end_id = find_end(name, tokenizer, path.parent / TOKENIZER_CONFIG)
+    end_id = find_end(source, tokenizer, path.parent / TOKENIZER_CONFIG)
     encoder = Encoder(tokenizer, end_id, find_prefix(tokenizer, end_id))
     if encoder.vocab_size > vocab_size:
         raise UsageError(
-            f"`tokenizer` {name!r} has {encoder.vocab_size} tokens and the model's "
-            f"vocabulary is {vocab_size}; give a smaller tokenizer, "
-            "or a model with a larger vocabulary"
+            f"{source} has {encoder.vocab_size} tokens and the model's vocabulary is "
+            f"{vocab_size}; give a smaller tokenizer, or a model with a larger "
+            "vocabulary"
         )
     return encoder
 
 
-def tokenizer_path(name: str) -> Path:
+def tokenizer_path(name: str, option: str = "`tokenizer`") -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -133,33 +134,36 @@ def tokenizer_path(name: str) -> Path:
         re.fullmatch(rf"([\w.-]+/)?{NAME_AND_REVISION}", name)
         and path.suffix != ".json"
     ):
-        folder = tokenizer_folder(name)
+        folder = tokenizer_folder(name, option)
     else:
         raise UsageError(
-            f"`tokenizer` {name!r} does not exist; give a {TOKENIZER_FILE}, a folder "
+            f"{option} {name!r} does not exist; give a {TOKENIZER_FILE}, a folder "
             "with one, or OWNER/NAME[@REVISION] of a model on the hub"
         )
     if not (folder / TOKENIZER_FILE).exists():
         raise UsageError(
-            f"`tokenizer` {name!r} has no {TOKENIZER_FILE}; write one with "
+            f"{option} {name!r} has no {TOKENIZER_FILE}; write one with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return folder / TOKENIZER_FILE
 
 
-def find_end(name: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
-    """Returns the id of the token that ends a text: `config`'s, or a known one."""
-    named = eos_token(name, config)
+def find_end(source: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
+    """Returns the id of the token that ends a text: `config`'s, or a known one.
+
+    Errors begin with `source`.
+    """
+    named = eos_token(source, config)
     for token in KNOWN_ENDS if named is None else [named]:
         if (end_id := tokenizer.token_to_id(token)) is not None:
             return end_id
     if named is not None:
         raise UsageError(
-            f"`tokenizer` {name!r} has no token {named!r}, "
+            f"{source} has no token {named!r}, "
             f"the eos_token of {config}; correct one of them"
         )
     raise UsageError(
-        f"`tokenizer` {name!r} has none of {', '.join(KNOWN_ENDS)} to end a document "
+        f"{source} has none of {', '.join(KNOWN_ENDS)} to end a document "
         f'with; name its own in {config}: {{"eos_token": "..."}}'
     )
 
@@ -177,7 +181,7 @@ def find_prefix(tokenizer: tokenizers.Tokenizer, end_id: int) -> tuple[int, ...]
     return tuple(token for token in prefix if token != end_id)
 
 
-def eos_token(name: str, config: Path) -> str | None:
+def eos_token(source: str, config: Path) -> str | None:
     """Returns the end-of-text token that a tokenizer_config.json names, if any."""
     if not config.exists():
         return None
@@ -189,7 +193,7 @@ def eos_token(name: str, config: Path) -> str | None:
         return token
     except (OSError, ValueError, DocumentError, AttributeError) as error:
         raise UsageError(
-            f"`tokenizer` {name!r}: {config} holds no JSON object of a tokenizer "
+            f"{source}: {config} holds no JSON object of a tokenizer "
             f"({type(error).__name__}: {first_line(error)}); get it again, or remove it"
         ) from error
 
