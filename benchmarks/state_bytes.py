@@ -66,12 +66,28 @@ def llama(config: LlamaConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     }
 
 
+def kernels_only(params: Any) -> Any:
+    """GaLore's matrices; it would also project the embedding and the head."""
+    numbers = optax.contrib.GaLoreDimensionNumbers()
+    return {
+        module: {
+            name: numbers
+            if module.startswith("layer_") and len(leaf.shape) == 2
+            else None
+            for name, leaf in leaves.items()
+        }
+        for module, leaves in params.items()
+    }
+
+
 def optimizers(
     rank: int, dtype: str
 ) -> dict[str, Callable[[], optax.GradientTransformation]]:
     return {
         "AdamW": lambda: optax.adamw(1e-3),  # Its moments have the parameters' dtype.
-        "GaLore": lambda: optax.contrib.galore(1e-2, rank),
+        "GaLore": lambda: optax.contrib.galore(
+            1e-2, rank, weight_dimension_numbers=kernels_only
+        ),
         "APOLLO": lambda: apollo_optax.apollo(1e-2, rank, moment_dtype=dtype),
         "APOLLO-Mini": lambda: apollo_optax.apollo_mini(1e-2, moment_dtype=dtype),
     }

@@ -301,6 +301,20 @@ class Draw:
         return self._draw(jnp.int32(seed))
 
 
+def jitted_step(tx: optax.GradientTransformation) -> Any:
+    """Returns a step of parameters, state and gradients, which donates the first two.
+
+    It returns the new parameters and the new state.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 class OnJax:
     """An Optax optimizer. One program updates and applies.
 
@@ -323,21 +337,14 @@ class OnJax:
     def compile(self) -> None:
         jax.clear_caches()  # At the first step of a run, the caches are empty.
         start = time.perf_counter()
-        self._step: Any = self._lowered().compile()
+        shapes = self._kernels, self._state, self._kernels
+        self._step: Any = jitted_step(self._tx).lower(*shapes).compile()
         self.measured.compilations.append(time.perf_counter() - start)
         sizes = self._step.memory_analysis()
         self.measured.temporaries_bytes = sizes.temp_size_in_bytes
         self.measured.state_bytes = sizes.argument_size_in_bytes - 2 * tree_bytes(
             self._kernels
         )
-
-    def _lowered(self) -> jax.stages.Lowered:
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-            updates, state = self._tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        return step.lower(self._kernels, self._state, self._kernels)
 
     def run_block(self, seconds: float) -> None:
         try:

@@ -12,13 +12,12 @@ import os
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import moved_bytes
 from benchmarks.optimizer_step import DTYPES, LAYOUTS, OPTIMIZERS
 from benchmarks.report import made_with, markdown
-from benchmarks.step_contenders import Method, Setting, methods
+from benchmarks.step_contenders import Method, Setting, jitted_step, methods
 from examples.llama.config import preset
 from examples.llama.memory.target import check_target, devices_of
 from examples.llama.options import parse
@@ -76,17 +75,11 @@ def compiled_step(
 ) -> str:
     """Returns the text of the program that updates the kernels on a mesh."""
     tx, replicated = method.make(), NamedSharding(mesh, PartitionSpec())
-
-    def step(params, gradients, state):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
     params, state = jax.tree.map(
         lambda leaf: leaf.update(sharding=replicated),
         (kernels, jax.eval_shape(tx.init, kernels)),
     )
-    jitted = jax.jit(step, donate_argnums=(0, 2))
-    text = jitted.lower(params, params, state).compile().as_text()
+    text = jitted_step(tx).lower(params, state, params).compile().as_text()
     assert text is not None
     return text
 

@@ -1,10 +1,11 @@
 """Variants of AdamW, APOLLO-Mini and APOLLO-Zero on the tiny LLaMA.
 
-They differ in Mini's limiter, in the power and the momentum of APOLLO-Zero, in how its
-updates follow the weights over many steps, in the dtype of the moments, and in the
-rules for the embedding and the head beside APOLLO-Zero. The command `python -m
-benchmarks.variants` trains one after the other. Finished runs are not repeated and an
-interrupted run continues, so the same command continues an interrupted series.
+They differ in Mini's limiter and its projection, in the power and the momentum of
+APOLLO-Zero, in how its updates follow the weights over many steps, in the dtype of the
+moments, and in the rules for the embedding and the head beside APOLLO-Zero. The command
+`python -m benchmarks.variants` trains one after the other. Finished runs are not
+repeated and an interrupted run continues, so the same command continues an interrupted
+series.
 """
 
 import dataclasses
@@ -304,6 +305,10 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("Nesterov, 0.9", "apollo-zero-momentum", 5e-4, 1e-3, 2e-3, **ON_8K),
         *ways("the same in int8", "apollo-zero-momentum-int8", 1e-3, **ON_8K),
     ),
+    "projections-8k": (
+        *ways("normal entries", "apollo-mini", 7e-3, projection="random", **ON_8K),
+        *ways("random signs", "apollo-mini", 7e-3, projection="rademacher", **ON_8K),
+    ),
     "moments": (
         *dtypes_of_moments("adamw", 2e-3),
         *dtypes_of_moments("apollo-mini", 3.5e-3),
@@ -330,11 +335,11 @@ class VariantOptions:
     """Variants of AdamW, APOLLO-Mini and APOLLO-Zero on the tiny model."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of limiter, power, momentum, relative, many-steps, momentum-8k, moments,
-    embeddings and embeddings-8k."""
+    """Any of limiter, power, momentum, relative, many-steps, momentum-8k,
+    projections-8k, moments, embeddings and embeddings-8k."""
     steps: int | None = None
     """Training steps. The default is 800 of 1,024 tokens, 3,200 of these in many-steps,
-    and 300 of 8,192 tokens in momentum-8k and embeddings-8k."""
+    and 300 of 8,192 tokens in the parts whose names end with 8k."""
     seeds: tuple[int, ...] = (0,)
     """A run each."""
     out: Path = Path("runs/variants")
