@@ -58,6 +58,10 @@ def normal(seed: int, shape: int | tuple[int, ...], dtype: Any = jnp.float32) ->
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
+def rms(array: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(array, np.float64)))))
+
+
 def small_params(seed: int = 0, dtype: Any = jnp.float32) -> Any:
     """A matrix, a vector and a scalar."""
     kernel, bias = normal(seed, (4, 6), dtype), normal(seed + 1, (6,), dtype)

@@ -60,10 +60,6 @@ def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
-def mesh_of(kind):
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
-
-
 def layers():
     """Stacks of four layers in int8 and bfloat16, and updates of them."""
     array = normal(0, (4, 40, 8))

@@ -29,16 +29,13 @@ from apollo_optax import (
 )
 from apollo_optax._dimension_numbers import matrix_axes
 from apollo_optax._matrix import Matrix
+from tests.helpers import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RANDOM = ["random", "rademacher"]
 REPLICATED = P()
 KERNEL = ApolloDimensionNumbers()
-
-
-def normal(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def on_mesh(array, devices=8, spec=REPLICATED, kind=AxisType.Auto):
@@ -72,10 +69,10 @@ def temporaries(tx, params):
 def test_leaves_draw_the_same_together_and_alone(projection):
     """Bit for bit, in the first draw and later ones, with other leaves between."""
     gradients = {
-        f"layer_{i}": normal((8, 24) if i % 3 else (24, 8), i) for i in range(10)
+        f"layer_{i}": normal(i, (8, 24) if i % 3 else (24, 8)) for i in range(10)
     }
     tx = scale_by_apollo(2, projection=projection, update_proj_gap=1)
-    leaf = leaf_of(normal((8, 24)), rank=2)
+    leaf = leaf_of(normal(0, (8, 24)), rank=2)
     room = leaf.gradient.nbytes - leaf.computed_nbytes
     # Several draws are needed for all leaves.
     assert leaf.drawn_nbytes <= room < len(gradients) * leaf.drawn_nbytes
@@ -94,7 +91,7 @@ def test_leaves_of_one_shape_share_the_drawing_loop(projection):
     """More leaves compile no more loops, unless memory limits need more draws."""
 
     def loops(leaves, shape, rank):
-        gradients = {str(i): normal(shape) for i in range(leaves)}
+        gradients = {str(i): normal(0, shape) for i in range(leaves)}
         tx = scale_by_apollo(rank, projection=projection)
         compiled = jax.jit(tx.update).lower(gradients, tx.init(gradients)).compile()
         return compiled.as_text().count(" while(")
@@ -114,7 +111,7 @@ def test_leaves_of_one_shape_share_the_drawing_loop(projection):
 )
 def test_several_leaves_with_x64(dtype, jit):
     with jax.enable_x64(True):
-        gradients = {str(i): jnp.asarray(normal((8, 24), i), dtype) for i in range(5)}
+        gradients = {str(i): jnp.asarray(normal(i, (8, 24)), dtype) for i in range(5)}
         tx = scale_by_apollo(2)
         update = jax.jit(tx.update) if jit else tx.update
         updates, _ = update(gradients, tx.init(gradients))
@@ -126,7 +123,7 @@ def test_several_leaves_with_x64(dtype, jit):
 
 
 def test_several_leaves_of_an_explicit_mesh_without_set_mesh():
-    gradients = {str(i): normal((16, 24), i) for i in range(3)}
+    gradients = {str(i): normal(i, (16, 24)) for i in range(3)}
     tx = scale_by_apollo(4)
     expected, _ = tx.update(gradients, tx.init(gradients))
     gradients = {
@@ -145,7 +142,7 @@ def test_leaves_of_one_shape_share_their_kernels(rank, scale_type):
     """The kernels of leaves of one shape differ in no constant, so XLA compiles one."""
 
     def kernels(leaves):
-        gradients = {str(i): normal((64, 96)) for i in range(leaves)}
+        gradients = {str(i): normal(0, (64, 96)) for i in range(leaves)}
         tx = scale_by_apollo(rank, scale_type=scale_type)
         lowered = jax.jit(tx.update).lower(gradients, tx.init(gradients))
         text = lowered.compile().as_text()
@@ -162,7 +159,7 @@ def test_leaves_of_one_shape_share_their_kernels(rank, scale_type):
 
 
 def test_a_nan_does_not_hold_up_the_leaves_after_it():
-    gradients = {str(i): normal((8, 24), i) for i in range(5)}
+    gradients = {str(i): normal(i, (8, 24)) for i in range(5)}
     broken = gradients | {"1": gradients["1"].at[0, 0].set(jnp.nan)}
     tx = scale_by_apollo(2)
     updates, _ = jax.jit(tx.update)(broken, tx.init(gradients))
@@ -194,7 +191,7 @@ def with_one_fast(argvalues, fast):
 def test_temporaries_of_separate_leaves(limit, projection, rank, scale_type):
     """At most twice the largest matrix: no gradient or update beside the weights."""
     shapes = [(256, 256), (256, 688), (688, 256)] * 4
-    params = {str(i): normal(shape, i) for i, shape in enumerate(shapes)}
+    params = {str(i): normal(i, shape) for i, shape in enumerate(shapes)}
     tx = optax.chain(
         scale_by_apollo(
             rank, scale_type=scale_type, projection=projection, norm_growth_limit=limit
@@ -230,7 +227,7 @@ ROWS = [
 )
 def test_row_by_row_gives_the_result_of_all_at_once(shape, numbers, projection):
     """Eight devices that replicate the stack update its rows in one batch."""
-    gradients = [normal(shape, seed) for seed in range(3)]
+    gradients = [normal(seed, shape) for seed in range(3)]
     assert leaf_of(gradients[0], numbers).is_by_rows
     assert not leaf_of(on_mesh(gradients[0]), numbers).is_by_rows
     tx = scale_by_apollo(
@@ -252,7 +249,7 @@ def test_row_by_row_gives_the_result_of_all_at_once(shape, numbers, projection):
 def test_a_stack_of_one_is_not_updated_by_rows():
     """Slices of a layer-wise step have one row, for which a loop saves nothing."""
     for layers, by_rows in ((1, False), (2, True)):
-        gradient = normal((layers, 64, 64))
+        gradient = normal(0, (layers, 64, 64))
         leaf = leaf_of(gradient, ApolloDimensionNumbers(1, 2), rank=40)
         assert leaf.is_by_rows == by_rows
 
@@ -263,7 +260,7 @@ def test_a_stack_of_one_is_not_updated_by_rows():
 )
 def test_temporaries_of_a_stack(rank, scale_type):
     """At most twice the size of a row."""
-    params = {name: normal((12, 256, 688), i) for i, name in enumerate(("gate", "up"))}
+    params = {name: normal(i, (12, 256, 688)) for i, name in enumerate(("gate", "up"))}
     tx = optax.chain(
         scale_by_apollo(
             rank,
@@ -295,7 +292,7 @@ def seen_devices(gradient, context=None, jit=True):
 def test_an_array_on_one_of_eight_devices(jit):
     """An array on one device is updated as on a host that has no other."""
     assert jax.device_count() == 8
-    single = normal((8, 24))
+    single = normal(0, (8, 24))
     assert seen_devices(single, jit=jit)
     assert seen_devices(jax.device_put(single, jax.devices()[3]), jit=jit)
     assert seen_devices(on_mesh(single, devices=1), jit=jit)
@@ -305,7 +302,7 @@ def test_an_array_on_one_of_eight_devices(jit):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P(), P("x"), P(None, "x")])
 def test_an_array_on_a_mesh_of_eight(spec, kind, jit):
-    assert not seen_devices(on_mesh(normal((8, 24)), spec=spec, kind=kind), jit=jit)
+    assert not seen_devices(on_mesh(normal(0, (8, 24)), spec=spec, kind=kind), jit=jit)
 
 
 def test_a_mesh_in_the_context_counts_if_the_type_has_none():
@@ -389,7 +386,7 @@ def test_keys_and_small_draws_need_no_loop_over_leaves():
     """On a GPU, launching the kernels of such a loop took longer than the update."""
 
     def loops(leaves):
-        gradients = {str(i): normal((32, 128)) for i in range(leaves)}
+        gradients = {str(i): normal(0, (32, 128)) for i in range(leaves)}
         tx = scale_by_apollo(1, scale_type="tensor")
         jaxpr = str(jax.make_jaxpr(tx.update)(gradients, tx.init(gradients)))
         return jaxpr.count(f"length={leaves}\n"), jaxpr.count("while[")
@@ -402,7 +399,7 @@ def test_keys_and_small_draws_need_no_loop_over_leaves():
     "tx", [apollo_zero(0.1), apollo_zero(0.1, momentum=0.9), apollo_mini(0.1)]
 )
 def test_leaves_of_one_shape_may_be_on_different_devices(tx):
-    gradients = {name: normal((64, 96), seed) for seed, name in enumerate("abc")}
+    gradients = {name: normal(seed, (64, 96)) for seed, name in enumerate("abc")}
     expected, _ = tx.update(gradients, tx.init(gradients), gradients)
     devices = dict(zip(gradients, jax.devices(), strict=False))
     placed = {name: jax.device_put(g, devices[name]) for name, g in gradients.items()}

@@ -7,16 +7,12 @@ that is compiled alone are fused differently, which shows in their last bits.
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from apollo_optax import ApolloDimensionNumbers, _batching, scale_by_apollo
+from tests.helpers import normal
 
 EAGER = (4, "random")
-
-
-def normal(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def plain_loop(update_one, draw_one, keys, leaves):
@@ -74,7 +70,7 @@ def test_a_plain_loop_gives_the_same_bits(
         scale_type="tensor" if rank == 1 else "channel",
         weight_dimension_numbers=numbers,
     )
-    steps = [{k: normal(shape, i) for k, shape in shapes.items()} for i in range(3)]
+    steps = [{k: normal(i, shape) for k, shape in shapes.items()} for i in range(3)]
 
     def run():
         jax.clear_caches()

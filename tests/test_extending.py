@@ -25,6 +25,7 @@ from apollo_optax import (
     state_sharding,
     tabulate,
 )
+from tests.helpers import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -55,10 +56,6 @@ def tables():
         table.update(before)
 
 
-def normal(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
 def test_every_snippet_is_run_here():
     assert len(snippets("python")) == 6
     assert len(snippets("diff")) == 1
@@ -66,7 +63,7 @@ def test_every_snippet_is_run_here():
 
 def test_a_scaling_rule_is_one_row():
     """A factor per head, and a limiter that knows the norm of what it limits."""
-    tx, gradient = run('SCALE_TYPES["head"]')["tx"], normal((8, 3, 5))
+    tx, gradient = run('SCALE_TYPES["head"]')["tx"], normal(0, (8, 3, 5))
     updates, state = tx.update(gradient, tx.init(gradient))
     factors = np.asarray(updates / gradient)
     np.testing.assert_allclose(factors, factors[:1, :, :1] + 0 * factors, rtol=1e-4)
@@ -79,7 +76,7 @@ def test_a_scaling_rule_is_one_row():
 
 def test_momentum_is_a_chain():
     tx = run("optax.trace(0.9)")["tx"]
-    params = {"kernel": normal((8, 16))}
+    params = {"kernel": normal(0, (8, 16))}
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     assert jnp.isfinite(updates["kernel"]).all()
 
@@ -152,7 +149,7 @@ def test_momentum_as_a_field_is_one_row_and_the_step(tmp_path):
 
 @pytest.mark.parametrize("text", ["def sparse(", "class Sparse("])
 def test_a_drawn_projection_is_a_callable_or_a_class(text):
-    tx, gradient = run(text)["tx"], normal((8, 16))
+    tx, gradient = run(text)["tx"], normal(0, (8, 16))
     updates, state = jax.jit(tx.update)(gradient, tx.init(gradient))
     assert state.projection is None
     assert jnp.isfinite(updates).all()
@@ -163,7 +160,7 @@ def test_a_drawn_projection_is_a_callable_or_a_class(text):
 
 
 def test_a_stored_projection_is_a_class():
-    tx, gradient = run("class LargestRows(")["tx"], normal((2, 8, 16))
+    tx, gradient = run("class LargestRows(")["tx"], normal(0, (2, 8, 16))
     params = {"kernel": gradient[0]}
     _, state = jax.jit(tx.update)(params, tx.init(params))
     norms = np.linalg.norm(gradient[0], axis=1)
@@ -184,7 +181,7 @@ def test_an_algorithm_is_one_file():
     make = run("class NormalizedRowsState(")["scale_by_normalized_rows"]
     numbers = {"stack": ApolloDimensionNumbers(2, 1), "bias": None}
     tx = make(numbers)
-    params = {"stack": normal((3, 16, 8)), "bias": normal((16,))}
+    params = {"stack": normal(0, (3, 16, 8)), "bias": normal(0, (16,))}
     updates, state = jax.jit(tx.update)(params, tx.init(params))
     rows = np.sqrt(np.mean(np.square(updates["stack"]), axis=1))
     np.testing.assert_allclose(rows, np.ones((3, 8)), rtol=1e-5)
@@ -199,4 +196,4 @@ def test_an_algorithm_is_one_file():
     shardings = state_sharding(adam, params, weight_dimension_numbers=numbers)
     assert shardings[0].mu["stack"].is_fully_replicated
     # A state without such leaves is a count, but its class has a name.
-    assert "normalized rows" in tabulate(make(), {"kernel": normal((8, 16))})
+    assert "normalized rows" in tabulate(make(), {"kernel": normal(0, (8, 16))})

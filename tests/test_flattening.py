@@ -24,7 +24,7 @@ from apollo_optax import (
 )
 from benchmarks.hlo import collectives, drawn_words
 from tests import layerwise_models
-from tests.helpers import AXIS_TYPES, combinations_of, make_mesh, normal, put, run
+from tests.helpers import AXIS_TYPES, combinations_of, make_mesh, normal, put, rms, run
 from tests.test_spectrum import error, flattened
 from tests.test_traffic import CASES, matrix_axes
 
@@ -39,10 +39,6 @@ PARAMS = {"kernel": normal(0, (16, 24)), "bias": normal(1, (24,))}
 def update(tx, gradient, state=None, **extra) -> Any:
     state = tx.init(gradient) if state is None else state
     return jax.jit(tx.update)(gradient, state, **extra)[0]
-
-
-def rms(x):
-    return np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))
 
 
 # Updates.

@@ -13,10 +13,6 @@ import pytest
 from apollo_optax._quantization import apply_updates_stochastic, dequantize, quantize
 from tests.quantized_values import codes_of, normal, steps_of, values_of
 
-hypothesis.settings.register_profile(
-    "apollo", max_examples=20, deadline=None, derandomize=True
-)
-hypothesis.settings.load_profile("apollo")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from apollo_optax import _quantization
 from apollo_optax._quantization import apply_updates_stochastic, dequantize, quantize
-from tests.quantized_values import mesh_of, normal
+from tests.helpers import make_mesh
+from tests.quantized_values import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KINDS = [AxisType.Auto, AxisType.Explicit]
@@ -33,7 +34,7 @@ KINDS = [AxisType.Auto, AxisType.Explicit]
 )
 def test_default_axis_has_whole_groups_per_shard(kind, shape, spec, axis):
     placed = jax.device_put(
-        np.zeros(shape, np.float32), NamedSharding(mesh_of(kind), spec)
+        np.zeros(shape, np.float32), NamedSharding(make_mesh(kind), spec)
     )
     assert _quantization._default_axis(placed, 128) == axis
     if kind == AxisType.Explicit:
@@ -60,7 +61,7 @@ def test_default_axis_has_whole_groups_per_shard(kind, shape, spec, axis):
     ids=["automatic", "explicit", "explicit, eager"],
 )
 def test_mesh_matches_one_device(kind, shape, spec, codes_spec, transform):
-    mesh = mesh_of(kind)
+    mesh = make_mesh(kind)
     sharding, codes_sharding = (
         NamedSharding(mesh, spec),
         NamedSharding(mesh, codes_spec),

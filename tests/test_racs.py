@@ -35,6 +35,7 @@ from tests.helpers import (
     make_mesh,
     normal,
     put,
+    rms,
     run,
     small_params,
 )
@@ -100,10 +101,6 @@ def assert_is_reference(gradients, rtol=2e-6, **arguments):
         np.testing.assert_allclose(actual, wanted, rtol=rtol)
     np.testing.assert_allclose(state.norm, factors[2] or 0, rtol=rtol)
     return updates, states
-
-
-def rms(array):
-    return float(np.sqrt(np.mean(np.square(np.asarray(array, np.float64)))))
 
 
 def sequence(steps=4, shape=(6, 10), seed=0):

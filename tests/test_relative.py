@@ -18,7 +18,7 @@ from apollo_optax import (
     scale_by_param_matrix_rms,
 )
 from benchmarks.hlo import collectives
-from tests.helpers import assert_close, every_axis_type, make_mesh, normal, put
+from tests.helpers import assert_close, every_axis_type, make_mesh, normal, put, rms
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -27,10 +27,6 @@ STACKED = ApolloDimensionNumbers(1, 2)
 
 def scaled(tx, updates, params):
     return tx.update(updates, tx.init(params), params)[0]
-
-
-def rms(matrix):
-    return np.sqrt(np.mean(np.square(np.asarray(matrix, np.float64))))
 
 
 def test_each_matrix_of_a_stack_has_a_factor_and_other_leaves_have_none():

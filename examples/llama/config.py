@@ -110,8 +110,8 @@ class LlamaConfig:
                 f"hidden_size {self.hidden_size} must be a multiple of num_heads "
                 f"{self.num_heads}, unless head_size is given"
             )
-        # The class is frozen so that it can be a static argument. Only here are the two
-        # defaults resolved.
+        # The class is frozen, because `jax.jit` hashes the graph definition that has
+        # it. Only here are the two defaults resolved.
         object.__setattr__(
             self, "head_size", self.head_size or self.hidden_size // self.num_heads
         )

@@ -161,7 +161,7 @@ def export(options: ExportOptions) -> None:
         save_adapters(params, config, options.to, base=run["init_from"], **arguments)
         return
     if options.merge:
-        params = with_adapters(options.run, run["init_from"], params, config, dtype)
+        params = with_adapters(options.run, run, params, config, dtype)
     hf_weights.save_pretrained(dequantize(params), config.base, options.to, **arguments)
 
 
@@ -182,19 +182,30 @@ def check_adapters(options: ExportOptions, config: LlamaConfig) -> None:
 
 
 def with_adapters(
-    run: Path, init_from: str, adapters: Params, config: LlamaConfig, dtype: str
+    folder: Path,
+    run: dict[str, Any],
+    adapters: Params,
+    config: LlamaConfig,
+    dtype: str,
 ) -> Params:
     """Returns the weights of the model that a run began from, with its adapters merged.
 
-    Raises `UsageError` if the model is gone.
+    Raises `UsageError` if the model is gone, or has other weights than it had.
     """
     try:
-        folder = weights_folder(init_from)
-        params = hf_weights.load_params(folder, config.base, dtype)
+        model = weights_folder(run["init_from"])
+        digest = hf_weights.weights_digest(model)
+        params = hf_weights.load_params(model, config.base, dtype)
     except UsageError as error:
         raise UsageError(
-            f"--merge needs the model that {run} began from: {error}"
+            f"--merge needs the model that {folder} began from: {error}"
         ) from error
+    # Runs of an earlier version do not say which weights they began from.
+    if run.get("base_weights", digest) != digest:
+        raise UsageError(
+            f"the weights in {model} have changed since {folder} began from them; put "
+            "the old ones back, or write the adapters with --adapter"
+        )
     merge(params, adapters, config)
     return params
 

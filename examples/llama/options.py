@@ -83,7 +83,8 @@ class TextOptions:
     the hub. If a folder has files with rows, such as .jsonl, its other files are left
     out."""
     validation: str | None = None
-    """The same for held-out text. The default is one document in twenty of --data."""
+    """The same for held-out text. The default is the split "validation" of a data set
+    on the hub, if it has one, and otherwise one document in twenty of --data."""
     text_field: str = FIELD
     """The field, or column, that has the text in the rows of --data and --validation.
     Rows without text are skipped."""
@@ -186,9 +187,10 @@ class TrainingOptions(TextOptions):
     """The scale of APOLLO, by default 128 for apollo-mini and 1 for the others; or of
     GaLore, by default 0.25."""
     moment_dtype: str = "float32"
-    """The dtype of the moments of APOLLO and Adam, and of the first moments of Muon and
-    Lion: float32 or bfloat16. In bfloat16 a second moment hardly decays, because 0.999
-    times a number rounds to the same number."""
+    """The dtype of the moments of APOLLO and Adam, of the first moments of Muon and
+    Lion, and of the momenta of apollo-zero-momentum and of scale on the head: float32
+    or bfloat16. In bfloat16 a second moment hardly decays, because 0.999 times a number
+    rounds to the same number."""
     b2: float | None = None
     """The decay of the second moments, from 0 to below 1, for Adam on embeddings, head
     and norms, and on the kernels for adamw, apollo, apollo-mini, apollo-svd and galore.

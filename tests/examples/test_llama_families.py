@@ -18,6 +18,7 @@ from examples.llama import export, pretrain
 from examples.llama.config import FAMILIES, LlamaConfig
 from examples.llama.hf import folder as hf_folder
 from examples.llama.hf import weights as hf_weights
+from examples.llama.hf.config import read_config
 from examples.llama.mesh import make_mesh
 from examples.llama.options import RunOptions, differing_fields
 from examples.llama.run import setup
@@ -96,7 +97,7 @@ def test_rejects_settings_of_a_family_that_are_not_computed(
     path = write_model(tmp_path / "model", family) / hf_weights.CONFIG
     edit_json(path, **changes)
     with pytest.raises(UsageError, match=f"config.json: .*{message}"):
-        hf_weights.read_config(path.parent)
+        read_config(path.parent)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,7 +118,7 @@ def test_a_family_has_its_own_defaults(
     null = {"sliding_window": None} if family == "mistral" else null
     for more in ({}, null):
         (tmp_path / hf_weights.CONFIG).write_text(json.dumps(sizes | more))
-        ours = hf_weights.read_config(tmp_path)
+        ours = read_config(tmp_path)
         theirs = transformers.AutoConfig.from_pretrained(tmp_path)
         assert ours.model_type == theirs.model_type == family
         assert ours.num_kv_heads == theirs.num_key_value_heads
@@ -209,7 +210,7 @@ def test_a_hub_name_is_found_in_the_cache(
         assert hf_folder.weights_folder(name) == snapshot
         assert setup.model_config(
             RunOptions(out=tmp_path, init_from=name, seq=8)
-        ) == hf_weights.read_config(snapshot)
+        ) == read_config(snapshot)
 
 
 def test_rejects_a_model_that_the_cache_lacks(
@@ -247,7 +248,7 @@ def test_a_hub_model_is_trained_in_int8_and_exported(
     args = ["--out", str(out), "--init-from", "acme/model", *SHORT]
     pretrain.main([*args, "--weights", "int8", "--layerwise", "--lr", "0.01"])
     export.main(["--run", str(out), "--to", str(tmp_path / "tuned")])
-    assert hf_weights.read_config(tmp_path / "tuned") == CONFIGS[family]
+    assert read_config(tmp_path / "tuned") == CONFIGS[family]
     before, after = (
         load_file(folder / hf_weights.WEIGHTS)
         for folder in (snapshot, tmp_path / "tuned")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.hf import pretrained
 from examples.llama.hf import weights as hf_weights
+from examples.llama.hf.config import read_config
 from examples.llama.model import Params, graphdef_of, init_params
 from examples.llama.run.errors import UsageError
 
@@ -198,7 +199,7 @@ def test_their_export_gives_our_logits(
     model = their_model(transformers, config)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert hf_weights.read_config(tmp_path) == config
+    assert read_config(tmp_path) == config
     params = hf_weights.load_params(tmp_path, config, "float32")
     logits, expected = logits_of(config, params), their_logits(model)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
@@ -411,7 +412,7 @@ def test_exported_weights_are_read_bit_for_bit(
     config: LlamaConfig, dtype: str, max_shard_bytes: int, exported: Callable[..., Path]
 ) -> None:
     folder = exported(config, dtype, max_shard_bytes=max_shard_bytes)
-    assert hf_weights.read_config(folder) == config
+    assert read_config(folder) == config
     params = hf_weights.load_params(folder, config, dtype)
     assert_trees_equal(params, random_params(config, dtype))
 
@@ -554,7 +555,7 @@ def test_both_spellings_of_rotary_scaling(exported: Callable[..., Path]) -> None
     scaling = json.loads((folder / hf_weights.CONFIG).read_text())["rope_scaling"]
     kind = scaling.pop("rope_type")
     edit_json(folder / hf_weights.CONFIG, rope_scaling=scaling | {"type": kind})
-    assert hf_weights.read_config(folder) == config
+    assert read_config(folder) == config
     newer = scaling | {"rope_type": kind, "rope_theta": config.rope_theta}
     edit_json(
         folder / hf_weights.CONFIG,
@@ -562,7 +563,7 @@ def test_both_spellings_of_rotary_scaling(exported: Callable[..., Path]) -> None
         rope_theta=...,
         rope_parameters=newer,
     )
-    assert hf_weights.read_config(folder) == config
+    assert read_config(folder) == config
 
 
 def test_fields_that_early_versions_did_not_write(
@@ -578,9 +579,9 @@ def test_fields_that_early_versions_did_not_write(
     )
     biases = ("attention_bias", "mlp_bias")
     edit_json(folder / hf_weights.CONFIG, **dict.fromkeys(missing + biases, ...))
-    assert hf_weights.read_config(folder) == UNTIED
+    assert read_config(folder) == UNTIED
     edit_json(folder / hf_weights.CONFIG, num_key_value_heads=None, head_dim=None)
-    assert hf_weights.read_config(folder) == UNTIED
+    assert read_config(folder) == UNTIED
 
 
 @pytest.mark.parametrize(
@@ -607,7 +608,7 @@ def test_fields_with_a_default_or_another_name(
     config = dataclasses.replace(UNTIED, rms_norm_eps=1e-3, rope_theta=10_000.0)
     folder = exported(config)
     edit_json(folder / hf_weights.CONFIG, **changes)
-    assert hf_weights.read_config(folder) == dataclasses.replace(config, **read)
+    assert read_config(folder) == dataclasses.replace(config, **read)
 
 
 def test_defaults_are_those_of_transformers(
@@ -617,7 +618,7 @@ def test_defaults_are_those_of_transformers(
     missing = ("rms_norm_eps", "max_position_embeddings", "initializer_range")
     edit_json(folder / hf_weights.CONFIG, **dict.fromkeys(missing, ...))
     ours, theirs = (
-        hf_weights.read_config(folder),
+        read_config(folder),
         transformers.AutoConfig.from_pretrained(folder),
     )
     assert ours.rms_norm_eps == theirs.rms_norm_eps
@@ -737,7 +738,7 @@ def test_rejects_unusable_configs(
     folder = exported(UNTIED)
     edit_json(folder / hf_weights.CONFIG, **changes)
     with pytest.raises(UsageError, match=f"config.json:? .*{message}"):
-        hf_weights.read_config(folder)
+        read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -757,13 +758,13 @@ def test_rejects_unreadable_configs(
     if content is not None:
         (tmp_path / hf_weights.CONFIG).write_bytes(content)
     with pytest.raises(UsageError, match=f"config.json {message}"):
-        hf_weights.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 def test_rejects_a_config_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / hf_weights.CONFIG).mkdir()
     with pytest.raises(UsageError, match="cannot read .*config.json: Is a directory"):
-        hf_weights.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"

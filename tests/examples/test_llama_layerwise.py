@@ -36,6 +36,7 @@ from examples.llama.step import (
     make_layerwise_train_step,
     make_train_step,
 )
+from tests.layerwise_models import assert_agree
 
 STEPS = 20
 OPTIMIZERS = ["apollo", "apollo-mini", "apollo-svd", "racs", "adamw", "lion", "muon"]
@@ -103,24 +104,6 @@ def trained(
 def summed_by_xla(step: Any, state: TrainState, tokens: np.ndarray) -> TrainStep:
     """Compiles the step so that sums in a stack equal those of its layers."""
     return step.lower(state, Batch(tokens[0]), 1).compile(compiler_options=SUMS_BY_XLA)
-
-
-def assert_agree(actual: Any, expected: Any, highest: float) -> None:
-    """Asserts equal types, and errors up to `highest` times a leaf's largest value."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(actual),
-        jax.tree.leaves(expected),
-        strict=True,
-    ):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        error = np.abs(a - b).max()
-        assert error <= highest * np.abs(b).max(), (
-            jax.tree_util.keystr(path),
-            error,
-            np.abs(b).max(),
-        )
 
 
 def assert_same_training(

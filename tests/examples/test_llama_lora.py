@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from examples.llama import export, finetune, plan
 from examples.llama.config import (
@@ -231,8 +232,18 @@ def test_a_run_its_resumption_and_its_exports(
     try:
         line[3] = str(tmp_path / "none")
         error = refused([*line, "--merge"], capsys, export.main)
+        # Adapters fit no other weights, such as those of a branch that has moved.
+        shutil.copytree(tmp_path / "elsewhere", start / "model")
+        tensors = load_file(start / "model" / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+        save_file(tensors, start / "model" / "model.safetensors")
+        merged = refused([*line, "--merge"], capsys, export.main)
+        resumed = refused([*args, "--resume", "auto"], capsys, finetune.main)
+        shutil.rmtree(start / "model")
     finally:
         shutil.move(tmp_path / "elsewhere", start / "model")
+    assert f"have changed since {out} began from them" in merged
+    assert "base_weights: " in resumed
     assert error.startswith(f"error: --merge needs the model that {out} began from: ")
     assert not (tmp_path / "none").exists()
 

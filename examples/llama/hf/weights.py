@@ -26,13 +26,13 @@ from safetensors.numpy import save_file
 
 from examples.llama.config import LlamaConfig
 from examples.llama.hf.config import CONFIG, hf_config, write_json
-from examples.llama.hf.config import read_config as read_config
 from examples.llama.hf.folder import INDEX, WEIGHTS, indexed_files
 from examples.llama.hf.pretrained import Files, pass_on, with_token_ids
 from examples.llama.model import Params, flatten, init_params, unflatten
 from examples.llama.run.errors import UsageError, first_line, unknown_name
-from examples.llama.text.hub import TOKENIZER as TOKENIZER
-from examples.llama.text.hub import TOKENIZER_CONFIG as TOKENIZER_CONFIG
+from examples.llama.text.decoding import DocumentError
+from examples.llama.text.digests import content_digest
+from examples.llama.text.hub import TOKENIZER, TOKENIZER_CONFIG
 
 PYTORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DTYPES = ("float32", "bfloat16")
@@ -361,6 +361,18 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{file} is not there, though {INDEX} names it; download it"
             )
     return files
+
+
+def weights_digest(folder: Path) -> str:
+    """Returns a digest of a model's weights. Unchanged files are not read again.
+
+    Raises `UsageError` if the weights cannot be read.
+    """
+    files = {file.name: file for file in weight_files(folder)}
+    try:
+        return content_digest(f"weights of {folder.resolve()}", files)
+    except DocumentError as error:
+        raise UsageError(str(error)) from error
 
 
 def no_safetensors(folder: Path) -> UsageError:

@@ -16,6 +16,7 @@ from rich import filesize
 from apollo_optax import StateBytes, state_bytes
 from examples.llama.config import LlamaConfig, adapter_count, param_count, preset
 from examples.llama.hf import weights as hf_weights
+from examples.llama.hf.config import read_config
 from examples.llama.hf.folder import config_folder, weights_folder
 from examples.llama.loop import Text
 from examples.llama.lora import adapters_of, without_adapters
@@ -52,7 +53,7 @@ def model_config(options: TrainingOptions) -> LlamaConfig:
     """
     if options.init_from:
         name = f"`init_from` {options.init_from}"
-        config = hf_weights.read_config(config_folder(options.init_from))
+        config = read_config(config_folder(options.init_from))
     else:
         assert options.model is not None
         name, config = f"`model` {options.model}", preset(options.model)
@@ -159,17 +160,27 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
 
 def describe(options: RunOptions, config: LlamaConfig, text: Text) -> dict[str, Any]:
     """Returns a JSON description of the run; equal descriptions compute the same."""
-    return options.as_run() | {
-        "model_config": dataclasses.asdict(config),
-        "corpus": text.key,
-        "end_token": text.tokenizer.id_to_token(text.end_id),
-        "made_with": {
-            **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
-            "date": datetime.date.today().isoformat(),
-        },
-    }
+    base = {}
+    if config.lora_rank and options.init_from:
+        # Checkpoints have the adapters alone, which fit no other weights.
+        base["base_weights"] = hf_weights.weights_digest(
+            weights_folder(options.init_from)
+        )
+    return (
+        options.as_run()
+        | base
+        | {
+            "model_config": dataclasses.asdict(config),
+            "corpus": text.key,
+            "end_token": text.tokenizer.id_to_token(text.end_id),
+            "made_with": {
+                **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
+                "python": platform.python_version(),
+                "device": jax.devices()[0].device_kind,
+                "date": datetime.date.today().isoformat(),
+            },
+        }
+    )
 
 
 def summary(
