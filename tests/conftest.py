@@ -17,6 +17,8 @@ import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
+from tests.xla_options import known_options
+
 # XLA allocates the temporaries of a program in each execution. By default, glibc gets
 # large ones from the kernel each time, which then clears them page by page. With these
 # thresholds it keeps them. The workers of pytest-xdist and the processes that tests
@@ -64,8 +66,9 @@ def compiled_programs() -> Iterator[None]:
 
 
 # XLA's fusion emitters go through several dialects of MLIR, which takes more than half
-# of the time to compile a small program for CPUs.
-QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+# of the time to compile a small program for CPUs. XLA has no other emitters, and no
+# option, from JAX 0.11 on.
+QUICK_OPTIONS = known_options({"xla_cpu_use_fusion_emitters": False})
 
 
 def flag(option: str) -> str:
@@ -112,7 +115,8 @@ def fusion_emitters(
     Without the emitters, XLA rounds one expression differently in two programs.
     """
     jax.clear_caches()
-    monkeypatch.setitem(QUICK_OPTIONS, "xla_cpu_use_fusion_emitters", True)
+    for option in QUICK_OPTIONS:
+        monkeypatch.setitem(QUICK_OPTIONS, option, True)
     yield
     jax.clear_caches()
 
