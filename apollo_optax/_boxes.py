@@ -110,7 +110,7 @@ class Named:
         Logical names can't be merged: NNX raises, and Linen takes them for mesh axes.
         Several names become the mesh axes that they stand for.
         """
-        if names in self._names:  # No name has moved here.
+        if names in self._names:  # These shared an axis before, so none is merged.
             return names[0] if len(names) == 1 else names or None
         sharding = [name for name in names if self._mesh_axes[name]]
         if len(sharding) <= 1:

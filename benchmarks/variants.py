@@ -381,7 +381,7 @@ def perplexities(
     for seed in options.seeds:
         run = run_of(options, way, seed)
         # A table of finished runs later knows by this file that the run has ended.
-        diverged = run.out.with_name(f"{run.out.name}.diverged")
+        diverged = run.out.with_name(f"{run.out.name}-{run.steps}-steps.diverged")
         if diverged.exists():
             found.append(math.inf)
             continue

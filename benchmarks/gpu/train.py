@@ -422,7 +422,10 @@ def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
 
 def run(bench: Bench, options: QualityOptions) -> None:
     # The first row of this call replaces the file, so it is read before.
-    kept = kept_runs(json_of(bench))
+    path = json_of(bench)
+    before = path.read_text() if path.exists() else None
+    kept = kept_runs(path)
+    check_kept(kept, {"device": bench.device.kind}, path)
     planned = sizes(bench.rehearse, options.batch)
     base = planned.quality
     config = setup.model_config(base)
@@ -440,4 +443,11 @@ def run(bench: Bench, options: QualityOptions) -> None:
     if isinstance(text, Failed):
         bench.report.note(f"Quality: {text.reason}.")
         return
-    quality(bench, planned, options, text, rate, kept)
+    try:
+        quality(bench, planned, options, text, rate, kept)
+    except UsageError:
+        # The runs of earlier calls are of another text, and this call's rows have
+        # replaced them.
+        assert before is not None
+        path.write_text(before)
+        raise

@@ -202,7 +202,8 @@ class TrainingOptions(TextOptions):
     relative: bool | None = None
     """Whether a kernel's updates are multiplied by the RMS of its weights over 0.02, a
     factor of 0.05 to 5. By default, those of apollo-zero, with or without a momentum,
-    are in pre-training. A resumed run keeps what it began with."""
+    are, unless the run starts from good weights. A resumed run keeps what it began
+    with."""
     weight_decay: float = 0.0
     """The decoupled weight decay of the kernels, or of the adapters of --lora: each
     step also subtracts the learning rate times this times the weights. Embeddings, head
@@ -267,7 +268,7 @@ class TrainingOptions(TextOptions):
         # The class is frozen, so defaults that depend on other options are set here.
         if self.init_from:
             # A run is resumed by its options, and `a/` is the folder `a`.
-            folder = Path(self.init_from).expanduser()
+            folder = expanded("init_from", Path(self.init_from))
             object.__setattr__(self, "init_from", str(folder))
         else:
             object.__setattr__(self, "model", self.model or "tiny")
@@ -681,5 +682,15 @@ def parse(options: type[Options], args: list[str] | None, prog: str) -> Options:
                 "give the folder where it is mounted"
             )
         if isinstance(path, Path):  # Shells leave the ~ of --out=~/runs alone.
-            object.__setattr__(parsed, name, path.expanduser())
+            object.__setattr__(parsed, name, expanded(name, path))
     return parsed
+
+
+def expanded(name: str, path: Path) -> Path:
+    """Returns a path with the home folder in place of ~."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"`{name}` {path} is in the home folder of an unknown user; give another"
+        ) from error

@@ -419,6 +419,43 @@ def test_a_second_call_adds_to_the_runs_of_the_first(
     assert (tmp_path / "train.png").exists()
 
 
+class Tokenised:
+    """Stands for the worker that tokenises the text of a call."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> "Tokenised":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def prepared(self, deadline: float) -> train.Text:
+        del deadline
+        return train.Text(10**6, "other")
+
+
+def test_a_call_with_another_text_keeps_the_runs_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def utilisation(bench: Bench, runs: Any) -> dict[str, float]:
+        del runs
+        bench.report.note("This replaces the file.")
+        return {}
+
+    monkeypatch.setattr(train, "utilisation", utilisation)
+    monkeypatch.setattr(train, "Worker", Tokenised)
+    values = {"validation": [[1, 7.0]], "device": "cpu", "text": "key"}
+    row = {"name": "adamw", "cells": {}, "values": values}
+    bench = make_bench(tmp_path)
+    path = train.json_of(bench)
+    path.write_text(json.dumps({"tables": [{"rows": [row]}]}))
+    with pytest.raises(UsageError, match="can't be in one table"):
+        train.run(bench, train.QualityOptions(steps=4))
+    assert list(train.kept_runs(path)) == ["adamw"]
+
+
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 

@@ -943,9 +943,10 @@ def test_rejects_the_address_of_a_bucket(
 def test_a_home_folder_is_found_after_an_equals_sign() -> None:
     parsed = parse(RunOptions, ["--out=~/runs/x"], "pretrain")
     assert parsed.out == Path.home() / "runs" / "x"
-    assert RunOptions(out=Path("x"), init_from="~/a").init_from == str(
-        Path.home() / "a"
-    )
+    options = RunOptions(out=Path("x"), init_from="~/a")
+    assert options.init_from == str(Path.home() / "a")
+    with pytest.raises(UsageError, match="`out` ~nobody-at-all/x is in the home"):
+        parse(RunOptions, ["--out=~nobody-at-all/x"], "pretrain")
 
 
 @pytest.mark.parametrize("folder", ["", ".", "./"])

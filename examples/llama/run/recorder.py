@@ -79,8 +79,8 @@ class Recorder:
 
         Args:
             evaluate: called after the step has ended.
-            at_once: whether the step after the queued one has not begun yet. With
-                `evaluate`, it has not either.
+            at_once: whether no step was dispatched after the queued one. This is so if
+                `evaluate` is given.
 
         Raises:
             DivergedError: if the loss or a gradient is not finite, unless such steps
