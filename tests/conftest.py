@@ -66,8 +66,8 @@ def compiled_programs() -> Iterator[None]:
 
 
 # XLA's fusion emitters go through several dialects of MLIR, which takes more than half
-# of the time to compile a small program for CPUs. XLA has no other emitters, and no
-# option, from JAX 0.11 on.
+# of the time to compile a small program for CPUs. The XLA of JAX 0.11.2 and 0.12 has no
+# such option.
 QUICK_OPTIONS = known_options({"xla_cpu_use_fusion_emitters": False})
 
 

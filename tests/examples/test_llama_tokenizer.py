@@ -105,6 +105,12 @@ def test_end_token(
     assert encoder.tokenizer.id_to_token(encoder.end_id) == end
 
 
+def printed(code: str, environment: dict[str, str]) -> str:
+    """Returns what a program prints that begins with these variables."""
+    command = [sys.executable, "-c", code]
+    return subprocess.check_output(command, env=environment, text=True)
+
+
 def test_hub_tokenizer_is_read_from_the_cache_without_a_network(tmp_path: Path) -> None:
     cached = tmp_path / "models--meta-llama--Llama-3.2-1B"
     commit = "4e20de362430cd3b72f300e6b0f18e50e7166e08"
@@ -124,14 +130,7 @@ except UsageError as error:
     print(error)
 """
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    end, refusal = done.stdout.splitlines()
+    end, refusal = printed(code, environment).splitlines()
     assert end == "<|eot_id|>"
     assert refusal.startswith(
         "`tokenizer` 'meta-llama/Llama-9' is no file or folder here, nor to be had from"
@@ -169,16 +168,10 @@ except UsageError as error:
             "NO_PROXY": "",
             "no_proxy": "",
         }
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        refusal = printed(code, environment)
         proxy.shutdown()
-    assert done.stdout.startswith("`init_from` 'meta-llama/Llama-9' is no file or")
-    assert "check the name, the network" in done.stdout
+    assert refusal.startswith("`init_from` 'meta-llama/Llama-9' is no file or")
+    assert "check the name, the network" in refusal
 
 
 def test_rejects_a_larger_vocabulary_than_the_models(tmp_path: Path) -> None:

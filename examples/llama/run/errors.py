@@ -92,7 +92,7 @@ def notice(text: str, quoted: str = "") -> None:
         tqdm.write(with_flags(text) + quoted, file=sys.stderr)
 
 
-# For commands that continue a run in its folder.
+# Commands that can continue a run in its folder say this after Ctrl-C.
 RESUME = "`resume` auto goes on with what is on disk"
 
 

@@ -160,27 +160,22 @@ def load_corpus(options: TrainingOptions, config: LlamaConfig) -> corpus.Corpus:
 
 def describe(options: RunOptions, config: LlamaConfig, text: Text) -> dict[str, Any]:
     """Returns a JSON description of the run; equal descriptions compute the same."""
-    base = {}
+    description = options.as_run() | {
+        "model_config": dataclasses.asdict(config),
+        "corpus": text.key,
+        "end_token": text.tokenizer.id_to_token(text.end_id),
+        "made_with": {
+            **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
+            "date": datetime.date.today().isoformat(),
+        },
+    }
     if config.lora_rank and options.init_from:
         # Checkpoints have the adapters alone, which fit no other weights.
-        base["base_weights"] = hf_weights.weights_digest(
-            weights_folder(options.init_from)
-        )
-    return (
-        options.as_run()
-        | base
-        | {
-            "model_config": dataclasses.asdict(config),
-            "corpus": text.key,
-            "end_token": text.tokenizer.id_to_token(text.end_id),
-            "made_with": {
-                **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
-                "python": platform.python_version(),
-                "device": jax.devices()[0].device_kind,
-                "date": datetime.date.today().isoformat(),
-            },
-        }
-    )
+        folder = weights_folder(options.init_from)
+        description["base_weights"] = hf_weights.weights_digest(folder)
+    return description
 
 
 def summary(
