@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from apollo_optax import _tree
+from apollo_optax import _check, _tree
 
 
 class ApolloDimensionNumbers(NamedTuple):
@@ -522,6 +522,37 @@ def resolve(
             if with_vectors or found.contracted_size > 1:
                 axes[path] = found
     return axes
+
+
+def check_batch_index(
+    batch_index: Any,
+    weight_dimension_numbers: WeightDimensionNumbers,
+    tree: Any,
+    *,
+    with_vectors: bool = False,
+) -> None:
+    """Raises if slices along the leading axis are not slices of whole matrices.
+
+    Args:
+      batch_index: the index of the first slice, or None if the leaves are whole.
+      weight_dimension_numbers: the dimension numbers of the leaves.
+      tree: the leaves, or slices of them.
+      with_vectors: whether to raise for a slice with a side of 1 too. It is a vector,
+        but all layers together are a matrix. A state shows this, so only a
+        transformation without one needs it.
+    """
+    if batch_index is None:
+        return
+    _check.batch_index(batch_index)
+    found = resolve(weight_dimension_numbers, tree, with_vectors=with_vectors)
+    for path, axes in found.items():
+        if axes is not None and 0 not in axes.batch:
+            raise ValueError(
+                f"'{_tree.show(path)}' of shape {axes.shape} is a slice of "
+                "layer-stacked leaves, since batch_index is given, but its axis 0 is a "
+                "part of the matrix, so its layers can't be updated one by one; give "
+                "weight_dimension_numbers that leave axis 0 out, or None for vectors"
+            )
 
 
 class Unguessed(NamedTuple):

@@ -92,18 +92,19 @@ def layerwise_step(
       tx: any Optax transformation that treats leaves, and the layers of a stacked leaf,
         separately. The layers of a leaf come to its ``update`` one by one, as
         ``(1, ...)`` slices, with the layer's number as the extra argument
-        `batch_index`. A transformation that mixes layers is rejected if its state shows
-        it: ``MultiSteps``, ``apply_if_finite``, the factored moments of
+        `batch_index`. A transformation of this library is rejected if its dimension
+        numbers make the layers' axis a part of a matrix, also for stacked vectors. Any
+        other transformation that mixes layers is rejected if its state shows it:
+        ``MultiSteps``, ``apply_if_finite``, the factored moments of
         ``optax.adafactor``. These others compute different updates
         **without an error**: ``clip_by_global_norm``, ``adaptive_grad_clip``,
         ``clip_by_block_rms``, ``scale_by_param_block_norm``,
         ``scale_by_param_block_rms``, ``scale_by_trust_ratio`` and
         ``normalize_by_update_norm``, which take norms over a whole leaf or tree;
-        ``optax.contrib.muon``, :func:`scale_by_flattening` and
-        :func:`scale_by_param_matrix_rms`, unless their dimension numbers exclude the
-        layers' axis from every matrix, also for stacked vectors; ``add_noise``, which
-        gives every layer the same noise. The norm-growth limiter of
-        :func:`scale_by_apollo` replaces clipping and acts on each layer alone.
+        ``optax.contrib.muon``, unless its dimension numbers exclude the layers' axis
+        from every matrix; ``add_noise``, which gives every layer the same noise. The
+        norm-growth limiter of :func:`scale_by_apollo` replaces clipping and acts on
+        each layer alone.
       layers: the path of the stack in the parameters, such as ``"layers"`` or
         ``"decoder/layers"``. The leading axis of every leaf in it is the number of
         layers.
@@ -135,8 +136,9 @@ def layerwise_step(
       ValueError: from the step, if there is no stack at `layers`, if the leading axes
         of its leaves or of those of `per_layer` differ, if `opt_state` is not the state
         of `tx` for these parameters, if the optimizer's state for a stacked leaf can't
-        be split by layer, if the optimizer changes the dtype of its state, or if
-        weights are in int8 and there is no `key`.
+        be split by layer, if dimension numbers make the layers' axis a part of a
+        matrix, if the optimizer changes the dtype of its state, or if weights are in
+        int8 and there is no `key`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -18,6 +18,7 @@ from apollo_optax import _adam, _check, _sharding, _state, _tree
 from apollo_optax._dimension_numbers import (
     Unguessed,
     WeightDimensionNumbers,
+    check_batch_index,
     resolve,
     warn_if_unguessable,
 )
@@ -39,7 +40,7 @@ class Step(NamedTuple):
     Attributes:
       state: of the transformation, before the update.
       number: of this step, counted from 1; None if the state has no count.
-      batch_index: the first index on the leaves' leading axis; usually 0.
+      batch_index: the index of the first slice, if the leaves are slices of stacks; or 0.
     """
 
     state: Any
@@ -135,11 +136,11 @@ def leafwise(
         state: Any,
         params: optax.Params | None = None,
         *,
-        batch_index: jax.typing.ArrayLike = 0,
+        batch_index: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        _check.batch_index(batch_index)
+        check_batch_index(batch_index, weight_dimension_numbers, updates)
         axes = resolve(weight_dimension_numbers, updates)
         gradients = _tree.leaves_by_path(updates)
         _check.state_class(state, state_class)
@@ -169,7 +170,9 @@ def leafwise(
                 )
                 new_updates[path] = _sharding.reshard(update, before)
 
-        step = Step(state, number, jnp.asarray(batch_index))
+        step = Step(
+            state, number, jnp.asarray(0 if batch_index is None else batch_index)
+        )
         for path, result in update_matrices(step, matrices).items():
             new_updates[path], states[path] = result
         new_state = _state.with_leaves(fields, state, states)

@@ -19,6 +19,7 @@ from apollo_optax import _check, _tree
 from apollo_optax._dimension_numbers import (
     Unguessed,
     WeightDimensionNumbers,
+    check_batch_index,
     resolve,
     warn_if_unguessable,
 )
@@ -86,15 +87,16 @@ def scale_by_param_matrix_rms(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is empty. Updates keep
-      their dtypes. Its ``update`` function needs the parameters.
+      their dtypes. Its ``update`` function needs the parameters. It takes the extra
+      argument `batch_index` of :func:`scale_by_apollo`, which changes nothing here.
 
     Raises:
       TypeError: if an argument is not a number, or dimension numbers are malformed.
       ValueError: if an argument is out of range. From ``init`` and ``update``, for a
         leaf that is not real floating-point, or dimension numbers that do not fit. From
         ``update``, without parameters, for parameters of another structure or other
-        shapes than the updates, or, inside ``shard_map``, for a matrix that varies over
-        a manual axis.
+        shapes than the updates, for a `batch_index` with a matrix that axis 0 is a part
+        of, or, inside ``shard_map``, for a matrix that varies over a manual axis.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -136,9 +138,14 @@ def scale_by_param_matrix_rms(
         updates: optax.Updates,
         state: optax.EmptyState,
         params: optax.Params | None = None,
+        *,
+        batch_index: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
+        check_batch_index(
+            batch_index, weight_dimension_numbers, updates, with_vectors=True
+        )
         if params is None:
             raise ValueError(
                 "updates are scaled by the parameters, which are missing; call "

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
+from benchmarks.run_records import runs_made_with
 from examples.llama import export
 from examples.llama.evaluate import make_evaluator, perplexity
 from examples.llama.finetune import finetune, load_text
@@ -302,11 +303,17 @@ def main(args: list[str] | None = None) -> None:
             write_passages(options.out / "passages.jsonl")
             found = {name: found_of(options, name, stop) for name in names}
         before = losses_before(options)
+        folders = [
+            run_of(options, name, rates, seed).out
+            for name in names
+            for rates in found[name].by_rates
+            for seed in options.seeds
+        ]
         seeds = ", ".join(map(str, options.seeds))
         print(
             f"tiny, {options.base_steps} steps on stdlib, then {options.steps} steps "
-            f"of {BATCH * SEQ:,} tokens on package-docs; seeds {seeds}; "
-            f"{report.made_with(('jax', 'flax', 'optax'))}\n\n{table(found, before)}"
+            f"of {BATCH * SEQ:,} tokens on package-docs; seeds {seeds}\n"
+            f"{runs_made_with(folders)}\n\n{table(found, before)}"
         )
 
     exit_on_usage_error(command)

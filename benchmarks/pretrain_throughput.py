@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.report import cores, made_with
+from benchmarks.report import made_with
 from examples.llama.config import LlamaConfig, param_count, preset
 from examples.llama.flops import flops_per_token, mfu
 from examples.llama.hf.config import hf_config
@@ -36,6 +36,7 @@ from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.optimizers.recipes import with_defaults
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
+from examples.llama.run.machine import cores
 from examples.llama.step import TrainState, make_train_step
 
 # The first step compiles. The second fills the caches.

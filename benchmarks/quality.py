@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.run_records import runs_made_with
 from examples.llama.evaluate import perplexity
 from examples.llama.options import RunOptions, check_seeds
 from examples.llama.pretrain import pretrain
@@ -38,6 +39,10 @@ class QualityOptions:
         check_seeds("--seeds", self.seeds)
 
 
+def folder_of(options: QualityOptions, way: str, seed: int) -> Path:
+    return options.out / f"{way.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+
+
 def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
     """Returns the perplexities of each way, infinite for a run that diverged.
 
@@ -45,9 +50,8 @@ def perplexities(options: QualityOptions, ways: Ways) -> dict[str, list[float]]:
     """
 
     def run(way: str, seed: int, stop: StopRequest) -> float:
-        name = f"{way.replace(', ', '-').replace(' ', '-')}-seed{seed}"
         run_options = RunOptions(
-            out=options.out / name,
+            out=folder_of(options, way, seed),
             steps=options.steps,
             seed=seed,
             compute_dtype=options.compute_dtype,
@@ -85,9 +89,12 @@ def table(
         spread = report.spread(results[way])
         return way, f"{mean:.2f}", spread, f"{mean / other - 1:+.1%}"
 
+    folders = [
+        folder_of(options, way, seed) for way in results for seed in options.seeds
+    ]
     return (
         f"{what}, {options.steps} steps, {len(options.seeds)} seeds, products in "
         f"{options.compute_dtype}\n"
-        f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
+        f"{runs_made_with(folders)}\n\n"
         f"{report.markdown(('way', 'val ppl', '±', over), map(row, results), 1)}"
     )

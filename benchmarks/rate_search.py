@@ -33,6 +33,7 @@ from examples.llama.evaluate import perplexity
 from examples.llama.optimizers.recipes import RECIPES, with_defaults
 from examples.llama.options import RunOptions, check_seeds, parse
 from examples.llama.pretrain import pretrain
+from examples.llama.run import machine
 from examples.llama.run.errors import UsageError, exit_on_usage_error, unknown_name
 from examples.llama.run.interrupt import StopRequest
 from examples.llama.run.log import read_config, read_metrics
@@ -255,7 +256,7 @@ class SearchOptions:
     results.jsonl in --out."""
     finished_only: bool = False
     """Train nothing, and print the tables of the runs in --results."""
-    processes: int = report.cores()
+    processes: int = machine.cores()
     """Contenders that are searched at the same time, on one core each."""
 
     def __post_init__(self) -> None:
@@ -489,8 +490,8 @@ def trained(part: str, contender: str, run: RunOptions, stop: StopRequest) -> Ru
         val_loss = pretrain(run, stop, measure_updates=True).val_loss
     except DivergedError:
         val_loss = None
-    rows, corpus = read_metrics(run.out), read_config(run.out)["corpus"]
-    return RunRecord.of(part, contender, run, val_loss, rows, corpus)
+    rows, config = read_metrics(run.out), read_config(run.out)
+    return RunRecord.of(part, contender, run, val_loss, rows, config)
 
 
 def use_one_core(cores: Any) -> None:
@@ -506,7 +507,7 @@ def run_searches(options: SearchOptions, part: str) -> None:
     """
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
-    available = report.core_numbers()
+    available = machine.core_numbers()
     for index in range(options.processes):
         cores.put(available[index % len(available)])
     with concurrent.futures.ProcessPoolExecutor(

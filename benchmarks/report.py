@@ -1,16 +1,12 @@
 """The machine, the versions and the Markdown of the benchmarks' tables."""
 
-import contextlib
 import datetime
 import math
-import os
-import platform
 import statistics
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from pathlib import Path
 
-import jax
+from examples.llama.run.machine import machine
 
 
 def spread(results: Sequence[float]) -> str:
@@ -21,32 +17,6 @@ def spread(results: Sequence[float]) -> str:
     if len(results) < 2 or not all(map(math.isfinite, results)):
         return ""
     return f"{statistics.stdev(results):.2f}"
-
-
-def core_numbers() -> list[int]:
-    """Returns the numbers of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def cores() -> int:
-    """Returns the number of cores that this process may use, as XLA counts them."""
-    return len(core_numbers())
-
-
-def machine() -> str:
-    if jax.default_backend() != "cpu":
-        return jax.devices()[0].device_kind
-    name = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = (
-            next(line for line in lines if line.startswith("model name"))
-            .partition(":")[2]
-            .strip()
-        )
-    return f"{name}, {cores()} cores"
 
 
 def made_with(packages: Iterable[str]) -> str:

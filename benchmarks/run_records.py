@@ -5,17 +5,33 @@ import fcntl
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from benchmarks import report
 from examples.llama.options import RunOptions, differing_fields
 from examples.llama.run.errors import UsageError
-from examples.llama.run.log import Row
+from examples.llama.run.log import Row, read_config
+
+PACKAGES = ("jax", "flax", "optax")
 
 # These options do not change a result, and the seed has a field of its own.
 LEFT_OUT = frozenset(("out", "resume", "workers", "seed"))
+
+
+def made_with(config: Mapping[str, Any]) -> str:
+    """Returns the machine, the versions and the date in a run's config.json.
+
+    The date is that on which the run began, or was last continued.
+    """
+    made = config["made_with"]
+    versions = ", ".join(f"{name} {made[name]}" for name in ("jax", "flax", "optax"))
+    return f"{made['device']}; {versions}; {made['date']}"
+
+
+def runs_made_with(folders: Iterable[Path]) -> str:
+    """Returns a line for each way in which the runs in some folders were made."""
+    return "\n".join(sorted({made_with(read_config(folder)) for folder in folders}))
 
 
 class RunRecord(NamedTuple):
@@ -55,9 +71,9 @@ class RunRecord(NamedTuple):
         run: RunOptions,
         val_loss: float | None,
         rows: Sequence[Row],
-        corpus: str,
+        config: Mapping[str, Any],
     ) -> Self:
-        """Returns the result of a run that has ended, from its metrics."""
+        """Returns the result of a run that has ended, from its files."""
         sizes = [
             row["update_rms_over_lr"]
             for row in rows
@@ -72,8 +88,8 @@ class RunRecord(NamedTuple):
             update_rms=statistics.mean(sizes) if sizes else None,
             step_seconds=step_seconds(rows) if rows else None,
             curve=[[row["step"], row["val_ppl"]] for row in rows if "val_ppl" in row],
-            corpus=corpus,
-            made_with=report.made_with(("jax", "flax", "optax")),
+            corpus=config["corpus"],
+            made_with=made_with(config),
         )
 
     @property

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 import apollo_optax
-from benchmarks.report import cores
 from benchmarks.step_contenders import (
     LEARNING_RATE,
     Measured,
@@ -26,6 +25,7 @@ from benchmarks.step_contenders import (
     timed,
 )
 from examples.llama.run.errors import UsageError
+from examples.llama.run.machine import cores
 
 RELEASE_GAP = 200  # The gap that the release's README and the paper use.
 

@@ -23,6 +23,7 @@ import optax
 import apollo_optax
 from benchmarks import report
 from benchmarks.rate_search import BATCH_OF_8K
+from benchmarks.run_records import runs_made_with
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import perplexity
 from examples.llama.optimizers import kernels, parameters
@@ -441,17 +442,17 @@ def row(options: VariantOptions, way: Way, results: tuple[float, ...]) -> list[s
 
 
 def table(options: VariantOptions, part: str, stop: StopRequest) -> str:
-    rows = []
+    rows, folders = [], []
     for way in PARTS[part]:
         results = perplexities(options, way, stop)
         if results is not None:
             rows.append(row(options, way, results))
+            folders += [run_of(options, way, seed).out for seed in options.seeds]
     seeds = ", ".join(map(str, options.seeds))
     run = run_of(options, PARTS[part][0], options.seeds[0])
     return (
         f"{part}: tiny, {run.steps} steps of {run.batch * run.seq:,} tokens of --data "
-        f"{run.data}, seed {seeds}; "
-        f"{report.made_with(('jax', 'flax', 'optax'))}\n\n"
+        f"{run.data}, seed {seeds}\n{runs_made_with(folders)}\n\n"
         f"{report.markdown(HEAD, rows, 2)}\n"
     )
 

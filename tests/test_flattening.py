@@ -82,12 +82,14 @@ def test_batch_elements_are_matrices_of_their_own(method, batch_axis):
     tx = scale_by_flattening(method=method, weight_dimension_numbers=numbers)
     updates = np.moveaxis(update(tx, gradient), batch_axis, 0)
     assert np.asarray([rms(one) for one in updates]) == pytest.approx(1, rel=1e-4)
+    # A slice with an index has its batch axis in front.
+    numbers = ApolloDimensionNumbers(1, 2)
+    tx = scale_by_flattening(method=method, weight_dimension_numbers=numbers)
     for i, (actual, one) in enumerate(
         zip(updates, np.moveaxis(gradient, batch_axis, 0), strict=True)
     ):
-        slice_of_one = jnp.expand_dims(one, batch_axis)
-        own = update(tx, slice_of_one, batch_index=i)
-        np.testing.assert_allclose(actual, own.squeeze(batch_axis), atol=1e-4)
+        own = update(tx, one[None], batch_index=i)
+        np.testing.assert_allclose(actual, own[0], atol=1e-4)
 
 
 @every_method

@@ -13,11 +13,14 @@ import optax.contrib
 import pytest
 
 from apollo_optax import (
+    ApolloDimensionNumbers,
     dequantize,
+    dimension_numbers_by_path,
     limit_norm_growth,
     quantize,
     scale_by_apollo,
     scale_by_flattening,
+    scale_by_param_matrix_rms,
     scale_by_racs,
 )
 from tests.layerwise_models import (
@@ -167,6 +170,30 @@ def test_takes_a_stack_of_one_vector(make):
     model.params["layers"]["weight"] = model.params["layers"]["scale"]
     tx = make(weight_dimension_numbers=NUMBERS)
     model.step(tx)(model.params, tx.init(model.params), batches()[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [scale_by_apollo, scale_by_racs, scale_by_flattening, scale_by_param_matrix_rms],
+)
+@pytest.mark.parametrize("numbers", [((0, 1), 2), (1, (0, 2)), (0, 2)])
+def test_rejects_a_matrix_that_the_layers_are_a_part_of(make, numbers):
+    tx = make(
+        weight_dimension_numbers=dimension_numbers_by_path(
+            [(r"layers/block/kernel$", ApolloDimensionNumbers(*numbers))]
+        )
+    )
+    assert_rejected(toy(), tx, "layers/block/kernel'")
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_updates_without_a_state_do_not_take_stacked_vectors_for_a_matrix(depth):
+    """One layer alone looks like one of many, whose update would be another."""
+    model = toy(depth)
+    model.params["layers"]["weight"] = model.params["layers"]["scale"]
+    tx = scale_by_param_matrix_rms(weight_dimension_numbers=NUMBERS)
+    match = "'layers/weight' of shape .* its axis 0 is a part of the matrix"
+    assert_rejected(model, tx, match)
 
 
 class Remembered(NamedTuple):

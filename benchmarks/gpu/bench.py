@@ -16,8 +16,9 @@ import jax
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.worker import Failed, Row, Worker
-from benchmarks.report import cores, made_with
+from benchmarks.report import made_with
 from examples.llama.run.errors import notice
+from examples.llama.run.machine import cores
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 NO_TIME = Failed("no time left")

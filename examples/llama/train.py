@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -78,27 +79,8 @@ def train(
             f"`weights` {options.weights} are rounded, and an update is measured as "
             "the change of the weights; give `weights` float32"
         )
-    distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
+    options, config, mesh, text, description = prepare(options, load_text)
     resume = options.resume == "auto"
-    began = distributed.from_first(lambda: config_of(options.out)) if resume else None
-    options = options.as_begun(began)
-    with distributed.together():
-        config = setup.model_config(options)
-        options = with_defaults(options, config)
-        mesh = setup.mesh_of(options, config)
-        setup.check_offload(options)
-        if is_first():
-            check_free(options.out, resume=resume)
-        options, text = load_text(options, config, mesh)
-        description = setup.describe(options, config, text)
-        if is_first():
-            check_same_run(options.out, description)
-        if options.init_from and (config.lora_rank or not steps_on_disk(options.out)):
-            # Weights that cannot be downloaded or read are an error before the run's
-            # folder is made. Only a run with adapters reads them again, since its
-            # checkpoints have the adapters alone.
-            setup.pretrained_weights(options, config)
-    distributed.check_same({"corpus": text.key}, "text, or caches of it")
     if resume and (result := result_of(options)):
         return result
 
@@ -177,6 +159,46 @@ def train(
     result = result_of(options)
     assert result is not None
     return result
+
+
+class Prepared(NamedTuple):
+    """What a run needs, after everything that the user gave has been checked."""
+
+    options: RunOptions
+    config: LlamaConfig
+    mesh: jax.sharding.Mesh
+    text: Text
+    description: dict[str, Any]  # What the run's config.json says.
+
+
+def prepare(options: RunOptions, load_text: LoadText) -> Prepared:
+    """Reads and checks what a run needs, before anything is written.
+
+    Raises:
+        UsageError: for invalid input.
+    """
+    distributed.check_same(options.as_run() | {"jax": jax.__version__}, "options")
+    resume = options.resume == "auto"
+    began = distributed.from_first(lambda: config_of(options.out)) if resume else None
+    options = options.as_begun(began)
+    with distributed.together():
+        config = setup.model_config(options)
+        options = with_defaults(options, config)
+        mesh = setup.mesh_of(options, config)
+        setup.check_offload(options)
+        if is_first():
+            check_free(options.out, resume=resume)
+        options, text = load_text(options, config, mesh)
+        description = setup.describe(options, config, text)
+        if is_first():
+            check_same_run(options.out, description)
+        if options.init_from and (config.lora_rank or not steps_on_disk(options.out)):
+            # Weights that cannot be downloaded or read are an error before the run's
+            # folder is made. Only a run with adapters reads them again, since its
+            # checkpoints have the adapters alone.
+            setup.pretrained_weights(options, config)
+    distributed.check_same({"corpus": text.key}, "text, or caches of it")
+    return Prepared(options, config, mesh, text, description)
 
 
 def with_frozen(evaluate: Evaluate, frozen: Params | None) -> Evaluate:

@@ -25,6 +25,7 @@ from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.result import RunResult
+from tests.benchmarks.run_config import config_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -401,7 +402,7 @@ def stub_pretrain(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
 def write_run(run: RunOptions, rows: list[dict[str, Any]]) -> None:
     """Writes the files of a run that a search reads."""
     run.out.mkdir(parents=True, exist_ok=True)
-    config = {"optimizer": run.optimizer, "corpus": run.data}
+    config = {"optimizer": run.optimizer} | config_of(run.data)
     (run.out / "config.json").write_text(json.dumps(config))
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (run.out / "metrics.jsonl").write_text(lines)

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from benchmarks.rate_search import SearchOptions, base_run, run_at
-from benchmarks.run_records import Records, RunRecord
+from benchmarks.run_records import Records, RunRecord, runs_made_with
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
+from tests.benchmarks.run_config import config_of
 
 ROWS = [
     {"step": 1, "tokens": 1024, "tokens_per_s": 1.0},
@@ -24,7 +25,7 @@ def mini(folder: Path) -> RunOptions:
 
 
 def record_of(run: RunOptions, **others: Any) -> RunRecord:
-    record = RunRecord.of("1k", "apollo-mini", run, 3.0, ROWS, "text")
+    record = RunRecord.of("1k", "apollo-mini", run, 3.0, ROWS, config_of("text"))
     return record._replace(**others)
 
 
@@ -118,3 +119,22 @@ def test_a_line_holds_plain_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         records.add(record_of(mini(tmp_path), seed=2, val_loss=float("inf")))
     assert path.read_text() == before
+
+
+def test_a_table_says_how_its_runs_were_made_and_not_how_it_was_printed(
+    tmp_path: Path,
+) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, date in zip(
+        folders, ("2026-11-29", "2026-11-28", "2026-11-29"), strict=True
+    ):
+        folder.mkdir()
+        config = {"optimizer": "adamw"} | config_of("text", date)
+        (folder / "config.json").write_text(json.dumps(config))
+    versions = "A processor, 1 core; jax 0.10.2, flax 0.12.8, optax 0.2.8"
+    assert runs_made_with(folders).splitlines() == [
+        f"{versions}; 2026-11-28",
+        f"{versions}; 2026-11-29",
+    ]
+    record = record_of(mini(tmp_path))
+    assert record.made_with == f"{versions}; 2026-11-28"

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import model_config
+from tests.benchmarks.run_config import config_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -210,25 +212,31 @@ def test_a_table_says_how_long_its_runs_are(
     monkeypatch.setattr(variants, "read_result", lambda run: None)
     stop: Any = None
     options = VariantOptions(finished_only=True)
-    assert f"{tokens}, seed 0;" in variants.table(options, part, stop)
+    assert f"{tokens}, seed 0\n" in variants.table(options, part, stop)
     options = VariantOptions(finished_only=True, steps=7)
     assert "7 steps of " in variants.table(options, part, stop)
 
 
 def test_rows_of_runs_that_have_not_ended_can_be_left_out(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Result:
         val_loss = math.log(40)
 
     def read_result(run: RunOptions) -> Any:
-        has_ended = run.optimizer == "apollo-zero" and run.lr == 4e-3
-        return Result if has_ended else None
+        if (run.optimizer, run.lr) != ("apollo-zero", 4e-3):
+            return None
+        run.out.mkdir()
+        config = {"optimizer": run.optimizer} | config_of(run.data, "2026-11-23")
+        (run.out / "config.json").write_text(json.dumps(config))
+        return Result
 
     monkeypatch.setattr(variants, "read_result", read_result)
     stop: Any = None
-    table = variants.table(VariantOptions(finished_only=True), "momentum", stop)
-    assert [line.split(" | ")[1:5] for line in table.splitlines()[4:]] == [
+    options = VariantOptions(out=tmp_path, finished_only=True)
+    _, made_with, _, *rows = variants.table(options, "momentum", stop).splitlines()
+    assert made_with.endswith("2026-11-23")
+    assert [line.split(" | ")[1:5] for line in rows[2:]] == [
         ["apollo-zero", "0.004", "0.03", "40.00"]
     ]
 

@@ -34,6 +34,7 @@ from examples.llama.optimizers.pipeline import make_optimizer
 from examples.llama.options import RunOptions, TrainingOptions, TuningOptions
 from examples.llama.partition import check_sizes, parameter_shardings, state_shardings
 from examples.llama.run.errors import UsageError
+from examples.llama.run.machine import machine
 from examples.llama.step import (
     TrainState,
     TrainStep,
@@ -167,7 +168,7 @@ def describe(options: RunOptions, config: LlamaConfig, text: Text) -> dict[str, 
         "made_with": {
             **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
             "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
+            "device": machine(),
             "date": datetime.date.today().isoformat(),
         },
     }
