@@ -18,6 +18,13 @@ from apollo_optax._relative import scale_by_param_matrix_rms
 from apollo_optax._transform import scale_by_apollo
 
 
+def _decayed_weights(
+    weight_decay: optax.ScalarOrSchedule, mask: Any
+) -> optax.GradientTransformation:
+    _check.decay_mask(mask)
+    return optax.add_decayed_weights(weight_decay, mask)
+
+
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 256,
@@ -127,7 +134,7 @@ def apollo(
             weight_dimension_numbers=weight_dimension_numbers,
             moment_dtype=moment_dtype,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        _decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -301,7 +308,7 @@ def racs(
             weight_dimension_numbers=weight_dimension_numbers,
             moment_dtype=moment_dtype,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        _decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -369,11 +376,21 @@ def apollo_zero(
         `int8_momentum` without a `momentum`.
 
     Examples:
-      >>> import apollo_optax, jax, jax.numpy as jnp
+      >>> import apollo_optax, jax, jax.numpy as jnp, optax
       >>> tx = apollo_optax.apollo_zero(1e-3, weight_decay=0.1)
       >>> params = {"kernel": jnp.ones((512, 1376))}
       >>> apollo_optax.state_bytes(tx, params).kernels
       0
+
+      With ``inject_hyperparams``:
+
+      >>> import inspect
+      >>> arguments = inspect.signature(apollo_optax.apollo_zero).parameters.keys()
+      >>> tx = optax.inject_hyperparams(
+      ...     apollo_optax.apollo_zero,
+      ...     static_args=apollo_optax.STATIC_ARGS & arguments,
+      ...     hyperparam_dtype=jnp.float32,
+      ... )(learning_rate=optax.cosine_decay_schedule(1e-3, 1000))
 
     .. seealso:: :func:`apollo`, :func:`optax.contrib.muon`
     """
@@ -382,9 +399,9 @@ def apollo_zero(
     numbers = weight_dimension_numbers
     if numbers is None:
         numbers = default_dimension_numbers
-    static = "an array can't choose what is compiled"
-    _check.boolean("relative", relative, static)
-    _check.boolean("int8_momentum", int8_momentum, static)
+    static = ("relative", "int8_momentum")
+    _check.boolean("relative", relative, *static)
+    _check.boolean("int8_momentum", int8_momentum, *static)
     before = []
     if int8_momentum:
         if momentum is None:
@@ -417,6 +434,6 @@ def apollo_zero(
             moment_dtype=moment_dtype,
         ),
         in_proportion,
-        optax.add_decayed_weights(weight_decay, mask),
+        _decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

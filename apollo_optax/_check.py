@@ -18,13 +18,29 @@ from apollo_optax import _tree
 from apollo_optax._dtypes import wide_dtype
 from apollo_optax._hyperparams import ARRAYS
 
-_IN_STATIC_ARGS = "pass static_args=apollo_optax.STATIC_ARGS"
+
+def static_args(*further: str) -> str:
+    """What to tell someone who uses ``optax.inject_hyperparams`` without `static_args`.
+
+    Optax refuses names that the factory does not have.
+
+    Args:
+      *further: names of arguments that are not in ``STATIC_ARGS``.
+    """
+    names = "apollo_optax.STATIC_ARGS"
+    if further:
+        listed = ", ".join(f'"{name}"' for name in further)
+        names = f"({names} | {{{listed}}})"
+    return (
+        "optax.inject_hyperparams needs "
+        f"static_args={names} & inspect.signature(factory).parameters.keys()"
+    )
 
 
-def _static_remedy(remedy: str = _IN_STATIC_ARGS) -> str:
+def _static_remedy(*further: str) -> str:
     return (
         "it decides shapes or code, so it must be known when the step is compiled; "
-        f"with optax.inject_hyperparams, {remedy}"
+        f"{static_args(*further)}"
     )
 
 
@@ -32,12 +48,12 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, ARRAYS)
 
 
-def positive_int(name: str, value: Any, remedy: str = _IN_STATIC_ARGS) -> None:
-    """Checks an argument; `remedy` says what to do under ``inject_hyperparams``."""
+def positive_int(name: str, value: Any, *static: str) -> None:
+    """Checks an argument; `static` as in :func:`static_args`."""
     if _is_array(value):
         raise TypeError(
             f"{name} must be a Python int, got an array ({value!r}): "
-            f"{_static_remedy(remedy)}"
+            f"{_static_remedy(*static)}"
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int of at least 1, got {value!r}")
@@ -51,11 +67,25 @@ def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> 
         raise ValueError(f"{name} must be {names}{otherwise}, got {value!r}")
 
 
-def boolean(name: str, value: Any, remedy: str = "") -> None:
-    """Checks an argument that must be static; `remedy` replaces the usual one."""
+def boolean(name: str, value: Any, *static: str) -> None:
+    """Checks an argument that must be static; `static` as in :func:`static_args`."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f"{name} must be True or False, got {value!r}: {remedy or _static_remedy()}"
+            f"{name} must be True or False, got {value!r}: {_static_remedy(*static)}"
+        )
+
+
+def decay_mask(value: Any) -> None:
+    """Raises for a single truth value.
+
+    ``inject_hyperparams`` calls a mask with a count of steps, as if it were a schedule,
+    and a mask by the number of axes is then False: there would be no weight decay.
+    """
+    if isinstance(value, (bool, np.bool_)) or _is_array(value):
+        raise TypeError(
+            f"mask must be a tree of booleans, a callable that returns one or None, "
+            f"got {value!r}; leave it out for weight decay of all leaves, or give "
+            f"weight_decay=0 for none. If the mask is a callable, {static_args()}"
         )
 
 
@@ -137,6 +167,12 @@ def norm_growth_limit(value: Any) -> None:
 def moment_dtype(value: Any) -> None:
     if value is None:
         return
+    if _is_array(value):
+        # NumPy takes a number for the dtype of the number.
+        raise TypeError(
+            f"moment_dtype must be a dtype, got an array ({value!r}): "
+            f"{_static_remedy()}"
+        )
     try:
         dtype = jnp.dtype(value)
     except TypeError as error:
@@ -280,10 +316,16 @@ def state_class(state: Any, expected: type[Any]) -> None:
     """Raises for a state that lacks a field of the class `expected`."""
     lacking = [name for name in expected._fields if not hasattr(state, name)]
     if lacking:
+        remedy = "the state was made by another one: call init again"
+        if isinstance(state, (Mapping, list)):
+            remedy = (
+                "a checkpoint that is restored without a target has dictionaries and "
+                "lists in the place of its classes: restore it with tx.init(params) as "
+                "the target"
+            )
         raise ValueError(
             f"the state is a {type(state).__name__} without {', '.join(lacking)}, and "
-            f"this transformation's is a {expected.__name__}; the state was made by "
-            "another one: call init again"
+            f"this transformation's is a {expected.__name__}; {remedy}"
         )
 
 

@@ -291,8 +291,7 @@ def _refuse_count(params: Any) -> None:
     if is_array and jnp.issubdtype(jnp.result_type(params), jnp.integer):
         raise TypeError(
             f"dimension numbers are for parameters, got {params}, as if they were a "
-            "schedule; optax.inject_hyperparams needs static_args=STATIC_ARGS & "
-            "inspect.signature(factory).parameters.keys()"
+            f"schedule; {_check.static_args()}"
         )
 
 
@@ -395,6 +394,7 @@ def dimension_numbers_from(tree: Any) -> Any:
         return None
 
     def weight_dimension_numbers(params: Any) -> Any:
+        _refuse_count(params)
         given = tree(params) if _is_function(tree) else tree
         numbers = _converted(given)
         if not _has_sides(given):

@@ -40,7 +40,8 @@ class Step(NamedTuple):
     Attributes:
       state: of the transformation, before the update.
       number: of this step, counted from 1; None if the state has no count.
-      batch_index: the index of the first slice, if the leaves are slices of stacks; or 0.
+      batch_index: the index of the first slice if the leaves are slices of stacks, or
+        0.
     """
 
     state: Any
@@ -170,9 +171,9 @@ def leafwise(
                 )
                 new_updates[path] = _sharding.reshard(update, before)
 
-        step = Step(
-            state, number, jnp.asarray(0 if batch_index is None else batch_index)
-        )
+        # A narrower integer would overflow where it becomes the index of a matrix.
+        first = jnp.asarray(0 if batch_index is None else batch_index, jnp.int32)
+        step = Step(state, number, first)
         for path, result in update_matrices(step, matrices).items():
             new_updates[path], states[path] = result
         new_state = _state.with_leaves(fields, state, states)

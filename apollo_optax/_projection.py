@@ -105,28 +105,44 @@ class Stored(Projection):
         """The projection of one matrix from this step on.
 
         Args:
-          gradient: ``(m, n)``, the contracted side first, on every device.
-          previous: the projection so far, ``(r, m)``; zero before the first step.
+          gradient: ``(m, n)``, the contracted side first, on every device. It is not
+            zero.
+          previous: the projection so far, ``(r, m)``; zero if there is none yet.
 
         Returns:
           An array of the shape of `previous`.
         """
 
     def refresh(
-        self, matrix: Matrix, gradient: jax.Array, previous: jax.Array
+        self,
+        matrix: Matrix,
+        gradient: jax.Array,
+        previous: jax.Array,
+        is_replaced: jax.Array,
     ) -> jax.Array:
-        """:meth:`refresh_one` for all matrices of a leaf.
+        """:meth:`refresh_one` for some matrices of a leaf.
 
-        A leaf and ``(*batch, r, *contracted)`` to an array like the latter.
+        Args:
+          matrix: the leaf's axes, dtype and rank.
+          gradient: the leaf.
+          previous: the projections so far, ``(*batch, r, *contracted)``.
+          is_replaced: which matrices get another projection, ``batch``.
+
+        Returns:
+          An array like `previous`.
         """
         axes = matrix.axes
 
-        def refresh_one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def refresh_one(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             # A single matrix is small, so its refresh is not worth distributing.
-            tensor, before = map(_sharding.replicate, pair)
-            flat = tensor.reshape(axes.contracted_size, -1)
-            rows = self.refresh_one(flat, before.reshape(matrix.rank, -1))
-            return rows.astype(before.dtype).reshape(before.shape)
+            tensor, before, replace = map(_sharding.replicate, one)
+
+            def replaced() -> jax.Array:
+                flat = tensor.reshape(axes.contracted_size, -1)
+                rows = self.refresh_one(flat, before.reshape(matrix.rank, -1))
+                return rows.astype(before.dtype).reshape(before.shape)
+
+            return jax.lax.cond(replace, replaced, lambda: before)
 
         def over(batch_axis: int, function: Any) -> Any:
             sharding = matrix.sharding
@@ -135,14 +151,16 @@ class Stored(Projection):
             # One matrix after the other, so that only one is replicated at a time.
             return functools.partial(jax.lax.map, function)
 
-        def refresh_all(gradient: jax.Array, previous: jax.Array) -> jax.Array:
+        def refresh_all(gradient: jax.Array, *others: jax.Array) -> jax.Array:
             refresh_batch: Any = refresh_one
             for axis in reversed(axes.batch):
                 refresh_batch = over(axis, refresh_batch)
-            return refresh_batch((jnp.transpose(gradient, axes.order), previous))
+            return refresh_batch((jnp.transpose(gradient, axes.order), *others))
 
         sharding = _sharding.sharding_of(previous)
-        return _sharding.with_auto_axes(refresh_all, sharding)(gradient, previous)
+        return _sharding.with_auto_axes(refresh_all, sharding)(
+            gradient, previous, is_replaced
+        )
 
     def at(
         self,
@@ -152,9 +170,21 @@ class Stored(Projection):
         stored: Any,
         is_refresh: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
+        # A gradient of zero, such as that of an expert that saw no token, has no
+        # directions. Its matrix keeps its projection. If it has none yet, the first
+        # other gradient makes one, in whichever step that is.
+        is_missing = matrix.reduce(jnp.max, jnp.abs(stored)) == 0
+
+        def refreshed(previous: jax.Array) -> jax.Array:
+            is_due, is_there = (
+                _sharding.reshard(x, matrix.norm_sharding)
+                for x in (is_missing | is_refresh, matrix.largest(gradient) > 0)
+            )
+            return self.refresh(matrix, gradient, previous, is_due & is_there)
+
         stored = jax.lax.cond(
-            is_refresh,
-            lambda previous: self.refresh(matrix, gradient, previous),
+            is_refresh | jnp.any(is_missing),
+            refreshed,
             lambda previous: previous,
             stored,
         )

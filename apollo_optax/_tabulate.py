@@ -234,4 +234,4 @@ def _state_by_parameter(
 
 
 def _nbytes(owned: _Owned) -> int:
-    return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for _, s in owned)
+    return sum(math.prod(s.shape) * s.dtype.itemsize for _, s in owned)

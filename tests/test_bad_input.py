@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 import apollo_optax
@@ -25,6 +26,7 @@ from apollo_optax import (
 from tests.helpers import make_mesh, put
 
 PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
+MUON = apollo_optax.dimension_numbers_from(optax.contrib.MuonDimensionNumbers())
 
 
 @pytest.mark.parametrize(
@@ -152,10 +154,46 @@ def test_rejects_dimension_numbers_that_are_called_as_a_schedule(factory):
         tx.init({"kernel": jnp.ones((4, 8))})
 
 
-def test_rejects_inject_hyperparams_without_static_args():
-    tx = optax.inject_hyperparams(apollo)(learning_rate=0.1)
-    with pytest.raises(TypeError, match="STATIC_ARGS"):
-        tx.init(PARAMS)
+def has_several_axes(params):
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+
+INJECTED = [
+    (apollo, {"learning_rate": 0.1}),
+    (apollo_mini, {"learning_rate": 0.1}),
+    (apollo_mini, {"learning_rate": 0.1, "moment_dtype": jnp.bfloat16}),
+    (apollo_zero, {"learning_rate": 0.1, "rank": 2}),
+    (apollo_zero, {"learning_rate": 0.1, "mask": has_several_axes}),
+    (racs, {"learning_rate": 0.1}),
+    (scale_by_apollo, {}),
+    (scale_by_flattening, {"rank": 2}),
+    (scale_by_flattening, {"moment_dtype": jnp.bfloat16}),
+    (scale_by_racs, {}),
+    (apollo_optax.int8_trace, {"decay": 0.9, "weight_dimension_numbers": MUON}),
+]
+
+
+@pytest.mark.parametrize(("factory", "arguments"), INJECTED)
+def test_the_remedy_for_inject_hyperparams_without_static_args_works(
+    factory, arguments
+):
+    params = {"kernel": jnp.ones((4, 6))}
+    with pytest.raises(TypeError, match="STATIC_ARGS") as error:
+        optax.inject_hyperparams(factory)(**arguments).init(params)
+    (remedy,) = re.findall(r"needs static_args=(.*)$", str(error.value))
+    names = {"apollo_optax": apollo_optax, "inspect": inspect, "factory": factory}
+    static_args = eval(remedy, names)
+    tx = optax.inject_hyperparams(
+        factory, static_args=static_args, hyperparam_dtype=jnp.float32
+    )(**arguments)
+    assert tx.init(params).hyperparams.keys().isdisjoint(static_args)
+
+
+@pytest.mark.parametrize("optimizer", [apollo, apollo_mini, apollo_zero, racs])
+@pytest.mark.parametrize("mask", [False, np.True_, jnp.array(True)])
+def test_rejects_a_mask_that_is_one_truth_value(optimizer, mask):
+    with pytest.raises(TypeError, match=r"mask must be a tree .*weight_decay=0"):
+        optimizer(0.1, weight_decay=0.1, mask=mask)
 
 
 TRANSFORMATIONS = [
@@ -173,6 +211,15 @@ def test_rejects_the_state_of_another_transformation(make):
         ValueError, match="the state is a ScaleByAdamState without .*call init again"
     ):
         make().update(PARAMS, state)
+
+
+@pytest.mark.parametrize("make", TRANSFORMATIONS)
+def test_names_the_target_for_a_state_that_was_restored_without_one(make):
+    """Orbax then gives dictionaries in the place of named tuples."""
+    tx = make()
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="restore it with tx.init.* as the target"):
+        tx.update(PARAMS, state._asdict())
 
 
 @pytest.mark.parametrize("make", TRANSFORMATIONS[:3])

@@ -100,7 +100,8 @@ def test_svd_signs(shape):
     gradient = jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     def refresh(gradient, previous):
-        return svd.refresh(matrix, gradient, jnp.asarray(previous))
+        every = np.ones(matrix.batch_shape, bool)
+        return svd.refresh(matrix, gradient, jnp.asarray(previous), every)
 
     first = refresh(gradient, np.zeros(matrix.projection_shape))
     rows = np.asarray(first).reshape(-1, 6)

@@ -16,6 +16,7 @@ from apollo_optax import (
     limit_norm_growth,
     racs,
     scale_by_apollo,
+    state_bytes,
     tabulate,
 )
 
@@ -147,3 +148,13 @@ def test_optimizers_that_need_an_array_have_a_table_too():
         nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
         assert nbytes > 4 * size
         assert f"{nbytes:,}" in total
+
+
+def test_counts_a_typed_key():
+    """That of `add_noise` belongs to no parameter."""
+    key = jax.random.key(0)
+    tx = optax.chain(optax.add_noise(0.1, 0.9, key=key), apollo_mini(0.1))
+    params = {"kernel": leaf(64, 100)}
+    before, after = (sum(state_bytes(t, params)) for t in (apollo_mini(0.1), tx))
+    assert after - before == 4 + jax.random.key_data(key).nbytes
+    assert "kernel" in tabulate(tx, params)

@@ -518,3 +518,51 @@ def test_shard_map_takes_replicated_leaves():
     actual = step(params, state, jnp.arange(8.0))
     expected = tx.update(jax.tree.map(lambda p: p * 3.5, params), state)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (3, 8, 16)])
+@pytest.mark.parametrize("gap", [1, 4])
+def test_a_gradient_of_zero_makes_no_singular_vectors(shape, gap):
+    """LoRA's A has such gradients at first, and an expert that sees no token."""
+    numbers = ApolloDimensionNumbers(-2, -1)
+    tx = scale_by_apollo(
+        2, projection="svd", update_proj_gap=gap, weight_dimension_numbers=numbers
+    )
+    zero = np.zeros(shape, np.float32)
+    # The first rows are dead. They are what an SVD of zero would choose.
+    gradient = normal(0, shape).at[..., :2, :].set(0)
+    _, states = run(tx, [zero, gradient, zero, zero])
+    assert not np.asarray(states[0].projection).any()
+    expected = np.linalg.svd(gradient, full_matrices=False)[0][..., :2]
+    agreement = np.sum(expected.swapaxes(-1, -2) * states[1].projection, axis=-1)
+    np.testing.assert_allclose(np.abs(agreement), 1, atol=1e-4)
+    # Neither a step between refreshes nor a refresh replaces it by that of zero.
+    for later in states[2:]:
+        np.testing.assert_array_equal(later.projection, states[1].projection)
+
+
+def test_one_layer_without_a_gradient_gets_its_singular_vectors_later():
+    numbers = ApolloDimensionNumbers(1, 2)
+    tx = scale_by_apollo(2, projection="svd", weight_dimension_numbers=numbers)
+    gradients = normal(0, (3, 2, 8, 16))
+    first = gradients[0].at[1].set(0)
+    _, states = run(tx, [first, gradients[1], gradients[2]])
+    assert not np.asarray(states[0].projection[1]).any()
+    # The other layer keeps its own until the next refresh.
+    for later in states[1:]:
+        np.testing.assert_array_equal(later.projection[0], states[0].projection[0])
+    expected = np.linalg.svd(gradients[1, 1], full_matrices=False)[0][:, :2].T
+    agreement = np.sum(expected * states[1].projection[1], axis=-1)
+    np.testing.assert_allclose(np.abs(agreement), 1, atol=1e-4)
+    np.testing.assert_array_equal(states[2].projection[1], states[1].projection[1])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64])
+def test_a_narrow_batch_index_does_not_overflow(dtype):
+    numbers = ApolloDimensionNumbers(2, 3)
+    tx = scale_by_apollo(1, weight_dimension_numbers=numbers)
+    gradient = normal(0, (4, 128, 4, 8))
+    updates, _ = tx.update(gradient, tx.init(gradient))
+    one = gradient[3:]
+    update, _ = tx.update(one, tx.init(one), batch_index=dtype(3))
+    np.testing.assert_allclose(update, updates[3:], rtol=1e-5)
