@@ -10,9 +10,12 @@ REQUIRED = {
     "numpy": "everything",
     "optax": "everything",
     "flax": "the model",
+    "grain": "batches",
     "matplotlib": "figures",
+    "orbax-checkpoint": "the trainer",
     "rich": "sizes of memory",
     "safetensors": "weights in Hugging Face's format",
+    "tensorboardX": "the trainer",
     "tokenizers": "text",
     "tqdm": "progress",
 }

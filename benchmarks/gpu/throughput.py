@@ -64,9 +64,12 @@ def cases(model: str, seq: int, limits: list[int]) -> list[Case]:
     int8 = step("apollo-mini", weights="int8", layerwise=True)
     found: list[tuple[int | None, str, PlanOptions]] = [
         *((limit, "adamw, bfloat16 moments", adamw) for limit in limits),
-        *((limit, "apollo-mini, layer-wise", layerwise) for limit in limits),
+        *(
+            (limit, "apollo-mini, embeddings too, layer-wise", layerwise)
+            for limit in limits
+        ),
         (None, "apollo-mini, layer-wise, int8 weights", int8),
-        *((limit, "apollo-mini", mini) for limit in limits),
+        *((limit, "apollo-mini, embeddings too", mini) for limit in limits),
     ]
     return [
         Case(limit, name, *runs(plan, preset(model))) for limit, name, plan in found

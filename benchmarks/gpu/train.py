@@ -331,7 +331,12 @@ def quality(
     rates = len(options.lr_factors) * len(options.lr_embeddings)
     count = len(options.seeds) * rates * len(options.optimizers)
     steps = options.steps or next(
-        (row["values"]["steps"] for row in kept.values()), None
+        (
+            row["values"]["steps"]
+            for row in kept.values()
+            if row["values"]["batch"] == base.batch
+        ),
+        None,
     )
     if steps is None and rate is not None:
         steps = steps_that_fit(bench, base, text, rate, count)

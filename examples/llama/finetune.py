@@ -22,6 +22,7 @@ from examples.llama.loop import Text
 from examples.llama.mesh import batch_share
 from examples.llama.options import FinetuneOptions, RunOptions, parse
 from examples.llama.run import distributed
+from examples.llama.run.checkpoint import loss_of_newest, steps_on_disk
 from examples.llama.run.errors import (
     RESUME,
     UsageError,
@@ -78,12 +79,21 @@ def load_text(
     assert isinstance(options, FinetuneOptions)
     encoder = load_tokenizer(str(options.init_from), config.vocab_size, "`init_from`")
     files = model_files(options)
-    chat_encoder = make_chat_encoder(options, encoder, files)
+    train_option = held_out_option = f"--data {options.data!r}"
+    if options.validation:
+        held_out_option = f"--validation {options.validation!r}"
+    chat_encoders = [
+        make_chat_encoder(options, option, encoder, files)
+        for option in (train_option, held_out_option)
+    ]
     conversations = read_conversations(options)
     train_set, held_out = (
         fitted(options, chat_encoder.examples(each), name)
-        for each, name in zip(conversations, ("--data", "held-out"), strict=True)
+        for chat_encoder, each, name in zip(
+            chat_encoders, conversations, ("--data", "held-out"), strict=True
+        )
     )
+    chat_encoder = chat_encoders[1]  # Evaluations show held-out conversations.
     rows = packed_rows(options, train_set)
     options = with_steps(options, len(rows), conversations, train_set)
     share, shares = batch_share(mesh, options.batch)
@@ -126,15 +136,16 @@ def model_files(options: FinetuneOptions) -> dict[str, Path]:
 
 
 def make_chat_encoder(
-    options: FinetuneOptions, encoder: Encoder, files: dict[str, Path]
+    options: FinetuneOptions, option: str, encoder: Encoder, files: dict[str, Path]
 ) -> ChatEncoder:
+    """Returns the encoder of conversations; its errors begin with `option`."""
     assert options.date is not None
     end_token = encoder.tokenizer.id_to_token(encoder.end_id) or ""
     template = find_template(
         files, {"eos_token": end_token}, datetime.date.fromisoformat(options.date)
     )
     return ChatEncoder(
-        f"--data {options.data!r}",
+        option,
         encoder,
         template,
         learn_all=options.loss_on == "all",
@@ -234,9 +245,12 @@ def main(args: list[str] | None = None) -> None:
         with StopRequest() as stop:
             result = finetune(options, stop)
         if is_first():
+            # After a run was continued, these may be the weights of another evaluation
+            # than that with the lowest loss of all metrics.
+            best = loss_of_newest(options.out, steps_on_disk(options.out, BEST))
             print(
-                f"lowest held-out perplexity {perplexity(result.val_loss):.2f} in "
-                f"{result.options.steps} steps; its weights are in "
+                f"lowest held-out perplexity {perplexity(best or result.val_loss):.2f} "
+                f"in {result.options.steps} steps; its weights are in "
                 f"{options.out / BEST}, curves, metrics and checkpoints in "
                 f"{options.out}"
             )

@@ -7,6 +7,7 @@ grow with the depth.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -165,6 +166,66 @@ def initializer(config: LlamaConfig) -> nnx.Initializer:
     return init
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(
+    table_VxD: jax.Array, tokens_BxT: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Returns a row of the table per token, in `dtype`: (B, T, D).
+
+    The gradient of a row is summed over its tokens in float32 or wider. In bfloat16, a
+    sum of equal terms stops at 256 of them, and a batch has a frequent token thousands
+    of times.
+    """
+    return jnp.take(table_VxD.astype(dtype), tokens_BxT, axis=0)
+
+
+def _look_up_forward(
+    table_VxD: jax.Array, tokens_BxT: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return look_up(table_VxD, tokens_BxT, dtype), (table_VxD, tokens_BxT)
+
+
+def _look_up_backward(
+    dtype: jax.typing.DTypeLike,
+    residuals: tuple[jax.Array, jax.Array],
+    grad_BxTxD: jax.Array,
+) -> tuple[jax.Array, None]:
+    table_VxD, tokens_BxT = residuals
+    wide = jnp.promote_types(dtype, jnp.float32)
+    sums_VxD = jnp.zeros(table_VxD.shape, wide)
+    sums_VxD = sums_VxD.at[tokens_BxT].add(grad_BxTxD.astype(wide))
+    return sums_VxD.astype(table_VxD.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def with_bias(layer: nnx.Linear, x: jax.Array, out_sharding: Any) -> jax.Array:
+    """Applies a linear layer: (..., D) to (..., E) in the layer's dtype.
+
+    The bias is added in float32 or wider, so that its gradient, a sum over all tokens,
+    is in that too.
+    """
+    if layer.bias is None:
+        return nnx.Linear.__call__(layer, x, out_sharding=out_sharding)
+    dtype = layer.dtype
+    y = layer.dot_general(
+        x.astype(dtype),
+        layer.kernel[...].astype(dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        out_sharding=out_sharding,
+    )
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return (y.astype(wide) + layer.bias[...].astype(wide)).astype(y.dtype)
+
+
+class Linear(nnx.Linear):
+    """A linear layer whose bias has a gradient in float32."""
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return with_bias(self, x, out_sharding)
+
+
 class AdaptedLinear(nnx.LoRALinear):
     """A linear layer with a LoRA adapter: xW + scale xAB."""
 
@@ -173,7 +234,7 @@ class AdaptedLinear(nnx.LoRALinear):
         self.scale = scale
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
-        y = nnx.Linear.__call__(self, x, out_sharding=out_sharding)
+        y = with_bias(self, x, out_sharding)
         return y + self.scale * self.lora(x)
 
 
@@ -195,7 +256,7 @@ def linear(
         "rngs": rngs,
     }
     if not config.lora_rank:
-        return nnx.Linear(size_in, size_out, **options)
+        return Linear(size_in, size_out, **options)
     return AdaptedLinear(
         size_in,
         size_out,
@@ -389,9 +450,7 @@ class Llama(nnx.Module):
         # Only the hidden axis of the table is gathered. Its rows are looked up on the
         # devices that store them.
         table_VxD = self.execution.shard(self.embed.embedding[...], "tensor", None)
-        x_BxTxD = jnp.take(
-            table_VxD.astype(self.execution.compute_dtype), tokens_BxT, axis=0
-        )
+        x_BxTxD: Any = look_up(table_VxD, tokens_BxT, self.execution.compute_dtype)
         return self.execution.shard(x_BxTxD, ROWS, None, None)
 
     def head(self) -> jax.Array:

@@ -347,8 +347,8 @@ class TrainingOptions(TextOptions):
 
     @property
     def warmup_steps(self) -> int:
-        """The number of steps in which the learning rates rise."""
-        return max(1, self.steps // 10)
+        """The number of steps in which the learning rates rise, the first from 0."""
+        return max(1, self.steps // 10) if self.steps > 1 else 0
 
     def evaluates_after(self, step: int) -> bool:
         """Whether a step, counted from 1, is followed by an evaluation."""
@@ -566,7 +566,7 @@ class TuningOptions(RunOptions):
 
     @property
     def warmup_steps(self) -> int:
-        return math.ceil(self.steps * self.warmup)
+        return math.ceil(self.steps * self.warmup) if self.steps > 1 else 0
 
     def numbers(self) -> dict[str, float | None]:
         return super().numbers() | {

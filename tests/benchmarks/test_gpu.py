@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,35 @@ def test_lists_its_needs_without_jax() -> None:
     lines = dict(line.split(", ", 1) for line in done.stdout.splitlines())
     assert lines.keys() >= {*needs.REQUIRED, *needs.OPTIONAL}
     assert all("MISSING" not in lines[name] for name in needs.REQUIRED)
+
+
+IMPORTS = """
+import ast, importlib, sys
+from pathlib import Path
+for name in ("bench", "check", "launches", "memory", "step", "throughput", "train"):
+    importlib.import_module(f"benchmarks.gpu.{name}")
+for name, module in list(sys.modules.items()):
+    if name.partition(".")[0] in ("examples", "benchmarks") and module.__file__:
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            if isinstance(node, ast.Import):
+                print(*(alias.name for alias in node.names), sep="\\n")
+            elif isinstance(node, ast.ImportFrom):
+                print(node.module)
+"""
+
+
+def test_the_needs_are_what_the_parts_import() -> None:
+    printed = subprocess.check_output(
+        [sys.executable, "-c", IMPORTS], cwd=ROOT, text=True
+    )
+    imported = {name.partition(".")[0] for name in printed.split()}
+    ours = {"apollo_optax", "benchmarks", "examples"}
+    packages = metadata.packages_distributions()
+    distributions = {
+        packages[name][0].lower()
+        for name in imported - ours - set(sys.stdlib_module_names)
+    }
+    assert distributions <= {name.lower() for name in needs.REQUIRED}
 
 
 def test_names_a_missing_package(

@@ -111,6 +111,18 @@ def test_of_two_documents_each_split_gets_one(held_out: bool) -> None:
         assert [label for label, _ in labelled].count(moved) == 1
 
 
+def test_a_document_and_its_repetition_are_in_the_same_split() -> None:
+    names = [name for name in map(str, range(1000)) if not in_validation(name)][:2]
+    for repeated in names:
+        documents = [Document(name, "") for name in (*names, repeated)]
+        labels = {TRAIN: set[str](), VALIDATION: set[str]()}
+        for label, document in split(documents, "x"):
+            labels[label].add(document.name)
+        assert sorted(map(len, labels.values())) == [1, 1]
+    with pytest.raises(UsageError, match="has 1 document, repetitions aside"):
+        list(split([Document(names[0], "")] * 3, "x"))
+
+
 def test_the_split_reads_only_as_far_as_needed() -> None:
     endless = (Document(str(number), "") for number in itertools.count())
     assert len(list(itertools.islice(split(endless, "x"), 1000))) == 1000

@@ -19,6 +19,7 @@ from examples.llama.options import FinetuneOptions, RunOptions
 from examples.llama.run import log as run_log
 from examples.llama.run import setup
 from examples.llama.run.checkpoint import BestWeights
+from examples.llama.run.errors import UsageError
 from examples.llama.run.interrupt import StopRequest
 from tests.examples.chat_models import CHATML, chat_tokenizer, write_tokenizer
 from tests.examples.chat_runs import SHORT, refused, without_times, words
@@ -119,6 +120,24 @@ def test_held_out_rows_are_those_of_the_validations_own_split(
     train, held_out = finetune.read_conversations(options)
     assert [each.question for each in train] == ["train"]
     assert [each.question for each in held_out] == ["validation"]
+
+
+def test_an_error_names_the_option_that_gave_the_conversation(
+    start: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "held_out.jsonl"
+    broken.write_text('{"messages": [{"role": "user", "content": "alone"}]}\n')
+    options = FinetuneOptions(
+        out=tmp_path / "tuned",
+        init_from=str(start / "model"),
+        data=str(start / "chat.jsonl"),
+        validation=str(broken),
+        seq=48,
+        batch=2,
+        date="2026-11-27",
+    )
+    with pytest.raises(UsageError, match=r"^--validation '.*held_out\.jsonl': .*:1"):
+        finetune.load_text(options, SMALL, setup.mesh_of(options, SMALL))
 
 
 @pytest.mark.slow  # Other tests have packing by layers, and int8.
@@ -251,6 +270,8 @@ def test_learning_rates(small: LlamaConfig, tmp_path: Path) -> None:
         assert all(getattr(further, n) == getattr(options, n) for n in names)
     shape: dict[str, Any] = {"out": tmp_path, "init_from": tmp_path, "data": "x"}
     assert FinetuneOptions(**shape, steps=10).warmup_steps == 1
+    # The first step of a warmup has the rate 0, and nothing would be learned.
+    assert FinetuneOptions(**shape, steps=1).warmup_steps == 0
     assert FinetuneOptions(**shape, steps=101).warmup_steps == 4
     assert FinetuneOptions(**shape, steps=101, warmup=0).warmup_steps == 0
     schedule = make_schedule(0.5, 100, 10, "linear")

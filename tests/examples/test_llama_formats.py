@@ -15,7 +15,7 @@ from pyarrow import parquet
 from examples.llama import tokenise
 from examples.llama.hf import config as hf_config
 from examples.llama.run.errors import UsageError
-from examples.llama.text import corpus, rows, sources
+from examples.llama.text import chat, corpus, rows, sources
 from tests.examples.test_llama_sources import write
 
 ROWS = [{"id": number, "text": f"Document {number}."} for number in range(20)]
@@ -309,6 +309,30 @@ def test_files_with_a_byte_order_mark(encoding: str) -> None:
         assert texts(name) == ["Grüße\nHello\n"]
         write(name + ".gz", gzip.compress(content.encode(encoding)))
         assert texts(name + ".gz") == ["Grüße\nHello\n"]
+
+
+def test_documents_that_are_not_utf_8_are_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A whole corpus in another encoding would be trained on as garbage."""
+    contents = {
+        "a.txt": "Grüße\n",
+        "a.jsonl": '{"text": "Grüße"}\n{"text": "Hello"}\n',
+        "a.csv": "text\nGrüße\nHello\n",
+    }
+    for name, content in contents.items():
+        write(name, content.encode("cp1252"))
+        count = len(texts(name))
+        error = capsys.readouterr().err
+        assert f"--data '{name}': 1 of {count} documents have replacement" in error
+        assert error.endswith("save it as UTF-8\n")
+        write(name, content)
+        texts(name)
+        assert capsys.readouterr().err == ""
+    message = '{"messages": [{"role": "%s", "content": "Grüße"}]}\n'
+    write("chat.jsonl", (message % "user").encode("cp1252"))
+    assert len(list(chat.open_conversations("--data", "chat.jsonl"))) == 1
+    assert "1 of 1 documents have replacement" in capsys.readouterr().err
 
 
 def test_utf_16_is_read_in_either_order_and_split_as_utf_8() -> None:

@@ -390,3 +390,32 @@ def test_unknown_preset_lists_the_nearest_first() -> None:
         UsageError, match=r"`model` '130' is unknown; choose one of: 130m, "
     ):
         preset("130")
+
+
+@pytest.mark.parametrize("weights", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_in_bfloat16_are_near_those_in_float32(
+    weights: Any, tied: bool
+) -> None:
+    """Sums over so many tokens in bfloat16 would lose a quarter of the embedding's."""
+    config = LlamaConfig(64, 16, 32, 1, 2, model_type="qwen2", tied_head=tied)
+    tokens = np.zeros((16, 513), np.int32)
+    rng = np.random.default_rng(0)
+    tokens[:, ::2] = rng.integers(0, 64, (16, 257))  # Half of all tokens are one.
+    params = jax.tree.map(lambda x: x.astype(weights), init_params(config, seed=0))
+
+    def gradients(dtype: Any, params: Params) -> Params:
+        graphdef = graphdef_of(
+            config, Execution(compute_dtype=dtype, param_dtype=weights)
+        )
+        loss = functools.partial(next_token_loss, graphdef, batch=Batch(tokens))
+        return jax.jit(jax.grad(loss))(params)
+
+    narrow = gradients(jnp.bfloat16, params)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    exact = gradients(jnp.float32, wide)
+    for path, expected in jax.tree.leaves_with_path(exact):
+        actual = functools.reduce(lambda tree, key: tree[key.key], path, narrow)
+        assert actual.dtype == weights
+        error = jnp.linalg.norm(actual.astype(jnp.float32) - expected)
+        assert error < 0.03 * jnp.linalg.norm(expected), path_name(path)

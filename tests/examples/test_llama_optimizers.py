@@ -125,6 +125,9 @@ def test_state_bytes_tell_the_groups_apart(small: LlamaConfig, params: Params) -
         mini.embeddings_and_head / 2, rel=0.01
     )
     assert size("apollo-mini", rank=8).kernels > mini.kernels
+    # The projections of GaLore are float32.
+    galore, narrow = size("galore"), size("galore", moment_dtype="bfloat16")
+    assert galore.kernels / 2 < narrow.kernels < 0.9 * galore.kernels
 
 
 @pytest.mark.parametrize("name", RECIPES)

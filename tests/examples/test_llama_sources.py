@@ -531,3 +531,11 @@ def test_an_empty_module_of_the_standard_library_is_a_document(
     documents = {document.name: document.text for document in sources.stdlib()}
     assert documents["empty.py"] == ""
     assert capsys.readouterr().err == ""
+
+
+def test_a_readme_above_a_folder_does_not_make_it_a_configuration() -> None:
+    """Many projects have a README.md beside their data."""
+    pytest.importorskip("datasets")
+    write("project/README.md", "# A project\n")
+    write("project/set/data.jsonl", json_lines("one", "two"))
+    assert texts("hf:project/set") == ["one", "two"]

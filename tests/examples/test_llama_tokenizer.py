@@ -105,6 +105,22 @@ def test_end_token(
     assert encoder.tokenizer.id_to_token(encoder.end_id) == end
 
 
+def test_the_end_token_of_the_special_tokens_map(tmp_path: Path) -> None:
+    """Tokenizers of older models name it there alone."""
+    folder = write_tokenizer(tmp_path, "</s>", "<|eot|>")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|eot|>"}')
+    encoder = tokenizer.load_tokenizer(str(folder), 400)
+    assert encoder.tokenizer.id_to_token(encoder.end_id) == "<|eot|>"
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    encoder = tokenizer.load_tokenizer(str(folder), 400)
+    assert encoder.tokenizer.id_to_token(encoder.end_id) == "</s>"
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<none>"}')
+    message = r"has no token '<none>', the eos_token of .*special_tokens_map\.json"
+    with pytest.raises(UsageError, match=message):
+        tokenizer.load_tokenizer(str(folder), 400)
+
+
 def printed(code: str, environment: dict[str, str]) -> str:
     """Returns what a program prints that begins with these variables."""
     command = [sys.executable, "-c", code]

@@ -68,22 +68,27 @@ def adafactor(options: RunOptions, config: LlamaConfig) -> optax.GradientTransfo
 def galore(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformation:
     assert options.rank is not None
     assert options.scale is not None
-    return with_adam_for_the_rest(
-        galore_over_layers(options.rank, options.scale, second_moment_decay(options)),
-        options,
-        config,
+    scaler = galore_over_layers(
+        options.rank,
+        options.scale,
+        second_moment_decay(options),
+        options.moment_dtype,
     )
+    return with_adam_for_the_rest(scaler, options, config)
 
 
 def galore_over_layers(
-    rank: int, scale: float, b2: float = SECOND_MOMENT_DECAY
+    rank: int,
+    scale: float,
+    b2: float = SECOND_MOMENT_DECAY,
+    moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Returns Optax's GaLore for stacks of matrices, which it does not take itself."""
     moments = optax.ScaleByAdamState(count=UNMAPPED, mu=0, nu=0)
     axes = optax.contrib.GaLoreState(
         count=UNMAPPED, base_optimizer_state=moments, projector=0
     )
-    projected = optax.scale_by_adam(b2=b2)
+    projected = moments_in(moment_dtype, optax.scale_by_adam(b2=b2))
     return over_layers(
         optax.contrib.scale_by_galore(rank, scale=scale, base_optimizer=projected), axes
     )

@@ -101,7 +101,8 @@ def conversation_documents(rows: Iterable[Row], field: str) -> Iterator[Document
         name = named_by_text(json.dumps(fields)).name
         # JSON can spell half a character (a lone surrogate), which no tokenizer takes.
         text = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
-        yield Document(name, json.dumps({"place": row.place, **json.loads(text)}))
+        found = {"place": row.place, **json.loads(text)}
+        yield Document(name, json.dumps(found, ensure_ascii=False))
 
 
 def conversation_fields(row: Row) -> dict[str, Any]:

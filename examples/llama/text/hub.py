@@ -194,11 +194,16 @@ def network_errors() -> tuple[type[BaseException], ...]:
 def local_parts(path: Path) -> tuple[str, str | None]:
     """Returns the folder and the configuration of a path.
 
-    A README.md marks the folder.
+    A README.md marks the folder. That of the folder above counts only if it begins with
+    a block of metadata, which names the configurations, since many projects have a
+    README.md.
     """
-    if (path / "README.md").exists() or not (path.parent / "README.md").exists():
+    above = path.parent / "README.md"
+    if (path / "README.md").exists() or not above.exists():
         return str(path), None
-    return str(path.parent), path.name
+    with above.open(encoding="utf-8", errors="replace") as file:
+        has_metadata = file.readline().strip() == "---"
+    return (str(path.parent), path.name) if has_metadata else (str(path), None)
 
 
 def tokenizer_folder(name: str, option: str) -> Path:

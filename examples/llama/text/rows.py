@@ -1,4 +1,4 @@
-"""The text of a row, and the count of documents that have none."""
+"""The text of a row, and the counts of documents that have none or a broken one."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,22 +87,27 @@ def no_text(row: Row, field: str) -> DocumentError:
     )
 
 
+# What decoding puts in the place of bytes that are not of the encoding.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
 class Tally:
-    """Skips documents without text, and prints how many there were."""
+    """Skips documents without text, and counts these and those with a broken text."""
 
     def __init__(self) -> None:
         self._source = ""
-        self._read = self._skipped = 0
-        self._said = ""
+        self._read = self._skipped = self._broken = 0
+        self._said: set[str] = set()
 
     def with_text(
         self, documents: Iterable[Document], source: str
     ) -> Iterator[Document]:
         """Yields the documents that have text; `source` names their source."""
         self._source = source
-        self._read = self._skipped = 0
+        self._read = self._skipped = self._broken = 0
         for document in documents:
             self._read += 1
+            self._broken += REPLACEMENT in document.text
             if document.text.strip():
                 yield document
             else:
@@ -110,17 +115,26 @@ class Tally:
         self.say()
 
     def say(self) -> None:
-        """Prints how many of the documents had no text.
+        """Prints how many of the documents had no text, and how many a broken one.
 
-        Nothing is printed if all had text, if none had (which is a separate error), or
-        if the same was printed before, as after a second reading.
+        Nothing is printed about documents without text if none had any, which is a
+        separate error. A line that was printed before, as after a first reading, is not
+        printed again.
         """
-        if not 0 < self._skipped < self._read:
-            return
-        line = (
-            f"{self._source}: skipped {self._skipped:,} of {self._read:,} documents, "
-            "which have no text (an empty or null text, or no field for it)"
-        )
-        if line != self._said:
-            notice(line)
-            self._said = line
+        of_all = f"of {self._read:,} documents"
+        lines: list[str] = []
+        if 0 < self._skipped < self._read:
+            lines.append(
+                f"skipped {self._skipped:,} {of_all}, which have no text (an empty or "
+                "null text, or no field for it)"
+            )
+        if self._broken:
+            lines.append(
+                f"{self._broken:,} {of_all} have replacement characters "
+                f"({REPLACEMENT}), which stand for bytes that are not UTF-8; if the "
+                "text is in another encoding, save it as UTF-8"
+            )
+        for line in lines:
+            if line not in self._said:
+                notice(f"{self._source}: {line}")
+                self._said.add(line)

@@ -47,24 +47,19 @@ def split(documents: Iterable[Document], data: str) -> Iterator[Labelled]:
             waiting.clear()
     if len(found) == 2:
         return
-    if len(waiting) < 2:
+    names = {document.name for document in waiting}
+    if len(names) < 2:
         raise UsageError(
-            f"`data` {data!r} has 1 document, and training and validation need one "
-            "each; add documents (a long text is cut at its blank lines), "
-            "or give `validation`"
+            f"`data` {data!r} has 1 document, repetitions aside, and training and "
+            "validation need one each; add documents (a long text is cut at its blank "
+            "lines), or give `validation`"
         )
     if found == {False}:
-        nearest, its_split, others = (
-            min(waiting, key=lambda d: draw(d.name)),
-            VALIDATION,
-            TRAIN,
-        )
+        nearest, its_split, others = min(names, key=draw), VALIDATION, TRAIN
     else:
-        nearest, its_split, others = (
-            max(waiting, key=lambda d: draw(d.name)),
-            TRAIN,
-            VALIDATION,
-        )
+        nearest, its_split, others = max(names, key=draw), TRAIN, VALIDATION
+    # Documents of one name have the same text, so they go to the same split.
     yield from (
-        (its_split if document is nearest else others, document) for document in waiting
+        (its_split if document.name == nearest else others, document)
+        for document in waiting
     )

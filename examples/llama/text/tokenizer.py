@@ -13,6 +13,7 @@ from examples.llama.run.errors import UsageError, first_line
 from examples.llama.text.decoding import DocumentError, decode, parse_json
 from examples.llama.text.hub import (
     NAME_AND_REVISION,
+    SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
     tokenizer_folder,
 )
@@ -113,7 +114,7 @@ def load_tokenizer(name: str, vocab_size: int, option: str = "`tokenizer`") -> E
             f"{source}: {path} is no tokenizer ({first_line(error)}); "
             f"give a {TOKENIZER_FILE} in the format of Hugging Face's tokenizers"
         ) from error
-    end_id = find_end(source, tokenizer, path.parent / TOKENIZER_CONFIG)
+    end_id = find_end(source, tokenizer, path.parent)
     encoder = Encoder(tokenizer, end_id, find_prefix(tokenizer, end_id))
     if encoder.vocab_size > vocab_size:
         raise UsageError(
@@ -148,12 +149,16 @@ def tokenizer_path(name: str, option: str = "`tokenizer`") -> Path:
     return folder / TOKENIZER_FILE
 
 
-def find_end(source: str, tokenizer: tokenizers.Tokenizer, config: Path) -> int:
-    """Returns the id of the token that ends a text: `config`'s, or a known one.
+def find_end(source: str, tokenizer: tokenizers.Tokenizer, folder: Path) -> int:
+    """Returns the id of the token that ends a text.
 
-    Errors begin with `source`.
+    A file in the folder names it, or else it is a known one. Errors begin with
+    `source`.
     """
-    named = eos_token(source, config)
+    configs = [folder / name for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)]
+    tokens = {config: eos_token(source, config) for config in configs}
+    config = next((each for each in configs if tokens[each] is not None), configs[0])
+    named = tokens[config]
     for token in KNOWN_ENDS if named is None else [named]:
         if (end_id := tokenizer.token_to_id(token)) is not None:
             return end_id
@@ -182,7 +187,7 @@ def find_prefix(tokenizer: tokenizers.Tokenizer, end_id: int) -> tuple[int, ...]
 
 
 def eos_token(source: str, config: Path) -> str | None:
-    """Returns the end-of-text token that a tokenizer_config.json names, if any."""
+    """Returns the end-of-text token that a model's file names, if any."""
     if not config.exists():
         return None
     try:
@@ -199,6 +204,6 @@ def eos_token(source: str, config: Path) -> str | None:
 
 
 def special_token(fields: Mapping[str, Any], name: str) -> Any:
-    """Returns a token of a tokenizer_config.json, whether a string or an AddedToken."""
+    """Returns a token of a model's file, whether a string or an AddedToken."""
     token = fields.get(name)
     return token.get("content") if isinstance(token, dict) else token
