@@ -199,7 +199,26 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
         # The norms of rows, the norms of columns, four products and the update read the
         # gradient.
         "apollo-zero": [
-            Method("apollo-zero", of(apollo_optax.apollo_zero), gradient_reads=7)
+            Method("apollo-zero", of(apollo_optax.apollo_zero), gradient_reads=7),
+            # The root mean square of the weights is known before they are updated.
+            Method(
+                "apollo-zero, relative",
+                of(apollo_optax.apollo_zero, relative=True),
+                gradient_reads=7,
+                weight_reads=2,
+            ),
+            # The largest entries of the momentum are known before it is rounded.
+            Method(
+                "apollo-zero, int8 momentum, relative",
+                of(
+                    apollo_optax.apollo_zero,
+                    momentum=0.9,
+                    int8_momentum=True,
+                    relative=True,
+                ),
+                gradient_reads=8,
+                weight_reads=2,
+            ),
         ],
     }
 

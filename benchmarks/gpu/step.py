@@ -50,6 +50,8 @@ ROWS = (
     f"{RANK_256}, normal",
     "racs",
     "apollo-zero",
+    "apollo-zero, relative",
+    "apollo-zero, int8 momentum, relative",
     "muon",
 )
 # The last row is slow, and one layout is enough for it.
