@@ -132,11 +132,12 @@ def scale_by_apollo(
       projection: ``"rademacher"`` for entries of random sign; ``"random"`` for the
         paper's normal entries, which take longer to draw; ``"svd"`` for the gradient's
         top singular vectors; or a pure function ``(key, (r, m)) -> P``, which is
-        vmapped over batch elements. Singular vectors are stored in the state. All other
-        projections are functions of `key` and are not stored. Random signs can cancel
-        if all rows of a gradient are equal, such as those that a constant input gives.
-        At rank 1 this happens with a probability of about ``0.8 / sqrt(m)``, and the
-        update is then zero until the next draw.
+        vmapped over batch elements. Singular vectors are stored in the state, and a
+        gradient of zero does not replace them. All other projections are functions of
+        `key` and are not stored. Random signs can cancel if all rows of a gradient are
+        equal, such as those that a constant input gives. At rank 1 this happens with a
+        probability of about ``0.8 / sqrt(m)``, and the update is then zero until the
+        next draw.
       key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or
         raw.
       weight_dimension_numbers: which axes of a leaf form a matrix. A pytree (or prefix)

@@ -57,7 +57,7 @@ def tables():
 
 
 def test_every_snippet_is_run_here():
-    assert len(snippets("python")) == 6
+    assert len(snippets("python")) == 7
     assert len(snippets("diff")) == 1
 
 
@@ -72,6 +72,17 @@ def test_a_scaling_rule_is_one_row():
     correction = np.sqrt(1 - 0.999) / (1 - 0.9)
     norm = jnp.linalg.norm(updates) / correction
     np.testing.assert_allclose(state.norm, norm, rtol=1e-5)
+
+
+def test_a_limiter_is_a_chain():
+    tx = run("norm_growth_limit=None")["tx"]
+    params = {"kernel": normal(0, (8, 16))}
+    state = tx.init(params)
+    assert state[0].norm["kernel"] == 0
+    updates, state = jax.jit(tx.update)(params, state, params)
+    rms = jnp.sqrt(jnp.mean(updates["kernel"] ** 2))
+    np.testing.assert_allclose(rms, 0.5 * 0.01, rtol=1e-5)
+    assert state[0].norm["kernel"] == 0
 
 
 def test_momentum_is_a_chain():
