@@ -7,7 +7,7 @@ from apollo_optax._dimension_numbers import (
     dimension_numbers_from,
 )
 from apollo_optax._flattening import ScaleByFlatteningState, scale_by_flattening
-from apollo_optax._hyperparams import STATIC_ARGS
+from apollo_optax._hyperparams import static_args
 from apollo_optax._int8_trace import Int8TraceState, int8_trace
 from apollo_optax._layerwise import LayerwiseMetrics, layerwise_apply, layerwise_step
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
@@ -26,7 +26,6 @@ from apollo_optax._transform import scale_by_apollo
 __version__ = "0.1.0"
 
 __all__ = [
-    "STATIC_ARGS",
     "ApolloDimensionNumbers",
     "Int8TraceState",
     "LayerwiseMetrics",
@@ -56,5 +55,6 @@ __all__ = [
     "state_bytes",
     "state_owners",
     "state_sharding",
+    "static_args",
     "tabulate",
 ]

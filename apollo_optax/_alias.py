@@ -108,7 +108,7 @@ def apollo(
 
       >>> tx = optax.inject_hyperparams(
       ...     apollo_optax.apollo,
-      ...     static_args=apollo_optax.STATIC_ARGS,
+      ...     static_args=apollo_optax.static_args(apollo_optax.apollo),
       ...     hyperparam_dtype=jnp.float32,
       ... )(learning_rate=optax.cosine_decay_schedule(0.01, 1000))
 
@@ -282,14 +282,7 @@ def racs(
       >>> state[0].row["kernel"].shape, state[0].column["kernel"].shape
       ((512,), (1376,))
 
-      With ``inject_hyperparams``, where `iterations` must be static too:
-
-      >>> import inspect
-      >>> arguments = inspect.signature(apollo_optax.racs).parameters.keys()
-      >>> static = (apollo_optax.STATIC_ARGS | {"iterations"}) & arguments
-      >>> tx = optax.inject_hyperparams(
-      ...     apollo_optax.racs, static_args=static, hyperparam_dtype=jnp.float32
-      ... )(learning_rate=optax.cosine_decay_schedule(1e-3, 1000))
+      :func:`static_args` has an example with ``inject_hyperparams``.
 
     References:
       Gong et al., `Towards Efficient Optimizer Design for LLM via Structured Fisher
@@ -382,15 +375,7 @@ def apollo_zero(
       >>> apollo_optax.state_bytes(tx, params).kernels
       0
 
-      With ``inject_hyperparams``:
-
-      >>> import inspect
-      >>> arguments = inspect.signature(apollo_optax.apollo_zero).parameters.keys()
-      >>> tx = optax.inject_hyperparams(
-      ...     apollo_optax.apollo_zero,
-      ...     static_args=apollo_optax.STATIC_ARGS & arguments,
-      ...     hyperparam_dtype=jnp.float32,
-      ... )(learning_rate=optax.cosine_decay_schedule(1e-3, 1000))
+      :func:`static_args` has an example with ``inject_hyperparams``.
 
     .. seealso:: :func:`apollo`, :func:`optax.contrib.muon`
     """
@@ -399,9 +384,8 @@ def apollo_zero(
     numbers = weight_dimension_numbers
     if numbers is None:
         numbers = default_dimension_numbers
-    static = ("relative", "int8_momentum")
-    _check.boolean("relative", relative, *static)
-    _check.boolean("int8_momentum", int8_momentum, *static)
+    _check.boolean("relative", relative)
+    _check.boolean("int8_momentum", int8_momentum)
     before = []
     if int8_momentum:
         if momentum is None:

@@ -18,42 +18,24 @@ from apollo_optax import _tree
 from apollo_optax._dtypes import wide_dtype
 from apollo_optax._hyperparams import ARRAYS
 
-
-def static_args(*further: str) -> str:
-    """What to tell someone who uses ``optax.inject_hyperparams`` without `static_args`.
-
-    Optax refuses names that the factory does not have.
-
-    Args:
-      *further: names of arguments that are not in ``STATIC_ARGS``.
-    """
-    names = "apollo_optax.STATIC_ARGS"
-    if further:
-        listed = ", ".join(f'"{name}"' for name in further)
-        names = f"({names} | {{{listed}}})"
-    return (
-        "optax.inject_hyperparams needs "
-        f"static_args={names} & inspect.signature(factory).parameters.keys()"
-    )
-
-
-def _static_remedy(*further: str) -> str:
-    return (
-        "it decides shapes or code, so it must be known when the step is compiled; "
-        f"{static_args(*further)}"
-    )
+# Optax calls callables with a count of steps, as schedules, and makes arrays of ints.
+USE_STATIC_ARGS = (
+    "optax.inject_hyperparams needs static_args=apollo_optax.static_args(factory)"
+)
+MUST_BE_STATIC = (
+    "it decides shapes or code, so it must be known when the step is compiled; "
+    + USE_STATIC_ARGS
+)
 
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, ARRAYS)
 
 
-def positive_int(name: str, value: Any, *static: str) -> None:
-    """Checks an argument; `static` as in :func:`static_args`."""
+def positive_int(name: str, value: Any) -> None:
     if _is_array(value):
         raise TypeError(
-            f"{name} must be a Python int, got an array ({value!r}): "
-            f"{_static_remedy(*static)}"
+            f"{name} must be a Python int, got an array ({value!r}): {MUST_BE_STATIC}"
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int of at least 1, got {value!r}")
@@ -67,11 +49,10 @@ def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> 
         raise ValueError(f"{name} must be {names}{otherwise}, got {value!r}")
 
 
-def boolean(name: str, value: Any, *static: str) -> None:
-    """Checks an argument that must be static; `static` as in :func:`static_args`."""
+def boolean(name: str, value: Any) -> None:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f"{name} must be True or False, got {value!r}: {_static_remedy(*static)}"
+            f"{name} must be True or False, got {value!r}: {MUST_BE_STATIC}"
         )
 
 
@@ -85,7 +66,7 @@ def decay_mask(value: Any) -> None:
         raise TypeError(
             f"mask must be a tree of booleans, a callable that returns one or None, "
             f"got {value!r}; leave it out for weight decay of all leaves, or give "
-            f"weight_decay=0 for none. If the mask is a callable, {static_args()}"
+            f"weight_decay=0 for none. If the mask is a callable, {USE_STATIC_ARGS}"
         )
 
 
@@ -170,8 +151,7 @@ def moment_dtype(value: Any) -> None:
     if _is_array(value):
         # NumPy takes a number for the dtype of the number.
         raise TypeError(
-            f"moment_dtype must be a dtype, got an array ({value!r}): "
-            f"{_static_remedy()}"
+            f"moment_dtype must be a dtype, got an array ({value!r}): {MUST_BE_STATIC}"
         )
     try:
         dtype = jnp.dtype(value)

@@ -291,7 +291,7 @@ def _refuse_count(params: Any) -> None:
     if is_array and jnp.issubdtype(jnp.result_type(params), jnp.integer):
         raise TypeError(
             f"dimension numbers are for parameters, got {params}, as if they were a "
-            f"schedule; {_check.static_args()}"
+            f"schedule; {_check.USE_STATIC_ARGS}"
         )
 
 

@@ -1,33 +1,60 @@
 """Hyperparameters: constants of the compiled code, or traced, as they are given."""
 
 import dataclasses
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-STATIC_ARGS = frozenset(
+_STATIC = frozenset(
     {
+        "int8_momentum",
+        "iterations",
+        "key",
+        "mask",
+        "method",
+        "moment_dtype",
+        "nesterov",
+        "projection",
         "rank",
+        "relative",
+        "scale_front",
         "scale_type",
         "update_proj_gap",
-        "scale_front",
-        "projection",
-        "key",
         "weight_dimension_numbers",
-        "moment_dtype",
-        "mask",
     }
 )
-"""Arguments of :func:`apollo` that ``optax.inject_hyperparams`` must leave as they are.
 
-``inject_hyperparams`` would otherwise turn integers into arrays, and treat callables
-and dtypes as schedules. A factory that lacks some of these arguments takes
-``STATIC_ARGS & inspect.signature(factory).parameters.keys()``, and :func:`racs` also
-``"iterations"``.
-"""
+
+def static_args(factory: Callable[..., Any]) -> frozenset[str]:
+    """The arguments that ``optax.inject_hyperparams`` must leave as they are.
+
+    ``inject_hyperparams`` would otherwise turn integers into arrays, and treat
+    callables and dtypes as schedules.
+
+    Args:
+      factory: a function of this library that returns a transformation, such as
+        :func:`apollo`.
+
+    Returns:
+      The names for the argument `static_args` of ``inject_hyperparams``.
+
+    Examples:
+      >>> import apollo_optax, jax.numpy as jnp, optax
+      >>> tx = optax.inject_hyperparams(
+      ...     apollo_optax.racs,
+      ...     static_args=apollo_optax.static_args(apollo_optax.racs),
+      ...     hyperparam_dtype=jnp.float32,
+      ... )(learning_rate=optax.cosine_decay_schedule(1e-3, 1000))
+      >>> state = tx.init({"kernel": jnp.ones((8, 16))})
+      >>> print(f"{state.hyperparams['learning_rate']:.3f}")
+      0.001
+    """
+    return _STATIC & inspect.signature(factory).parameters.keys()
+
 
 ARRAYS = (jax.Array, np.ndarray)
 

@@ -159,7 +159,7 @@ def int8_trace(
       <https://arxiv.org/abs/2110.02861>`_, 2022
     """
     _check.decay("decay", decay)
-    _check.boolean("nesterov", nesterov, "nesterov")
+    _check.boolean("nesterov", nesterov)
     h = _Hyperparams(decay, bool(nesterov))
 
     def update_matrices(

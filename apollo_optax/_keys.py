@@ -73,6 +73,7 @@ class StateKey:
 
     def __init__(self, key: Any) -> None:
         self._key, self._impl = key, key_impl(key)
+        self._shape = key_data_shape(self._impl)
 
     def init(self, replicated: NamedSharding | None) -> dict[str, jax.Array]:
         """The state's field `key`."""
@@ -81,7 +82,7 @@ class StateKey:
 
     def check(self, stored: Any) -> None:
         """Raises if the state's key is one of another generator."""
-        _check.key_shape(stored, key_data_shape(self._impl))
+        _check.key_shape(stored, self._shape)
 
     def source(
         self, stored: jax.Array, refresh: jax.Array, batch_index: jax.Array

@@ -231,8 +231,8 @@ class PartialOptimizer:
             return _tree.leaves_by_path(new_state)
 
         tree = self.params_tree(params)
-        after = jax.eval_shape(update, tree, tree, state)
-        jaxpr = jax.make_jaxpr(update)(tree, tree, state).jaxpr
+        traced, after = jax.make_jaxpr(update, return_shape=True)(tree, tree, state)
+        jaxpr = traced.jaxpr
         # The first two arguments, the gradients and the parameters, differ by layer.
         differ = [i < 2 * len(params) for i in range(len(jaxpr.invars))]
         depends = depends_on(jaxpr, differ)

@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 BY_ADAM = Unguessed(
     "Adam trains {}, with Adam's memory",
-    "is trained with Adam and takes Adam's memory, because APOLLO saves memory on "
+    "is trained with Adam and takes Adam's memory, because memory is saved on "
     "matrices only",
     "leaves a kernel to Adam",
 )

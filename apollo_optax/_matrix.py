@@ -25,7 +25,9 @@ from apollo_optax import _sharding
 from apollo_optax._dimension_numbers import MatrixAxes
 from apollo_optax._dtypes import saturating_cast
 
-SCALE_TYPES: dict[str, Callable[[int], tuple[int, ...]]] = {
+ScaleType = Callable[[int], tuple[int, ...]]
+
+SCALE_TYPES: dict[str, ScaleType] = {
     "channel": lambda channel_axes: (),
     "tensor": lambda channel_axes: tuple(range(channel_axes)),
 }
@@ -212,7 +214,7 @@ class Matrix:
             projection, tensor, cpu=widened, default=on_accelerators
         )
 
-    def norms(self, moment: jax.Array, scale_type: str) -> jax.Array:
+    def norms(self, moment: jax.Array, scale_type: ScaleType) -> jax.Array:
         """Norms of a projected gradient per scaling factor, over its rank axis.
 
         ``(*batch, r, *channel)`` to ``(*batch, *channel)``, size 1 on shared channel
@@ -224,7 +226,7 @@ class Matrix:
         return jnp.squeeze(jnp.sqrt(squares), rank_axis)
 
     def norms_of_two(
-        self, first: jax.Array, second: jax.Array, scale_type: str
+        self, first: jax.Array, second: jax.Array, scale_type: ScaleType
     ) -> tuple[jax.Array, jax.Array]:
         """The `norms` of two arrays of one shape.
 
@@ -258,7 +260,7 @@ class Matrix:
             first, second, cuda=together, default=separate
         )
 
-    def gradient_norms(self, tensor: jax.Array, scale_type: str) -> jax.Array:
+    def gradient_norms(self, tensor: jax.Array, scale_type: ScaleType) -> jax.Array:
         """Norms of the leaf per scaling factor, over its contracted side.
 
         Leaf to ``(*batch, *channel)``, size 1 on shared channel axes.
@@ -357,9 +359,9 @@ class Matrix:
         other = tuple(axis for axis in range(len(self.axes.shape)) if axis not in order)
         return jnp.expand_dims(jnp.transpose(values, _argsort(order)), other)
 
-    def _shared_axes(self, scale_type: str, first: int) -> tuple[int, ...]:
+    def _shared_axes(self, scale_type: ScaleType, first: int) -> tuple[int, ...]:
         """The shared channel axes of an array whose channel axes begin at `first`."""
-        shared = SCALE_TYPES[scale_type](len(self.axes.channel))
+        shared = scale_type(len(self.axes.channel))
         return tuple(first + axis for axis in shared)
 
     def _other_axes(self, side: tuple[int, ...]) -> tuple[int, ...]:

@@ -198,7 +198,7 @@ def scale_by_racs(
       Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024
     """
     _check.decay("b", b)
-    _check.positive_int("iterations", iterations, "iterations")
+    _check.positive_int("iterations", iterations)
     if norm_growth_limit is not None:
         _check.norm_growth_limit(norm_growth_limit)
     h = _Hyperparams(b, int(iterations), norm_growth_limit, b1, b2, eps)

@@ -27,7 +27,7 @@ from apollo_optax import (
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
 from apollo_optax._hyperparams import hyperparams
 from apollo_optax._limiter import limit_norm
-from apollo_optax._matrix import SCALE_TYPES, Matrix
+from apollo_optax._matrix import SCALE_TYPES, Matrix, ScaleType
 from apollo_optax._state import LeafState, ScaleByApolloState
 
 # Step 4 adds it to |R|, as the authors' release does, so that a channel without a
@@ -45,7 +45,7 @@ LEAST_SHARE = 0.9
 class _Hyperparams:
     """The hyperparameters of :func:`scale_by_apollo`, for jitted functions."""
 
-    scale_type: str
+    scale_type: ScaleType
     scale: Any
     b1: Any
     b2: Any
@@ -200,7 +200,14 @@ def scale_by_apollo(
     # A longer gap is never reached, and has to fit an int32 beside the count.
     gap = min(int(update_proj_gap), jnp.iinfo(jnp.int32).max)
     h = _Hyperparams(
-        scale_type, scale, b1, b2, eps, norm_growth_limit, scale_front, kind
+        SCALE_TYPES[scale_type],
+        scale,
+        b1,
+        b2,
+        eps,
+        norm_growth_limit,
+        scale_front,
+        kind,
     )
 
     def check_matrices(matrices: Mapping[_tree.Path, Matrix]) -> None:

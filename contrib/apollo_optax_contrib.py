@@ -97,10 +97,17 @@ def scale_by_apollo(
     """
     if scale_type not in ("channel", "tensor"):
         raise ValueError(f"scale_type must be 'channel' or 'tensor', got {scale_type}")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
     axis = 0 if scale_type == "channel" else None
 
     def init_fn(params: optax.Params) -> ScaleByApolloState:
         def zeros(leaf: jax.Array, is_matrix: bool) -> jax.Array:
+            if is_matrix and leaf.ndim != 2:
+                raise ValueError(
+                    f"matrices has a leaf of shape {leaf.shape}, and only 2-D leaves "
+                    "can be matrices; leave it out"
+                )
             shape = _moment_shape(leaf.shape, rank) if is_matrix else leaf.shape
             return jnp.zeros(shape, _dtype(leaf))
 

@@ -377,7 +377,7 @@ PIPELINES: dict[str, Any] = {
     "masked": lambda tx: optax.masked(tx, kernels_only),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
     "inject_hyperparams": lambda _: optax.inject_hyperparams(
-        apollo_optax.apollo, static_args=apollo_optax.STATIC_ARGS
+        apollo_optax.apollo, static_args=apollo_optax.static_args(apollo_optax.apollo)
     )(0.1, rank=8, weight_dimension_numbers=NUMBERS),
 }
 

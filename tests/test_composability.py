@@ -1,7 +1,6 @@
 """The optimizer inside JAX's transformations and Optax's combinators."""
 
 import functools
-import inspect
 from typing import Any
 
 import chex
@@ -261,10 +260,9 @@ INJECTED: dict[str, Any] = {
 
 def inject(name, **settings) -> Any:
     factory = INJECTED[name].func
-    parameters = inspect.signature(factory).parameters.keys()
     make = optax.inject_hyperparams(
         factory,
-        static_args=apollo_optax.STATIC_ARGS & parameters,
+        static_args=apollo_optax.static_args(factory),
         hyperparam_dtype=jnp.float32,
     )
     return make(**INJECTED[name].keywords | settings)

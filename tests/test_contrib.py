@@ -109,3 +109,11 @@ def test_a_channel_without_a_gradient_divides_nothing_by_zero() -> None:
 def test_rejects_an_unknown_scale_type() -> None:
     with pytest.raises(ValueError, match="'channel' or 'tensor', got row"):
         contrib.scale_by_apollo(4, scale_type="row")
+
+
+def test_rejects_a_rank_below_1_and_a_matrix_of_three_axes() -> None:
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        contrib.scale_by_apollo(0)
+    tx = contrib.scale_by_apollo(2, matrices={"kernel": True})
+    with pytest.raises(ValueError, match=r"a leaf of shape \(3, 4, 6\), and only 2-D"):
+        tx.init({"kernel": jnp.ones((3, 4, 6))})

@@ -72,6 +72,12 @@ def test_a_scaling_rule_is_one_row():
     correction = np.sqrt(1 - 0.999) / (1 - 0.9)
     norm = jnp.linalg.norm(updates) / correction
     np.testing.assert_allclose(state.norm, norm, rtol=1e-5)
+    # A notebook may define the rule again.
+    _matrix.SCALE_TYPES["head"] = lambda channel_axes: ()
+    numbers = ApolloDimensionNumbers(0, (1, 2))
+    again = scale_by_apollo(4, scale_type="head", weight_dimension_numbers=numbers)
+    updates, _ = again.update(gradient, again.init(gradient))
+    assert len(np.unique(np.round(np.asarray(updates / gradient)[0].ravel(), 4))) == 15
 
 
 def test_a_limiter_is_a_chain():
@@ -87,9 +93,14 @@ def test_a_limiter_is_a_chain():
 
 def test_momentum_is_a_chain():
     tx = run("optax.trace(0.9)")["tx"]
-    params = {"kernel": normal(0, (8, 16))}
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    assert jnp.isfinite(updates["kernel"]).all()
+    first, second = ({"kernel": normal(seed, (8, 16))} for seed in (0, 1))
+    _, state = tx.update(first, tx.init(first))
+    updates, _ = tx.update(second, state)
+    alone = scale_by_apollo(rank=4)
+    trace = {"kernel": 0.9 * first["kernel"] + second["kernel"]}
+    _, state = alone.update(first, alone.init(first))
+    expected, _ = alone.update(trace, state)
+    np.testing.assert_allclose(updates["kernel"], -0.01 * expected["kernel"], rtol=1e-4)
 
 
 def apply_diff(text, folder):

@@ -303,7 +303,7 @@ def test_rejects_states_with_and_without_momentum():
         ({"method": "exact", "rank": 4}, ValueError, "has no rank, got rank=4"),
         ({"method": "newton_schulz", "rank": 4}, ValueError, "has no rank"),
         ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
-        ({"rank": jnp.array(4)}, TypeError, "rank must be a Python int.*STATIC_ARGS"),
+        ({"rank": jnp.array(4)}, TypeError, "rank must be a Python int.*static_args"),
         ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": "0.9"}, TypeError, "momentum must be a number"),
         ({"b1": 1.0}, ValueError, r"b1 must be in \[0, 1\)"),

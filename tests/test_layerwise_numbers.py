@@ -54,7 +54,7 @@ def labels(params):
 TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "inject": lambda: optax.inject_hyperparams(
         apollo_optax.apollo,
-        static_args=apollo_optax.STATIC_ARGS,
+        static_args=apollo_optax.static_args(apollo_optax.apollo),
         hyperparam_dtype=jnp.float64,
     )(optax.linear_schedule(0.1, 0.0, 6), rank=2, **GAP),
     "chain": lambda: optax.chain(

@@ -315,7 +315,9 @@ def pipelines():
         ),
         "multi_steps": optax.MultiSteps(apollo, 2).gradient_transformation(),
         "inject": optax.inject_hyperparams(
-            apollo_optax.apollo, apollo_optax.STATIC_ARGS, jnp.float32
+            apollo_optax.apollo,
+            apollo_optax.static_args(apollo_optax.apollo),
+            jnp.float32,
         )(0.1, rank=4),
         "limiter": optax.chain(optax.adam(0.1), apollo_optax.limit_norm_growth()),
         "full_rank": apollo_optax.apollo(0.1, rank=64),
