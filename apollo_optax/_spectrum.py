@@ -46,6 +46,11 @@ EIGENVALUE_FLOOR = 8
 # epsilon. Rounding errors of the Gram matrix would otherwise make it indefinite.
 CHOLESKY_SHIFT = 100
 
+# It adds this times the square root of the number of summed products instead where that
+# is not enough. If all columns are almost the same, the smallest eigenvalue was
+# measured to be -14 of these units.
+LARGE_CHOLESKY_SHIFT = 100
+
 # How often a basis is divided by its Cholesky factor. The first basis only has to be
 # well conditioned. The second has to be orthonormal, even where the rank of X is
 # smaller than its number of columns.
@@ -259,7 +264,10 @@ def _orthonormal(matrix: Matrix, V: jax.Array, axes: Axes, passes: int) -> jax.A
     rank_axis, batch = axes[-1], matrix.axes.batch
 
     def divided(_: jax.Array, V: jax.Array) -> jax.Array:
-        inverse = _on_gram(matrix, _inverse_of_factor)(_gram(matrix, V, axes))
+        function = _on_gram(
+            matrix, _inverse_of_factor, matrix.axes.contracted_size**0.5
+        )
+        inverse = function(_gram(matrix, V, axes))
         new_axes = (*axes[:-1], rank_axis + 1)
         inverse_axes = (*batch, rank_axis, rank_axis + 1)
         return _product(matrix, matrix.dtype, V, axes, inverse, inverse_axes, new_axes)
@@ -292,15 +300,31 @@ def _on_gram(
     )
 
 
-def _inverse_of_factor(gram: jax.Array) -> jax.Array:
-    """``C^-1`` for the Cholesky decomposition ``gram = C^T C``, up to the shift."""
+def _inverse_of_factor(gram: jax.Array, root_of_length: float) -> jax.Array:
+    """``C^-1`` for the Cholesky decomposition ``gram = C^T C``, up to the shift.
+
+    `root_of_length` is the square root of the number of products in each sum of `gram`.
+    """
     # The shift is relative to columns of length 1.
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
     scale = jnp.where(squares > 0, jax.lax.rsqrt(squares), 1)
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    shift = CHOLESKY_SHIFT * jnp.finfo(gram.dtype).eps
+    epsilon = jnp.finfo(gram.dtype).eps
     scaled = scale[..., :, None] * gram * scale[..., None, :]
-    lower = jnp.linalg.cholesky(scaled + shift * identity)
+
+    def factor(shift: float) -> jax.Array:
+        return jnp.linalg.cholesky(scaled + shift * epsilon * identity)
+
+    lower = factor(CHOLESKY_SHIFT)
+    # A larger shift than needed would make the basis less accurate.
+    is_indefinite = jnp.any(jnp.isnan(lower), axis=(-2, -1), keepdims=True)
+    lower = jax.lax.cond(
+        jnp.any(is_indefinite),
+        lambda: jnp.where(
+            is_indefinite, factor(LARGE_CHOLESKY_SHIFT * root_of_length), lower
+        ),
+        lambda: lower,
+    )
     inverse = jax.lax.linalg.triangular_solve(
         lower, jnp.broadcast_to(identity, gram.shape), left_side=True, lower=True
     )

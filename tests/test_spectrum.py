@@ -373,3 +373,29 @@ def test_gradients_of_low_rank(method, rank):
     X = normalize(jnp.asarray(G, jnp.float32), ROWS, COLUMNS)
     assert error(U, flattened(X, 0.5)) < 0.02
     assert np.linalg.matrix_rank(U, tol=1e-2 * np.linalg.norm(U)) <= rank
+
+
+@pytest.mark.parametrize("kind", ["rank 1", "equal rows", "almost rank 1", "rank 2"])
+@pytest.mark.parametrize("shape", [(256, 384), (512, 640)])
+def test_wide_gradients_of_low_rank(kind, shape):
+    """All columns of `X Omega` are almost the same, as for an expert with one token."""
+    rng = np.random.default_rng(0)
+    rank = 2 if kind == "rank 2" else 1
+    left = np.ones((shape[0], 1)) if kind == "equal rows" else None
+    left = rng.normal(size=(shape[0], rank)) if left is None else left
+    G = left @ rng.normal(size=(rank, shape[1]))
+    if kind == "almost rank 1":
+        G += 1e-7 * rng.normal(size=shape)
+    U = whole("low_rank", G, rank=shape[0] // 8)
+    X = normalize(jnp.asarray(G, jnp.float32), ROWS, COLUMNS)
+    assert error(U, flattened(X, 0.5)) < 0.02
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_basis_of_almost_equal_columns_is_finite_at_the_width_of_7b(rank):
+    rng = np.random.default_rng(rank)
+    V = rng.normal(size=(4096, rank)) @ rng.normal(size=(rank, 512))
+    V = jnp.asarray(V, jnp.float32)
+    gram = jnp.matmul(V.T, V, precision=_spectrum.HIGHEST)
+    inverse = _spectrum._inverse_of_factor(gram, 4096**0.5)
+    assert jnp.isfinite(inverse).all()

@@ -195,7 +195,8 @@ def rms_of_difference(before: list[jax.Array], after: list[jax.Array]) -> jax.Ar
     squares = sum(
         jnp.sum(jnp.square(b - a)) for a, b in zip(before, after, strict=True)
     )
-    return jnp.sqrt(squares / sum(leaf.size for leaf in after))
+    # An int of 2**31 or more would be an error.
+    return jnp.sqrt(squares / float(sum(leaf.size for leaf in after)))
 
 
 def accumulated(
