@@ -44,9 +44,11 @@ def positive_int(name: str, value: Any) -> None:
 
 
 def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> None:
-    if not isinstance(value, str) or value not in known:
+    is_name = isinstance(value, str)
+    if not is_name or value not in known:
         names = " or ".join(f'"{choice}"' for choice in known)
-        raise ValueError(f"{name} must be {names}{otherwise}, got {value!r}")
+        error = ValueError if is_name else TypeError
+        raise error(f"{name} must be {names}{otherwise}, got {value!r}")
 
 
 def boolean(name: str, value: Any) -> None:

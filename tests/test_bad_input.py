@@ -71,7 +71,8 @@ MUON = apollo_optax.dimension_numbers_from(optax.contrib.MuonDimensionNumbers())
             ValueError,
             "projection must be .*rademacher.*random.*svd.*got 'qr'",
         ),
-        ({"projection": 3}, ValueError, "projection must be .*callable.*got 3"),
+        ({"projection": 3}, TypeError, "projection must be .*callable.*got 3"),
+        ({"scale_type": 1}, TypeError, "scale_type must be .*channel.*got 1"),
         (
             {"moment_dtype": jnp.int8},
             TypeError,
