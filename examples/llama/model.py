@@ -166,6 +166,10 @@ def initializer(config: LlamaConfig) -> nnx.Initializer:
     return init
 
 
+# The gradient of a bfloat16 table is summed in so many parts of its columns.
+COLUMN_CHUNKS = 8
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(
     table_VxD: jax.Array, tokens_BxT: jax.Array, dtype: jax.typing.DTypeLike
@@ -191,10 +195,28 @@ def _look_up_backward(
     grad_BxTxD: jax.Array,
 ) -> tuple[jax.Array, None]:
     table_VxD, tokens_BxT = residuals
-    wide = jnp.promote_types(dtype, jnp.float32)
-    sums_VxD = jnp.zeros(table_VxD.shape, wide)
-    sums_VxD = sums_VxD.at[tokens_BxT].add(grad_BxTxD.astype(wide))
-    return sums_VxD.astype(table_VxD.dtype), None
+    (V, D), wide = table_VxD.shape, jnp.promote_types(dtype, jnp.float32)
+
+    def summed(grad_BxTxd: jax.Array) -> jax.Array:
+        sums_Vxd = jnp.zeros((V, grad_BxTxd.shape[-1]), wide)
+        sums_Vxd = sums_Vxd.at[tokens_BxT].add(grad_BxTxd.astype(wide))
+        return sums_Vxd.astype(table_VxD.dtype)
+
+    is_narrower = table_VxD.dtype.itemsize < wide.itemsize
+    if not is_narrower or D % COLUMN_CHUNKS:
+        return summed(grad_BxTxD), None
+    # The sums of all columns in float32 would be twice as large as the table, and the
+    # largest array of a layer-wise step.
+    d = D // COLUMN_CHUNKS
+
+    def add_chunk(chunk: jax.Array, sums_VxD: jax.Array) -> jax.Array:
+        grad_BxTxd = jax.lax.dynamic_slice_in_dim(grad_BxTxD, chunk * d, d, axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(
+            sums_VxD, summed(grad_BxTxd), chunk * d, axis=1
+        )
+
+    sums_VxD = jnp.zeros((V, D), table_VxD.dtype)
+    return jax.lax.fori_loop(0, COLUMN_CHUNKS, add_chunk, sums_VxD), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
