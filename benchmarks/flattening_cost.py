@@ -41,7 +41,9 @@ def program_flops(program: Jaxpr) -> float:
     """The flops of the products and decompositions of a traced program.
 
     A decomposition counts as what its usual algorithm takes: `m^3 / 3` for a Cholesky
-    factor, `m^2` per column of a triangular solve, and `9 m^3` for all eigenvectors.
+    factor, `m^2` per column of a triangular solve, and `9 m^3` for all eigenvectors. Of
+    alternatives, the one with the fewest flops counts, since the other is for a rare
+    gradient.
     """
     total = 0.0
     for equation in program.eqns:
@@ -59,6 +61,10 @@ def program_flops(program: Jaxpr) -> float:
             total += math.prod(shapes[1]) * shapes[0][-1]
         elif name == "eigh":
             total += 9 * math.prod(shapes[0]) * shapes[0][-1]
+        elif name == "cond":
+            branches = equation.params["branches"]
+            total += min(program_flops(branch.jaxpr) for branch in branches)
+            continue
         # A loop of a known length is a scan.
         times = equation.params["length"] if name == "scan" else 1
         inner = jax.tree.leaves(

@@ -109,8 +109,8 @@ def test_norms_per_scaling_factor(shape, numbers, scale_type):
     moments = np.asarray(moment, np.float64).reshape(*gradients.shape[:-2], 4, -1)
     axis, keepdims = ((-2, -1), True) if scale_type == "tensor" else (-2, False)
     for norms, matrices in (
-        (matrix.norms(moment, scale_type), moments),
-        (matrix.gradient_norms(tensor, scale_type), gradients),
+        (matrix.norms(moment, SCALE_TYPES[scale_type]), moments),
+        (matrix.gradient_norms(tensor, SCALE_TYPES[scale_type]), gradients),
     ):
         expected = np.linalg.norm(matrices, axis=axis, keepdims=keepdims)
         assert norms.ndim == len(matrix.batch_shape) + len(matrix.axes.channel)
@@ -130,11 +130,15 @@ def test_a_gpu_sums_two_norms_in_one_reduction(shape, numbers, scale_type, monke
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args)
     )
-    norms_of_two = functools.partial(matrix.norms_of_two, scale_type=scale_type)
+    norms_of_two = functools.partial(
+        matrix.norms_of_two, scale_type=SCALE_TYPES[scale_type]
+    )
     reductions = str(jax.make_jaxpr(norms_of_two)(first, second)).count(" reduce")
     assert reductions == (1 if scale_type == "channel" else 2)
     for norms, moment in zip(norms_of_two(first, second), (first, second), strict=True):
-        np.testing.assert_allclose(norms, matrix.norms(moment, scale_type), rtol=1e-6)
+        np.testing.assert_allclose(
+            norms, matrix.norms(moment, SCALE_TYPES[scale_type]), rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("scale_type", SCALE_TYPES)
@@ -143,8 +147,10 @@ def test_the_norm_of_the_update_needs_no_update(shape, numbers, scale_type):
     """``|U|^2 = sum_j s_j^2 |G_j|^2`` for every scale type there is."""
     matrix = matrix_of(shape, numbers)
     projection, tensor = random_arrays(matrix)
-    factors = matrix.norms(project(matrix, projection, tensor), scale_type)
+    factors = matrix.norms(project(matrix, projection, tensor), SCALE_TYPES[scale_type])
     update = as_matrices(matrix, matrix.scale(tensor, factors))
     expected = np.linalg.norm(update, axis=(-2, -1))
-    norms = matrix.matrix_norms(factors * matrix.gradient_norms(tensor, scale_type))
+    norms = matrix.matrix_norms(
+        factors * matrix.gradient_norms(tensor, SCALE_TYPES[scale_type])
+    )
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
