@@ -369,7 +369,7 @@ def apollo_zero(
         `int8_momentum` without a `momentum`.
 
     Examples:
-      >>> import apollo_optax, jax, jax.numpy as jnp, optax
+      >>> import apollo_optax, jax, jax.numpy as jnp
       >>> tx = apollo_optax.apollo_zero(1e-3, weight_decay=0.1)
       >>> params = {"kernel": jnp.ones((512, 1376))}
       >>> apollo_optax.state_bytes(tx, params).kernels

@@ -46,9 +46,8 @@ EIGENVALUE_FLOOR = 8
 # epsilon. Rounding errors of the Gram matrix would otherwise make it indefinite.
 CHOLESKY_SHIFT = 100
 
-# It adds this times the square root of the number of summed products instead where that
-# is not enough. If all columns are almost the same, the smallest eigenvalue was
-# measured to be -14 of these units.
+# Where that is not enough, it adds this times the square root of the number of products
+# in a sum. If all columns are almost the same, their rounding errors grow like that.
 LARGE_CHOLESKY_SHIFT = 100
 
 # How often a basis is divided by its Cholesky factor. The first basis only has to be

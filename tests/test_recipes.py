@@ -202,3 +202,14 @@ def test_a_model_is_trained_a_layer_at_a_time() -> None:
     assert int(state[0].count) == 1
     for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True):
         assert not np.allclose(old, new)
+
+
+def test_a_small_weight_decay_survives_in_bfloat16() -> None:
+    tx = run("docs/faq.md", "to_float32")["tx"]
+    decay = {"kernel": jnp.full((64, 128), 0.02, jnp.bfloat16)}
+    nothing = {"kernel": jnp.zeros((64, 128), jnp.bfloat16)}
+    grads = {"kernel": jax.random.normal(jax.random.key(0), (64, 128), jnp.bfloat16)}
+    with_decay, _ = tx.update(grads, tx.init(decay), decay)
+    without, _ = tx.update(grads, tx.init(decay), nothing)
+    change = np.asarray(with_decay["kernel"] - without["kernel"])
+    np.testing.assert_allclose(change, -0.01 * 0.01 * 0.02, rtol=0.05)

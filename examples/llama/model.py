@@ -205,8 +205,8 @@ def _look_up_backward(
     is_narrower = table_VxD.dtype.itemsize < wide.itemsize
     if not is_narrower or D % COLUMN_CHUNKS:
         return summed(grad_BxTxD), None
-    # The sums of all columns in float32 would be twice as large as the table, and the
-    # largest array of a layer-wise step.
+    # The sums of all columns in float32 would be twice as large as the table. For a
+    # large vocabulary, they would be the largest array of a layer-wise step.
     d = D // COLUMN_CHUNKS
 
     def add_chunk(chunk: jax.Array, sums_VxD: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from examples.llama.model import (
     Params,
     graphdef_of,
     init_params,
+    look_up,
     next_token_loss,
     rotary,
     rotary_frequencies,
@@ -419,3 +420,18 @@ def test_gradients_in_bfloat16_are_near_those_in_float32(
         assert actual.dtype == weights
         error = jnp.linalg.norm(actual.astype(jnp.float32) - expected)
         assert error < 0.03 * jnp.linalg.norm(expected), path_name(path)
+
+
+def test_the_gradient_of_a_bfloat16_table_needs_no_sums_of_its_size() -> None:
+    """In float32 these would be twice as large as the table."""
+    table = jax.ShapeDtypeStruct((8192, 256), jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+    def total(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        rows: Any = look_up(table, tokens, jnp.bfloat16)
+        return jnp.sum(rows.astype(jnp.float32))
+
+    memory: Any = (
+        jax.jit(jax.grad(total)).lower(table, tokens).compile().memory_analysis()
+    )
+    assert memory.temp_size_in_bytes < table.size * table.dtype.itemsize
