@@ -332,7 +332,7 @@ def owners(
                 rule = fields_of(kind).get(field)
                 if rule is None:
                     return Owner(None, kind, field)
-                # Otherwise parameters have the names of a state's fields by chance.
+                # Otherwise a parameter is only called like a field of a state.
                 if rest in parameters:
                     return Owner(rest, kind, field, rule)
         if path in shared:

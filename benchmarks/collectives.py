@@ -53,7 +53,7 @@ from examples.llama.step import TrainState
 CAPTION = (
     "Columns: MB (1e6 bytes) that each device sends in an optimizer step, and MB of "
     "the optimizer's state that it stores,\n"
-    "by the number of devices. {cut}.\n"
+    "by the number of devices. {sharding}.\n"
     "Weights and gradients are in bfloat16 and moments in float32. The rank of apollo "
     "and galore is {rank}, and embeddings\n"
     "and head have Adam. With k devices and an array of B bytes, each device sends 2 "
@@ -63,7 +63,7 @@ CAPTION = (
     "whole matrices as inputs and outputs replaces an SVD. *: compiled for v5p, "
     "because it is too large for the chip."
 )
-CUTS = {
+SHARDINGS = {
     "trainer": (
         "Matrices are sharded as by `--mesh fsdp=N`: those of the layers along "
         "APOLLO's channels if N divides them"
@@ -88,7 +88,7 @@ class Options:
     with --target cpu."""
     rank: int = 256
     """The rank of APOLLO and GaLore."""
-    cut: str = "trainer"
+    sharding: str = "trainer"
     """How weights are sharded. trainer: as by the trainer; contracted: the layers'
     kernels along the other side."""
     target: str = "v5e"
@@ -101,8 +101,8 @@ class Options:
         check_names("--optimizers", self.optimizers, RECIPES)
         if not self.devices:
             raise UsageError("--devices is empty; give one or more")
-        if self.cut not in CUTS:
-            raise unknown_name("--cut", self.cut, CUTS)
+        if self.sharding not in SHARDINGS:
+            raise unknown_name("--sharding", self.sharding, SHARDINGS)
         if self.target not in ("v5e", "cpu"):
             raise unknown_name("--target", self.target, ("v5e", "cpu"))
         for count in self.devices:
@@ -159,13 +159,13 @@ def along_the_contracted_side(params: Any) -> Any:
     return {**params, "layers": jax.tree.map(place, params["layers"])}
 
 
-def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
+def compiled_cost(run: RunOptions, target: str, sharding: str = "trainer") -> Cost:
     """Compiles an optimizer step; for a TPU, the caller starts a process for it."""
     config = model_config(run)
     tx, _ = make_optimizer(run, config)
     mesh = mesh_on(run, config, target)
     state = abstract_state(run, config, tx, mesh)
-    if cut == "contracted":
+    if sharding == "contracted":
         params = along_the_contracted_side(state.params)
         opt_state = placed(
             state.opt_state, state_shardings(run, state.opt_state, params)
@@ -184,7 +184,7 @@ def compiled_cost(run: RunOptions, target: str, cut: str = "trainer") -> Cost:
     except jax.errors.JaxRuntimeError as error:
         refused_bytes(error)  # Raises errors other than a lack of memory.
         return dataclasses.replace(
-            compiled_cost(run, larger_target(mesh.size), cut), fits=False
+            compiled_cost(run, larger_target(mesh.size), sharding), fits=False
         )
     sent, at_refresh = (
         sum(each.sent_bytes for each in collectives(program, rare=rare))
@@ -225,10 +225,10 @@ def no_svds(mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
 
 
-def cost(run: RunOptions, target: str, devices: int, cut: str = "trainer") -> Cost:
+def cost(run: RunOptions, target: str, devices: int, sharding: str = "trainer") -> Cost:
     child = subprocess.run(
         [sys.executable, "-c", "from benchmarks.collectives import answer; answer()"],
-        input=pickle.dumps((run, target, cut)),
+        input=pickle.dumps((run, target, sharding)),
         capture_output=True,
         env=environment(target, devices),
     )
@@ -262,7 +262,10 @@ def rows(options: Options, model: str, pool: ThreadPoolExecutor) -> Iterator[lis
         optimizer, devices = pair
         target = options.target if options.target == "cpu" else TOPOLOGIES[devices]
         return cost(
-            run_of(options, model, optimizer, devices), target, devices, options.cut
+            run_of(options, model, optimizer, devices),
+            target,
+            devices,
+            options.sharding,
         )
 
     pairs = [
@@ -305,7 +308,7 @@ def report(options: Options) -> None:
         f"compiled for {options.target}, none attached, on "
         f"{made_with(versions(target))}\n"
     )
-    print(CAPTION.format(rank=options.rank, cut=CUTS[options.cut]))
+    print(CAPTION.format(rank=options.rank, sharding=SHARDINGS[options.sharding]))
     with ThreadPoolExecutor(options.jobs) as pool:
         for model in options.models:
             print(f"\n{model}:\n\n{table(options, model, pool)}", flush=True)

@@ -36,7 +36,8 @@ _ARRAY_AND_LAYOUT = re.compile(r"\b[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?")
 # The main memory is space 0, which layouts leave out.
 _OTHER_MEMORY = re.compile(r"S\([1-9]\d*\)")
 _SLICES = ("dynamic-slice", "slice", "gather")
-_CALLERS = ("fusion", "call", "async-start")  # Others call functions of scalars.
+# Other opcodes call only functions of scalars, such as the sum of a reduction.
+_CALLERS = ("fusion", "call", "async-start")
 _NO_KERNELS = frozenset(
     (
         "parameter",
@@ -316,7 +317,8 @@ class _Program:
             and instruction.rest.startswith(f"{index})")
         ]
         total = 0.0
-        for alias in aliases:  # The loop appends to its list.
+        # The list grows while the loop runs: a bitcast is a further name of the same.
+        for alias in aliases:
             for user, instruction in computation.items():
                 operands = instruction.operands() if "%" in instruction.rest else []
                 if alias not in operands:
@@ -331,7 +333,8 @@ class _Program:
                         for position, operand in enumerate(operands)
                         if operand == alias
                     )
-                # What an update leaves as it is is not read.
+                # A dynamic-update-slice does not read the part of its first operand
+                # that it keeps.
                 elif not (
                     instruction.opcode == "dynamic-update-slice"
                     and operands.index(alias) == 0

@@ -72,9 +72,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 ALL_SETTINGS = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
 NO_CLIPPING = (
     "apollo-zero-rank-32",
+    "apollo-zero-whitening",
     "apollo-zero-momentum-int8",
     "apollo-mini",
     "racs",
+    "swan",
 )
 ADAFACTORS = ("apollo-zero-emb-adafactor", "apollo-zero-emb-adafactor-momentum")
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
@@ -116,7 +118,8 @@ MUON_VARIANTS = plain_variants_of("muon")
 EMBEDDING_VARIANTS = tuple(
     variant for name in EMBEDDING_CONTENDERS for variant in variants_of(name)
 )
-# The best settings in the part 8k, as far as it was run. `--contenders` replaces these.
+# These had the lowest perplexity of their optimizers in the finished runs of the part
+# 8k. `--contenders` replaces them.
 BEST_OF_8K = (
     "adamw-b2-0.95-clip",
     "muon-b2-0.95",
@@ -181,8 +184,8 @@ GROUPS = {
         variant for name in EMBEDDING_CONTENDERS for variant in plain_variants_of(name)
     ),
 }
-# AdamW is to be beaten, Muon to be nearly reached with less state, and rules with less
-# state than another are to be level with it.
+# The goals are to beat AdamW, to come near Muon with less state, and to be level with
+# rules that have more state.
 GOALS = (
     Goal(STATELESS, "adamw", {"1k": 0.97, "8k": 0.92, "6m": 0.95}),
     Goal(STATELESS, "muon", {"1k": 1.03, "8k": 1.03, "6m": 1.03}),
@@ -237,11 +240,11 @@ class SearchOptions:
     apollo-zero-emb-scale or apollo-zero-emb-flattening; adamw, muon, apollo-zero or
     apollo-zero-momentum followed by -clip, -b2-0.95, -b2-0.95-clip, -relative,
     -b2-0.95-relative or -b2-0.95-clip-relative; or apollo-zero-rank-32,
-    apollo-zero-momentum-int8, apollo-mini, racs, apollo-zero-emb-adafactor or
-    apollo-zero-emb-adafactor-momentum followed by -b2-0.95, -relative or
-    -b2-0.95-relative. Only those with -relative have updates in proportion to the
-    weights. adamw is added if no contender is AdamW. If this or --three-rates is given,
-    the contenders of the parts are not used."""
+    apollo-zero-whitening, apollo-zero-momentum-int8, apollo-mini, racs, swan,
+    apollo-zero-emb-adafactor or apollo-zero-emb-adafactor-momentum followed by
+    -b2-0.95, -relative or -b2-0.95-relative. Only those with -relative have updates in
+    proportion to the weights. adamw is added if no contender is AdamW. If this or
+    --three-rates is given, the contenders of the parts are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -206,8 +206,8 @@ def observe(options: SpectraOptions) -> Observed:
     tx = recorded(make_optimizer(run, config)[0])
     execution = execution_of(run, config)
     train_step = make_train_step(graphdef_of(config, execution), tx)
-    # Parameters on a mesh would have the second step compiled anew, as the states of
-    # the first one are on none.
+    # The parameters are not put on a mesh. The followers' first states are on none,
+    # so the second step would be compiled again.
     params = init_params(config, execution, seed=run.seed)
     followers = {
         name: Follower(scaler_of(options, rule), watched_part(params))

@@ -168,7 +168,9 @@ def exact_power(power: float) -> Recipe:
         return apollo_optax.scale_by_flattening(
             power,
             method="exact",
+            b2=kernels.second_moment_decay(options),
             weight_dimension_numbers=parameters.dimension_numbers(options),
+            moment_dtype=options.moment_dtype,
         )
 
     return RECIPES["apollo-zero"]._replace(scaler=scaler, rank_of=lambda config: None)
@@ -206,7 +208,7 @@ MODELS = {TIED: dataclasses.replace(PRESETS["tiny"], tied_head=True)}
 STEPS = 800
 
 # The paper's normal entries, as for the other runs of Mini in docs/results.md.
-PAPERS = {"projection": "random"}
+NORMAL_ENTRIES = {"projection": "random"}
 
 
 class Way(NamedTuple):
@@ -259,15 +261,32 @@ MANY_STEPS_DECAYED = {"weight_decay": 1.0} | MANY_STEPS_RELATIVE
 
 # The parts of 8,192 tokens per step train as the part `8k` of `rate_search`.
 ON_8K: dict[str, Any] = {"steps": 300} | BATCH_OF_8K
+# These are the best settings of APOLLO-Zero in that part.
+BEST_ON_8K: dict[str, Any] = {"relative": True, "b2": 0.95, "lr_embeddings": 0.06}
+BEST_ON_8K |= ON_8K
 
 # The factors of rank r are about sqrt(r) times those of rank 1, hence the scales.
 PARTS: dict[str, tuple[Way, ...]] = {
     "limiter": (
-        *ways("rank 1, limit 1.01", "apollo-mini", 7e-3, **PAPERS),
-        *ways("rank 1, limit 1.1", "mini-limit-1.1", 7e-3, **PAPERS),
-        *ways("rank 1, no limit", "mini-no-limit", 3.5e-3, 7e-3, **PAPERS),
-        *ways("rank 8, limit 1.01", "apollo-mini", 7e-3, rank=8, scale=16.0, **PAPERS),
-        *ways("rank 32, limit 1.01", "apollo-mini", 7e-3, rank=32, scale=4.0, **PAPERS),
+        *ways("rank 1, limit 1.01", "apollo-mini", 7e-3, **NORMAL_ENTRIES),
+        *ways("rank 1, limit 1.1", "mini-limit-1.1", 7e-3, **NORMAL_ENTRIES),
+        *ways("rank 1, no limit", "mini-no-limit", 3.5e-3, 7e-3, **NORMAL_ENTRIES),
+        *ways(
+            "rank 8, limit 1.01",
+            "apollo-mini",
+            7e-3,
+            rank=8,
+            scale=16.0,
+            **NORMAL_ENTRIES,
+        ),
+        *ways(
+            "rank 32, limit 1.01",
+            "apollo-mini",
+            7e-3,
+            rank=32,
+            scale=4.0,
+            **NORMAL_ENTRIES,
+        ),
     ),
     "power": (
         *ways("rank 16, power 0.5", "apollo-zero", 1e-3),
@@ -306,6 +325,12 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("Nesterov, 0.9", "apollo-zero-momentum", 5e-4, 1e-3, 2e-3, **ON_8K),
         *ways("the same in int8", "apollo-zero-momentum-int8", 1e-3, **ON_8K),
     ),
+    "power-8k": (
+        *ways("exact, power 0", "zero-exact-0", 2e-3, **BEST_ON_8K),
+        *ways("exact, power 0.25", "zero-exact-0.25", 2e-3, **BEST_ON_8K),
+        *ways("exact, power 0.5", "zero-exact-0.5", 2e-3, **BEST_ON_8K),
+        *ways("rank 16, power 0.5", "apollo-zero", 2e-3, **BEST_ON_8K),
+    ),
     "projections-8k": (
         *ways("normal entries", "apollo-mini", 7e-3, projection="random", **ON_8K),
         *ways("random signs", "apollo-mini", 7e-3, projection="rademacher", **ON_8K),
@@ -336,7 +361,7 @@ class VariantOptions:
     """Variants of AdamW, APOLLO-Mini and APOLLO-Zero on the tiny model."""
 
     parts: tuple[str, ...] = tuple(PARTS)
-    """Any of limiter, power, momentum, relative, many-steps, momentum-8k,
+    """Any of limiter, power, momentum, relative, many-steps, momentum-8k, power-8k,
     projections-8k, moments, embeddings and embeddings-8k."""
     steps: int | None = None
     """Training steps. The default is 800 of 1,024 tokens, 3,200 of these in many-steps,

@@ -77,7 +77,7 @@ def test_leaves_draw_the_same_together_and_alone(projection):
     # Several draws are needed for all leaves.
     assert leaf.drawn_nbytes <= room < len(gradients) * leaf.drawn_nbytes
     updates, state = jax.jit(tx.update)(gradients, tx.init(gradients))
-    # The first and the last wide leaf, and the first and the last tall one.
+    # These are the first and the last leaf of each shape, which are drawn apart.
     for name in ("layer_1", "layer_8", "layer_0", "layer_9"):
         alone = {name: gradients[name]}
         expected, expected_state = jax.jit(tx.update)(alone, tx.init(alone))

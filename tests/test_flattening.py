@@ -462,7 +462,7 @@ def test_other_methods_send_a_gram_matrix_where_channels_are_sharded(method, axi
     assert sum(each.size > 1024 for each in found) == 1
 
 
-# Small ones, since eight simulated devices take long for eigenvectors.
+# The matrices are small, since eight simulated devices take long for eigenvectors.
 SMALL = [
     ((32, 64), P("data", "model"), ApolloDimensionNumbers()),
     ((64, 32), P("data", "model"), ApolloDimensionNumbers()),

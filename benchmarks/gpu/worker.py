@@ -58,7 +58,9 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        if not self._is_asked:  # Then it waits for a question, and ends.
+        # A worker that was not asked waits for a question. It ends by itself when the
+        # connection closes.
+        if not self._is_asked:
             self._process.join(ENDS_WITHIN_SECONDS)
         self._process.kill()
         self._process.join()

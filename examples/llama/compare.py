@@ -55,9 +55,9 @@ class CompareOptions(TrainingOptions):
     """Several runs that differ only in optimizer, learning rates and seed."""
 
     optimizers: tuple[str, ...] = ("adamw", "apollo-mini", "apollo-zero")
-    """Any of adamw, apollo, apollo-mini, apollo-svd, apollo-zero, apollo-zero-momentum,
-    apollo-zero-momentum-int8, racs, sinkgd, scale-hidden, swan, galore, muon,
-    adafactor, lion and sgd."""
+    """Any of adamw, apollo, apollo-mini, apollo-svd, apollo-zero,
+    apollo-zero-whitening, apollo-zero-momentum, apollo-zero-momentum-int8, racs,
+    sinkgd, scale-hidden, swan, galore, muon, adafactor, lion and sgd."""
     lr: tuple[float, ...] = ()
     """Peak learning rates of the layers' kernels to try. The default is each
     optimizer's default rate."""

@@ -36,7 +36,8 @@ def make_evaluator(pieces: Pieces, batches: Batch) -> Callable[[Params], float]:
     total_weights = [np.sum(x) for x in weights if x is not None] or None
 
     def evaluate(params: Params) -> float:
-        # All batches are in flight before the first result is read.
+        # All batches are dispatched before the first result is read, so that the device
+        # does not wait for the host.
         losses = [loss_of(params, batch) for batch in each]
         return float(np.average(jax.device_get(losses), weights=total_weights))
 

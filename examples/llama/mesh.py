@@ -14,7 +14,10 @@ from examples.llama.run.errors import UsageError, unknown_name
 
 # The last axis is the innermost: its devices are next to each other.
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # The axes over which the sequences of a batch are sharded.
+BATCH_AXES = (
+    "data",
+    "fsdp",
+)  # The axes over which the sequences of a batch are sharded.
 
 
 def axis_sizes(text: str) -> dict[str, int]:
@@ -47,7 +50,7 @@ def device_count(text: str) -> int:
 
 def batch_shards(text: str) -> int:
     """Returns how many shards the sequences of a batch have on such a mesh."""
-    return math.prod(axis_sizes(text)[axis] for axis in ROWS)
+    return math.prod(axis_sizes(text)[axis] for axis in BATCH_AXES)
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -97,7 +100,7 @@ def over_data(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
     Along `tensor`, the batch is replicated.
     """
-    return jax.sharding.NamedSharding(mesh, jax.P(ROWS))
+    return jax.sharding.NamedSharding(mesh, jax.P(BATCH_AXES))
 
 
 def shard_count(mesh: jax.sharding.Mesh, axes: str | tuple[str, ...] | None) -> int:

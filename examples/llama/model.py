@@ -18,7 +18,7 @@ from flax import nnx, traverse_util
 
 from examples.llama.config import LlamaConfig
 from examples.llama.loss import chunked_cross_entropy, num_chunks
-from examples.llama.mesh import ROWS, constrained, shard_count
+from examples.llama.mesh import BATCH_AXES, constrained, shard_count
 
 # Parameters are nested: params["layers"]["mlp"]["up_proj"]["kernel"] is (L, D, F).
 Params = dict[str, Any]
@@ -343,7 +343,7 @@ class Attention(nnx.Module):
 
         def heads(y_BxTxE: jax.Array) -> jax.Array:
             y_BxTxNxH = y_BxTxE.reshape(B, T, -1, self.config.head_size)
-            return self.execution.shard(y_BxTxNxH, ROWS, None, "tensor", None)
+            return self.execution.shard(y_BxTxNxH, BATCH_AXES, None, "tensor", None)
 
         q_BxTxNxH = heads(self.q_proj(x_BxTxD))
         k_BxTxKxH = heads(self.k_proj(x_BxTxD))
@@ -379,7 +379,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         hidden_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD)
-        return self.down_proj(self.execution.shard(hidden_BxTxF, ROWS, None, "tensor"))
+        return self.down_proj(
+            self.execution.shard(hidden_BxTxF, BATCH_AXES, None, "tensor")
+        )
 
 
 class Block(nnx.Module):
@@ -398,11 +400,11 @@ class Block(nnx.Module):
         self, x_BxTxD: jax.Array, segments_BxT: jax.Array | None = None
     ) -> jax.Array:
         x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), segments_BxT)
-        return self.execution.shard(x_BxTxD, ROWS, None, None)
+        return self.execution.shard(x_BxTxD, BATCH_AXES, None, None)
 
     def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
-        return self.execution.shard(x_BxTxD, ROWS, None, None)
+        return self.execution.shard(x_BxTxD, BATCH_AXES, None, None)
 
     def __call__(
         self, x_BxTxD: jax.Array, segments_BxT: jax.Array | None = None
@@ -473,7 +475,7 @@ class Llama(nnx.Module):
         # devices that store them.
         table_VxD = self.execution.shard(self.embed.embedding[...], "tensor", None)
         x_BxTxD: Any = look_up(table_VxD, tokens_BxT, self.execution.compute_dtype)
-        return self.execution.shard(x_BxTxD, ROWS, None, None)
+        return self.execution.shard(x_BxTxD, BATCH_AXES, None, None)
 
     def head(self) -> jax.Array:
         """Returns the output head: (D, V) in the parameters' dtype."""
@@ -516,7 +518,7 @@ def init_params(
     return params()
 
 
-def init_ends(
+def init_outside_layers(
     config: LlamaConfig, execution: Execution = Execution(), *, seed: int
 ) -> Params:
     """Returns those of `init_params` outside the layers; XLA draws no others."""
@@ -576,11 +578,11 @@ def cross_entropy(
     # The number of chunks goes by the logits of one device. Fewer chunks are better,
     # since each ends in an all-reduce of the head's gradient.
     chunks = num_chunks(
-        execution.on_a_device(B, ROWS),
+        execution.on_a_device(B, BATCH_AXES),
         T,
         execution.on_a_device(head_DxV.shape[1], "tensor"),
     )
-    x_BxTxD = execution.shard(x_BxTxD, ROWS, None, None)
+    x_BxTxD = execution.shard(x_BxTxD, BATCH_AXES, None, None)
     head_DxV = execution.shard(head_DxV, None, "tensor")
     return chunked_cross_entropy(
         x_BxTxD, head_DxV, batch.tokens[:, 1:], chunks, target_weights(batch)
@@ -616,7 +618,7 @@ class Pieces(NamedTuple):
 
 
 def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces:
-    ends = nnx.graphdef(
+    outside_layers = nnx.graphdef(
         nnx.eval_shape(
             lambda: Llama(config, execution, with_layers=False, rngs=nnx.Rngs(0))
         )
@@ -626,7 +628,7 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
     )
 
     def embed(params: Params, batch: Batch) -> jax.Array:
-        return nnx.merge(ends, params).embedded(batch.tokens[:, :-1])
+        return nnx.merge(outside_layers, params).embedded(batch.tokens[:, :-1])
 
     def layer(
         params: Params, x_BxTxD: jax.Array, batch: Batch | None = None, *_: Any
@@ -642,11 +644,11 @@ def pieces_of(config: LlamaConfig, execution: Execution = Execution()) -> Pieces
         return nnx.merge(block, params | late).feed_forward(x_BxTxD)
 
     def head(params: Params, x_BxTxD: jax.Array, batch: Batch) -> jax.Array:
-        model = nnx.merge(ends, params)
+        model = nnx.merge(outside_layers, params)
         return cross_entropy(execution, model.final_norm(x_BxTxD), model.head(), batch)
 
     def logits(params: Params, x: jax.Array) -> jax.Array:
-        model = nnx.merge(ends, params)
+        model = nnx.merge(outside_layers, params)
         return model.logits(model.final_norm(x))
 
     if execution.remat != "none":

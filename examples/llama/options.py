@@ -189,8 +189,8 @@ class TrainingOptions(TextOptions):
     moment_dtype: str = "float32"
     """The dtype of the moments of APOLLO and Adam, of the first moments of Muon and
     Lion, and of the momenta of apollo-zero-momentum and of scale on the head: float32
-    or bfloat16. In bfloat16 a second moment hardly decays, because 0.999 times a number
-    rounds to the same number."""
+    or bfloat16. In bfloat16 a second moment with a decay of 0.999 never decays, because
+    0.999 times a number rounds to the same number."""
     b2: float | None = None
     """The decay of the second moments, from 0 to below 1, for Adam on embeddings, head
     and norms, and on the kernels for adamw, apollo, apollo-mini, apollo-svd and galore.
@@ -431,9 +431,9 @@ class RunOptions(ProcessOptions, TrainingOptions):
     """One run: a model trained with one optimizer at one pair of learning rates."""
 
     optimizer: str = "apollo-mini"
-    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, apollo-zero-momentum,
-    apollo-zero-momentum-int8, racs, sinkgd, scale-hidden, swan, galore, muon,
-    adafactor, lion or sgd."""
+    """adamw, apollo, apollo-mini, apollo-svd, apollo-zero, apollo-zero-whitening,
+    apollo-zero-momentum, apollo-zero-momentum-int8, racs, sinkgd, scale-hidden, swan,
+    galore, muon, adafactor, lion or sgd."""
     lr: float | None = None
     """Peak learning rate of the layers' kernels. The default depends on the
     optimizer."""
@@ -629,7 +629,7 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """
     ours, theirs = with_all_shape_fields(ours), with_all_shape_fields(theirs)
     defaults = {field.name: field.default for field in dataclasses.fields(RunOptions)}
-    # Before there was a choice.
+    # Runs from before these options existed used these values.
     defaults |= {"rounding": "nearest"} | BEFORE_CHOICE
     ignored: set[str] = set(CHANGEABLE)
     if ours["corpus"] == theirs.get("corpus"):

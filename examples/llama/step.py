@@ -46,7 +46,8 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
-# Any large number, because other draws of the same seed fold in small ones only.
+# The number may be any large one, because other draws from the same seed fold in small
+# numbers only.
 ROUNDING = 0x6F756E64
 
 

@@ -120,7 +120,7 @@ def test_stand_in_for_the_svd_sends_as_much(optimizer, monkeypatch):
 def test_contracted_axis_sharded_sends_vectors(capsys):
     sizes = ["--target", "cpu", "--models", "tiny", "--devices", "8"]
     optimizers = ["--optimizers", "apollo-mini"]
-    benchmark.main([*sizes, *optimizers, "--cut", "contracted"])
+    benchmark.main([*sizes, *optimizers, "--sharding", "contracted"])
     rows = {row[0]: row[1:] for row in table_rows(capsys.readouterr().out)}
     channels = 4 * (4 * 128 + 3 * 344)
     # An all-reduce of one float32 per channel.
@@ -138,7 +138,7 @@ def test_contracted_axis_sharded_sends_vectors(capsys):
         ("--models", "--models is empty"),
         ("--optimizers", "--optimizers is empty"),
         ("--target v9", "v9"),
-        ("--cut channel", "channel"),
+        ("--sharding channel", "channel"),
         ("--jobs 0", "0"),
     ],
 )

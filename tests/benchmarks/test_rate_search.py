@@ -259,7 +259,7 @@ def test_the_summary_has_the_best_settings_of_each_part() -> None:
 
 
 def test_relative_updates_are_no_setting_of_adamw_or_muon() -> None:
-    """They are one of a rule without state, though."""
+    """A rule without state may have them in its goals, though."""
     found = {
         "adamw": found_at(20),
         "adamw-relative": found_at(15),

@@ -213,7 +213,7 @@ def test_rows_say_what_they_are_of(
         "adam",
         "apollo",
         "apollo",
-    ]  # What it means nothing to.
+    ]  # The option means nothing to adamw, which gets the default.
     assert [row["rank"] for row in rows] == [None, 4, 1]
     for row in rows:
         assert (row["target"], row["model"], row["batch"], row["seq"]) == (

@@ -497,7 +497,7 @@ def test_package_docs_are_the_english_of_packages_each_paragraph_once(
         ("purelib/a/guide.rst", "Guide\n=====\n"),
         ("purelib/a-1.0.dist-info/METADATA", "A package.\n\nIt does.\n"),
     ]
-    # Read again, it is the same: what was seen is of one reading.
+    # A second reading gives the same names, because each looks for repeats anew.
     assert names("package-docs") == list(documents)
 
 

@@ -51,7 +51,7 @@ def find_files(tokenizer: str | None, init_from: str | Path | None) -> dict[str,
         for pattern in TOKENIZER_FILES
         for file in sorted(path.parent.glob(pattern))
     }
-    found[TOKENIZER] = path  # Which may have another name.
+    found[TOKENIZER] = path  # The file may have another name than an export needs.
     if model and is_tokenizer_of(path, model):
         configs = {name: model / name for name in (CONFIG, GENERATION_CONFIG)}
         found |= {name: file for name, file in configs.items() if file.exists()}

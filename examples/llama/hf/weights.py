@@ -128,7 +128,7 @@ class WeightReader:
             folder, config, {tensor.name: tensor for tensor in self._tensors}
         )
 
-    def ends(self) -> Params:
+    def outside_layers(self) -> Params:
         """Returns the parameters outside the layers, in numpy arrays.
 
         A tied model may come with an `lm_head.weight`, which must then be the
@@ -194,7 +194,7 @@ def load_params(folder: Path, config: LlamaConfig, param_dtype: str) -> Params:
     for index in range(config.num_layers):
         for path, row in flatten(reader.layer(index)).items():
             stacks[f"layers/{path}"][index] = row[0]
-    return reader.ends() | unflatten(stacks)
+    return reader.outside_layers() | unflatten(stacks)
 
 
 def save_pretrained(

@@ -103,7 +103,7 @@ def remembered(run: RunOptions, memory_of: MemoryOf) -> MemoryOf:
     known: dict[int, Memory] = {}
 
     def measured(batch: int, exact: bool = True) -> Memory:
-        # Only a program that is refused has more to be known.
+        # A refused program that was measured without `exact` may lack exact numbers.
         if batch not in known or (
             exact and known[batch].refused and known[batch].compiled_for is None
         ):
@@ -176,7 +176,8 @@ def activations(
     size = max(unit, batch // 2 // unit * unit) if batch > unit else 2 * batch
     other = measured(size)
     if other.compiled_for != memory.compiled_for:
-        return None  # Refused, and known of another kind of device.
+        # One program was refused, and its numbers are those of another kind of device.
+        return None
     growth = max(0, (memory.peak_bytes - other.peak_bytes) * batch // (batch - size))
     return min(
         growth, memory.peak_bytes - memory.weights_bytes - memory.optimizer_bytes

@@ -107,7 +107,7 @@ def for_target(options: RunOptions, target: str) -> RunOptions:
         UsageError: for attention that only a GPU has.
     """
     if target == "gpu":
-        return options  # `setup.execution_of` looks at the GPU.
+        return options  # `setup.execution_of` chooses for the GPU that it finds.
     if options.attention == "cudnn":
         raise UsageError(
             f"`attention` cudnn takes a GPU, and `target` is {target}; leave it out"
@@ -313,9 +313,9 @@ def capacity(mesh: jax.sharding.Mesh) -> int | None:
         return None
     # A topology does not have this number. The compiler's message about a program that
     # is too large does.
-    much = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=on_every_device(mesh))
+    too_large = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=on_every_device(mesh))
     try:
-        jax.jit(lambda x: x[0]).lower(much).compile()
+        jax.jit(lambda x: x[0]).lower(too_large).compile()
     except jax.errors.JaxRuntimeError as error:
         return refused_bytes(error)[1]
     return None

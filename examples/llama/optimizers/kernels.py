@@ -154,10 +154,17 @@ def racs(options: RunOptions, config: LlamaConfig) -> optax.GradientTransformati
 
 
 def apollo_zero(
-    options: RunOptions, config: LlamaConfig, *, momentum: float | None = None
+    options: RunOptions,
+    config: LlamaConfig,
+    *,
+    power: float = 0.5,
+    method: Literal["low_rank", "newton_schulz"] = "low_rank",
+    momentum: float | None = None,
 ) -> optax.GradientTransformation:
     del config
     return apollo_optax.scale_by_flattening(
+        power,
+        method=method,
         rank=options.rank,
         momentum=momentum,
         key=options.seed,

@@ -76,10 +76,13 @@ def channel_wise(*, svd: bool = False) -> Recipe:
     )
 
 
-def flattening(scaler: Scaler, *, lr: float) -> Recipe:
-    return Recipe(
-        scaler, lr, lr_embeddings=3e-2, rank_of=eighth_of_width, relative=True
-    )
+def flattening(
+    scaler: Scaler,
+    *,
+    lr: float,
+    rank_of: Callable[[LlamaConfig], int | None] = eighth_of_width,
+) -> Recipe:
+    return Recipe(scaler, lr, lr_embeddings=3e-2, rank_of=rank_of, relative=True)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -96,6 +99,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "apollo-svd": channel_wise(svd=True),
     "apollo-zero": flattening(apollo_zero, lr=2e-3),
+    # All singular values become equal, as in Muon.
+    "apollo-zero-whitening": flattening(
+        functools.partial(apollo_zero, power=0.0, method="newton_schulz"),
+        lr=2e-3,
+        rank_of=lambda config: None,
+    ),
     "apollo-zero-momentum": flattening(
         functools.partial(apollo_zero, momentum=0.9), lr=1e-3
     ),

@@ -60,8 +60,7 @@ def moments_in(
     )
 
 
-# The axis of a count, which is not mapped. On a mapped count, GaLore would compute the
-# SVD at every step.
+# A count is not mapped. If it were, GaLore would compute the SVD in every step.
 UNMAPPED: Any = None
 
 

@@ -199,7 +199,8 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} is of another run "
                 f"({'; '.join(differing)}); give the same options, or another `out`"
             )
-        # After the configuration: of another one, the shapes would differ.
+        # The configurations are compared first, since a run with another one may have
+        # a state of other shapes.
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return Restored(
             step, self._manager.restore(step, args=args)["state"], small["data"]
@@ -210,7 +211,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            # TensorStore's are the last two.
+            # TensorStore raises ValueError and RuntimeError.
             remedy = "make room there" if disk_is_full(error) else "see to that"
             raise UsageError(
                 f"a checkpoint could not be written to {self.folder} "

@@ -25,8 +25,8 @@ from examples.llama.model import (
     Execution,
     Params,
     graphdef_of,
-    init_ends,
     init_layer,
+    init_outside_layers,
     init_params,
     pieces_of,
 )
@@ -306,7 +306,7 @@ def initial_params(
     execution, storage = execution_of(options, config), storage_of(options, mesh)
     shapes = abstract_params(config, execution, mesh)
     shardings = shardings_of(shapes)
-    of_ends = {
+    of_the_rest = {
         name: sharding for name, sharding in shardings.items() if name != "layers"
     }
     arguments = {"config": config, "execution": execution, "seed": options.seed}
@@ -321,7 +321,9 @@ def initial_params(
         return jax.jit(
             functools.partial(init_params, **arguments), out_shardings=shardings
         )()
-    rest = jax.jit(functools.partial(init_ends, **arguments), out_shardings=of_ends)()
+    rest = jax.jit(
+        functools.partial(init_outside_layers, **arguments), out_shardings=of_the_rest
+    )()
     # The layers' axis is not sharded, so a stack of one layer has the sharding of all.
     draw = jax.jit(
         functools.partial(init_layer, **arguments), out_shardings=shardings["layers"]
@@ -352,7 +354,7 @@ def read_params(
     layers = shardings.pop("layers")
     return storage.filled(
         shapes,
-        to_devices(reader.ends(), shardings),
+        to_devices(reader.outside_layers(), shardings),
         # The layers' axis is not sharded, so a stack of one layer has their sharding.
         lambda index: to_devices(reader.layer(index), layers),
     )
