@@ -1,14 +1,12 @@
 """Adam's moments and bias correction, for matrices and for all other leaves."""
 
-import math
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from apollo_optax._dtypes import saturating_cast
-from apollo_optax._hyperparams import ARRAYS
 from apollo_optax._state import LeafState, updated
 
 
@@ -57,9 +55,6 @@ def bias_correction(h: AdamHyperparams, count: jax.Array) -> jax.Array:
     return jnp.sqrt(_one_minus_power(h.b2, count)) / _one_minus_power(h.b1, count)
 
 
-def _one_minus_power(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
+def _one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
     """``1 - decay**count`` without the cancellation that costs float32 four digits."""
-    if isinstance(decay, ARRAYS):
-        return -jnp.expm1(count * jnp.log(decay))
-    log = math.log(cast(float, decay)) if decay else -math.inf
-    return -jnp.expm1(count * log)
+    return -jnp.expm1(count * jnp.log1p(decay - 1.0))

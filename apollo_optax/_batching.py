@@ -42,10 +42,10 @@ class Leaf(NamedTuple):
     gradient: jax.Array
     state: State
     leaf_id: np.uint32  # The number of the leaf that its keys are made with.
-    drawn_shape: tuple[int, ...] | None  # What is drawn for it; None if nothing is.
-    computed_shape: tuple[int, ...]  # The largest array that its update computes.
-
-    # Both of these arrays have the dtype of the matrix.
+    # What is drawn for it, in the dtype of the matrix; None if nothing is.
+    drawn_shape: tuple[int, ...] | None
+    # The largest array that its update computes, in the dtype of the matrix.
+    computed_shape: tuple[int, ...]
 
     @property
     def drawn_nbytes(self) -> int:
@@ -72,7 +72,7 @@ class Leaf(NamedTuple):
 
 def update_all(
     update_one: UpdateOne,
-    draw_one: DrawOne | None,
+    draw_one: DrawOne,
     keys: _keys.KeySource,
     leaves: Mapping[_tree.Path, Leaf],
 ) -> dict[_tree.Path, tuple[jax.Array, State]]:
@@ -83,7 +83,7 @@ def update_all(
         an array with the remaining batch axes in front and the new state. A pytree,
         such as ``jax.tree_util.Partial``, since it is an argument of jitted functions.
       draw_one: the draw of one leaf, from its matrix and a key per batch element to an
-        array that depends on their shapes alone. None: nothing is drawn. A pytree too.
+        array that depends on their shapes alone. A pytree too.
       keys: what the keys are made from.
       leaves: by path.
 
@@ -93,7 +93,7 @@ def update_all(
     """
     results = {}
     for group in _group_by_shape(leaves):
-        if len(group) == 1 or draw_one is None:
+        if len(group) == 1:
             for path, leaf in group.items():
                 results[path] = _update_leaf(
                     update_one,

@@ -311,25 +311,16 @@ def state_class(state: Any, expected: type[Any]) -> None:
         )
 
 
-def stored_projection(is_stored: bool, projection: Any) -> None:
-    if is_stored != (projection is not None):
-        found = "no projections" if is_stored else "projections"
-        raise ValueError(
-            f"the state has {found}, but the projection is "
-            f"{'' if is_stored else 'not '}one that is stored, such as 'svd'; the "
-            "state was made with other arguments: use the same projection as then, or "
-            "call init again"
-        )
-
-
-def stored_momentum(decay: Any, momentum: Any) -> None:
-    """Raises for a state with a momentum that is not used, or without one that is."""
-    if (decay is None) != (momentum is None):
-        found = "no momentum" if momentum is None else "a momentum"
-        raise ValueError(
-            f"the state has {found}, but momentum is {decay}; the state was made with "
-            "other arguments: give a momentum if there was one then, or call init again"
-        )
+def optional_fields(state: Any, with_optional: bool) -> None:
+    """Raises for a state with an optional field that is not used, or without one."""
+    for name in state._field_defaults:
+        if with_optional != (getattr(state, name) is not None):
+            found, uses = ("no", "one") if with_optional else ("a", "none")
+            raise ValueError(
+                f"the state has {found} {name}, and these arguments use {uses}; the "
+                f"state was made with others: give the same `{name}` as then, or call "
+                "init again"
+            )
 
 
 def warn_of_large_scale(
@@ -365,10 +356,6 @@ OTHER_ARGUMENTS = (
     "the state was made with other arguments: use the same "
     "weight_dimension_numbers as then, and the same rank if there is one, or call init "
     "again"
-)
-SIDE_OF_ONE = (
-    "a leaf with a side of 1 is a vector, which Adam trains, and the state was made "
-    "for a matrix, or by a version that took this leaf for one: call init again"
 )
 OTHER_NUMBERS = "pass the weight_dimension_numbers that the optimizer was given"
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -525,30 +525,21 @@ def resolve(
 
 
 def check_batch_index(
-    batch_index: Any,
-    weight_dimension_numbers: WeightDimensionNumbers,
-    tree: Any,
-    *,
-    with_vectors: bool = False,
+    batch_index: Any, axes: Mapping[_tree.Path, MatrixAxes | None]
 ) -> None:
     """Raises if slices along the leading axis are not slices of whole matrices.
 
     Args:
       batch_index: the index of the first slice, or None if the leaves are whole.
-      weight_dimension_numbers: the dimension numbers of the leaves.
-      tree: the leaves, or slices of them.
-      with_vectors: whether to raise for a slice with a side of 1 too. It is a vector,
-        but all layers together are a matrix. A state shows this, so only a
-        transformation without one needs it.
+      axes: of the leaves, or of slices of them, by path.
     """
     if batch_index is None:
         return
     _check.batch_index(batch_index)
-    found = resolve(weight_dimension_numbers, tree, with_vectors=with_vectors)
-    for path, axes in found.items():
-        if axes is not None and 0 not in axes.batch:
+    for path, leaf_axes in axes.items():
+        if leaf_axes is not None and 0 not in leaf_axes.batch:
             raise ValueError(
-                f"'{_tree.show(path)}' of shape {axes.shape} is a slice of "
+                f"'{_tree.show(path)}' of shape {leaf_axes.shape} is a slice of "
                 "layer-stacked leaves, since batch_index is given, but its axis 0 is a "
                 "part of the matrix, so its layers can't be updated one by one; give "
                 "weight_dimension_numbers that leave axis 0 out, or None for vectors"

@@ -242,10 +242,6 @@ def scale_by_flattening(
     state_key = _keys.StateKey(key)
     h = _Hyperparams(power, method, momentum, b1, b2, eps)
 
-    def check_state(state: Any) -> None:
-        _check.stored_momentum(momentum, state.momentum)
-        state_key.check(state.key)
-
     def update_matrices(
         step: _leafwise.Step, leaves: Mapping[_tree.Path, _leafwise.MatrixLeaf]
     ) -> dict[_tree.Path, tuple[jax.Array, LeafState]]:
@@ -254,7 +250,7 @@ def scale_by_flattening(
         is_random = method == "low_rank"
         results = _batching.update_all(
             jax.tree_util.Partial(_update_matrix, h),
-            jax.tree_util.Partial(_draw) if is_random else None,
+            jax.tree_util.Partial(_draw),
             keys,
             {path: _leaf(path, leaf, rank, is_random) for path, leaf in leaves.items()},
         )
@@ -270,8 +266,7 @@ def scale_by_flattening(
         weight_dimension_numbers=weight_dimension_numbers,
         moment_dtype=moment_dtype,
         with_optional=momentum is not None,
-        init_shared=state_key.init,
-        check_state=check_state,
+        state_key=state_key,
     )
 
 

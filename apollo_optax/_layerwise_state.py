@@ -281,7 +281,7 @@ def depends_on(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
     for eqn in jaxpr.eqns:
         read = [id(var) in reached for var in eqn.invars]
         outputs = [any(read)] * len(eqn.outvars)
-        if eqn.primitive.name in ("jit", "pjit"):
+        if eqn.primitive.name == "jit":
             outputs = depends_on(eqn.params["jaxpr"].jaxpr, read)
         elif eqn.primitive.name == "cond" and not read[0]:
             branches = [

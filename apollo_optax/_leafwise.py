@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
-from apollo_optax import _adam, _check, _sharding, _state, _tree
+from apollo_optax import _adam, _check, _keys, _sharding, _state, _tree
 from apollo_optax._dimension_numbers import (
     Unguessed,
     WeightDimensionNumbers,
@@ -56,7 +55,6 @@ BY_ADAM = Unguessed(
     "leaves a kernel to Adam",
 )
 
-InitShared = Callable[[NamedSharding | None], Mapping[str, jax.Array]]
 CheckMatrices = Callable[[Mapping[_tree.Path, Matrix]], None]
 UpdateMatrices = Callable[
     [Step, Mapping[_tree.Path, MatrixLeaf]],
@@ -74,15 +72,15 @@ def leafwise(
     unguessed: Unguessed = BY_ADAM,
     moment_dtype: jax.typing.DTypeLike | None = None,
     with_optional: bool = False,
-    init_shared: InitShared = lambda replicated: {},
+    state_key: _keys.StateKey | None = None,
     check_matrices: CheckMatrices = lambda matrices: None,
-    check_state: Callable[[Any], None] = lambda state: None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a transformation from an algorithm for matrices.
 
     Args:
       state_class: a NamedTuple, with a `count` of steps if `adam` is given. Its other
-        fields are annotated with a :class:`Field`, or made by `init_shared`.
+        fields are annotated with a :class:`Field`, but for a `key` if `state_key` is
+        given.
       update_matrices: the algorithm, from the leaves that are matrices to the update
         and the new state of each, by path.
       adam: the hyperparameters of all other leaves; None if these pass through.
@@ -91,12 +89,9 @@ def leafwise(
       unguessed: what happens to kernels whose axes can't be guessed.
       moment_dtype: dtype of the fields that are moments; None for the default.
       with_optional: whether the state has the fields with a default.
-      init_shared: the fields of the state that belong to no leaf, besides `count`,
-        placed on the mesh of the parameters as its argument says.
+      state_key: the key in the state; None if there is none.
       check_matrices: raises or warns, in `init`, for matrices that the algorithm can't
         serve.
-      check_state: raises for a state that was made with other arguments, before the
-        leaves of the state are looked at.
 
     Raises:
       TypeError: for `adam` or `moment_dtype` of the wrong type.
@@ -128,7 +123,7 @@ def leafwise(
         zero = jnp.zeros((), jnp.int32, device=replicated)
         return state_class(
             **({} if adam is None else {"count": zero}),
-            **init_shared(replicated),
+            **({} if state_key is None else state_key.init(replicated)),
             **_state.trees_of(fields, states, matrices, params),
         )
 
@@ -141,11 +136,13 @@ def leafwise(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        check_batch_index(batch_index, weight_dimension_numbers, updates)
         axes = resolve(weight_dimension_numbers, updates)
+        check_batch_index(batch_index, axes)
         gradients = _tree.leaves_by_path(updates)
         _check.state_class(state, state_class)
-        check_state(state)
+        _check.optional_fields(state, with_optional)
+        if state_key is not None:
+            state_key.check(state.key)
         states = _state.by_leaf(fields, state, gradients)
         number: Any = None
         if adam is not None:

@@ -25,6 +25,9 @@ from apollo_optax import _sharding
 from apollo_optax._dimension_numbers import MatrixAxes
 from apollo_optax._dtypes import saturating_cast
 
+# The default precision is bfloat16 products on TPUs and TF32 on GPUs.
+HIGHEST = jax.lax.Precision.HIGHEST
+
 ScaleType = Callable[[int], tuple[int, ...]]
 
 SCALE_TYPES: dict[str, ScaleType] = {
@@ -164,54 +167,40 @@ class Matrix:
         The result has the dtype of `projection` and is placed where `moment` is, whose
         sharding follows the parameter's. The gradient's own sharding may differ.
 
-        A bfloat16 tensor is multiplied without a float32 copy: the projection is
-        rounded to bfloat16, products are exact, sums are in float32. CPUs multiply in
-        float32, because they are no faster in bfloat16. At rank 1 CPUs and GPUs compute
-        a weighted sum in the pass that takes the norms. TPUs do not: the fused pass
-        would keep XLA from streaming weights from host memory layer by layer
-        (:func:`layerwise_step`).
+        The product is that of :func:`product`, so a bfloat16 tensor is multiplied
+        without a float32 copy. At rank 1 CPUs and GPUs compute a weighted sum in the
+        pass that takes the norms. TPUs do not: the fused pass would keep XLA from
+        streaming weights from host memory layer by layer (:func:`layerwise_step`).
         """
-        rank_axis, dtype = len(self.axes.batch), projection.dtype
+        rank_axis, ndim = len(self.axes.batch), len(self.axes.shape)
+        dtype = projection.dtype
         out_sharding = _sharding.sharding_of(moment) or self.moment_sharding
 
-        def product(projection: jax.Array, tensor: jax.Array) -> jax.Array:
+        def multiplied(projection: jax.Array, tensor: jax.Array) -> jax.Array:
             # Moments that are sharded along the rank axis would make XLA shard P that
             # way too, and gather the gradient to match.
             projection = _sharding.keep_axis_unsharded(projection, rank_axis, tensor)
-            ndim = len(self.axes.shape)
             new_axis = ndim  # Names the rank axis, which the tensor does not have.
-            return jnp.einsum(
+            return product(
                 projection,
                 (*self.axes.batch, new_axis, *self.axes.contracted),
                 tensor,
                 tuple(range(ndim)),
                 (*self.axes.batch, new_axis, *self.axes.channel),
-                # The default is bfloat16 products on TPUs and TF32 on GPUs.
-                precision=jax.lax.Precision.HIGHEST,
-                preferred_element_type=dtype,
+                dtype=tensor.dtype,
+                sum_dtype=dtype,
                 out_sharding=out_sharding,
             )
-
-        def widened(projection: jax.Array, tensor: jax.Array) -> jax.Array:
-            return product(projection, tensor.astype(dtype))
-
-        def narrow(projection: jax.Array, tensor: jax.Array) -> jax.Array:
-            return product(projection.astype(tensor.dtype), tensor)
 
         def summed(projection: jax.Array, tensor: jax.Array) -> jax.Array:
             row = self.spread(jnp.squeeze(projection, rank_axis), self.axes.contracted)
             sums = self._sum(row * tensor.astype(dtype), self.axes.contracted)
             return _sharding.reshard(jnp.expand_dims(sums, rank_axis), out_sharding)
 
-        on_accelerators = narrow if tensor.dtype == jnp.bfloat16 else widened
-        if projection.shape[rank_axis] == 1:
-            return jax.lax.platform_dependent(
-                projection, tensor, tpu=on_accelerators, default=summed
-            )
-        if on_accelerators is widened:
-            return widened(projection, tensor)
+        if projection.shape[rank_axis] > 1:
+            return multiplied(projection, tensor)
         return jax.lax.platform_dependent(
-            projection, tensor, cpu=widened, default=on_accelerators
+            projection, tensor, tpu=multiplied, default=summed
         )
 
     def norms(self, moment: jax.Array, scale_type: ScaleType) -> jax.Array:
@@ -336,11 +325,6 @@ class Matrix:
         """The largest magnitudes along the other side, to ``(*batch, *side)``."""
         return self._reduced(jnp.max, jnp.abs(tensor), self._other_axes(side))
 
-    def largest(self, tensor: jax.Array) -> jax.Array:
-        """The largest magnitude per matrix of a leaf, to ``(*batch,)``."""
-        axes = (*self.axes.contracted, *self.axes.channel)
-        return jnp.max(jnp.abs(tensor), axis=axes)
-
     def reduce(
         self, reduction: Callable[..., jax.Array], values: jax.Array
     ) -> jax.Array:
@@ -384,6 +368,44 @@ class Matrix:
         left = sorted(kept)  # The order in which the reduction leaves the axes.
         order = [left.index(axis) for axis in kept]
         return jnp.transpose(reduction(tensor, axis=reduced), order)
+
+
+def product(
+    a: jax.Array,
+    a_axes: tuple[int, ...],
+    b: jax.Array,
+    b_axes: tuple[int, ...],
+    out_axes: tuple[int, ...],
+    *,
+    dtype: Any,
+    sum_dtype: Any,
+    out_sharding: NamedSharding | None,
+    precision: jax.lax.Precision = HIGHEST,
+) -> jax.Array:
+    """The product of two tensors, summed over the axes that the result does not have.
+
+    With a `dtype` of bfloat16 both are rounded to it. Products are exact then, and sums
+    are in `sum_dtype`. CPUs multiply in `sum_dtype`, because they are no faster in
+    bfloat16. With any other `dtype` all devices do.
+    """
+
+    def multiply(a: jax.Array, b: jax.Array, *, dtype: Any) -> jax.Array:
+        return jnp.einsum(
+            a.astype(dtype),
+            a_axes,
+            b.astype(dtype),
+            b_axes,
+            out_axes,
+            precision=precision,
+            preferred_element_type=sum_dtype,
+            out_sharding=out_sharding,
+        )
+
+    wide = functools.partial(multiply, dtype=sum_dtype)
+    if dtype != jnp.bfloat16:
+        return wide(a, b)
+    narrow = functools.partial(multiply, dtype=dtype)
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
 
 
 def _argsort(axes: tuple[int, ...]) -> tuple[int, ...]:

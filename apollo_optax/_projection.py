@@ -178,7 +178,10 @@ class Stored(Projection):
         def refreshed(previous: jax.Array) -> jax.Array:
             is_due, is_there = (
                 _sharding.reshard(x, matrix.norm_sharding)
-                for x in (is_missing | is_refresh, matrix.largest(gradient) > 0)
+                for x in (
+                    is_missing | is_refresh,
+                    matrix.side_largest(gradient, ()) > 0,
+                )
             )
             return self.refresh(matrix, gradient, previous, is_due & is_there)
 

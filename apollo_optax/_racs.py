@@ -237,7 +237,7 @@ def _update_matrix(
     remembered = state["norm"]
 
     # 1. X = G / max|G|, H = X^2, so that the squares of any gradient are in range
-    unit = m.largest(G)
+    unit = m.side_largest(G, ())
     has_factors = (unit > 0) & (unit < jnp.inf)
     unit = _one_if_zero(unit)
     X = G / m.spread(unit, ())

@@ -143,9 +143,10 @@ def scale_by_param_matrix_rms(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
-        check_batch_index(
-            batch_index, weight_dimension_numbers, updates, with_vectors=True
-        )
+        # A slice with a side of 1 is a vector, but all layers together are a matrix.
+        # Other transformations have a state that shows this.
+        axes_of_slices = resolve(weight_dimension_numbers, updates, with_vectors=True)
+        check_batch_index(batch_index, axes_of_slices)
         if params is None:
             raise ValueError(
                 "updates are scaled by the parameters, which are missing; call "

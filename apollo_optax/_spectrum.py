@@ -18,12 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from apollo_optax import _sharding
-from apollo_optax._matrix import Matrix
+from apollo_optax._matrix import HIGHEST, Matrix, product
 
 Axes = tuple[int, ...]
-
-# The default precision is bfloat16 products on TPUs and TF32 on GPUs.
-HIGHEST = jax.lax.Precision.HIGHEST
 
 # The coefficients of Muon's Newton-Schulz step, s -> a s + b s^3 + c s^5. Six steps
 # take singular values of a thousandth near 1.
@@ -143,19 +140,19 @@ def low_rank(matrix: Matrix, X: jax.Array, power: Any, omega: jax.Array) -> jax.
       An array like `X` in the dtype of the matrix.
     """
     axes, dtype = matrix.axes, matrix.dtype
-    product = functools.partial(_product, matrix, X.dtype)
+    of_leaf = functools.partial(_product, matrix, X.dtype)
     leaf = tuple(range(len(axes.shape)))
     # Axes that the leaf does not have are named by the next numbers.
     rank_axis, new_rank_axis = len(leaf), len(leaf) + 1
     left = (*axes.batch, *axes.contracted, rank_axis)  # Q is (m, r).
     right = (*axes.batch, *axes.channel, rank_axis)  # X^T Q is (n, r).
 
-    Y = product(X, leaf, omega, (*axes.batch, rank_axis, *axes.channel), left)
+    Y = of_leaf(X, leaf, omega, (*axes.batch, rank_axis, *axes.channel), left)
     Y = _orthonormal(matrix, Y, left, FIRST_PASSES)
-    Z = product(X, leaf, Y, left, right)
-    Q = product(X, leaf, Z, right, left)
+    Z = of_leaf(X, leaf, Y, left, right)
+    Q = of_leaf(X, leaf, Z, right, left)
     Q = _orthonormal(matrix, Q, left, SECOND_PASSES)
-    B = product(X, leaf, Q, left, right)  # The transpose of Q^T X.
+    B = of_leaf(X, leaf, Q, left, right)  # The transpose of Q^T X.
     square = jnp.square(matrix.tensor_norms(X.astype(dtype)))
     others = axes.contracted_size - matrix.rank
     of_gram = _on_gram(matrix, _factors_less_one, power, others)
@@ -215,34 +212,23 @@ def _product(
     out_axes: Axes,
     precision: jax.lax.Precision = HIGHEST,
 ) -> jax.Array:
-    """The product of two tensors, summed over the axes that the result does not have.
+    """:func:`~apollo_optax._matrix.product`, with sums in the matrix's dtype.
 
     Axes have the numbers of the leaf's axes, and are sharded as those are. Other axes
     have larger numbers, and are not sharded.
-
-    With a `dtype` of bfloat16 both are rounded to it. Products are exact then, and sums
-    are in float32. CPUs multiply in float32, because they are no faster in bfloat16.
     """
     axes = (axis if axis < len(matrix.axes.shape) else None for axis in out_axes)
-    out_sharding = _sharding.sharding_of_axes(matrix.sharding, axes)
-
-    def product(a: jax.Array, b: jax.Array, *, dtype: Any) -> jax.Array:
-        return jnp.einsum(
-            a.astype(dtype),
-            a_axes,
-            b.astype(dtype),
-            b_axes,
-            out_axes,
-            precision=precision,
-            preferred_element_type=matrix.dtype,
-            out_sharding=out_sharding,
-        )
-
-    wide = functools.partial(product, dtype=matrix.dtype)
-    if dtype != jnp.bfloat16:
-        return wide(a, b)
-    narrow = functools.partial(product, dtype=dtype)
-    return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
+    return product(
+        a,
+        a_axes,
+        b,
+        b_axes,
+        out_axes,
+        dtype=dtype,
+        sum_dtype=matrix.dtype,
+        out_sharding=_sharding.sharding_of_axes(matrix.sharding, axes),
+        precision=precision,
+    )
 
 
 def _gram(matrix: Matrix, V: jax.Array, axes: Axes) -> jax.Array:

@@ -281,12 +281,9 @@ def check_leaf(
     matrix: Matrix | None,
 ) -> None:
     """Raises if a leaf's state does not have the shapes that its matrix requires."""
-    shape = jnp.shape(leaf)
-    is_thin = matrix is None and len(shape) > 1 and 1 in shape
-    remedy = _check.SIDE_OF_ONE if is_thin else _check.OTHER_ARGUMENTS
     for name, field in fields.items():
-        expected = field_shape(field, matrix, shape)
-        _check.state_shape(path, name, state.get(name), expected, remedy)
+        expected = field_shape(field, matrix, jnp.shape(leaf))
+        _check.state_shape(path, name, state.get(name), expected)
 
 
 def updated(state: LeafState, **new: jax.Array | None) -> LeafState:

@@ -55,7 +55,7 @@ class _Hyperparams:
     projection: _projection.Projection
 
 
-class _Step(NamedTuple):
+class _Shared(NamedTuple):
     """What all leaves share at one step; arrays, so that no step is compiled anew."""
 
     is_refresh: jax.Array  # Whether this step is the first to use a projection.
@@ -215,22 +215,18 @@ def scale_by_apollo(
             kind.check(path, matrix)
         _check.warn_of_large_scale(rank, scale, matrices)
 
-    def check_state(state: ScaleByApolloState) -> None:
-        _check.stored_projection(kind.is_stored, state.projection)
-        state_key.check(state.key)
-
     def update_matrices(
         step: _leafwise.Step, leaves: Mapping[_tree.Path, _leafwise.MatrixLeaf]
     ) -> dict[_tree.Path, tuple[jax.Array, LeafState]]:
         count = step.state.count
-        shared = _Step(
+        shared = _Shared(
             is_refresh=count % gap == 0,
             correction=_adam.bias_correction(h, step.number),
         )
         keys = state_key.source(step.state.key, count // gap, step.batch_index)
         results = _batching.update_all(
             jax.tree_util.Partial(_update_matrix, h, shared),
-            None if kind.is_stored else jax.tree_util.Partial(_draw, h),
+            jax.tree_util.Partial(_draw, h),
             keys,
             {
                 path: _batching.Leaf(
@@ -258,9 +254,8 @@ def scale_by_apollo(
         weight_dimension_numbers=weight_dimension_numbers,
         moment_dtype=moment_dtype,
         with_optional=kind.is_stored,
-        init_shared=state_key.init,
+        state_key=state_key,
         check_matrices=check_matrices,
-        check_state=check_state,
     )
 
 
@@ -271,7 +266,7 @@ def _draw(h: _Hyperparams, matrix: Matrix, keys: jax.Array) -> jax.Array:
 
 def _update_matrix(
     h: _Hyperparams,
-    step: _Step,
+    shared: _Shared,
     matrix: Matrix,
     gradient: jax.Array,
     state: LeafState,
@@ -292,7 +287,7 @@ def _update_matrix(
     stored, q = state.get("projection"), state["norm"]
 
     # 1. P has entries of variance 1 / r, or is what the caller or the SVD makes.
-    P, stored = h.projection.at(m, drawn, G, stored, step.is_refresh)
+    P, stored = h.projection.at(m, drawn, G, stored, shared.is_refresh)
     # 2. R = P G
     R = m.project(P, gradient, state["mu"])
     # 3. mu = b1 mu + (1 - b1) R, nu = b2 nu + (1 - b2) R^2, N = mu / (sqrt(nu) + eps)
@@ -324,7 +319,7 @@ def _update_matrix(
     if not h.scale_front:
         s = a * s
     # 8. update = sqrt(1 - b2^t) / (1 - b1^t) U
-    s = step.correction.astype(m.dtype) * s
+    s = shared.correction.astype(m.dtype) * s
     return s, _state.updated(state, mu=mu, nu=nu, norm=q, projection=stored)
 
 

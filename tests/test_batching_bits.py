@@ -20,15 +20,16 @@ def plain_loop(update_one, draw_one, keys, leaves):
     draw = jax.jit(lambda matrix, keys: draw_one(matrix, keys), static_argnums=0)
     update = jax.jit(lambda matrix, *args: update_one(matrix, *args), static_argnums=0)
 
-    def update_matrix(matrix, gradient, state, keys):
+    def update_matrix(matrix, gradient, state, keys, draws):
         if not matrix.batch_shape:
-            drawn = None if draw_one is None else draw(matrix, keys)
+            drawn = draw(matrix, keys) if draws else None
             return update(matrix, gradient, state, drawn)
         rows = []
         for i in range(matrix.batch_shape[0]):
             one = jax.tree.map(lambda field, i=i: field[i], state)
             row = matrix.without_batch_axis()
-            rows.append(update_matrix(row, gradient[i], one, keys[i : i + 1]))
+            key = keys[i : i + 1]
+            rows.append(update_matrix(row, gradient[i], one, key, draws))
         return jax.tree.map(lambda *fields: jnp.stack(fields), *rows)
 
     return {
@@ -37,6 +38,7 @@ def plain_loop(update_one, draw_one, keys, leaves):
             leaf.gradient,
             leaf.state,
             keys.leaf_keys(leaf.leaf_id, leaf.matrix.batch_shape),
+            leaf.drawn_shape is not None,
         )
         for path, leaf in leaves.items()
     }

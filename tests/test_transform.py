@@ -209,19 +209,6 @@ def test_moments_at_full_rank_are_those_of_the_gradient(projection, shape, numbe
     np.testing.assert_allclose(state.mu, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(64, 1), (1, 64)])
-def test_rejects_a_state_that_projected_a_vector(shape):
-    """Versions before 0.1 made such states, which often have other shapes."""
-    tx, params = scale_by_apollo(1), {"w": jnp.zeros(shape)}
-    state = tx.init(params)
-    old = state._replace(mu={"w": jnp.zeros((1, 64))}, nu={"w": jnp.zeros((1, 64))})
-    if shape == (1, 64):
-        tx.update(params, old)  # With these shapes, an old state looks like a new one.
-    else:
-        with pytest.raises(ValueError, match="'w'.*a side of 1 is a vector"):
-            tx.update(params, old)
-
-
 def test_warns_of_small_matrices_at_rank_one():
     params = {"small": jnp.zeros((31, 64)), "large": jnp.zeros((32, 64))}
     with pytest.warns(UserWarning, match=r"below 32.*: 'small' \(1 in all\)") as caught:
