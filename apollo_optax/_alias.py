@@ -58,8 +58,8 @@ def apollo(
         memory.
       weight_decay: strength of the decoupled weight decay, which is multiplied by the
         learning rate; a fixed value or a schedule.
-      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
-        or a callable that returns one for the parameters.
+      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree
+        other than a single boolean, or a callable that returns one for the parameters.
       scale_type: ``"channel"`` for a scaling factor per channel, or ``"tensor"`` for
         one per matrix.
       scale: the update is multiplied by its square root. Use 1 for a rank of a quarter
@@ -86,7 +86,8 @@ def apollo(
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as for :func:`scale_by_apollo`.
+      TypeError: for a single boolean as `mask`. As for :func:`scale_by_apollo`.
+      ValueError: as for :func:`scale_by_apollo`.
 
     Examples:
       >>> import apollo_optax, jax, jax.numpy as jnp, optax
@@ -168,8 +169,8 @@ def apollo_mini(
         scaling factors of rank 1.
       weight_decay: strength of the decoupled weight decay, which is multiplied by the
         learning rate; a fixed value or a schedule.
-      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
-        or a callable that returns one for the parameters.
+      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree
+        other than a single boolean, or a callable that returns one for the parameters.
       update_proj_gap: steps between draws of the projection.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
@@ -192,7 +193,8 @@ def apollo_mini(
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as for :func:`scale_by_apollo`.
+      TypeError: for a single boolean as `mask`. As for :func:`scale_by_apollo`.
+      ValueError: as for :func:`scale_by_apollo`.
 
     Examples:
       >>> import apollo_optax, jax, jax.numpy as jnp
@@ -252,8 +254,8 @@ def racs(
         APOLLO's.
       weight_decay: strength of the decoupled weight decay, which is multiplied by the
         learning rate; a fixed value or a schedule.
-      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
-        or a callable that returns one for the parameters.
+      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree
+        other than a single boolean, or a callable that returns one for the parameters.
       b: decay rate of the averages of a matrix's factors.
       iterations: rounds per step. Each round computes the factors of the columns from
         those of the rows, and then the factors of the rows from those of the columns.
@@ -273,7 +275,8 @@ def racs(
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as for :func:`scale_by_racs`.
+      TypeError: for a single boolean as `mask`. As for :func:`scale_by_racs`.
+      ValueError: as for :func:`scale_by_racs`.
 
     Examples:
       >>> import apollo_optax, jax, jax.numpy as jnp
@@ -335,8 +338,8 @@ def apollo_zero(
         for pre-training.
       weight_decay: strength of the decoupled weight decay, which is multiplied by the
         learning rate; a fixed value or a schedule.
-      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree,
-        or a callable that returns one for the parameters.
+      mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree
+        other than a single boolean, or a callable that returns one for the parameters.
       power: the power of the singular values, in [0, 1).
       method: ``"low_rank"``, ``"newton_schulz"`` or ``"exact"``.
       rank: the rank of the random projection of ``"low_rank"``; by default an eighth of
@@ -366,7 +369,7 @@ def apollo_zero(
     Raises:
       TypeError, ValueError: as for :func:`scale_by_flattening`, :func:`int8_trace` with
         `int8_momentum`, and :func:`scale_by_param_matrix_rms` with `relative`. Also for
-        `int8_momentum` without a `momentum`.
+        `int8_momentum` without a `momentum`, and for a single boolean as `mask`.
 
     Examples:
       >>> import apollo_optax, jax, jax.numpy as jnp

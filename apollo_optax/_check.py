@@ -53,9 +53,8 @@ def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> 
 
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(
-            f"{name} must be True or False, got {value!r}: {MUST_BE_STATIC}"
-        )
+        reason = f": {MUST_BE_STATIC}" if _is_array(value) else ""
+        raise TypeError(f"{name} must be True or False, got {value!r}{reason}")
 
 
 def decay_mask(value: Any) -> None:
@@ -181,7 +180,9 @@ def accumulator_dtype(path: _tree.Path, leaf: Any) -> Any:
         raise ValueError(
             f"'{_tree.show(path)}' has dtype {dtype}, but only real "
             "floating-point leaves can be trained; exclude integer and complex leaves "
-            "with optax.masked or optax.partition"
+            "with optax.masked or optax.partition, split complex ones with "
+            "optax.contrib.split_real_and_imaginary, or give dequantize(params) for "
+            "int8 weights"
         )
     if jnp.finfo(dtype).bits < 16:
         raise ValueError(
@@ -315,11 +316,11 @@ def optional_fields(state: Any, with_optional: bool) -> None:
     """Raises for a state with an optional field that is not used, or without one."""
     for name in state._field_defaults:
         if with_optional != (getattr(state, name) is not None):
-            found, uses = ("no", "one") if with_optional else ("a", "none")
+            problem = "lacks" if with_optional else "has"
+            verb = "store" if with_optional else "do not store"
             raise ValueError(
-                f"the state has {found} {name}, and these arguments use {uses}; the "
-                f"state was made with others: give the same `{name}` as then, or call "
-                "init again"
+                f"the state {problem} a {name}, which these arguments {verb}; it was "
+                f"made with others: give the same `{name}` as then, or call init again"
             )
 
 

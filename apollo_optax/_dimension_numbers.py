@@ -224,6 +224,20 @@ def _is_unguessable(path: _tree.Path, name: _tree.Path, shape: tuple[int, ...]) 
     return len(shape) > 2 and _may_be_matrix(path, name)
 
 
+def _is_inside_embedding_or_head(name: _tree.Path, shape: tuple[int, ...]) -> bool:
+    """Whether a kernel's own module has another name, but one around it has such a one.
+
+    The kernel of a head is ``head/kernel``; that of a layer in it is
+    ``head/dense/kernel``.
+    """
+    return (
+        len(shape) == 2
+        and not is_vector_by_name(name, name)
+        and is_embedding_or_head(name[:-2])
+        and not is_embedding_or_head(name[-2:])
+    )
+
+
 def dimension_numbers_by_path(
     rules: Sequence[tuple[str, ApolloDimensionNumbers | None]],
 ) -> Callable[[Any], Any]:
@@ -561,9 +575,10 @@ class Unguessed(NamedTuple):
 
 
 def warn_if_unguessable(tree: Any, outcome: Unguessed) -> None:
-    """Warns of parameters whose matrix axes the default rule can't know.
+    """Warns of parameters that the default rule may not take for what they are.
 
-    These are kernels of three or more axes, and all parameters in one vector.
+    These are kernels of three or more axes, all parameters in one vector, and a whole
+    model inside a module that is called like an embedding or a head.
     """
     leaves, names = _tree.leaves_by_path(tree), _tree.names_by_path(tree)
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
@@ -572,6 +587,14 @@ def warn_if_unguessable(tree: Any, outcome: Unguessed) -> None:
         for path, shape in shapes.items()
         if _is_unguessable(path, names[path], shape)
     }
+    inside = {
+        path: shape
+        for path, shape in shapes.items()
+        if _is_inside_embedding_or_head(names[path], shape)
+    }
+    has_matrix = any(
+        _default_numbers(path, names[path], shape) for path, shape in shapes.items()
+    )
     root = [shape for path, shape in shapes.items() if names[path] == ()]
     if root and len(root[0]) == 1:
         message = (
@@ -583,6 +606,16 @@ def warn_if_unguessable(tree: Any, outcome: Unguessed) -> None:
     elif unknown:
         total = sum(map(math.prod, shapes.values()))
         message = _unguessable(unknown, total, outcome)
+    elif inside and not has_matrix:
+        path, shape = next(iter(inside.items()))
+        kernels = f"all {len(inside)} kernels" if len(inside) > 1 else "the only kernel"
+        message = (
+            f"{outcome.to_leaves.format(kernels)}, because a module around them has "
+            f"the name of an embedding or a head. The first: '{_tree.show(path)}' "
+            f"{shape}. If they are matrices, name them with weight_dimension_numbers, "
+            "for example by dimension_numbers_by_path([(r'<their path>$', "
+            "ApolloDimensionNumbers())])."
+        )
     else:
         return
     warnings.warn(message, UserWarning, stacklevel=3)

@@ -156,8 +156,7 @@ def scale_by_flattening(
 
     All other leaves (vectors, scalars, embeddings, the output head) get the update of
     :func:`optax.scale_by_adam`. This transformation is a drop-in replacement for
-    ``scale_by_adam``: it applies no learning rate, and its updates have the sign of the
-    gradients.
+    ``scale_by_adam``: it applies no learning rate and does not negate the updates.
 
     Args:
       power: the power :math:`p` of the singular values, in [0, 1). A power of 1 would
@@ -169,7 +168,7 @@ def scale_by_flattening(
         :math:`X_t X_t^\top`, which is slow on accelerators.
       rank: the rank of ``"low_rank"``; the other methods take none. The default is an
         eighth of the smaller side of each matrix, at least 1. If the rank is half of
-        that side or more, ``"exact"`` is used instead, because it costs less.
+        that side or more, ``"exact"`` is used instead, which costs less on CPUs.
       momentum: decay rate :math:`\mu` of the momentum, in [0, 1); None for no momentum
         and no state.
       key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or

@@ -2,8 +2,8 @@
 
 A momentum is as large as the parameters. Here it is stored in int8, with a scale that
 two short vectors give: the largest magnitude of each row and of each column. The scale
-of an entry is the smaller of the two, so one large entry makes only the entries less
-precise that share both its row and its column with large ones.
+of an entry is the smaller of the two, so an entry loses precision only if both its row
+and its column have a large one.
 """
 
 import functools
@@ -122,7 +122,8 @@ def int8_trace(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`Int8TraceState`. Updates
-      keep their dtypes.
+      keep their dtypes. Its ``update`` function takes the extra argument `batch_index`
+      of :func:`scale_by_apollo`, which changes nothing here.
 
     Raises:
       TypeError: if `decay` is not a number, `nesterov` is not a bool, or dimension

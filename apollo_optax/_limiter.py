@@ -34,8 +34,8 @@ def limit_norm(
 
     Only norms that are finite and not zero are remembered. Nothing is limited before
     the first of them. A zero update, such as that of an expert that saw no token,
-    leaves :math:`q` as it is. So does an update whose size is that of one step only,
-    since its norm says nothing about later norms.
+    leaves :math:`q` as it is. So does an update that is small for a while only
+    (`is_transient`), since its norm says nothing about later norms.
 
     Args:
       norm: :math:`|U|`, of any shape.

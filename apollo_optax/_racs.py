@@ -125,7 +125,7 @@ def scale_by_racs(
     The state of a matrix is ``m + n + 1`` numbers. All other leaves (vectors, scalars,
     embeddings, the output head) get the update of :func:`optax.scale_by_adam`. This
     transformation is a drop-in replacement for ``scale_by_adam``: it applies no
-    learning rate, and its updates have the sign of the gradients.
+    learning rate and does not negate the updates.
 
     The paper takes five rounds from :math:`q = 1` in each step. Here, each step starts
     from the factors of the previous step, so one round is enough. A step with one round

@@ -304,7 +304,7 @@ class Owner(NamedTuple):
 
     parameter: _tree.Path | None  # None: it belongs to none, as a count does.
     kind: type[Any] | None = None  # The one of `STATES` that it is in.
-    field: str | None = None  # The field's name in that; None: it is in none.
+    field: str | None = None  # The field's name in that; None outside of one.
     rule: Field | None = None  # The field's rules; None where it has none.
 
 

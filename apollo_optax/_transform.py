@@ -105,8 +105,7 @@ def scale_by_apollo(
     where :math:`\mathrm{limit}` is the norm-growth limiter, :func:`limit_norm_growth`.
     All other leaves (vectors, scalars, embeddings, the output head) get the update of
     :func:`optax.scale_by_adam`. This transformation is a drop-in replacement for
-    ``scale_by_adam``: it applies no learning rate, and its updates have the sign of the
-    gradients.
+    ``scale_by_adam``: it applies no learning rate and does not negate the updates.
 
     Args:
       rank: rank of the projection, clipped to the contracted size of each matrix. The

@@ -263,12 +263,10 @@ def _is_matrix(tree: Any, matrices: Mask | None) -> Any:
     if matrices is None:
         return jax.tree.map(lambda leaf: leaf.ndim == 2 and min(leaf.shape) > 1, tree)
     mask = matrices(tree) if callable(matrices) else matrices
-    # `masked` and `partition` hand over a tree without some of its leaves.
+    # The mask may be a prefix of the tree. `masked` and `partition` hand over a tree
+    # without some of its leaves, which the inner map leaves out.
     return jax.tree.map(
-        lambda leaf, chosen: leaf if isinstance(leaf, optax.MaskedNode) else chosen,
-        tree,
-        mask,
-        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+        lambda chosen, part: jax.tree.map(lambda _: chosen, part), mask, tree
     )
 
 
@@ -277,6 +275,11 @@ def _moment_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int]:
 
 
 def _dtype(leaf: jax.Array) -> Any:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"APOLLO takes real floating-point leaves, got dtype {leaf.dtype}; exclude "
+            "other leaves with optax.masked"
+        )
     # Moments are in float32, because bfloat16 would round (1 - b2) R^2 away where it is
     # added to the second moment.
     return jnp.promote_types(leaf.dtype, jnp.float32)

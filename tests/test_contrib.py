@@ -98,6 +98,27 @@ def test_a_mask_goes_with_masked_and_partition() -> None:
         assert not jnp.allclose(updates["kernel"], params["kernel"])
 
 
+@pytest.mark.parametrize(
+    ("matrices", "is_matrix"),
+    [
+        (True, {"a": {"kernel": True}, "b": {"kernel": True}}),
+        ({"a": True, "b": False}, {"a": {"kernel": True}, "b": {"kernel": False}}),
+    ],
+)
+def test_a_mask_may_be_a_prefix(matrices: Any, is_matrix: Any) -> None:
+    params = jax.tree.map(lambda _: jnp.ones((8, 16)), is_matrix)
+    state = contrib.scale_by_apollo(2, matrices=matrices).init(params)
+    expected = jax.tree.map(lambda each: (2, 16) if each else (8, 16), is_matrix)
+    assert jax.tree.map(jnp.shape, state.mu) == expected
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
+def test_rejects_leaves_that_are_not_real(dtype: Any) -> None:
+    params = {"kernel": jnp.ones((8, 16), dtype)}
+    with pytest.raises(ValueError, match=f"got dtype {jnp.dtype(dtype)}"):
+        contrib.scale_by_apollo(2).init(params)
+
+
 def test_a_channel_without_a_gradient_divides_nothing_by_zero() -> None:
     params = {"kernel": jnp.ones((8, 16)).at[:, 3].set(0.0)}
     tx = contrib.scale_by_apollo(2)

@@ -77,6 +77,33 @@ def test_default_rule_on_an_nnx_model():
     assert matrices(params) == {"layers/0/kernel": (0,), "layers/1/kernel": (0,)}
 
 
+def test_warns_of_a_model_in_a_module_that_is_called_like_a_head():
+    """All its kernels would get Adam, and the user would save no memory."""
+    kernels = {"dense_0": {"kernel": leaf(8, 16)}, "dense_1": {"kernel": leaf(16, 4)}}
+    params = {"classifier": kernels}
+    with pytest.warns(UserWarning, match="Adam trains all 2 kernels") as caught:
+        scale_by_apollo(4).init(params)
+    message = str(caught[0].message)
+    assert "'classifier/dense_0/kernel' (8, 16)" in message
+    rules = dimension_numbers_by_path([("kernel$", ApolloDimensionNumbers())])
+    assert len(matrices(params, rules)) == 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"embed": {"embedding": leaf(32, 8)}, "lm_head": {"kernel": leaf(8, 32)}},
+        {"embeddings": {"word_embeddings": {"embedding": leaf(32, 8)}}},
+        {"head": {"dense": {"kernel": leaf(8, 8)}}, "mlp": {"kernel": leaf(8, 16)}},
+        {"head": {"dense": {"bias": leaf(1, 8)}}},
+    ],
+    ids=["embedding and head", "nested embedding", "other matrices", "vectors"],
+)
+def test_does_not_warn_of_embeddings_and_heads(params):
+    scale_by_apollo(4).init(params)
+
+
 def test_maxtext_layers_need_rules():
     # This is the tree of MaxText's checkpoints. With scan_layers, axis 1 is the layer
     # axis.

@@ -282,10 +282,10 @@ def test_a_momentum_is_sharded_like_its_parameter_and_sends_nothing(name, axis_t
 
 def test_rejects_states_with_and_without_momentum():
     with_momentum, without = scale_by_flattening(momentum=0.9), scale_by_flattening()
-    message = "the state has no momentum, but momentum is 0.9.*call init again"
+    message = "lacks a momentum, which these arguments store; .*call init again"
     with pytest.raises(ValueError, match=message):
         with_momentum.update(PARAMS, without.init(PARAMS))
-    message = "the state has a momentum, but momentum is None.*call init again"
+    message = "has a momentum, which these arguments do not store; .*call init again"
     with pytest.raises(ValueError, match=message):
         without.update(PARAMS, with_momentum.init(PARAMS))
 
