@@ -12,7 +12,8 @@ mesh axes.
 
 import math
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -59,6 +60,19 @@ def partition_names(box: Any, ndim: int) -> Names | None:
     return tuple(names) if seen else None
 
 
+NO_MESH = "moments of matrices that are sharded over"
+
+
+def shapes_of_state(init: Callable[[Any], Any], params: Any) -> Any:
+    """``jax.eval_shape(init, params)`` where the shardings of the state do not matter.
+
+    So there is no warning of a mesh that is not known.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NO_MESH)
+        return jax.eval_shape(init, params)
+
+
 class Named:
     """The names in a parameter's box, as a sharding that Matrix's rules can move.
 
@@ -77,6 +91,7 @@ class Named:
           on_mesh: the sharding of the value in the box; None if it is not known.
         """
         sizes = _mesh_sizes(box, on_mesh)
+        self._is_mesh_known = bool(sizes)
         # The mesh axes of each name with more than one device, and their sizes.
         self._mesh_axes = {
             name: {axis: sizes[axis] for axis in axes if sizes.get(axis, 1) > 1}
@@ -93,16 +108,28 @@ class Named:
 
     def replace(self, array: Any, sharding: NamedSharding) -> Any:
         """A box around `array`, whose sharding is in terms of the names."""
-        entries = tuple(
-            self._entry(_sharding.mesh_axes(sharding, axis))
-            for axis in range(array.ndim)
-        )
+        axes = [_sharding.mesh_axes(sharding, axis) for axis in range(array.ndim)]
+        self._warn_if_dropped({name for names in axes for name in names})
+        entries = tuple(map(self._entry, axes))
         if not _is_nnx(self._box):
             return self._box.replace(value=array, names=entries)
         # NNX's optimizer would take the old names under another key for its own.
         metadata = _metadata(self._box)
         keys = [key for key in _KEYS if key == "out_sharding" or metadata.get(key)]
         return self._box.replace(array, **dict.fromkeys(keys, entries))
+
+    def _warn_if_dropped(self, kept: set[str]) -> None:
+        """Warns of names that a moment would have if the mesh were known."""
+        dropped = [name for part in self._names for name in part if name not in kept]
+        if dropped and not self._is_mesh_known and jax.device_count() > 1:
+            warnings.warn(
+                f"{NO_MESH} {', '.join(dropped)} will be replicated, because init "
+                "knows no mesh, and so not which other axis of a moment can be "
+                "sharded; call init, or jax.eval_shape of it, inside "
+                "jax.set_mesh(mesh)",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _entry(self, names: tuple[str, ...]) -> Any:
         """The metadata for an axis that these names shard.

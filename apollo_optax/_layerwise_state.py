@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _state, _tree
+from apollo_optax import _boxes, _state, _tree
 from apollo_optax._quantization import (
     apply_updates_stochastic,
     dequantize,
@@ -91,7 +91,7 @@ class PartialOptimizer:
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             for path, leaf in self.params.items()
         }
-        state = jax.eval_shape(self._tx.init, self.params_tree(shapes))
+        state = _boxes.shapes_of_state(self._tx.init, self.params_tree(shapes))
         expected, actual = (
             {path: jnp.shape(leaf) for path, leaf in leaves.items()}
             for leaves in (_tree.leaves_by_path(state), self.state)

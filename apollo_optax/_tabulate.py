@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _state, _tree
+from apollo_optax import _boxes, _state, _tree
 from apollo_optax._dimension_numbers import (
     MatrixAxes,
     WeightDimensionNumbers,
@@ -172,7 +172,8 @@ def _stateless(tx: optax.GradientTransformation, params: Any) -> str:
         return all(tree is None for tree in trees)
 
     nodes = jax.tree.leaves(
-        jax.eval_shape(tx.init, params), is_leaf=lambda node: isinstance(node, kinds)
+        _boxes.shapes_of_state(tx.init, params),
+        is_leaf=lambda node: isinstance(node, kinds),
     )
     found = (
         type(node)
@@ -219,7 +220,7 @@ def _state_by_parameter(
 ) -> dict[_tree.Path | None, _Owned]:
     """The leaves of `tx`'s state by the parameter they belong to; None if to none."""
     parameters = _tree.leaves_by_path(params)
-    leaves = _tree.leaves_by_path(jax.eval_shape(tx.init, params))
+    leaves = _tree.leaves_by_path(_boxes.shapes_of_state(tx.init, params))
     masked = jax.tree.map(lambda _: optax.MaskedNode(), params)
     try:
         shared = _state.shared_state(tx.init, masked)

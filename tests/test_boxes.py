@@ -215,11 +215,13 @@ def test_names_move_like_mesh_axes(make_box, names, shape, rank, moved):
 @every_box
 def test_names_stay_where_no_mesh_is_known(make_box):
     layout = {"w": {"kernel": ((16, 32), ("fsdp", "tensor"))}}
-    mu = mu_of(boxed_params(make_box, layout))
+    with pytest.warns(UserWarning, match="sharded over fsdp will be replicated.*mesh"):
+        mu = mu_of(boxed_params(make_box, layout))
     assert specs_of(mu) == [P(None, "tensor")]
 
 
 @every_box
+@pytest.mark.filterwarnings("error")
 def test_names_that_need_not_move_stay_where_no_mesh_is_known(make_box):
     layout = {"w": {"kernel": ((16, 32), (None, ("fsdp", "tensor")))}}
     mu = mu_of(boxed_params(make_box, layout))
@@ -342,7 +344,8 @@ def test_norms_scalars_and_parameters_without_names_get_no_box(make_box):
         "plain": {"kernel": ((16, 32), ()), "bias": ((32,), (None,))},
     }
     tx: Any = apollo_optax.scale_by_apollo(4, weight_dimension_numbers=NUMBERS)
-    state = tx.init(boxed_params(make_box, layout))
+    with jax.set_mesh(make_mesh()):
+        state = tx.init(boxed_params(make_box, layout))
     found = jax.tree.leaves(state, is_leaf=is_box)
     assert sum(map(is_box, found)) == 2  # Both moments of the stack.
     assert not any(map(is_box, jax.tree.leaves(state.norm, is_leaf=is_box)))
@@ -461,7 +464,8 @@ def test_a_state_of_plain_arrays_is_restored_into_boxes(tmp_path):
     tx = apollo_optax.apollo(0.1, rank=8, weight_dimension_numbers=NUMBERS)
     boxed = boxed_params("linen", ON_MESH)
     _, trained = train(tx, nn.meta.unbox(boxed))
-    fresh = tx.init(boxed)
+    with jax.set_mesh(make_mesh()):
+        fresh = tx.init(boxed)
     plain = nn.meta.unbox(fresh)
 
     restored = flax.serialization.from_bytes(

@@ -146,6 +146,46 @@ def test_the_state_is_created_where_its_shardings_say() -> None:
         "docs/recipes.md", "state_sharding", tx=apollo_mini(0.01), params=params
     )
     assert names["state"][0].mu["kernel"].sharding.spec == spec.spec
+    for leaf, target in zip(
+        *map(jax.tree.leaves, (names["state"], names["target"])), strict=True
+    ):
+        assert (leaf.shape, leaf.dtype) == (target.shape, target.dtype)
+        assert leaf.sharding == target.sharding
+
+
+def test_the_state_without_adam_is_sharded_and_tabulated() -> None:
+    names = run("docs/recipes.md", "scale_by_factored_rms")
+    mesh = jax.make_mesh((8,), ("fsdp",))
+
+    def sharded(shape: tuple[int, ...], *spec: str | None) -> jax.Array:
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
+        return jax.device_put(jnp.ones(shape), sharding)
+
+    params = {
+        "embed": {"embedding": sharded((64, 32), None, "fsdp")},
+        "lm_head": {"kernel": sharded((32, 64), "fsdp")},
+        "up": {"kernel": sharded((32, 128), "fsdp")},
+        "norm": {"scale": sharded((32,))},
+    }
+    tx, numbers = names["tx"], names["embedding_and_head"]
+    shardings = apollo_optax.state_sharding(
+        jax.eval_shape(tx.init, params), params, weight_dimension_numbers=numbers
+    )
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    codes = {
+        name: leaf.sharding.spec
+        for leaf, name in zip(
+            *map(jax.tree.leaves, (state, apollo_optax.state_owners(state, params))),
+            strict=True,
+        )
+        if leaf.dtype == jnp.int8
+    }
+    assert codes == {
+        "embed/embedding": jax.P(None, "fsdp"),
+        "lm_head/kernel": jax.P("fsdp"),
+    }
+    table = apollo_optax.tabulate(tx, params, weight_dimension_numbers=numbers)
+    assert "lm_head/kernel" in table
 
 
 def test_hyperparameters_change_while_training() -> None:
