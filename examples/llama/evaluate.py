@@ -7,19 +7,22 @@ import jax
 import numpy as np
 
 from apollo_optax import layerwise_apply
+from examples.llama.mesh import batch_shards
 from examples.llama.model import Batch, Params, Pieces, target_weights
 from examples.llama.options import TrainingOptions
 
-MOST_ROWS = 8  # The most rows that an evaluation computes at once.
+MOST_ROWS = 8  # The most rows that an evaluation computes at once on a device.
 
 
 def rows_at_once(options: TrainingOptions) -> int:
-    """Returns the rows of an evaluation's batches.
+    """Returns the rows of an evaluation's batches, a power of 2.
 
     They are no more than those of a step's micro-batch, which bounds the memory of an
-    evaluation. They are a power of 2, so they divide `MOST_ROWS`.
+    evaluation. On a mesh they are enough for every device, since a batch that can't be
+    sharded would be computed by all of them.
     """
-    rows = min(MOST_ROWS, options.batch // options.accumulate)
+    most = MOST_ROWS * batch_shards(options.mesh)
+    rows = min(most, options.batch // options.accumulate)
     return 1 << (rows.bit_length() - 1)
 
 

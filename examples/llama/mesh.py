@@ -60,7 +60,8 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
     this process, a mesh of size 1 has only the first device.
 
     Raises:
-        UsageError: if the sizes do not multiply to the number of devices.
+        UsageError: if the sizes do not multiply to the number of devices, or `data` is
+            not a multiple of the number of TPU slices.
     """
     sizes, count = axis_sizes(text), device_count(text)
     devices = jax.devices() if devices is None else devices
@@ -82,10 +83,28 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
             f"({devices[0].device_kind}); give {axes} = {here} in place of "
             f"{product}{shown}"
         )
+    # Slices of TPUs are connected by a slower network, which `data` uses least.
+    slices = 1
+    if devices[0].platform == "tpu":
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise UsageError(
+            f"`mesh` {text} is for one slice of TPUs, and the devices here are of "
+            f"{slices}; give a multiple of {slices} for data"
+        )
     # `jax.make_mesh` refuses sizes that are not products of a TPU topology's sizes.
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    else:
+        over_slices = dict.fromkeys(sizes, 1) | {"data": slices}
+        grid = mesh_utils.create_hybrid_device_mesh(
+            tuple(size // over_slices[axis] for axis, size in sizes.items()),
+            tuple(over_slices.values()),
+            devices,
+            allow_split_physical_axes=True,
+        )
     return jax.sharding.Mesh(
         grid, tuple(sizes), (jax.sharding.AxisType.Auto,) * len(sizes)
     )

@@ -6,6 +6,8 @@ Writes config.json, metrics.jsonl, tensorboard/, curves.png and checkpoints/ to 
 output folder.
 """
 
+import math
+
 import jax
 
 from examples.llama.config import LlamaConfig
@@ -57,8 +59,9 @@ def load_text(
             f"`eval_windows` {options.eval_windows}, because the held-out text has no "
             "more"
         )
-    # The windows are the same for any batch.
-    held_out = held_out.reshape(-1, rows_at_once(options), options.seq + 1)
+    # The windows are the same for any batch, so the rows must divide their number.
+    rows = math.gcd(rows_at_once(options), len(held_out) * MOST_ROWS)
+    held_out = held_out.reshape(-1, rows, options.seq + 1)
     # A sample is the start of a document.
     start_id = text.prefix[-1] if text.prefix else text.end_id
     return options, Text(

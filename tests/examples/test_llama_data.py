@@ -153,3 +153,14 @@ def test_an_evaluation_has_no_more_rows_than_a_step(
 ) -> None:
     options = RunOptions(out=Path("unused"), batch=batch, accumulate=accumulate)
     assert rows_at_once(options) == rows
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "rows"),
+    [("fsdp=16", 16, 16), ("data=2,fsdp=4", 128, 64), ("tensor=4", 64, 8)],
+)
+def test_an_evaluation_has_rows_for_every_device(
+    mesh: str, batch: int, rows: int
+) -> None:
+    options = RunOptions(out=Path("unused"), batch=batch, mesh=mesh)
+    assert rows_at_once(options) == rows

@@ -1,7 +1,10 @@
 """LLaMA on meshes of one process: shardings, checkpoints, and one device's numbers."""
 
 import dataclasses
+import importlib.util
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +17,7 @@ from benchmarks.hlo import collectives
 from examples.llama import partition
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import make_evaluator
+from examples.llama.memory.target import environment
 from examples.llama.mesh import batch_share, make_mesh, over_data
 from examples.llama.model import Batch, pieces_of
 from examples.llama.optimizers.embeddings import EMBEDDING_RULES
@@ -456,3 +460,36 @@ def test_rejects_meshes(mesh: str, message: str) -> None:
 def test_a_process_alone_has_the_whole_batch() -> None:
     for mesh in MESHES:
         assert batch_share(make_mesh(mesh), 8) == (0, 1)
+
+
+TWO_SLICES = """
+from jax.experimental import topologies
+from examples.llama.mesh import make_mesh
+from examples.llama.run.errors import UsageError
+
+topology = topologies.get_topology_desc("v5e:2x2", platform="tpu", num_slices=2)
+grid = make_mesh("data=4,fsdp=2", topology.devices).devices
+print([sorted({device.slice_index for device in row.flat}) for row in grid])
+try:
+    make_mesh("fsdp=8", topology.devices)
+except UsageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed",
+)
+def test_only_data_goes_over_slices_of_tpus() -> None:
+    """The network between slices is slow, and `data` sends least."""
+    process = subprocess.run(
+        [sys.executable, "-c", TWO_SLICES],
+        env=environment("v5e:2x2", 1),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    slices, error = process.stdout.splitlines()[-2:]
+    assert slices == "[[0], [0], [1], [1]]"
+    assert "the devices here are of 2; give a multiple of 2 for data" in error
