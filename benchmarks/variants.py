@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import apollo_optax
 from benchmarks import report
 from benchmarks.rate_search import BATCH_OF_8K
 from benchmarks.run_records import runs_made_with
@@ -160,20 +159,8 @@ def relative(max_rms: float) -> Recipe:
 
 def exact_power(power: float) -> Recipe:
     """Returns APOLLO-Zero with all singular values raised to a power."""
-
-    def scaler(
-        options: RunOptions, config: LlamaConfig
-    ) -> optax.GradientTransformation:
-        del config
-        return apollo_optax.scale_by_flattening(
-            power,
-            method="exact",
-            b2=kernels.second_moment_decay(options),
-            weight_dimension_numbers=parameters.dimension_numbers(options),
-            moment_dtype=options.moment_dtype,
-        )
-
-    return RECIPES["apollo-zero"]._replace(scaler=scaler, rank_of=lambda config: None)
+    scaler = functools.partial(kernels.apollo_zero, power=power, method="exact")
+    return RECIPES["apollo-zero-whitening"]._replace(scaler=scaler)
 
 
 def mini(norm_growth_limit: float | None) -> Recipe:
@@ -190,6 +177,10 @@ VARIANTS: dict[str, Recipe] = {
     "zero-exact-0.5": exact_power(0.5),
     "zero-exact-0.25": exact_power(0.25),
     "zero-exact-0": exact_power(0),
+    # The largest singular values come down to the level of the others.
+    "zero-power-0": RECIPES["apollo-zero"]._replace(
+        scaler=functools.partial(kernels.apollo_zero, power=0)
+    ),
     "zero-of-trace-0.95": flattening_of(trace(0.95)),
     "zero-of-nesterov-0.95": flattening_of(trace(0.95, nesterov=True)),
     "zero-of-rank-16-nesterov-0.9": flattening_of(low_rank(0.9, 16)),
@@ -330,6 +321,8 @@ PARTS: dict[str, tuple[Way, ...]] = {
         *ways("exact, power 0.25", "zero-exact-0.25", 2e-3, **BEST_ON_8K),
         *ways("exact, power 0.5", "zero-exact-0.5", 2e-3, **BEST_ON_8K),
         *ways("rank 16, power 0.5", "apollo-zero", 2e-3, **BEST_ON_8K),
+        *ways("rank 16, power 0", "zero-power-0", 2e-3, **BEST_ON_8K),
+        *ways("rank 32, power 0", "zero-power-0", 2e-3, rank=32, **BEST_ON_8K),
     ),
     "projections-8k": (
         *ways("normal entries", "apollo-mini", 7e-3, projection="random", **ON_8K),

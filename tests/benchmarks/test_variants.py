@@ -86,9 +86,11 @@ def test_the_power_is_that_of_the_name() -> None:
         return values / values[:, :1]
 
     np.testing.assert_allclose(spectrum("zero-exact-0"), 1, rtol=1e-3)
+    # The Newton-Schulz steps have errors of up to 17%.
+    np.testing.assert_allclose(spectrum("apollo-zero-whitening"), 1, atol=0.3)
     half = spectrum("zero-exact-0.5")
     np.testing.assert_allclose(spectrum("zero-exact-0.25") ** 2, half, rtol=1e-3)
-    assert half.min() < 0.8
+    assert half.min() < 0.7
 
 
 def test_the_limit_is_that_of_the_name() -> None:

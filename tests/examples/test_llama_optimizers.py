@@ -397,6 +397,7 @@ def second_updates_of(
         ("apollo-mini", "scale_by_apollo"),
         ("apollo-svd", "scale_by_apollo"),
         ("apollo-zero", "scale_by_flattening"),
+        ("apollo-zero-whitening", "scale_by_flattening"),
         ("apollo-zero-momentum", "scale_by_flattening"),
         ("racs", "scale_by_racs"),
     ],

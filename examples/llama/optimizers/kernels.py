@@ -158,7 +158,7 @@ def apollo_zero(
     config: LlamaConfig,
     *,
     power: float = 0.5,
-    method: Literal["low_rank", "newton_schulz"] = "low_rank",
+    method: Literal["low_rank", "newton_schulz", "exact"] = "low_rank",
     momentum: float | None = None,
 ) -> optax.GradientTransformation:
     del config
