@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _boxes, _state, _tree
+from apollo_optax import _boxes, _sharding, _state, _tree
 from apollo_optax._dimension_numbers import (
     MatrixAxes,
     WeightDimensionNumbers,
@@ -63,9 +63,10 @@ def tabulate(
       A line per parameter with its path, its shape, its treatment, the shapes and bytes
       of its state, and the bytes that ``optax.adamw`` would keep. Below them are the
       totals for kernels, for embeddings and output heads, and for the rest, as in
-      :class:`StateBytes`. Under :func:`scale_by_flattening` without momentum a matrix
-      has no state, so a matrix that ``optax.masked`` or ``optax.partition`` excludes is
-      shown as "flattened" too.
+      :class:`StateBytes`. If the parameters are on a mesh, the last line has the bytes
+      on each device of a state that is sharded by :func:`state_sharding`. Under
+      :func:`scale_by_flattening` without momentum a matrix has no state, so a matrix
+      that ``optax.masked`` or ``optax.partition`` excludes is shown as "flattened" too.
 
     Raises:
       ValueError: if the state's shapes do not follow from `weight_dimension_numbers`.
@@ -104,6 +105,13 @@ def tabulate(
     for kind, *costs in zip(_KINDS, *totals, strict=True):
         rows.append((kind, *blank, *costs))
     rows.append(("total", *blank, *map(sum, totals)))
+    shardings = map(_sharding.sharding_of, leaves.values())
+    if any(sharding and sharding.mesh.size > 1 for sharding in shardings):
+        of_a_device = (
+            _nbytes_of_a_device(each, params, weight_dimension_numbers)
+            for each in (tx, optax.adamw(1e-3))
+        )
+        rows.append(("total per device", *blank, *of_a_device))
     return _aligned([_HEADER, *rows])
 
 
@@ -232,6 +240,19 @@ def _state_by_parameter(
     for path, owner in _state.owners(leaves, parameters, shared).items():
         owned[owner.parameter].append((owner, leaves[path]))
     return owned
+
+
+def _nbytes_of_a_device(
+    tx: optax.GradientTransformation, params: Any, numbers: WeightDimensionNumbers
+) -> int:
+    """The bytes of `tx`'s state on each device of the parameters' mesh."""
+    state = _boxes.shapes_of_state(tx.init, params)
+    shardings = _state.state_sharding(state, params, weight_dimension_numbers=numbers)
+    pairs = zip(*map(jax.tree.leaves, (state, shardings)), strict=True)
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in pairs
+    )
 
 
 def _nbytes(owned: _Owned) -> int:

@@ -158,3 +158,22 @@ def test_counts_a_typed_key():
     before, after = (sum(state_bytes(t, params)) for t in (apollo_mini(0.1), tx))
     assert after - before == 4 + jax.random.key_data(key).nbytes
     assert "kernel" in tabulate(tx, params)
+
+
+def test_the_last_line_on_a_mesh_is_that_of_each_device():
+    mesh = jax.make_mesh((8,), ("fsdp",))
+
+    def sharded(shape, *spec):
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    params = {"kernel": sharded((16, 64), None, "fsdp"), "bias": sharded((64,))}
+    tx = apollo(0.1, rank=4)
+    ours, adamw = rows(tabulate(tx, params))["total per device"]
+    # The moments of the kernel are sharded, all else is on every device.
+    rest = 2 * 64 * 4
+    count, key, norms = 4, 8, 2 * 4
+    assert number(ours) == 2 * 4 * 64 * 4 // 8 + rest + count + key + norms
+    assert number(adamw) == 2 * 16 * 64 * 4 // 8 + rest + count
+    unsharded = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    assert "per device" not in tabulate(tx, unsharded)
