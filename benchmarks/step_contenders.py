@@ -207,6 +207,12 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
                 gradient_reads=7,
                 weight_reads=2,
             ),
+            # The norms of rows, the norms of columns and two products read the gradient.
+            Method(
+                "apollo-zero, whitening",
+                of(apollo_optax.apollo_zero, power=0.0, method="newton_schulz"),
+                gradient_reads=4,
+            ),
             # The largest entries of the momentum are known before it is rounded.
             Method(
                 "apollo-zero, int8 momentum, relative",

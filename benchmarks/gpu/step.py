@@ -52,10 +52,11 @@ ROWS = (
     "apollo-zero",
     "apollo-zero, relative",
     "apollo-zero, int8 momentum, relative",
+    "apollo-zero, whitening",
     "muon",
 )
-# The last row is slow, and one layout is enough for it.
-STACKED_ROWS = ROWS[:-1]
+# The last two rows are slow, and one layout is enough for them.
+STACKED_ROWS = ROWS[:-2]
 TORCH_ROWS = ("torch adamw, fused", "apollo-torch, mini", "apollo-torch, rank 256")
 REHEARSED = (ADAMW["float32"], MINI, TORCH_ROWS[0])
 COMPILE, COPY = ("compile, s", "compile, over adamw"), "copy, GB/s"

@@ -44,6 +44,7 @@ OPTIMIZERS = (
     "apollo-mini",
     "muon",
     "apollo-zero",
+    "apollo-zero-whitening",
     "racs",
     "apollo",
     "adafactor",
