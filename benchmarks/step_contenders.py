@@ -207,7 +207,7 @@ def methods(setting: Setting) -> dict[str, list[Method]]:
                 gradient_reads=7,
                 weight_reads=2,
             ),
-            # The norms of rows, the norms of columns and two products read the gradient.
+            # The norms of rows and columns and two products read the gradient.
             Method(
                 "apollo-zero, whitening",
                 of(apollo_optax.apollo_zero, power=0.0, method="newton_schulz"),

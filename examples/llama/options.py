@@ -201,8 +201,8 @@ class TrainingOptions(TextOptions):
     their norm is larger. By default they are not clipped."""
     relative: bool | None = None
     """Whether a kernel's updates are multiplied by the RMS of its weights over 0.02, a
-    factor of 0.05 to 5. By default, those of apollo-zero, with or without a momentum,
-    are, unless the run starts from good weights. A resumed run keeps what it began
+    factor of 0.05 to 5. By default, those of apollo-zero are, also with whitening or a
+    momentum, unless the run starts from good weights. A resumed run keeps what it began
     with."""
     weight_decay: float = 0.0
     """The decoupled weight decay of the kernels, or of the adapters of --lora: each
