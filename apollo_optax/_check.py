@@ -200,7 +200,7 @@ def not_varying(
     leaf: Any,
     remedy: str = "average the gradient first (jax.lax.pmean), or " + OUTSIDE_SHARD_MAP,
 ) -> None:
-    """Inside ``shard_map``, raises for a leaf whose values may differ by device."""
+    """Raises for a leaf whose values may differ by device, or are partial sums."""
     kind: Any = jax.typeof(leaf)
     # Older JAX names the axes in the type itself.
     varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
@@ -208,6 +208,13 @@ def not_varying(
         raise ValueError(
             f"'{_tree.show(path)}' varies over the manual axes {sorted(varying)} "
             f"inside shard_map, so its norms would be local to each device; {remedy}"
+        )
+    unreduced = getattr(kind.sharding.spec, "unreduced", None)
+    if unreduced:
+        raise ValueError(
+            f"'{_tree.show(path)}' is unreduced over the mesh axes "
+            f"{sorted(unreduced)}, so each device has a part of a sum; add them up "
+            "first, by jax.sharding.reshard to a spec without unreduced axes"
         )
 
 

@@ -102,8 +102,10 @@ def keep_axis_unsharded(array: jax.Array, axis: int, like: jax.Array) -> jax.Arr
 
 def mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
     """The mesh axes that shard one axis of a tensor."""
+    # Specs with reduced axes refuse an index. Those of older JAX have no `partitions`.
+    partitions = getattr(sharding.spec, "partitions", sharding.spec)
     # A spec may be shorter than the tensor's rank.
-    entry = sharding.spec[axis] if axis < len(sharding.spec) else None
+    entry = partitions[axis] if axis < len(partitions) else None
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)

@@ -612,3 +612,28 @@ def test_state_is_on_the_device_that_the_caller_put_a_parameter_on(tx: Any) -> N
         if owner:
             assert leaf.devices() == {second}
     assert any(jax.tree.leaves(owners))
+
+
+def test_specs_with_reduced_axes_are_read_and_partial_sums_refused():
+    """The gradient of a parameter that is reduced over an axis is unreduced over it."""
+    mesh = make_mesh(AxisType.Explicit)
+    reduced = sharded(mesh, (8, 16), P(None, "model", reduced={"data"}))
+    tx = scale_by_apollo(4)
+    state = tx.init({"w": reduced})
+    assert full_spec(state.mu["w"].sharding.spec, 2) == ((), ("model",))
+
+    @jax.jit
+    def update(inputs, outputs, state):
+        gradient = jnp.einsum(
+            "bi,bj->ij", inputs, outputs, out_sharding=P(unreduced={"data"})
+        )
+        return tx.update({"w": gradient}, state)
+
+    batch = (sharded(mesh, (4, size), P("data")) for size in (8, 16))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(
+            ValueError, match=r"'w' is unreduced over .* \['data'\].*reshard"
+        ),
+    ):
+        update(*batch, state)
