@@ -20,8 +20,8 @@ from examples.llama.mesh import make_mesh
 from examples.llama.model import (
     Batch,
     Execution,
-    init_ends,
     init_layer,
+    init_outside_layers,
     init_params,
     pieces_of,
 )
@@ -70,7 +70,9 @@ def test_layers_and_ends_are_drawn_as_the_whole_model_is(
     whole = init_params(small, execution, seed=3)
     layers = whole.pop("layers")
     jax.tree.map(
-        np.testing.assert_array_equal, init_ends(small, execution, seed=3), whole
+        np.testing.assert_array_equal,
+        init_outside_layers(small, execution, seed=3),
+        whole,
     )
     for index in range(small.num_layers):
         drawn = jax.jit(lambda i: init_layer(small, execution, i, seed=3))(index)
