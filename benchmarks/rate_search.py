@@ -124,6 +124,7 @@ BEST_OF_8K = (
     "adamw-b2-0.95-clip",
     "muon-b2-0.95",
     "apollo-zero-b2-0.95-relative",
+    "apollo-zero-whitening-b2-0.95-relative",
     "apollo-zero-momentum-b2-0.95-relative",
 )
 FINALISTS = (*BEST_OF_8K, "apollo-mini", "racs", "sinkgd")
