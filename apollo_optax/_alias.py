@@ -340,7 +340,9 @@ def apollo_zero(
         learning rate; a fixed value or a schedule.
       mask: which leaves get weight decay: a tree of booleans, a prefix of such a tree
         other than a single boolean, or a callable that returns one for the parameters.
-      power: the power of the singular values, in [0, 1).
+      power: the power of the singular values, in [0, 1). On a small model, 0.5 was
+        better than 0 with 1,024 tokens per step, and 0 with ``"newton_schulz"`` was
+        better with 8,192.
       method: ``"low_rank"``, ``"newton_schulz"`` or ``"exact"``.
       rank: the rank of the random projection of ``"low_rank"``; by default an eighth of
         the smaller side of each matrix.

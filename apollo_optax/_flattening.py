@@ -162,6 +162,8 @@ def scale_by_flattening(
       power: the power :math:`p` of the singular values, in [0, 1). A power of 1 would
         leave the spectrum as it is. A power of 0 makes all singular values equal, or,
         with ``"low_rank"``, makes the largest ones equal to the level of the others.
+        On a small model, 0.5 was better than 0 with 1,024 tokens per step, and 0 with
+        ``"newton_schulz"`` was better with 8,192.
       method: ``"low_rank"``, which takes about ``10 * m * n * rank`` operations;
         ``"newton_schulz"``, a polynomial of :math:`X_t X_t^\top` with errors of a few
         percent (see below); or ``"exact"``, an eigendecomposition of
