@@ -86,7 +86,7 @@ def apollo(
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError: for a single boolean as `mask`. As for :func:`scale_by_apollo`.
+      TypeError: for a single boolean as `mask`, and as for :func:`scale_by_apollo`.
       ValueError: as for :func:`scale_by_apollo`.
 
     Examples:
@@ -193,7 +193,7 @@ def apollo_mini(
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError: for a single boolean as `mask`. As for :func:`scale_by_apollo`.
+      TypeError: for a single boolean as `mask`, and as for :func:`scale_by_apollo`.
       ValueError: as for :func:`scale_by_apollo`.
 
     Examples:
@@ -275,7 +275,7 @@ def racs(
       The corresponding ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError: for a single boolean as `mask`. As for :func:`scale_by_racs`.
+      TypeError: for a single boolean as `mask`, and as for :func:`scale_by_racs`.
       ValueError: as for :func:`scale_by_racs`.
 
     Examples:

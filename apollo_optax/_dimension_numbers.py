@@ -225,7 +225,7 @@ def _is_unguessable(path: _tree.Path, name: _tree.Path, shape: tuple[int, ...]) 
 
 
 def _is_inside_embedding_or_head(name: _tree.Path, shape: tuple[int, ...]) -> bool:
-    """Whether a kernel's own module has another name, but one around it has such a one.
+    """Whether a module around a kernel's own one is called like an embedding or a head.
 
     The kernel of a head is ``head/kernel``; that of a layer in it is
     ``head/dense/kernel``.

@@ -34,7 +34,7 @@ def limit_norm(
 
     Only norms that are finite and not zero are remembered. Nothing is limited before
     the first of them. A zero update, such as that of an expert that saw no token,
-    leaves :math:`q` as it is. So does an update that is small for a while only
+    leaves :math:`q` as it is. So does an update that is small only for a short time
     (`is_transient`), since its norm says nothing about later norms.
 
     Args:
