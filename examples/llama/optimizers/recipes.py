@@ -37,8 +37,8 @@ class Recipe(NamedTuple):
     Most learning rates are the best of the grids in docs/results.md, with the tiny
     model and one seed; apollo-svd has those of apollo. The rates of racs, sinkgd,
     scale-hidden and swan are those of their papers. That of apollo-zero is the best at
-    8K tokens per step. With whitening it is the same, and with a momentum half of that;
-    no others were tried for these two.
+    8K tokens per step, without and with whitening. With a momentum it is half of that,
+    which was the only one tried.
     """
 
     scaler: Scaler
