@@ -176,10 +176,12 @@ class Matrix:
         dtype = projection.dtype
         out_sharding = _sharding.sharding_of(moment) or self.moment_sharding
 
+        # Moments that are sharded along the rank axis would make XLA shard P that way
+        # too, and gather the gradient to match.
+        def placed(projection: jax.Array) -> jax.Array:
+            return _sharding.keep_axis_unsharded(projection, rank_axis, tensor)
+
         def multiplied(projection: jax.Array, tensor: jax.Array) -> jax.Array:
-            # Moments that are sharded along the rank axis would make XLA shard P that
-            # way too, and gather the gradient to match.
-            projection = _sharding.keep_axis_unsharded(projection, rank_axis, tensor)
             new_axis = ndim  # Names the rank axis, which the tensor does not have.
             return product(
                 projection,
@@ -190,6 +192,7 @@ class Matrix:
                 dtype=tensor.dtype,
                 sum_dtype=dtype,
                 out_sharding=out_sharding,
+                place=placed,
             )
 
         def summed(projection: jax.Array, tensor: jax.Array) -> jax.Array:
@@ -380,6 +383,7 @@ def product(
     dtype: Any,
     sum_dtype: Any,
     out_sharding: NamedSharding | None,
+    place: Callable[[jax.Array], jax.Array] = lambda a: a,
     precision: jax.lax.Precision = HIGHEST,
 ) -> jax.Array:
     """The product of two tensors, summed over the axes that the result does not have.
@@ -387,11 +391,14 @@ def product(
     With a `dtype` of bfloat16 both are rounded to it. Products are exact then, and sums
     are in `sum_dtype`. CPUs multiply in `sum_dtype`, because they are no faster in
     bfloat16. With any other `dtype` all devices do.
+
+    `place` constrains the sharding of the first tensor after it is rounded. XLA would
+    not keep the sharding of the tensor before.
     """
 
     def multiply(a: jax.Array, b: jax.Array, *, dtype: Any) -> jax.Array:
         return jnp.einsum(
-            a.astype(dtype),
+            place(a.astype(dtype)),
             a_axes,
             b.astype(dtype),
             b_axes,

@@ -412,7 +412,7 @@ ON_TPUS = [
     [
         ("v5e:16x16", 256, 1),
         pytest.param("v5e:16x16", 256, len(ON_TPUS), marks=pytest.mark.slow),
-        pytest.param("v5e:4x4", 16, len(ON_TPUS), marks=pytest.mark.slow),
+        ("v5e:4x4", 16, len(ON_TPUS)),
     ],
 )
 def test_tpus_exchange_projected_gradients_only(topology, devices, cases):
