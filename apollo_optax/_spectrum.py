@@ -43,8 +43,8 @@ EIGENVALUE_FLOOR = 8
 # epsilon. Rounding errors of the Gram matrix would otherwise make it indefinite.
 CHOLESKY_SHIFT = 100
 
-# Where that is not enough, it adds this times the square root of the number of products
-# in a sum. If all columns are almost the same, their rounding errors grow like that.
+# If that is not enough, this times the square root of the number of products in a sum
+# is added. The rounding errors of columns that are almost the same grow like that.
 LARGE_CHOLESKY_SHIFT = 100
 
 # How often a basis is divided by its Cholesky factor. The first basis only has to be

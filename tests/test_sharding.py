@@ -637,3 +637,25 @@ def test_specs_with_reduced_axes_are_read_and_partial_sums_refused():
         ),
     ):
         update(*batch, state)
+
+
+def test_only_moments_of_the_parameters_shape_heal_after_a_jitted_init():
+    """So docs/recipes.md advises ``out_shardings`` for `init` and for the step."""
+    mesh = make_mesh()
+    params = {"w": sharded(mesh, (16, 64), P("data", None))}
+
+    def after_two_steps(tx):
+        @jax.jit
+        def step(params, state):
+            grads = jax.tree.map(jnp.sin, params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.jit(tx.init)(params)
+        assert optax.tree.get(state, "mu")["w"].is_fully_replicated
+        for _ in range(2):
+            _, state = step(params, state)
+        return optax.tree.get(state, "mu")["w"]
+
+    assert after_two_steps(apollo_optax.apollo(0.1, rank=4)).is_fully_replicated
+    assert not after_two_steps(optax.adam(0.1)).is_fully_replicated

@@ -18,8 +18,8 @@ def rows_at_once(options: TrainingOptions) -> int:
     """Returns the rows of an evaluation's batches, a power of 2.
 
     They are no more than those of a step's micro-batch, which bounds the memory of an
-    evaluation. On a mesh they are enough for every device, since a batch that can't be
-    sharded would be computed by all of them.
+    evaluation. On a mesh there are more, so that every device can have some: all of
+    them compute a batch that can't be sharded.
     """
     most = MOST_ROWS * batch_shards(options.mesh)
     rows = min(most, options.batch // options.accumulate)

@@ -14,10 +14,8 @@ from examples.llama.run.errors import UsageError, unknown_name
 
 # The last axis is the innermost: its devices are next to each other.
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = (
-    "data",
-    "fsdp",
-)  # The axes over which the sequences of a batch are sharded.
+# The axes over which the sequences of a batch are sharded.
+BATCH_AXES = ("data", "fsdp")
 
 
 def axis_sizes(text: str) -> dict[str, int]:
