@@ -2,16 +2,17 @@
 
 Run it with `python -m benchmarks.rate_search`, or with `--parts 1k 8k` for some of the
 parts. A contender is an optimizer with options of its own, such as AdamW with clipping.
-For each contender, the learning rate of the kernels is searched in factors of 2 until
-the rates on both sides of the best are known to be worse, then that of embeddings, head
-and norms in the same way. The best pair runs with the other seeds. The contenders of
-`--three-rates` get three rates of the kernels and the first seed only.
+A search tries learning rates of the kernels in factors of 2 until the rates on both
+sides of the best are known to be worse, then those of embeddings, head and norms in the
+same way. The best pair runs with the other seeds. `rate_search_plan.py` has the
+contenders of each part, and says which of them are searched and which are run at given
+rates.
 
-Contenders are searched in parallel, with one process per core. Each finished run adds a
-line to a file of results. Runs in that file are not repeated and an interrupted run
+Contenders are run in parallel, with one process per core. Each finished run adds a line
+to a file of results. Runs in that file are not repeated and an interrupted run
 continues, so the same command continues an interrupted search, also on another machine
-that has the file. Each part ends with a table and two figures next to its runs. A
-summary of all parts follows.
+that has the file. Each part ends with a table of all contenders that have runs and two
+figures next to its runs. A summary of all parts follows.
 `--finished-only` prints the tables of a file of results without any training.
 """
 
@@ -28,9 +29,23 @@ from typing import Any, NamedTuple
 from apollo_optax import StateBytes
 from benchmarks import report
 from benchmarks.perplexity_figure import plot_perplexities
+from benchmarks.rate_search_plan import (
+    ADAMW_VARIANTS,
+    BASES,
+    CONTENDERS,
+    EMBEDDING_CONTENDERS,
+    EMBEDDING_VARIANTS,
+    MUON_VARIANTS,
+    PARTS,
+    SEARCH,
+    THREE_RATES,
+    Plan,
+    plain_variants_of,
+    variants_of,
+)
 from benchmarks.run_records import Records, RunRecord
 from examples.llama.evaluate import perplexity
-from examples.llama.optimizers.recipes import RECIPES, with_defaults
+from examples.llama.optimizers.recipes import with_defaults
 from examples.llama.options import RunOptions, check_seeds, parse
 from examples.llama.pretrain import pretrain
 from examples.llama.run import machine
@@ -40,130 +55,7 @@ from examples.llama.run.log import read_config, read_metrics
 from examples.llama.run.recorder import DivergedError
 from examples.llama.run.setup import model_config, state_bytes_of
 
-# The options of each contender with the default settings: a b2 of 0.999, no clipping,
-# and no updates in proportion to the weights.
-# Folders of runs begin with its name, so a name must keep its options.
-BASES: dict[str, dict[str, Any]] = {
-    **{name: {"optimizer": name} for name in RECIPES},
-    # This is a quarter of the width of tiny, and twice the default rank.
-    "apollo-zero-rank-32": {"optimizer": "apollo-zero", "rank": 32},
-    # APOLLO-Zero has Adam for the embedding and the head. These have less state there.
-    **{
-        f"apollo-zero-emb-{rule}": {
-            "optimizer": "apollo-zero",
-            "embeddings": rule,
-            "head": rule,
-        }
-        for rule in ("adafactor", "adafactor-momentum", "racs", "scale", "flattening")
-    },
-}
-EMBEDDING_CONTENDERS = tuple(
-    name for name, options in BASES.items() if "embeddings" in options
-)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "clip": {"clip_norm": 1.0},
-    "b2-0.95": {"b2": 0.95},
-    "b2-0.95-clip": {"b2": 0.95, "clip_norm": 1.0},
-    "relative": {"relative": True},
-    "b2-0.95-relative": {"b2": 0.95, "relative": True},
-    "b2-0.95-clip-relative": {"b2": 0.95, "clip_norm": 1.0, "relative": True},
-}
-# The further settings of a contender. Each is a contender of its own.
-ALL_SETTINGS = ("adamw", "muon", "apollo-zero", "apollo-zero-momentum")
-NO_CLIPPING = (
-    "apollo-zero-rank-32",
-    "apollo-zero-whitening",
-    "apollo-zero-momentum-int8",
-    "apollo-mini",
-    "racs",
-    "swan",
-)
-ADAFACTORS = ("apollo-zero-emb-adafactor", "apollo-zero-emb-adafactor-momentum")
-SETTINGS_OF: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(ALL_SETTINGS, tuple(SETTINGS)),
-    **dict.fromkeys(
-        (*NO_CLIPPING, *ADAFACTORS),
-        ("b2-0.95", "relative", "b2-0.95-relative"),
-    ),
-}
-CONTENDERS = BASES | {
-    f"{name}-{setting}": BASES[name] | SETTINGS[setting]
-    for name, settings in SETTINGS_OF.items()
-    for setting in settings
-}
-
-
-def variants_of(name: str) -> tuple[str, ...]:
-    """Returns a contender with the default settings and with its further ones."""
-    further = (f"{name}-{setting}" for setting in SETTINGS_OF.get(name, ()))
-    return (name, *further)
-
-
-def plain_variants_of(name: str) -> tuple[str, ...]:
-    """Returns those of `variants_of` without relative updates.
-
-    With these, AdamW and Muon are no longer the optimizers that goals are about. A rule
-    of this library may have them in a goal over AdamW or Muon. In a goal over another
-    rule of this library, neither side has them.
-    """
-    return tuple(
-        variant
-        for variant in variants_of(name)
-        if "relative" not in CONTENDERS[variant]
-    )
-
-
-ADAMW_VARIANTS = plain_variants_of("adamw")
-MUON_VARIANTS = plain_variants_of("muon")
-EMBEDDING_VARIANTS = tuple(
-    variant for name in EMBEDDING_CONTENDERS for variant in variants_of(name)
-)
-# These had the lowest perplexity of their optimizers in the finished runs of the part
-# 8k. `--contenders` replaces them.
-BEST_OF_8K = (
-    "adamw-b2-0.95-clip",
-    "muon-b2-0.95",
-    "apollo-zero-b2-0.95-relative",
-    "apollo-zero-whitening-b2-0.95-relative",
-    "apollo-zero-momentum-b2-0.95-relative",
-)
-FINALISTS = (*BEST_OF_8K, "apollo-mini", "racs", "sinkgd")
-SEARCHED = tuple(
-    variant
-    for name in (*ALL_SETTINGS, *NO_CLIPPING, "sinkgd", *EMBEDDING_CONTENDERS)
-    for variant in variants_of(name)
-)
-THREE_RATES = tuple(name for name in CONTENDERS if name not in SEARCHED)
-
 MOST_RATES = 8  # The most rates that a search tries.
-
-
-class Part(NamedTuple):
-    """A setting that contenders are compared in."""
-
-    run: dict[str, Any]  # The options of `pretrain` that all its runs share.
-    contenders: tuple[str, ...]
-    three_rates: tuple[str, ...] = ()
-
-
-# Small micro-batches make a step of 64 sequences faster on a CPU, because their
-# activations stay in its caches. The gradient is the same but for rounding.
-BATCH_OF_8K = {"batch": 64, "accumulate": 8}
-ON_8K: dict[str, Any] = {"model": "tiny", "steps": 300} | BATCH_OF_8K
-PARTS: dict[str, Part] = {
-    "1k": Part({"model": "tiny", "batch": 8, "steps": 800}, SEARCHED, THREE_RATES),
-    "8k": Part(ON_8K, SEARCHED, THREE_RATES),
-    "6m": Part({"model": "6m", "steps": 300} | BATCH_OF_8K, FINALISTS),
-    # These are 20 tokens per parameter, which is ten times the standard library, so
-    # the text is larger. Micro-batches of 2 sequences are 20% faster than those of 8.
-    # The other parts had finished runs when this was found.
-    "long": Part(
-        {"model": "tiny", "steps": 3200, "batch": 64, "accumulate": 32}
-        | {"data": "python"},
-        FINALISTS,
-    ),
-    "docs": Part(ON_8K | {"data": "package-docs"}, BEST_OF_8K),
-}
 
 
 class Goal(NamedTuple):
@@ -245,7 +137,7 @@ class SearchOptions:
     apollo-zero-emb-adafactor or apollo-zero-emb-adafactor-momentum followed by
     -b2-0.95, -relative or -b2-0.95-relative. Only those with -relative have updates in
     proportion to the weights. adamw is added if no contender is AdamW. If this or
-    --three-rates is given, the contenders of the parts are not used."""
+    --three-rates is given, the plans in rate_search_plan.py are not used."""
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -278,15 +170,27 @@ class SearchOptions:
                 f"--processes {self.processes} is out of range; give 1 or more"
             )
 
-    def searches(self, part: str) -> dict[str, bool]:
-        """Returns the contenders, and for each whether all its rates are searched."""
-        searched, three_rates = self.contenders, self.three_rates
-        if not searched and not three_rates:
-            searched, three_rates = PARTS[part].contenders, PARTS[part].three_rates
+    @property
+    def given(self) -> dict[str, Plan]:
+        """The plans of the contenders that were given, which may be none."""
+        searched = self.contenders
+        if not searched and not self.three_rates:
+            return {}
         if not any(name in ADAMW_VARIANTS for name in searched):
             searched = ("adamw", *searched)
-        searches = dict.fromkeys(searched, True)
-        return searches | {name: False for name in three_rates if name not in searches}
+        plans = dict.fromkeys(searched, SEARCH)
+        return plans | {
+            name: THREE_RATES for name in self.three_rates if name not in plans
+        }
+
+    def plans(self, part: str) -> dict[str, Plan]:
+        """Returns the contenders that are trained in a part, and the runs of each."""
+        return self.given or PARTS[part].plans
+
+    @property
+    def tabulated(self) -> tuple[str, ...]:
+        """The contenders that are in the tables if they have runs."""
+        return tuple(self.given or CONTENDERS)
 
 
 class Found(NamedTuple):
@@ -402,37 +306,49 @@ def searched(
 
 def search(
     loss: Callable[[float, float, int], float],
-    start: tuple[float, float],
+    defaults: tuple[float, float],
     seeds: tuple[int, ...],
+    plan: Plan = SEARCH,
+    start: tuple[float, float] | None = None,
 ) -> None:
-    """Searches the two rates one after the other, then runs the seeds.
+    """Makes the runs of a plan, one after the other.
 
     Args:
         loss: runs a rate of the kernels, a rate of the embeddings and a seed, unless it
             was run before, and returns the loss.
-        start: the first rates of both.
-        seeds: the seeds, of which the searches use the first.
+        defaults: the default rates of both.
+        seeds: the seeds, of which the first one chooses the rates.
+        plan: which rates and seeds to run.
+        start: the first rates of searches. The default is `defaults`.
     """
-    lr, lr_embeddings = start
-    lr = best(searched(lambda rate: loss(rate, lr_embeddings, seeds[0]), lr))
-    lr_embeddings = best(searched(lambda rate: loss(lr, rate, seeds[0]), lr_embeddings))
-    for seed in seeds:
+    default, default_embeddings = defaults
+    start = defaults if start is None else start
+
+    def best_of(
+        ratios: tuple[float, ...] | None,
+        loss_at: Callable[[float], float],
+        default: float,
+        start: float,
+    ) -> float:
+        if ratios is None:
+            return best(searched(loss_at, start))
+        rates = (float(f"{default * ratio:.6g}") for ratio in ratios)
+        return best({rate: loss_at(rate) for rate in rates})
+
+    lr = best_of(
+        plan.lr,
+        lambda rate: loss(rate, default_embeddings, seeds[0]),
+        default,
+        start[0],
+    )
+    lr_embeddings = best_of(
+        plan.lr_embeddings,
+        lambda rate: loss(lr, rate, seeds[0]),
+        default_embeddings,
+        start[1],
+    )
+    for seed in seeds[: plan.seeds]:
         loss(lr, lr_embeddings, seed)
-
-
-def three_rates(
-    loss: Callable[[float, float, int], float], start: tuple[float, float], seed: int
-) -> None:
-    """Tries the first rate of the kernels, half of it and twice of it.
-
-    Args:
-        loss: as in `search`.
-        start: the first rates of both.
-        seed: the seed of all runs.
-    """
-    lr, lr_embeddings = start
-    for factor in (0.5, 1.0, 2.0):
-        loss(float(f"{lr * factor:.6g}"), lr_embeddings, seed)
 
 
 def base_run(options: SearchOptions, part: str, contender: str) -> RunOptions:
@@ -465,12 +381,35 @@ def results_of(options: SearchOptions) -> Records:
     return Records(options.results or options.out / "results.jsonl")
 
 
-def run_search(
-    options: SearchOptions, part: str, contender: str, *, all_rates: bool = True
-) -> None:
-    """Searches in this process; runs that have ended are not repeated."""
+def found_so_far(
+    records: Records, options: SearchOptions, part: str, contender: str
+) -> Found | None:
+    """Returns the finished runs of a contender.
+
+    Without a run at the default rate of embeddings and with the first seed, it returns
+    None.
+    """
+    base = base_run(options, part, contender)
+    lr_embeddings, seed = base.lr_embeddings, options.seeds[0]
+    assert lr_embeddings is not None
+    runs = [
+        run for run in records.of(part, contender, base) if run.seed in options.seeds
+    ]
+    if not any((run.lr_embeddings, run.seed) == (lr_embeddings, seed) for run in runs):
+        return None
+    return found_in(runs, lr_embeddings, seed)
+
+
+def run_search(options: SearchOptions, part: str, contender: str, plan: Plan) -> None:
+    """Makes the runs of a plan in this process, without those that have ended.
+
+    A search starts at the best of the rates that have been run.
+    """
     base = base_run(options, part, contender)
     records = results_of(options)
+    found = found_so_far(records, options, part, contender)
+    defaults = first_rates(base)
+    start = (found.lr, found.lr_embeddings) if found else defaults
 
     with StopRequest() as stop:
 
@@ -482,10 +421,7 @@ def run_search(
                 records.add(record)
             return record.loss
 
-        if all_rates:
-            search(loss, first_rates(base), options.seeds)
-        else:
-            three_rates(loss, first_rates(base), options.seeds[0])
+        search(loss, defaults, options.seeds, plan, start)
 
 
 def trained(part: str, contender: str, run: RunOptions, stop: StopRequest) -> RunRecord:
@@ -518,8 +454,8 @@ def run_searches(options: SearchOptions, part: str) -> None:
         options.processes, context, use_one_core, (cores,)
     ) as pool:
         searches = [
-            pool.submit(run_search, options, part, name, all_rates=all_rates)
-            for name, all_rates in options.searches(part).items()
+            pool.submit(run_search, options, part, name, plan)
+            for name, plan in options.plans(part).items()
         ]
         try:
             for each in concurrent.futures.as_completed(searches):
@@ -540,16 +476,12 @@ def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
             f"--results {records.path} does not exist; give a file of results, or "
             "leave out --finished-only"
         )
-    seed = options.seeds[0]
-    for name in options.searches(part):
-        base = base_run(options, part, name)
-        _, lr_embeddings = first_rates(base)
-        runs = [
-            run for run in records.of(part, name, base) if run.seed in options.seeds
-        ]
-        if any((run.lr_embeddings, run.seed) == (lr_embeddings, seed) for run in runs):
-            found[name] = found_in(runs, lr_embeddings, seed)
+    for name in options.tabulated:
+        runs = found_so_far(records, options, part, name)
+        if runs is not None:
+            found[name] = runs
     if not any(name in found for name in ADAMW_VARIANTS):
+        seed = options.seeds[0]
         raise UsageError(
             f"{records.path} has no run of AdamW in part {part} with seed {seed} and "
             "the default rate of embeddings, with which the others are compared; leave "
@@ -738,7 +670,8 @@ def report_on(options: SearchOptions, part: str, found: Mapping[str, Found]) -> 
     """Returns the table of a part with its setting, and draws its figures."""
     state = {name: state_of(options, part, name) for name in found}
     run = base_run(options, part, "adamw")
-    draw(found, run.out)
+    drawn = () if options.given else PARTS[part].drawn
+    draw({name: found[name] for name in drawn if name in found} or found, run.out)
     setting = (
         f"{part}: {run.model}, {run.steps} steps of {run.batch * run.seq:,} tokens of "
         f"--data {run.data}\n{made_with(found)}"

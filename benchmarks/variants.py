@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import report
-from benchmarks.rate_search import BATCH_OF_8K
+from benchmarks.rate_search_plan import BATCH_OF_8K
 from benchmarks.run_records import runs_made_with
 from examples.llama.config import PRESETS, LlamaConfig
 from examples.llama.evaluate import perplexity

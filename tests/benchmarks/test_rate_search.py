@@ -17,10 +17,11 @@ from benchmarks.rate_search import (
     found_in,
     search,
     searched,
-    three_rates,
 )
+from benchmarks.rate_search_plan import SEARCH, THREE_RATES, at
 from benchmarks.run_records import Records, RunRecord
 from examples.llama.optimizers.embeddings import EMBEDDING_RULES
+from examples.llama.optimizers.recipes import RECIPES
 from examples.llama.options import RunOptions
 from examples.llama.run.errors import UsageError
 from examples.llama.run.recorder import DivergedError
@@ -88,15 +89,37 @@ def test_embeddings_are_searched_at_the_best_rate_of_the_kernels() -> None:
     assert {emb for lr, emb, seed in asked if lr == 4.0} == {0.5, 1.0, 2.0, 4.0}
 
 
-def test_three_rates_are_tried_with_one_seed() -> None:
+def test_a_plan_can_name_the_rates() -> None:
+    asked = []
+
+    def loss(lr: float, lr_embeddings: float, seed: int) -> float:
+        if (lr, lr_embeddings, seed) not in asked:
+            asked.append((lr, lr_embeddings, seed))
+        return -lr - lr_embeddings
+
+    search(loss, (0.3, 0.03), (5, 6), THREE_RATES)
+    assert asked == [(0.15, 0.03, 5), (0.3, 0.03, 5), (0.6, 0.03, 5)]
+    asked.clear()
+    search(loss, (0.3, 0.03), (5, 6), at(2.0, lr_embeddings=(1.0, 4.0)))
+    assert asked == [(0.6, 0.03, 5), (0.6, 0.12, 5)]
+    asked.clear()
+    search(loss, (0.3, 0.03), (5, 6, 7), at(1.0, 2.0, seeds=2))
+    assert asked == [(0.3, 0.03, 5), (0.6, 0.03, 5), (0.6, 0.03, 6)]
+
+
+def test_a_search_can_start_at_other_rates_than_the_defaults() -> None:
+    """The kernels' rate is still searched at the default rate of embeddings."""
     asked = []
 
     def loss(lr: float, lr_embeddings: float, seed: int) -> float:
         asked.append((lr, lr_embeddings, seed))
-        return -lr
+        return 3 + abs(math.log2(lr / 4)) + abs(math.log2(lr_embeddings / 2))
 
-    three_rates(loss, (0.3, 0.03), seed=5)
-    assert asked == [(0.15, 0.03, 5), (0.3, 0.03, 5), (0.6, 0.03, 5)]
+    search(loss, (1.0, 1.0), (0,), start=(4.0, 2.0))
+    assert set(asked) == {
+        *((lr, 1.0, 0) for lr in (2.0, 4.0, 8.0)),
+        *((4.0, lr_embeddings, 0) for lr_embeddings in (1.0, 2.0, 4.0)),
+    }
 
 
 def record_at(
@@ -199,9 +222,9 @@ def test_a_single_seed_is_not_the_best_by_luck() -> None:
 
 def test_a_variant_of_adamw_takes_the_place_of_adamw() -> None:
     options = SearchOptions(contenders=("muon", "adamw-clip"))
-    assert list(options.searches("8k")) == ["muon", "adamw-clip"]
+    assert list(options.plans("8k")) == ["muon", "adamw-clip"]
     options = SearchOptions(contenders=("muon",))
-    assert list(options.searches("8k")) == ["adamw", "muon"]
+    assert list(options.plans("8k")) == ["adamw", "muon"]
     state = StateBytes(kernels=1, embeddings_and_head=1, other=0)
     found = {
         "adamw-clip": found_at(20, step_seconds=1.0),
@@ -310,13 +333,49 @@ def test_each_part_has_its_text_and_contenders(tmp_path: Path) -> None:
     assert docs.data == "package-docs"
     assert dataclasses.replace(docs, data="stdlib", out=on_8k.out) == on_8k
     assert base_run(SearchOptions(data="python"), "docs", "muon").data == "python"
-    # Every contender has a row in 1k and 8k.
-    assert options.searches("8k").keys() == rate_search.CONTENDERS.keys()
-    assert options.searches("8k")["muon"]
-    assert not options.searches("8k")["lion"]
-    assert "apollo-mini" not in options.searches("docs")
+    assert options.plans("8k")["muon-b2-0.95"] == SEARCH
+    assert options.plans("8k")["lion"] == THREE_RATES
+    assert "apollo-mini" not in options.plans("docs")
+    assert options.tabulated == tuple(rate_search.CONTENDERS)
     given = SearchOptions(contenders=("swan",), three_rates=("swan", "sgd"))
-    assert given.searches("6m") == {"adamw": True, "swan": True, "sgd": False}
+    expected = {"adamw": SEARCH, "swan": SEARCH, "sgd": THREE_RATES}
+    assert given.plans("6m") == expected
+    assert given.tabulated == tuple(expected)
+
+
+@pytest.mark.parametrize("part", rate_search.PARTS)
+def test_each_plan_has_adamw_and_known_contenders(part: str) -> None:
+    _, plans, drawn = rate_search.PARTS[part]
+    assert rate_search.CONTENDERS.keys() >= plans.keys() >= set(drawn)
+    assert any(name in rate_search.ADAMW_VARIANTS for name in plans)
+
+
+@pytest.mark.parametrize("part", ["1k", "8k"])
+def test_short_parts_have_all_optimizers_with_a_search_or_three_rates(
+    part: str,
+) -> None:
+    plans = rate_search.PARTS[part].plans
+    for name in RECIPES:
+        rates = [
+            math.inf if plan.lr is None else len(plan.lr)
+            for variant, plan in plans.items()
+            if rate_search.CONTENDERS[variant]["optimizer"] == name
+        ]
+        if name != "apollo-zero-momentum-int8":  # It is a rounding of another one.
+            assert max(rates) >= 3, name
+    # These have the strongest claims to be compared with, or to be chosen.
+    assert {
+        rate_search.CONTENDERS[variant]["optimizer"]
+        for variant, plan in plans.items()
+        if plan == SEARCH
+    } >= {
+        "adamw",
+        "muon",
+        "apollo-mini",
+        "apollo-zero",
+        "apollo-zero-whitening",
+        "apollo-zero-momentum",
+    }
 
 
 def test_a_search_trains_and_goes_on_from_what_was_run(
@@ -324,7 +383,7 @@ def test_a_search_trains_and_goes_on_from_what_was_run(
 ) -> None:
     runs = stub_pretrain(monkeypatch)
     options = SearchOptions(out=tmp_path, seeds=(0,))
-    rate_search.run_search(options, "8k", "racs")
+    rate_search.run_search(options, "8k", "racs", SEARCH)
     assert {(run.optimizer, run.batch, run.steps) for run in runs} == {
         ("racs", 64, 300)
     }
@@ -338,7 +397,7 @@ def test_a_search_trains_and_goes_on_from_what_was_run(
     elsewhere = SearchOptions(
         out=tmp_path / "elsewhere", results=tmp_path / "results.jsonl", seeds=(0, 1)
     )
-    rate_search.run_search(elsewhere, "8k", "racs")
+    rate_search.run_search(elsewhere, "8k", "racs", SEARCH)
     assert [run.seed for run in runs] == [1]
     base = base_run(elsewhere, "8k", "racs")
     records = rate_search.results_of(elsewhere).of("8k", "racs", base)
@@ -360,7 +419,7 @@ def test_a_run_that_diverged_is_not_repeated(
     monkeypatch.setattr(rate_search, "pretrain", pretrain)
     options = SearchOptions(out=tmp_path, seeds=(0,))
     for _ in range(2):
-        rate_search.run_search(options, "1k", "lion", all_rates=False)
+        rate_search.run_search(options, "1k", "lion", THREE_RATES)
     assert len(diverged) == 3
     (run, *_) = Records(tmp_path / "results.jsonl").of(
         "1k", "lion", base_run(options, "1k", "lion")
@@ -372,16 +431,20 @@ def test_a_run_that_diverged_is_not_repeated(
 def stub_pretrain(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
     """Replaces training by metrics with round numbers; returns the runs asked for.
 
-    AdamW's steps take 2 seconds and those of others 1. The loss is 4 more than the
-    seed, and the update of the kernels is 1 more than it.
+    AdamW's steps take 2 seconds and those of others 1. The loss is lowest at rates of
+    0.001 and 0.03, where it is 4 more than the seed. The update of the kernels is 1
+    more than the seed.
     """
     runs: list[RunOptions] = []
 
     def pretrain(run: RunOptions, stop: Any, *, measure_updates: bool) -> RunResult:
         del stop
         assert measure_updates
+        assert run.lr is not None
+        assert run.lr_embeddings is not None
         runs.append(run)
         tokens, loss = run.batch * run.seq, 4.0 + run.seed
+        loss += abs(math.log(run.lr / 0.001)) + abs(math.log(run.lr_embeddings / 0.03))
         seconds = 2 if run.optimizer == "adamw" else 1
         rows = [
             {"step": step, "tokens": step * tokens, "tokens_per_s": tokens / seconds}
@@ -412,8 +475,8 @@ def search_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs searches here, where functions can be replaced."""
 
     def run_here(options: SearchOptions, part: str) -> None:
-        for name, all_rates in options.searches(part).items():
-            rate_search.run_search(options, part, name, all_rates=all_rates)
+        for name, plan in options.plans(part).items():
+            rate_search.run_search(options, part, name, plan)
 
     monkeypatch.setattr(rate_search, "run_searches", run_here)
 
@@ -480,12 +543,9 @@ def test_a_part_ends_with_a_table_and_two_figures(
 
 @pytest.fixture(scope="module")
 def published() -> SearchOptions:
-    """All contenders that have runs, and the file of their runs."""
+    """The options of the command that printed the tables."""
     return SearchOptions(
-        contenders=rate_search.SEARCHED,
-        three_rates=rate_search.THREE_RATES,
-        results=ROOT / "docs/figures/rate-search.jsonl",
-        finished_only=True,
+        results=ROOT / "docs/figures/rate-search.jsonl", finished_only=True
     )
 
 
@@ -549,7 +609,7 @@ def test_contenders_are_searched_in_processes_of_their_own(
     stub_pretrain(monkeypatch)
     options = SearchOptions(out=tmp_path, contenders=("racs",), seeds=(0,))
     for name in ("adamw", "racs"):
-        rate_search.run_search(options, "8k", name)
+        rate_search.run_search(options, "8k", name, SEARCH)
     before = (tmp_path / "results.jsonl").read_text()
     rate_search.run_searches(options, "8k")
     assert (tmp_path / "results.jsonl").read_text() == before
