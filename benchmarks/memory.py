@@ -34,6 +34,7 @@ from examples.llama.memory.target import Compiler, Memory, check_target
 from examples.llama.options import RunOptions, parse
 from examples.llama.run.errors import UsageError, check_names, exit_on_usage_error
 from examples.llama.run.setup import model_config
+from examples.llama.text.cache import write_whole
 
 LARGE = "v5p:1x1x1"
 SMALL = "v5e:1x1"
@@ -73,8 +74,10 @@ class Compiled:
         text = path.read_text() if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # The last line may be cut off.
         try:
+            if text and not whole:
+                raise ValueError("it has no line feed")
             rows = [json.loads(line) for line in whole.splitlines()]
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UsageError(
                 f"--out {path} is no file of this command's ({error}); give another"
             ) from error
@@ -85,7 +88,8 @@ class Compiled:
                 f"--out {path} is not a file of this version of the command ({error}); "
                 "give another"
             ) from error
-        path.write_text(whole)
+        if whole != text:
+            write_whole(path, whole)
 
     def __call__(self, run: RunOptions, target: str) -> Memory:
         """Returns the memory of a run with its defaults filled in."""

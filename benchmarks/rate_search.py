@@ -164,6 +164,11 @@ class SearchOptions:
             for name in names:
                 if name not in known:
                     raise unknown_name(flag, name, known)
+        for name in self.three_rates:
+            if name in self.contenders:
+                raise UsageError(
+                    f"{name} is in --contenders and in --three-rates; leave one out"
+                )
         check_seeds("--seeds", self.seeds)
         if self.processes < 1:
             raise UsageError(
@@ -173,15 +178,11 @@ class SearchOptions:
     @property
     def given(self) -> dict[str, Plan]:
         """The plans of the contenders that were given, which may be none."""
-        searched = self.contenders
-        if not searched and not self.three_rates:
-            return {}
-        if not any(name in ADAMW_VARIANTS for name in searched):
-            searched = ("adamw", *searched)
-        plans = dict.fromkeys(searched, SEARCH)
-        return plans | {
-            name: THREE_RATES for name in self.three_rates if name not in plans
-        }
+        plans = dict.fromkeys(self.contenders, SEARCH)
+        plans |= dict.fromkeys(self.three_rates, THREE_RATES)
+        if plans and not any(name in ADAMW_VARIANTS for name in plans):
+            plans = {"adamw": SEARCH} | plans
+        return plans
 
     def plans(self, part: str) -> dict[str, Plan]:
         """Returns the contenders that are trained in a part, and the runs of each."""

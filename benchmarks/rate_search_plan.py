@@ -237,9 +237,9 @@ PLANS_OF_DOCS = {
     "adamw-b2-0.95-clip": at(2.0),
     "adamw-b2-0.95-clip-relative": at(2.0),
     "muon-b2-0.95": at(4.0),
-    "apollo-zero-b2-0.95": at(1.0),
     "apollo-zero-b2-0.95-relative": at(1.0),
-    "apollo-zero-momentum-b2-0.95": at(1.0),
+    "apollo-zero-whitening-b2-0.95-relative": at(1.0),
+    "apollo-zero-momentum-b2-0.95-relative": at(1.0),
 }
 
 # Small micro-batches make a step of 64 sequences faster on a CPU, because their

@@ -13,8 +13,6 @@ from examples.llama.options import RunOptions, differing_fields
 from examples.llama.run.errors import UsageError
 from examples.llama.run.log import Row, read_config
 
-PACKAGES = ("jax", "flax", "optax")
-
 # These options do not change a result, and the seed has a field of its own.
 LEFT_OUT = frozenset(("out", "resume", "workers", "seed"))
 

@@ -47,6 +47,19 @@ def params_and_grads() -> tuple[Any, Any]:
     return params, grads
 
 
+def test_the_rate_of_the_kernels_is_that_of_matrices_alone() -> None:
+    """Leaves under Adam have the other rate, whatever their framework calls them."""
+    group = run("docs/recipes.md", "def group")["group"]
+    rest = (
+        {"embed_tokens": {"embedding": 0}, "lm_head": {"kernel": 0}, "norm": 0}
+        | {"Embed_0": {"embedding": 0}, "LayerNorm_0": {"scale": 0, "bias": 0}}
+        | {"decoder": {"logits_dense": {"kernel": 0}, "decoder_norm": {"scale": 0}}}
+    )
+    assert set(jax.tree.leaves(group(rest))) == {"rest"}
+    kernels = {"attention": {"query": {"kernel": 0}}, "wi_0": {"kernel": 0}}
+    assert set(jax.tree.leaves(group(kernels))) == {"kernels"}
+
+
 def test_every_snippet_is_run_here() -> None:
     assert len(snippets("README.md")) == 1
     assert len(snippets("docs/recipes.md")) == 8

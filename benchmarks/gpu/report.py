@@ -22,7 +22,7 @@ class Table:
     def __init__(
         self, report: "Report", title: str, head: Sequence[str], numbers_from: int
     ) -> None:
-        self._report, self._title = report, title
+        self._report, self.title = report, title
         self._head, self._numbers_from = head, numbers_from
         self._cells: dict[str, Sequence[str]] = {}
         self._values: dict[str, Any] = {}
@@ -35,7 +35,7 @@ class Table:
 
     def as_markdown(self) -> str:
         rows = markdown(self._head, self._cells.values(), self._numbers_from)
-        return f"{self._title}\n\n{rows}"
+        return f"{self.title}\n\n{rows}"
 
     def as_json(self) -> dict[str, Any]:
         rows = [
@@ -43,7 +43,7 @@ class Table:
             | {"values": self._values[name]}
             for name, cells in self._cells.items()
         ]
-        return {"title": self._title, "rows": rows}
+        return {"title": self.title, "rows": rows}
 
 
 class Report:

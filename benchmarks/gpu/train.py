@@ -56,6 +56,10 @@ SHARE_OF_TIME = 0.9  # The planned share; some optimizers are slower than AdamW.
 EVALUATIONS = 10
 EVALUATION_WINDOWS = 1024
 CURVE_POINTS = 100
+UTILISATION_TITLE = (
+    "Model-flops utilisation; 60m with float32 weights and bfloat16 products, the "
+    "others all in bfloat16, remat dots"
+)
 UTILISATION_HEAD = (
     "model",
     "optimizer",
@@ -224,13 +228,10 @@ class QualityOptions:
     steps: int | None = None  # None for those of the runs in OUT, if any.
 
 
-def utilisation(bench: Bench, planned: tuple[RunOptions, ...]) -> dict[str, float]:
-    """Fills the first table; returns tokens per second by model and optimizer."""
-    title = (
-        "Model-flops utilisation; 60m with float32 weights and bfloat16 products, the "
-        "others all in bfloat16, remat dots"
-    )
-    table = bench.report.table(title, UTILISATION_HEAD, numbers_from=2)
+def utilisation(
+    bench: Bench, planned: tuple[RunOptions, ...], table: Table
+) -> dict[str, float]:
+    """Fills a table; returns tokens per second by model and optimizer."""
     rates: dict[str, float] = {}
 
     def put(job: Job, known: Memory | Failed, found: Trained | Failed) -> None:
@@ -326,8 +327,9 @@ def quality(
     text: Text,
     rate: float | None,
     kept: dict[str, dict[str, Any]],
+    table: Table,
 ) -> None:
-    """Fills the second table, with runs of earlier calls first; draws the curves."""
+    """Adds the runs of this call to the table; draws the curves of all runs."""
     base = sizes.quality
     rates = len(options.lr_factors) * len(options.lr_embeddings)
     count = len(options.seeds) * rates * len(options.optimizers)
@@ -351,15 +353,12 @@ def quality(
         return
     trained_on = {"text": text.key, "device": bench.device.kind}
     check_kept(kept, trained_on, json_of(bench))
-    title = (
+    table.title = (
         f"Quality: {base.model}, sequences of {base.seq} tokens of `--data "
         f"{options.data}` ({text.train_tokens:,} training tokens, key {text.key}), "
         f"{base.weights} weights, {base.compute_dtype} products; rates warmed up over "
         "a tenth, then a cosine to a tenth"
     )
-    table = bench.report.table(title, QUALITY_HEAD, numbers_from=1)
-    for name, row in kept.items():
-        table.put(name, list(row["cells"].values()), row["values"])
     if steps < 1:
         bench.report.note("Quality: no time left.")
         return
@@ -373,6 +372,15 @@ def quality(
         put,
     )
     draw(bench.report.folder / "train.png", kept_runs(json_of(bench)))
+
+
+def quality_table(bench: Bench, kept: dict[str, dict[str, Any]]) -> Table:
+    """Returns the table of qualities with the runs of earlier calls."""
+    title = "Quality: runs of earlier calls"
+    table = bench.report.table(title, QUALITY_HEAD, numbers_from=1)
+    for name, row in kept.items():
+        table.put(name, list(row["cells"].values()), row["values"])
+    return table
 
 
 def check_kept(
@@ -427,11 +435,12 @@ def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
 
 
 def run(bench: Bench, options: QualityOptions) -> None:
-    # The first row of this call replaces the file, so it is read before.
     path = json_of(bench)
-    before = path.read_text() if path.exists() else None
     kept = kept_runs(path)
     check_kept(kept, {"device": bench.device.kind}, path)
+    utilised = bench.report.table(UTILISATION_TITLE, UTILISATION_HEAD, numbers_from=2)
+    # Each row of this call replaces the file, so the runs of earlier calls come first.
+    table = quality_table(bench, kept)
     planned = sizes(bench.rehearse, options.batch)
     base = planned.quality
     config = setup.model_config(base)
@@ -442,18 +451,11 @@ def run(bench: Bench, options: QualityOptions) -> None:
     ) as worker:
         share = min(UTILISATION_SECONDS, bench.left() / 4)
         first = dataclasses.replace(bench, deadline=time.monotonic() + share)
-        rates = utilisation(first, planned.utilisation)
+        rates = utilisation(first, planned.utilisation, utilised)
         notice(f"{bench.report.part}: waiting for the text")
         text = worker.prepared(bench.deadline)
     rate = rates.get(f"{base.model}, {base.optimizer}")
     if isinstance(text, Failed):
         bench.report.note(f"Quality: {text.reason}.")
         return
-    try:
-        quality(bench, planned, options, text, rate, kept)
-    except UsageError:
-        # The runs of earlier calls are of another text, and this call's rows have
-        # replaced them.
-        assert before is not None
-        path.write_text(before)
-        raise
+    quality(bench, planned, options, text, rate, kept, table)

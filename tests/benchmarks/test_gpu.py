@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -431,7 +432,8 @@ def test_a_second_call_adds_to_the_runs_of_the_first(
         bench, sizes = make_bench(tmp_path), train.sizes(True, batch)
         options = train.QualityOptions(optimizers=("adamw", "muon"), seeds=seeds)
         kept, text = train.kept_runs(train.json_of(bench)), train.Text(10**6, key)
-        train.quality(bench, sizes, options, text, 1e6, kept)
+        table = train.quality_table(bench, kept)
+        train.quality(bench, sizes, options, text, 1e6, kept, table)
         return list(train.kept_runs(train.json_of(bench)))
 
     first = [
@@ -452,6 +454,8 @@ def test_a_second_call_adds_to_the_runs_of_the_first(
 class Tokenised:
     """Stands for the worker that tokenises the text of a call."""
 
+    found: train.Text | Failed = train.Text(10**6, "other")
+
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -461,29 +465,41 @@ class Tokenised:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def prepared(self, deadline: float) -> train.Text:
+    def prepared(self, deadline: float) -> train.Text | Failed:
         del deadline
-        return train.Text(10**6, "other")
+        return self.found
 
 
-def test_a_call_with_another_text_keeps_the_runs_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", ["another text", "no text", "no steps", "stopped"])
+def test_a_call_that_ends_early_keeps_the_runs_of_the_first(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def utilisation(bench: Bench, runs: Any) -> dict[str, float]:
+    def utilisation(bench: Bench, runs: Any, table: Any) -> dict[str, float]:
         del runs
-        bench.report.note("This replaces the file.")
+        table.put("adamw", ["60m", "adamw"])
+        if end == "stopped":
+            raise KeyboardInterrupt
         return {}
 
+    texts = {"no text": Failed("no text"), "no steps": train.Text(10**6, "key")}
+    monkeypatch.setattr(Tokenised, "found", texts.get(end, Tokenised.found))
     monkeypatch.setattr(train, "utilisation", utilisation)
     monkeypatch.setattr(train, "Worker", Tokenised)
-    values = {"validation": [[1, 7.0]], "device": "cpu", "text": "key"}
-    row = {"name": "adamw", "cells": {}, "values": values}
-    bench = make_bench(tmp_path)
+    values = {"validation": [[1, 7.0]], "device": "cpu", "text": "key", "batch": 1}
+    cells = dict.fromkeys(train.QUALITY_HEAD, "1")
+    row = {"name": "adamw", "cells": cells, "values": values | {"steps": 1}}
+    bench = make_bench(tmp_path, rehearse=False)
     path = train.json_of(bench)
     path.write_text(json.dumps({"tables": [{"rows": [row]}]}))
-    with pytest.raises(UsageError, match="can't be in one table"):
-        train.run(bench, train.QualityOptions(steps=4))
+    steps = None if end == "no steps" else 4
+    expected = {
+        "another text": pytest.raises(UsageError, match="can't be in one table"),
+        "stopped": pytest.raises(KeyboardInterrupt),
+    }
+    with expected.get(end, contextlib.nullcontext()):
+        train.run(bench, train.QualityOptions(steps=steps))
     assert list(train.kept_runs(path)) == ["adamw"]
+    assert "| adamw |" in path.with_suffix(".md").read_text()  # It is of this call.
 
 
 PROGRAM = """\

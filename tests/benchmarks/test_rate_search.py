@@ -337,10 +337,12 @@ def test_each_part_has_its_text_and_contenders(tmp_path: Path) -> None:
     assert options.plans("8k")["lion"] == THREE_RATES
     assert "apollo-mini" not in options.plans("docs")
     assert options.tabulated == tuple(rate_search.CONTENDERS)
-    given = SearchOptions(contenders=("swan",), three_rates=("swan", "sgd"))
+    given = SearchOptions(contenders=("swan",), three_rates=("sgd",))
     expected = {"adamw": SEARCH, "swan": SEARCH, "sgd": THREE_RATES}
     assert given.plans("6m") == expected
     assert given.tabulated == tuple(expected)
+    given = SearchOptions(three_rates=("adamw", "muon"))
+    assert given.plans("6m") == {"adamw": THREE_RATES, "muon": THREE_RATES}
 
 
 @pytest.mark.parametrize("part", rate_search.PARTS)
@@ -624,6 +626,10 @@ def test_contenders_are_searched_in_processes_of_their_own(
         ({"three_rates": ("shampoo",)}, "--three-rates"),
         ({"seeds": ()}, "--seeds"),
         ({"processes": 0}, "--processes 0"),
+        (
+            {"contenders": ("adamw", "swan"), "three_rates": ("swan",)},
+            "swan is in --contenders and in --three-rates",
+        ),
     ],
 )
 def test_rejects_options(options: dict[str, Any], message: str) -> None:

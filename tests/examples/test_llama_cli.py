@@ -726,6 +726,10 @@ def held_out(out: Path) -> np.ndarray:
     [
         (["--run", "nowhere"], "nowhere/config.json cannot be read ("),
         (["--step", "2"], "has not got checkpoint 2; it has those of steps [3]"),
+        (
+            ["--best"],
+            "has no checkpoint; leave out --best, which fine-tuning alone saves",
+        ),
         (["--dtype", "int8"], "--dtype 'int8'"),
     ],
 )
@@ -743,6 +747,7 @@ def test_rejects_exports(
         export.main, ["--run", str(out), "--to", str(to), *args], capsys
     )
     assert not to.exists()
+    tokenizer = (out / "tokenizer.json").read_text()
     (out / "tokenizer.json").write_text("{}")
     error = exits_with_message(
         export.main, ["--run", str(out), "--to", str(to)], capsys
@@ -760,6 +765,13 @@ def test_rejects_exports(
             export.main, ["--run", str(out), "--to", str(to)], capsys
         )
         assert "config.json is not of this version (" in error
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "tokenizer.json").write_text(tokenizer)
+    shutil.rmtree(out / "checkpoints")
+    error = exits_with_message(
+        export.main, ["--run", str(out), "--to", str(to)], capsys
+    )
+    assert "has no checkpoint; let the run save one, with --resume auto" in error
     to.mkdir()
     (to / "config.json").write_text("earlier")
     assert str(to) in exits_with_message(

@@ -37,7 +37,7 @@ from examples.llama.run.errors import UsageError, first_line
 LOCAL = ("cpu", "gpu")
 # A size of 0 would end libtpu's process.
 TOPOLOGY = re.compile(r"[a-z0-9]+:[1-9]\d*(x[1-9]\d*)+")
-INSTALL = "pip install 'apollo-optax[tpu-aot]' (in a clone: pip install '.[tpu-aot]')"
+INSTALL = "pip install '.[tpu-aot]' in the clone"
 # The generation with the most memory per device. Any number of its chips makes a
 # topology.
 LARGEST = "v5p"

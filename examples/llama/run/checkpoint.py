@@ -294,10 +294,16 @@ def restore_params(
         UsageError: if there is no such checkpoint, or if it is damaged.
     """
     folder, steps = (run_folder / name).absolute(), steps_on_disk(run_folder, name)
-    if not steps or step not in (None, *steps):
-        wanted = "a checkpoint" if step is None else f"checkpoint {step}"
+    if not steps:
+        remedy = (
+            "let the run save one, with `resume` auto"
+            if name == CHECKPOINTS
+            else f"leave out `{name}`, which fine-tuning alone saves"
+        )
+        raise UsageError(f"{folder} has no checkpoint; {remedy}")
+    if step not in (None, *steps):
         raise UsageError(
-            f"{folder} has not got {wanted}; it has those of steps {steps}"
+            f"{folder} has not got checkpoint {step}; it has those of steps {steps}"
         )
     path = folder / str(steps[-1] if step is None else step)
     item = {"params": abstract_params}

@@ -137,7 +137,7 @@ class HubSource:
         except ImportError as error:
             raise UsageError(
                 f"{self.option} {self.data!r} needs Hugging Face's datasets; "
-                "run pip install 'apollo-optax[examples]'"
+                "run pip install '.[examples]' in the clone"
             ) from error
         with self._one_line_errors():
             splits = datasets.load_dataset(

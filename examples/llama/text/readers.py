@@ -177,5 +177,5 @@ def no_column(
 
 def needs_pyarrow(path: Path) -> DocumentError:
     return DocumentError(
-        f"{path} needs pyarrow to be read; run pip install 'apollo-optax[examples]'"
+        f"{path} needs pyarrow to be read; run pip install '.[examples]' in the clone"
     )
