@@ -48,7 +48,8 @@ def apollo(
     r"""APOLLO: AdamW-level training at a fraction of AdamW's memory.
 
     The state of a matrix of sizes :math:`m \le n` is :math:`2nr + 1` numbers, against
-    :math:`2mn` for AdamW. See :func:`scale_by_apollo` for the algorithm.
+    :math:`2mn` for AdamW. With ``projection="svd"``, there are :math:`mr` more. See
+    :func:`scale_by_apollo` for the algorithm.
 
     Args:
       learning_rate: a fixed value or a schedule. Start near 0.01 for pre-training, not

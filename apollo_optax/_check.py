@@ -282,6 +282,31 @@ def path_difference(
     return f"{missing if lacking else unexpected}: {shown}"
 
 
+def layer_output(out: Any, x: Any, has_aux_loss: bool) -> None:
+    """Raises unless a layer returns activations like `x`, or these and a loss."""
+    if has_aux_loss:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(
+                "with has_aux_loss, a layer must return a pair of activations and a "
+                f"loss, got a {type(out).__name__}; return both, or leave out "
+                "has_aux_loss"
+            )
+        out, loss = out
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(loss)]
+        if any(shapes):
+            raise ValueError(
+                f"an auxiliary loss must be a scalar, got shape {shapes[0]}; return "
+                "its sum or its mean"
+            )
+    found, expected = jax.tree.structure(out), jax.tree.structure(x)
+    if found != expected:
+        remedy = "" if has_aux_loss else "; if it returns a loss too, give has_aux_loss"
+        raise ValueError(
+            f"a layer must return activations like those it is given, {expected}, got "
+            f"{found}{remedy}"
+        )
+
+
 def batch_index(value: Any) -> None:
     if _is_array(value):
         is_index = value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
@@ -304,9 +329,16 @@ def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
 
 def state_class(state: Any, expected: type[Any]) -> None:
     """Raises for a state that lacks a field of the class `expected`."""
-    lacking = [name for name in expected._fields if not hasattr(state, name)]
+    # Every tuple has a method `count`, which is no field.
+    fields = getattr(state, "_fields", ()) if isinstance(state, tuple) else dir(state)
+    lacking = [name for name in expected._fields if name not in fields]
     if lacking:
         remedy = "the state was made by another one: call init again"
+        if isinstance(state, tuple) and not fields:
+            remedy = (
+                "it may be that of a chain: give the part of this transformation, or "
+                "call the chain's update"
+            )
         if isinstance(state, (Mapping, list)):
             remedy = (
                 "a checkpoint that is restored without a target has dictionaries and "

@@ -318,7 +318,7 @@ def _compiled(
         is_pair = isinstance(rule, tuple) and len(rule) == 2
         if not (is_pair and isinstance(rule[0], str)):
             raise TypeError(
-                "rules must be a sequence of pairs (regular expression, "
+                "rules must be a sequence of tuples (regular expression, "
                 f"ApolloDimensionNumbers or None), got {rule!r} in it"
             )
         pattern, numbers = rule

@@ -117,8 +117,8 @@ def scale_by_flattening(
         F_t &= (X_t X_t^\top)^{(p-1)/2}\, X_t
           = \textstyle\sum_i \sigma_i^p\, u_i v_i^\top
           \quad \text{for } X_t = \textstyle\sum_i \sigma_i\, u_i v_i^\top \\
-        \text{update} &= F_t \text{ scaled to a root mean square of 1 over the rows that
-          are not zero}
+        \text{update} &= F_t \text{ scaled to a root mean square of 1 over the rows and
+          columns that are not zero}
       \end{align*}
 
     With ``method="low_rank"``, a random projection :math:`\Omega_t` of rank :math:`r`
@@ -162,6 +162,7 @@ def scale_by_flattening(
       power: the power :math:`p` of the singular values, in [0, 1). A power of 1 would
         leave the spectrum as it is. A power of 0 makes all singular values equal, or,
         with ``"low_rank"``, makes the largest ones equal to the level of the others.
+        Directions without a gradient count as others, and lower that level.
         On a small model, 0.5 was better than 0 with 1,024 tokens per step, and 0 with
         ``"newton_schulz"`` was better with 8,192.
       method: ``"low_rank"``, which takes about ``10 * m * n * rank`` operations;
@@ -177,10 +178,13 @@ def scale_by_flattening(
         raw.
       b1: decay rate of the first moment of the leaves under Adam, in [0, 1).
       b2: decay rate of the second moment of the leaves under Adam, in [0, 1).
-      eps: added to the denominator of the leaves under Adam.
+      eps: added to the denominator of the leaves under Adam. Optax's Adam has 1e-8 by
+        default.
       weight_dimension_numbers: which axes of a leaf form a matrix, as for
         :func:`scale_by_apollo`. Rows are the elements of `reduction_axis`, columns
         those of `output_axis`. A matrix with a side of 1 is a vector, and gets Adam.
+        With ``optax.inject_hyperparams``, a function has to be one of the
+        `static_args`, because it is called with the count of steps otherwise.
       moment_dtype: dtype of the momentum and of both moments of the leaves under Adam.
         The default is float32, or float64 for float64 leaves.
 
@@ -326,7 +330,7 @@ def _update_matrix(
         F = _spectrum.exact(matrix, X, p)
     else:
         F = _spectrum.low_rank(matrix, X, p, omega)
-    # 4. U has a root mean square of 1 over the rows that are not zero.
+    # 4. U has a root mean square of 1 over the rows and columns that are not zero.
     U = _spectrum.rms_one(F, X, rows, columns)
     return _batch_axes_first(matrix, saturating_cast(U, gradient.dtype)), state
 

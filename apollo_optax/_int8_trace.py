@@ -16,7 +16,7 @@ import optax
 
 from apollo_optax import _check, _leafwise, _momentum, _sharding, _state, _tree
 from apollo_optax._dimension_numbers import Unguessed, WeightDimensionNumbers
-from apollo_optax._dtypes import saturating_cast
+from apollo_optax._dtypes import one_if_zero, saturating_cast
 from apollo_optax._hyperparams import hyperparams
 from apollo_optax._matrix import Matrix
 from apollo_optax._state import Field, LeafState
@@ -102,8 +102,9 @@ def int8_trace(
     can add up to :math:`\delta_{ij} / (2 (1 - \mu))`: a code :math:`c` with
     :math:`|c| (1 - \mu) < 1/2` that gets no gradient stays as it is. At a decay of
     0.9 these are codes up to 4 of 127, at 0.99 up to 49, so a decay well above 0.9 is
-    not advised. An entry that is not finite makes its row and column so, and in the
-    following steps the whole matrix; ``optax.apply_if_finite`` keeps it out.
+    not advised. An entry that is not finite makes its row and column infinite, and
+    after the following steps no entry is finite. ``optax.apply_if_finite`` keeps it
+    out.
 
     Besides the codes, the state of a matrix of shape :math:`m \times n` is
     :math:`m + n` numbers, in float32 or, for float64 leaves, in float64. All other
@@ -123,7 +124,7 @@ def int8_trace(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`Int8TraceState`. Updates
       keep their dtypes. Its ``update`` function takes the extra argument `batch_index`
-      of :func:`scale_by_apollo`, which changes nothing here.
+      of :func:`scale_by_apollo`, which changes no number here.
 
     Raises:
       TypeError: if `decay` is not a number, `nesterov` is not a bool, or dimension
@@ -218,7 +219,7 @@ def _encoded(matrix: Matrix, M: jax.Array, state: LeafState) -> LeafState:
         matrix.side_largest(M, matrix.axes.channel), state["column"].dtype
     )
     sizes = _code_sizes(matrix, row.astype(M.dtype), column.astype(M.dtype))
-    codes = jnp.round(M / jnp.where(sizes == 0, 1, sizes))
+    codes = jnp.round(M / one_if_zero(sizes))
     codes = jnp.clip(codes, -LARGEST_CODE, LARGEST_CODE).astype(jnp.int8)
     new = {"codes": codes, "row": row, "column": column}
     return {

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from apollo_optax import _tree
+from apollo_optax import _check, _tree
 from apollo_optax._layerwise_state import (
     Leaves,
     PartialOptimizer,
@@ -108,8 +108,8 @@ def layerwise_step(
       layers: the path of the stack in the parameters, such as ``"layers"`` or
         ``"decoder/layers"``. The leading axis of every leaf in it is the number of
         layers.
-      has_aux_loss: whether layers return an auxiliary loss, a scalar that is added to
-        the head's loss.
+      has_aux_loss: whether layers return a pair of the activations and an auxiliary
+        loss, a scalar that is added to the head's loss.
       offload_inputs: whether to keep the layers' inputs in host memory between the
         forward and the backward walk.
 
@@ -293,6 +293,7 @@ def _on_rows(
     def run(rows: Leaves, x: Any, constants: Any) -> tuple[Any, Any]:
         leaves = [jax.lax.squeeze(rows[path], (0,)) for path in paths]
         out = layer(structure.unflatten(leaves), x, batch, constants)
+        _check.layer_output(out, x, has_aux_loss)
         return out if has_aux_loss else (out, None)
 
     return run

@@ -42,7 +42,7 @@ def limit_norm(
       remembered: :math:`q`, of the same shape; 0 before the first norm is remembered.
       norm_growth_limit: :math:`g \ge 1`.
       is_transient: of the same shape; whether :math:`|U|` is so small for a reason that
-        will pass, such as Adam's :math:`\varepsilon`. Then it is not remembered.
+        will pass, such as Adam's :math:`\varepsilon`. Then the norm is not remembered.
 
     Returns:
       The factor to multiply the update by, and the norm to remember.
@@ -96,6 +96,8 @@ def limit_norm_growth(
       weight_dimension_numbers: as in :func:`scale_by_apollo`. Only the batch axes
         matter here. A leaf that is not a matrix is limited by the norm of the whole
         leaf.
+        With ``optax.inject_hyperparams``, a function has to be one of the
+        `static_args`, because it is called with the count of steps otherwise.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`LimitNormGrowthState`.

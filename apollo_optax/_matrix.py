@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 from apollo_optax import _sharding
 from apollo_optax._dimension_numbers import MatrixAxes
-from apollo_optax._dtypes import saturating_cast
+from apollo_optax._dtypes import nan_to_infinity, saturating_cast
 
 # The default precision is bfloat16 products on TPUs and TF32 on GPUs.
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -246,7 +246,7 @@ class Matrix:
             )
             return jnp.sqrt(sums[0]), jnp.sqrt(sums[1])
 
-        if shared:  # These are the few moments of a low rank, or on sharded axes.
+        if shared:  # Channels that share a factor are summed over too.
             return separate(first, second)
         return jax.lax.platform_dependent(
             first, second, cuda=together, default=separate
@@ -325,8 +325,12 @@ class Matrix:
         return self._sum(tensor, self._other_axes(side))
 
     def side_largest(self, tensor: jax.Array, side: tuple[int, ...]) -> jax.Array:
-        """The largest magnitudes along the other side, to ``(*batch, *side)``."""
-        return self._reduced(jnp.max, jnp.abs(tensor), self._other_axes(side))
+        """The largest magnitudes along the other side, to ``(*batch, *side)``.
+
+        They are infinite where one is NaN.
+        """
+        magnitudes = nan_to_infinity(jnp.abs(tensor))
+        return self._reduced(jnp.max, magnitudes, self._other_axes(side))
 
     def reduce(
         self, reduction: Callable[..., jax.Array], values: jax.Array

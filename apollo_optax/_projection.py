@@ -171,16 +171,18 @@ class Stored(Projection):
         is_refresh: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         # A gradient of zero, such as that of an expert that saw no token, has no
-        # directions. Its matrix keeps its projection. If it has none yet, the first
-        # other gradient makes one, in whichever step that is.
+        # directions, and neither has one that is not finite. Its matrix keeps its
+        # projection. If it has none yet, the first other gradient makes one, in
+        # whichever step that is.
         is_missing = matrix.reduce(jnp.max, jnp.abs(stored)) == 0
 
         def refreshed(previous: jax.Array) -> jax.Array:
+            largest = matrix.side_largest(gradient, ())
             is_due, is_there = (
                 _sharding.reshard(x, matrix.norm_sharding)
                 for x in (
                     is_missing | is_refresh,
-                    matrix.side_largest(gradient, ()) > 0,
+                    (largest > 0) & (largest < jnp.inf),
                 )
             )
             return self.refresh(matrix, gradient, previous, is_due & is_there)

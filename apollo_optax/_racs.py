@@ -18,14 +18,14 @@ import optax
 
 from apollo_optax import _check, _leafwise, _sharding, _state, _tree
 from apollo_optax._dimension_numbers import WeightDimensionNumbers
-from apollo_optax._dtypes import saturating_cast
+from apollo_optax._dtypes import one_if_zero, saturating_cast
 from apollo_optax._hyperparams import hyperparams
 from apollo_optax._limiter import limit_norm
 from apollo_optax._matrix import Matrix
 from apollo_optax._state import LeafState
 
 # The least q_i, as a share of the largest, and the least s_j. A row whose gradient has
-# less than 1e-4 of the RMS that the strongest row has is scaled as if it had as much.
+# less than 1e-4 of the RMS that the strongest row has is scaled as if it had 1e-4.
 # Without a floor, what is left of a dead row by rounding would be scaled up to the size
 # of all others.
 LEAST_FACTOR = 1e-8
@@ -157,7 +157,8 @@ def scale_by_racs(
         least 1; None switches the limiter off.
       b1: decay rate of the first moment of leaves under Adam, in [0, 1).
       b2: decay rate of the second moment of leaves under Adam, in [0, 1).
-      eps: added to the denominator of leaves under Adam.
+      eps: added to the denominator of leaves under Adam. Optax's Adam has 1e-8 by
+        default.
       weight_dimension_numbers: which axes of a leaf form a matrix, as in
         :func:`scale_by_apollo`. Each element of the batch axes is a matrix of its own.
       moment_dtype: dtype of both moments of leaves under Adam. The default is float32,
@@ -166,7 +167,7 @@ def scale_by_racs(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByRacsState`.
       Updates keep the gradients' dtypes. The ``update`` function accepts the extra
-      argument `batch_index` of :func:`scale_by_apollo`, which changes nothing here.
+      argument `batch_index` of :func:`scale_by_apollo`, which changes no number here.
 
     Raises:
       TypeError: for an argument of the wrong type, such as an array for `iterations`,
@@ -239,7 +240,7 @@ def _update_matrix(
     # 1. X = G / max|G|, H = X^2, so that the squares of any gradient are in range
     unit = m.side_largest(G, ())
     has_factors = (unit > 0) & (unit < jnp.inf)
-    unit = _one_if_zero(unit)
+    unit = one_if_zero(unit)
     X = G / m.spread(unit, ())
     # 2. q s^T is near H, by rounds from q_{t-1}
     q, s = _factors(m, jnp.square(X), _start(m, old[0]), h.iterations)
@@ -294,7 +295,7 @@ def _factors(
     def weighted_sums(
         side: tuple[int, ...], weights: jax.Array, other: tuple[int, ...]
     ) -> jax.Array:
-        squares = _one_if_zero(m.reduce(jnp.sum, jnp.square(weights)))
+        squares = one_if_zero(m.reduce(jnp.sum, jnp.square(weights)))
         sums = m.side_sums(H * m.spread(weights, other), side)
         return sums / m.per_side(squares, side)
 
@@ -304,7 +305,7 @@ def _factors(
         q = weighted_sums(rows, s, columns)
         # q = q / mean(q), s = mean(q) s
         mean = m.reduce(jnp.mean, q)
-        return q / m.per_side(_one_if_zero(mean), rows), s * m.per_side(mean, columns)
+        return q / m.per_side(one_if_zero(mean), rows), s * m.per_side(mean, columns)
 
     for _ in range(iterations - 1):
         q, _ = next_factors(q)
@@ -350,7 +351,7 @@ def _root_of_average(
     The squares are relative to the larger one, since ``x^2`` may be out of range.
     """
     (a, x), (b, y) = old, new
-    unit = _one_if_zero(jnp.maximum(x, y))
+    unit = one_if_zero(jnp.maximum(x, y))
     return unit * jnp.sqrt(a * jnp.square(x / unit) + b * jnp.square(y / unit))
 
 
@@ -358,10 +359,5 @@ def _shares(
     m: Matrix, values: jax.Array, side: tuple[int, ...], least: float
 ) -> tuple[jax.Array, jax.Array]:
     """Values of a side as shares of the largest, from `least` to 1, and the largest."""
-    largest = _one_if_zero(m.reduce(jnp.max, values))
+    largest = one_if_zero(m.reduce(jnp.max, values))
     return jnp.maximum(values / m.per_side(largest, side), least), largest
-
-
-def _one_if_zero(x: jax.Array) -> jax.Array:
-    """`x` as a divisor, with 1 in place of 0."""
-    return jnp.where(x == 0, jnp.ones_like(x), x)

@@ -84,11 +84,13 @@ def scale_by_param_matrix_rms(
         exponentially; greater than 0 and at least `min_rms`. Infinity is no bound.
       weight_dimension_numbers: which axes of a leaf form a matrix, as for
         :func:`scale_by_apollo`.
+        With ``optax.inject_hyperparams``, a function has to be one of the
+        `static_args`, because it is called with the count of steps otherwise.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is empty. Updates keep
       their dtypes. Its ``update`` function needs the parameters. It takes the extra
-      argument `batch_index` of :func:`scale_by_apollo`, which changes nothing here.
+      argument `batch_index` of :func:`scale_by_apollo`, which changes no number here.
 
     Raises:
       TypeError: if an argument is not a number, or dimension numbers are malformed.
@@ -145,21 +147,21 @@ def scale_by_param_matrix_rms(
         del extra_args
         # A slice with a side of 1 is a vector, but all layers together are a matrix.
         # Other transformations have a state that shows this.
-        axes_of_slices = resolve(weight_dimension_numbers, updates, with_vectors=True)
-        check_batch_index(batch_index, axes_of_slices)
+        axes = resolve(weight_dimension_numbers, updates, with_vectors=True)
+        check_batch_index(batch_index, axes)
         if params is None:
             raise ValueError(
                 "updates are scaled by the parameters, which are missing; call "
                 "update(updates, state, params)"
             )
-        axes, leaves = resolve(weight_dimension_numbers, updates), _leaves(updates)
-        weights = _leaves(params)
+        leaves, weights = _leaves(updates), _leaves(params)
         _check.params_of_updates(leaves, weights)
         scaled = {}
         for path, leaf in leaves.items():
             scaled[path] = leaf
             dtype = _check.accumulator_dtype(path, leaf)
-            if (matrix_axes := axes[path]) is not None:
+            matrix_axes = axes[path]
+            if matrix_axes is not None and matrix_axes.contracted_size > 1:
                 _check.not_varying(path, leaf)
                 _check.not_varying(path, weights[path], _check.OUTSIDE_SHARD_MAP)
                 matrix = Matrix.of_gradient(leaf, matrix_axes, dtype)

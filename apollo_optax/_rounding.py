@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from apollo_optax import _sharding
 from apollo_optax._blocks import position_axes
+from apollo_optax._dtypes import nan_to_infinity
 
 _LOWEST, _HIGHEST = -128, 127
 # Steps of a new grid over the range of its group. 256 codes have 255 steps between
@@ -66,10 +67,13 @@ class Grid(NamedTuple):
 
 
 def value_range(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest value of each group, with 0 as one of the values."""
+    """The smallest and the largest value of each group, with 0 as one of the values.
+
+    The largest is infinite where a value is NaN.
+    """
     axes = position_axes(axis)
     low = jnp.min(values, axes, keepdims=True)
-    high = jnp.max(values, axes, keepdims=True)
+    high = jnp.max(nan_to_infinity(values), axes, keepdims=True)
     return jnp.minimum(low, 0), jnp.maximum(high, 0)
 
 

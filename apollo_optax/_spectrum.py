@@ -9,7 +9,6 @@ sharded axis with another would make XLA gather the leaf. Only Gram matrices are
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apollo_optax import _sharding
+from apollo_optax._dtypes import one_if_zero
 from apollo_optax._matrix import HIGHEST, Matrix, product
 
 Axes = tuple[int, ...]
@@ -77,26 +77,32 @@ def _unit_rms(tensor: jax.Array, axes: Axes) -> jax.Array:
     # Division by the largest magnitude comes first, so that no square overflows or
     # underflows.
     largest = jnp.max(jnp.abs(tensor), axis=axes, keepdims=True)
-    scaled = tensor / jnp.where(largest == 0, 1, largest)
+    scaled = tensor / one_if_zero(largest)
     rms = jnp.sqrt(jnp.mean(jnp.square(scaled), axis=axes, keepdims=True))
     return scaled / jnp.where(largest == 0, 1, rms)
 
 
 def rms_one(tensor: jax.Array, like: jax.Array, rows: Axes, columns: Axes) -> jax.Array:
-    """Scales matrices to a root mean square of 1 over the rows that are not zero.
+    """Scales matrices to a root mean square of 1, without zero rows and columns.
+
+    If these counted, the few entries of a matrix with one live row or column would get
+    much larger updates than Adam's.
 
     Args:
       tensor: a leaf of moderate magnitude.
-      like: the leaf whose zero rows do not count. `tensor` is zero there, except for
-        rounding errors.
+      like: the leaf whose zero rows and columns do not count. `tensor` is zero there,
+        except for rounding errors.
       rows: the axes of the input side, whose elements are rows.
       columns: the axes of the output side, whose elements are columns.
     """
-    is_alive = jnp.any(like != 0, axis=columns, keepdims=True)
-    alive = jnp.sum(is_alive, axis=rows, keepdims=True, dtype=tensor.dtype)
-    count = alive * math.prod(tensor.shape[axis] for axis in columns)
+
+    def alive(side: Axes, other: Axes) -> jax.Array:
+        is_alive = jnp.any(like != 0, axis=other, keepdims=True)
+        return jnp.sum(is_alive, axis=side, keepdims=True, dtype=tensor.dtype)
+
+    count = alive(rows, columns) * alive(columns, rows)
     square = jnp.sum(jnp.square(tensor), axis=(*rows, *columns), keepdims=True)
-    return tensor * jnp.sqrt(count / jnp.where(square == 0, 1, square))
+    return tensor * jnp.sqrt(count / one_if_zero(square))
 
 
 # The methods.
@@ -321,7 +327,7 @@ def _eigen_power(gram: jax.Array, power: Any) -> jax.Array:
     values, vectors = jnp.linalg.eigh(gram)
     floor = EIGENVALUE_FLOOR * jnp.finfo(gram.dtype).eps * values[..., -1:]
     values = jnp.maximum(values, floor)
-    factors = jnp.where(values == 0, 1, values) ** ((power - 1) / 2)
+    factors = one_if_zero(values) ** ((power - 1) / 2)
     scaled = vectors * factors[..., None, :]
     return jnp.matmul(scaled, jnp.swapaxes(vectors, -2, -1), precision=HIGHEST)
 
@@ -332,7 +338,7 @@ def _polynomial_power(gram: jax.Array, power: Any) -> jax.Array:
     weights = jnp.asarray(newton_schulz_weights(power), gram.dtype)
     dot = functools.partial(jnp.matmul, precision=HIGHEST)
     norm = jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1), keepdims=True))
-    norm = jnp.where(norm == 0, 1, norm)
+    norm = one_if_zero(norm)
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
 
     # The iterate is K X, and A is its Gram matrix K X X^T K.
@@ -406,6 +412,6 @@ def _factors_less_one(
     floor = SMALLEST_LEVEL / (others + r) * square
     mean = (square - jnp.trace(gram, axis1=-2, axis2=-1)) / others
     level = jnp.maximum(mean, floor)
-    level = jnp.where(level == 0, 1, level)[..., None, None]
+    level = one_if_zero(level)[..., None, None]
     identity = jnp.eye(r, dtype=gram.dtype)
     return _polynomial_power(gram / level, power) - identity

@@ -520,7 +520,7 @@ def state_sharding(
         in_norm = path[-len(owner.parameter) - 1 :][:1] == ("norm",)
         if matrix is not None and in_norm and shape == matrix.batch_shape:
             return matrix.norm_sharding or replicated
-        return replicated
+        return _sharding.sharding_of_axes(sharding, ()) or replicated
 
     found = owners(states, leaves)
     placed = [leaf_sharding(path, leaf, found[path]) for path, leaf in states.items()]

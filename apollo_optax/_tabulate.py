@@ -16,9 +16,11 @@ from apollo_optax._dimension_numbers import (
     is_vector_by_name,
     resolve,
 )
+from apollo_optax._int8_trace import Int8TraceState
 from apollo_optax._matrix import Matrix
 
 _Owned = list[tuple[_state.Owner, Any]]
+NO_STATE = "no state"
 _KINDS = ("kernels", "embeddings and head", "other")
 _HEADER = ("parameter", "shape", "treatment", "state", "bytes", "AdamW")
 
@@ -188,7 +190,7 @@ def _stateless(tx: optax.GradientTransformation, params: Any) -> str:
         for node in nodes
         if isinstance(node, kinds) and has_no_matrices(node)
     )
-    return next((_state.STATES[kind] for kind in found), "no state")
+    return next((_state.STATES[kind] for kind in found), NO_STATE)
 
 
 def _treatment(
@@ -196,7 +198,7 @@ def _treatment(
 ) -> str:
     """How an optimizer treats a parameter, as the shapes of its state show."""
     if not owned:
-        return "no state" if axes is None else stateless
+        return NO_STATE if axes is None else stateless
     shape = jnp.shape(leaf)
     fields = [(owner, state) for owner, state in owned if owner.rule is not None]
     if not fields:
@@ -211,10 +213,14 @@ def _treatment(
     for (owner, _), matrix in zip(fields, matrices, strict=True):
         if matrix is not None:
             ranks[owner.kind] = max(ranks.get(owner.kind, 0), matrix.rank)
-    return ", ".join(
+    words = [
         _state.STATES[kind].format(rank=rank, contracted=axes.contracted_size)
         for kind, rank in ranks.items()
-    )
+    ]
+    # A momentum alone says little about the update if a rule without state follows it.
+    if ranks.keys() == {Int8TraceState} and stateless != NO_STATE:
+        words.append(stateless)
+    return ", ".join(words)
 
 
 def _shapes(owned: _Owned) -> str:

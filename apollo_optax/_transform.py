@@ -120,6 +120,7 @@ def scale_by_apollo(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the denominator, for matrices and for the leaves under Adam.
+        Optax's Adam has 1e-8 by default.
       norm_growth_limit: largest ratio of the norms of a matrix's successive updates, at
         least 1; None switches the limiter off. With gradients near 0, `eps` or the 1e-8
         can make an update much smaller. The limiter does not remember the norm of such
@@ -132,11 +133,11 @@ def scale_by_apollo(
         paper's normal entries, which take longer to draw; ``"svd"`` for the gradient's
         top singular vectors; or a pure function ``(key, (r, m)) -> P``, which is
         vmapped over batch elements. Singular vectors are stored in the state, and a
-        gradient of zero does not replace them. All other projections are functions of
-        `key` and are not stored. Random signs can cancel if all rows of a gradient are
-        equal, such as those that a constant input gives. At rank 1 this happens with a
-        probability of about ``0.8 / sqrt(m)``, and the update is then zero until the
-        next draw.
+        gradient that is zero or not finite does not replace them. All other projections
+        are functions of `key` and are not stored. Random signs can cancel if all rows
+        of a gradient are equal, such as those that a constant input gives. At rank 1
+        this happens with a probability of about ``0.8 / sqrt(m)``, and the update is
+        then zero until the next draw.
       key: an int seed below 2**32, which may be a traced scalar, or a JAX key, typed or
         raw.
       weight_dimension_numbers: which axes of a leaf form a matrix. A pytree (or prefix)

@@ -313,7 +313,7 @@ def test_rejects_malformed_rules():
     with pytest.raises(ValueError, match=re.escape("'(' is not a regular expression")):
         apollo_optax.dimension_numbers_by_path([("(", None)])
     for rules in ({"kernel": None}, [("kernel",)], [(5, None)], ("kernel", None)):
-        with pytest.raises(TypeError, match="rules must be a sequence of pairs"):
+        with pytest.raises(TypeError, match="rules must be a sequence of tuples"):
             apollo_optax.dimension_numbers_by_path(rules)
     with pytest.raises(TypeError, match="the rule 'kernel'"):
         apollo_optax.dimension_numbers_by_path([("kernel", (0, 1))])
@@ -368,6 +368,14 @@ def test_rejects_state_of_other_settings():
     svd = scale_by_apollo(2, projection="svd").init(PARAMS)
     with pytest.raises(ValueError, match="has a projection, .* do not store; .*init"):
         scale_by_apollo(2).update(PARAMS, svd)
+
+
+def test_rejects_the_state_of_a_chain():
+    tx = scale_by_racs()
+    state = optax.chain(tx, optax.scale(0.1)).init(PARAMS)
+    message = "is a tuple without count, mu, .*call the chain's update"
+    with pytest.raises(ValueError, match=message):
+        tx.update(PARAMS, state)
 
 
 def test_rejects_state_of_another_generator():

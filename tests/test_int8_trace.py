@@ -163,8 +163,10 @@ def test_errors_of_rounding_add_up_to_a_bound(decay):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_zeros_stay_and_what_is_not_finite_is_seen(bad):
-    zero = jnp.zeros((4, 6))
+@pytest.mark.parametrize("shape", [(4, 6), (64, 128)])
+def test_zeros_stay_and_what_is_not_finite_is_seen(shape, bad):
+    """XLA for CPUs leaves NaN out of maxima over larger arrays."""
+    zero = jnp.zeros(shape)
     tx = int8_trace(0.9, nesterov=True)
     update, state = tx.update(zero, tx.init(zero))
     chex.assert_trees_all_equal((update, state), (zero, tx.init(zero)))

@@ -48,6 +48,25 @@ def assert_rejected(model, tx, match, per_layer=None, **settings):
 
 
 @pytest.mark.parametrize(
+    ("loss", "has_aux_loss", "match"),
+    [
+        (None, True, "must return a pair of activations and a loss, got a .*leave out"),
+        (jnp.ones(4), True, r"a scalar, got shape \(4,\); return its sum or its mean"),
+        (jnp.ones(()), False, "must return activations like .* give has_aux_loss"),
+    ],
+)
+def test_rejects_an_auxiliary_loss_that_was_not_promised(loss, has_aux_loss, match):
+    model = toy()
+
+    def layer(*args):
+        x = model.layer(*args)
+        return x if loss is None else (x, loss)
+
+    other = model._replace(layer=layer, has_aux_loss=has_aux_loss)
+    assert_rejected(other, optax.sgd(0.1), match)
+
+
+@pytest.mark.parametrize(
     ("layers", "match"),
     [
         (

@@ -428,6 +428,14 @@ def test_memory_kind_is_that_of_the_parameter():
     for field in (shardings.mu, shardings.norm):
         kinds = {leaf.memory_kind for leaf in field.values()}
         assert kinds == {"pinned_host"}
+    # The rows and columns of Adafactor do not have the parameter's shape.
+    adafactor = jax.eval_shape(optax.adafactor().init, params)
+    found = state_sharding(adafactor, params)
+    owners = apollo_optax.state_owners(adafactor, params)
+    places = zip(jax.tree.leaves(found), jax.tree.leaves(owners), strict=True)
+    owned = [place.memory_kind for place, owner in places if owner]
+    assert len(owned) > 2
+    assert set(owned) == {"pinned_host"}
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,11 @@ def test_totals_are_the_bytes_of_the_whole_state(make):
         (apollo_zero(0.1), "flattened"),
         (apollo_zero(0.1, momentum=0.9), "flattened"),
         (optax.masked(apollo_zero(0.1, momentum=0.9), {"kernel": False}), "no state"),
-        (apollo_zero(0.1, momentum=0.9, int8_momentum=True), "momentum in int8"),
+        (
+            apollo_zero(0.1, momentum=0.9, int8_momentum=True),
+            "momentum in int8, flattened",
+        ),
+        (int8_trace(0.9), "momentum in int8"),
         (racs(0.1), "RACS"),
         (
             optax.chain(scale_by_apollo(2), int8_trace(0.9)),

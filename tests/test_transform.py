@@ -528,6 +528,19 @@ def test_a_gradient_of_zero_makes_no_singular_vectors(shape, gap):
         np.testing.assert_array_equal(later.projection, states[1].projection)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", [(8, 16), (64, 128)])
+def test_a_gradient_that_is_not_finite_makes_no_singular_vectors(shape, bad):
+    """XLA for CPUs leaves NaN out of maxima over larger arrays."""
+    tx = scale_by_apollo(2, projection="svd", update_proj_gap=1)
+    gradient = normal(0, shape)
+    broken = gradient.at[1, 2].set(bad)
+    _, states = run(tx, [broken, gradient, broken])
+    assert not np.asarray(states[0].projection).any()
+    assert np.asarray(states[1].projection).any()
+    np.testing.assert_array_equal(states[2].projection, states[1].projection)
+
+
 def test_one_layer_without_a_gradient_gets_its_singular_vectors_later():
     numbers = ApolloDimensionNumbers(1, 2)
     tx = scale_by_apollo(2, projection="svd", weight_dimension_numbers=numbers)
