@@ -329,12 +329,13 @@ def key_shape(stored: Any, expected: tuple[int, ...]) -> None:
 
 def state_class(state: Any, expected: type[Any]) -> None:
     """Raises for a state that lacks a field of the class `expected`."""
-    # Every tuple has a method `count`, which is no field.
-    fields = getattr(state, "_fields", ()) if isinstance(state, tuple) else dir(state)
+    # Every tuple and list has a method `count`, which is no field.
+    is_sequence = isinstance(state, (tuple, list))
+    fields = getattr(state, "_fields", ()) if is_sequence else dir(state)
     lacking = [name for name in expected._fields if name not in fields]
     if lacking:
         remedy = "the state was made by another one: call init again"
-        if isinstance(state, tuple) and not fields:
+        if isinstance(state, tuple) and not hasattr(state, "_fields"):
             remedy = (
                 "it may be that of a chain: give the part of this transformation, or "
                 "call the chain's update"

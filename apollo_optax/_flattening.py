@@ -162,7 +162,7 @@ def scale_by_flattening(
       power: the power :math:`p` of the singular values, in [0, 1). A power of 1 would
         leave the spectrum as it is. A power of 0 makes all singular values equal, or,
         with ``"low_rank"``, makes the largest ones equal to the level of the others.
-        Directions without a gradient count as others, and lower that level.
+        Singular values of zero count among the others, and lower their level.
         On a small model, 0.5 was better than 0 with 1,024 tokens per step, and 0 with
         ``"newton_schulz"`` was better with 8,192.
       method: ``"low_rank"``, which takes about ``10 * m * n * rank`` operations;
@@ -183,8 +183,9 @@ def scale_by_flattening(
       weight_dimension_numbers: which axes of a leaf form a matrix, as for
         :func:`scale_by_apollo`. Rows are the elements of `reduction_axis`, columns
         those of `output_axis`. A matrix with a side of 1 is a vector, and gets Adam.
-        With ``optax.inject_hyperparams``, a function has to be one of the
-        `static_args`, because it is called with the count of steps otherwise.
+        If this is a function, name the argument in the `static_args` of
+        ``optax.inject_hyperparams``, which would otherwise call it with the count of
+        steps.
       moment_dtype: dtype of the momentum and of both moments of the leaves under Adam.
         The default is float32, or float64 for float64 leaves.
 

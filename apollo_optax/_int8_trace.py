@@ -102,9 +102,8 @@ def int8_trace(
     can add up to :math:`\delta_{ij} / (2 (1 - \mu))`: a code :math:`c` with
     :math:`|c| (1 - \mu) < 1/2` that gets no gradient stays as it is. At a decay of
     0.9 these are codes up to 4 of 127, at 0.99 up to 49, so a decay well above 0.9 is
-    not advised. An entry that is not finite makes its row and column infinite, and
-    after the following steps no entry is finite. ``optax.apply_if_finite`` keeps it
-    out.
+    not advised. An entry that is not finite stays so in all following steps.
+    ``optax.apply_if_finite`` keeps it out.
 
     Besides the codes, the state of a matrix of shape :math:`m \times n` is
     :math:`m + n` numbers, in float32 or, for float64 leaves, in float64. All other
@@ -124,7 +123,7 @@ def int8_trace(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`Int8TraceState`. Updates
       keep their dtypes. Its ``update`` function takes the extra argument `batch_index`
-      of :func:`scale_by_apollo`, which changes no number here.
+      of :func:`scale_by_apollo`, which is only checked here.
 
     Raises:
       TypeError: if `decay` is not a number, `nesterov` is not a bool, or dimension

@@ -96,8 +96,9 @@ def limit_norm_growth(
       weight_dimension_numbers: as in :func:`scale_by_apollo`. Only the batch axes
         matter here. A leaf that is not a matrix is limited by the norm of the whole
         leaf.
-        With ``optax.inject_hyperparams``, a function has to be one of the
-        `static_args`, because it is called with the count of steps otherwise.
+        If this is a function, name the argument in the `static_args` of
+        ``optax.inject_hyperparams``, which would otherwise call it with the count of
+        steps.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`LimitNormGrowthState`.

@@ -167,7 +167,7 @@ def scale_by_racs(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with :class:`ScaleByRacsState`.
       Updates keep the gradients' dtypes. The ``update`` function accepts the extra
-      argument `batch_index` of :func:`scale_by_apollo`, which changes no number here.
+      argument `batch_index` of :func:`scale_by_apollo`, which is only checked here.
 
     Raises:
       TypeError: for an argument of the wrong type, such as an array for `iterations`,

@@ -84,13 +84,14 @@ def scale_by_param_matrix_rms(
         exponentially; greater than 0 and at least `min_rms`. Infinity is no bound.
       weight_dimension_numbers: which axes of a leaf form a matrix, as for
         :func:`scale_by_apollo`.
-        With ``optax.inject_hyperparams``, a function has to be one of the
-        `static_args`, because it is called with the count of steps otherwise.
+        If this is a function, name the argument in the `static_args` of
+        ``optax.inject_hyperparams``, which would otherwise call it with the count of
+        steps.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is empty. Updates keep
       their dtypes. Its ``update`` function needs the parameters. It takes the extra
-      argument `batch_index` of :func:`scale_by_apollo`, which changes no number here.
+      argument `batch_index` of :func:`scale_by_apollo`, which is only checked here.
 
     Raises:
       TypeError: if an argument is not a number, or dimension numbers are malformed.

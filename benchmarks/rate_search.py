@@ -9,10 +9,10 @@ contenders of each part, and says which of them are searched and which are run a
 rates.
 
 Contenders are run in parallel, with one process per core. Each finished run adds a line
-to a file of results. Runs in that file are not repeated and an interrupted run
-continues, so the same command continues an interrupted search, also on another machine
-that has the file. Each part ends with a table of all contenders that have runs and two
-figures next to its runs. A summary of all parts follows.
+to a file of results. The same command continues an interrupted search: it leaves out
+the runs in that file, and continues a run from its folder. On another machine, the file
+is enough to leave out the finished runs. Each part ends with a table of all contenders
+that have runs, and with two figures next to its runs. A summary of all parts follows.
 `--finished-only` prints the tables of a file of results without any training.
 """
 
@@ -141,8 +141,8 @@ class SearchOptions:
     three_rates: tuple[str, ...] = ()
     """Contenders that get three rates of the kernels and one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """The first one searches; the best rates run with all. Other seeds in --results are
-    left out."""
+    """The first one chooses the rates. The best rates of a search run with all of them,
+    and those of --three-rates with the first. Other seeds in --results are left out."""
     data: str | None = None
     """As in pretrain; by default that of each part."""
     out: Path = Path("runs/rate-search")
@@ -370,7 +370,7 @@ def run_at(
     return dataclasses.replace(base, **rates, seed=seed, out=base.out / name)
 
 
-def first_rates(base: RunOptions) -> tuple[float, float]:
+def default_rates(base: RunOptions) -> tuple[float, float]:
     """Returns the default rates of the kernels and of the embeddings."""
     assert base.lr is not None
     assert base.lr_embeddings is not None
@@ -409,7 +409,7 @@ def run_search(options: SearchOptions, part: str, contender: str, plan: Plan) ->
     base = base_run(options, part, contender)
     records = results_of(options)
     found = found_so_far(records, options, part, contender)
-    defaults = first_rates(base)
+    defaults = default_rates(base)
     start = (found.lr, found.lr_embeddings) if found else defaults
 
     with StopRequest() as stop:
@@ -469,7 +469,8 @@ def run_searches(options: SearchOptions, part: str) -> None:
 def found_by_all(options: SearchOptions, part: str) -> dict[str, Found]:
     """Returns what is in the file of results of the contenders of a part.
 
-    Contenders without a run at the default rate of embeddings are left out.
+    Contenders without a run at the default rate of embeddings and with the first seed
+    are left out.
     """
     records, found = results_of(options), {}
     if options.finished_only and not records.path.exists():

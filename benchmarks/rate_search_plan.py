@@ -11,7 +11,8 @@ from examples.llama.optimizers.recipes import RECIPES
 
 # The options of each contender with the default settings: a b2 of 0.999, no clipping,
 # and no updates in proportion to the weights.
-# Folders of runs begin with its name, so a name must keep its options.
+# The folder of a run begins with the contender's name, so the options of a name must
+# not change.
 BASES: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name} for name in RECIPES},
     # This is a quarter of the width of tiny, and twice the default rank.
@@ -46,14 +47,12 @@ NO_CLIPPING = (
     "apollo-mini",
     "racs",
     "swan",
+    "apollo-zero-emb-adafactor",
+    "apollo-zero-emb-adafactor-momentum",
 )
-ADAFACTORS = ("apollo-zero-emb-adafactor", "apollo-zero-emb-adafactor-momentum")
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ALL_SETTINGS, tuple(SETTINGS)),
-    **dict.fromkeys(
-        (*NO_CLIPPING, *ADAFACTORS),
-        ("b2-0.95", "relative", "b2-0.95-relative"),
-    ),
+    **dict.fromkeys(NO_CLIPPING, ("b2-0.95", "relative", "b2-0.95-relative")),
 }
 
 
@@ -74,9 +73,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 def plain_variants_of(name: str) -> tuple[str, ...]:
     """Returns those of `variants_of` without relative updates.
 
-    With these, AdamW and Muon are no longer the optimizers that goals are about. A rule
-    of this library may have them in a goal over AdamW or Muon. In a goal over another
-    rule of this library, neither side has them.
+    With relative updates, AdamW and Muon are no longer the optimizers that goals are
+    about. A rule of this library may have them in a goal over AdamW or Muon. In a goal
+    over another rule of this library, neither side has them.
     """
     return tuple(
         variant
@@ -115,9 +114,10 @@ def at(
     lr_embeddings: tuple[float, ...] | None = (1.0,),
     seeds: int | None = 1,
 ) -> Plan:
-    """Returns a plan with given rates, such as `at(0.5, 1.0)` for the half and all.
+    """Returns a plan with given rates.
 
-    Its rate of embeddings is the default one.
+    `at(0.5, 1.0)` has half the default rate of the kernels and the default rate. The
+    rate of embeddings is the default one unless `lr_embeddings` is given.
     """
     return Plan(lr, lr_embeddings, seeds)
 

@@ -55,7 +55,7 @@ def assert_rejected(model, tx, match, per_layer=None, **settings):
         (jnp.ones(()), False, "must return activations like .* give has_aux_loss"),
     ],
 )
-def test_rejects_an_auxiliary_loss_that_was_not_promised(loss, has_aux_loss, match):
+def test_rejects_an_output_that_does_not_fit_has_aux_loss(loss, has_aux_loss, match):
     model = toy()
 
     def layer(*args):

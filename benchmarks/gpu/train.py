@@ -376,7 +376,7 @@ def quality(
 
 def quality_table(bench: Bench, kept: dict[str, dict[str, Any]]) -> Table:
     """Returns the table of qualities with the runs of earlier calls."""
-    title = "Quality: runs of earlier calls"
+    title = "Quality: runs of earlier calls" if kept else "Quality"
     table = bench.report.table(title, QUALITY_HEAD, numbers_from=1)
     for name, row in kept.items():
         table.put(name, list(row["cells"].values()), row["values"])

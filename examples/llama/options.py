@@ -217,8 +217,8 @@ class TrainingOptions(TextOptions):
     """A different one of these rules for the head."""
     projection: str = "auto"
     """The projections of apollo and apollo-mini: rademacher (random signs) or random
-    (the paper's normal entries), which has no effect on the other optimizers. auto:
-    rademacher, or for a resumed run, the projection that it began with."""
+    (the paper's normal entries). The other optimizers accept random, without an effect.
+    auto: rademacher, or for a resumed run, the projection that it began with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -499,7 +499,7 @@ def test_a_call_that_ends_early_keeps_the_runs_of_the_first(
     with expected.get(end, contextlib.nullcontext()):
         train.run(bench, train.QualityOptions(steps=steps))
     assert list(train.kept_runs(path)) == ["adamw"]
-    assert "| adamw |" in path.with_suffix(".md").read_text()  # It is of this call.
+    assert "| adamw |" in path.with_suffix(".md").read_text()  # This call measured it.
 
 
 PROGRAM = """\

@@ -363,9 +363,10 @@ def test_short_parts_have_all_optimizers_with_a_search_or_three_rates(
             for variant, plan in plans.items()
             if rate_search.CONTENDERS[variant]["optimizer"] == name
         ]
-        if name != "apollo-zero-momentum-int8":  # It is a rounding of another one.
-            assert max(rates) >= 3, name
-    # These have the strongest claims to be compared with, or to be chosen.
+        # It rounds the momentum of another one, so it runs at the best rate of that.
+        least = 1 if name == "apollo-zero-momentum-int8" else 3
+        assert max(rates, default=0) >= least, name
+    # The documentation recommends these, or compares the others with them.
     assert {
         rate_search.CONTENDERS[variant]["optimizer"]
         for variant, plan in plans.items()

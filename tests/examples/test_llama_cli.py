@@ -728,7 +728,7 @@ def held_out(out: Path) -> np.ndarray:
         (["--step", "2"], "has not got checkpoint 2; it has those of steps [3]"),
         (
             ["--best"],
-            "has no checkpoint; leave out --best, which fine-tuning alone saves",
+            "has no checkpoint; leave out --best: only fine-tuning keeps",
         ),
         (["--dtype", "int8"], "--dtype 'int8'"),
     ],

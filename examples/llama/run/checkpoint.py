@@ -298,7 +298,7 @@ def restore_params(
         remedy = (
             "let the run save one, with `resume` auto"
             if name == CHECKPOINTS
-            else f"leave out `{name}`, which fine-tuning alone saves"
+            else f"leave out `{name}`: only fine-tuning keeps its best weights"
         )
         raise UsageError(f"{folder} has no checkpoint; {remedy}")
     if step not in (None, *steps):
