@@ -98,7 +98,7 @@ bench-memory: $(VENV)/.tpu  ## print the tables of docs/memory.md; takes an hour
 bench-collectives: $(VENV)/.tpu  ## print the tables of docs/distributed.md; takes an hour
 	$(BIN)/python -m benchmarks.collectives
 
-bench-quality: $(VENV)/.test  ## compare optimizers at their best rates, with three seeds; takes days, and continues after an interruption
+bench-quality: $(VENV)/.test  ## compare optimizers at their best rates; takes two days of one core, and continues after an interruption
 	$(BIN)/python -m benchmarks.rate_search
 
 bench-finetune: $(VENV)/.test  ## fine-tune with each optimizer, at five rates and with two seeds; takes two hours, and continues after an interruption

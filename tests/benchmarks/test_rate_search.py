@@ -573,6 +573,19 @@ def test_the_documentation_has_the_summary_of_the_published_runs(
     assert rate_search.summary(found) in (ROOT / "docs/results.md").read_text()
 
 
+@pytest.mark.parametrize("part", rate_search.PARTS)
+def test_all_runs_of_the_plans_are_published(
+    part: str, published: SearchOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(part: str, contender: str, run: RunOptions, stop: Any) -> RunRecord:
+        del stop
+        pytest.fail(f"{part}: {contender} at {run.lr}, {run.lr_embeddings}, {run.seed}")
+
+    monkeypatch.setattr(rate_search, "trained", trained)
+    for name, plan in published.plans(part).items():
+        rate_search.run_search(published, part, name, plan)
+
+
 @pytest.mark.parametrize("rule", ["adafactor", "racs", "scale"])
 def test_the_default_rates_of_embeddings_are_the_best_of_the_published_runs(
     rule: str, published: SearchOptions
