@@ -407,7 +407,7 @@ def test_names_missing_packages(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         UsageError,
-        match=rf"`data` '{data}'.* needs .*; run pip install 'apollo-optax\[examples\]'",
+        match=rf"`data` '{data}'.* needs .*; run pip install '.\[examples\]' in the clone",
     ):
         list(sources.open_source("`data`", data))
 
