@@ -533,6 +533,7 @@ def test_an_empty_module_of_the_standard_library_is_a_document(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("folder")
 def test_a_readme_above_a_folder_does_not_make_it_a_configuration() -> None:
     """Many projects have a README.md beside their data."""
     pytest.importorskip("datasets")
