@@ -140,6 +140,19 @@ class Part(NamedTuple):
     drawn: tuple[str, ...] = ()
 
 
+OTHERS = dict.fromkeys(
+    (
+        "adafactor",
+        "apollo",
+        "apollo-svd",
+        "galore",
+        "lion",
+        "scale-hidden",
+        "sgd",
+        "sinkgd",
+    ),
+    THREE_RATES,
+)
 # A contender without a search is run at the best rates that a search of the same
 # optimizer found, or near these, or at three rates. The later parts take longer, so
 # they have fewer rates.
@@ -148,14 +161,7 @@ PLANS_OF_1K = {
     "apollo-zero-relative": SEARCH,
     "apollo-zero-whitening-relative": SEARCH,
     "apollo-zero-momentum-relative": SEARCH,
-    "adafactor": THREE_RATES,
-    "apollo": THREE_RATES,
-    "apollo-svd": THREE_RATES,
-    "galore": THREE_RATES,
-    "lion": THREE_RATES,
-    "scale-hidden": THREE_RATES,
-    "sgd": THREE_RATES,
-    "sinkgd": THREE_RATES,
+    **OTHERS,
     "swan": THREE_RATES,
     "adamw-clip": at(1.0, seeds=None),
     "adamw-b2-0.95": at(1.0, seeds=None),
@@ -181,14 +187,7 @@ PLANS_OF_8K = {
     "apollo-zero-b2-0.95-relative": SEARCH,
     "apollo-zero-whitening-b2-0.95-relative": SEARCH,
     "apollo-zero-momentum-b2-0.95-relative": SEARCH,
-    "adafactor": THREE_RATES,
-    "apollo": THREE_RATES,
-    "apollo-svd": THREE_RATES,
-    "galore": THREE_RATES,
-    "lion": THREE_RATES,
-    "scale-hidden": THREE_RATES,
-    "sgd": THREE_RATES,
-    "sinkgd": THREE_RATES,
+    **OTHERS,
     "swan": at(1.0, 2.0, 4.0),
     "swan-b2-0.95-relative": at(2.0, lr_embeddings=(1.0, 2.0)),
     "adamw": at(1.0, 2.0, 4.0, seeds=None),
